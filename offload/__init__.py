@@ -1,0 +1,1 @@
+"""Run Mixture-of-Experts transformers models that do not fit in memory."""

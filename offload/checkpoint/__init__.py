@@ -1,0 +1,1 @@
+"""Checkpoints by their headers: where every tensor and every expert lies, with nothing materialised."""

@@ -1,0 +1,1 @@
+"""Devices: where slabs are allocated and experts computed."""

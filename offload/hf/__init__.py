@@ -1,0 +1,1 @@
+"""The seam to transformers: skeletons, dense weights, the experts interface, the returned model."""

@@ -1,0 +1,1 @@
+"""The MoE step: route, schedule, execute, combine, observe."""

@@ -1,0 +1,1 @@
+"""Memory tiers: arenas of slots, the table of what lies where, and the engine that fills them."""

@@ -1,0 +1,81 @@
+"""What the planner knows of a model: sizes, never tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from formats.bundle import BundleLayout
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """The routed experts of one layer.
+
+    Attributes:
+        module: the experts module's path in the transformers model, such as "model.layers.3.mlp.experts".
+        count: experts in the layer.
+        top_k: experts that a token is routed to.
+        layout: bytes of one expert.
+    """
+
+    module: str
+    count: int
+    top_k: int
+    layout: BundleLayout
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts of the layer, padding included."""
+        return self.count * self.layout.nbytes
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model by its sizes.
+
+    Invariant: `experts` is ordered by layer; `expert key = sum of counts of earlier entries + expert id`.
+
+    Attributes:
+        name: what the user called the model: a path or a Hub id.
+        model_type: transformers' name of the architecture.
+        dtype: name of the element format in which the model computes: "bf16", "fp16" or "fp32".
+        vocab_size: entries of the output vocabulary.
+        hidden_size: width of the residual stream.
+        layer_count: decoder layers, MoE or not.
+        max_context_tokens: longest sequence that the model was made for.
+        dense_nbytes: bytes of all weights and buffers that are not routed experts, tied weights counted once.
+        largest_dense_nbytes: bytes of the largest single dense tensor.
+        kv_nbytes_per_token: bytes by which the cache of one sequence grows with a token, all layers together.
+        kv_fixed_nbytes: bytes of the cache of one sequence that do not grow (linear attention, convolution states).
+        activation_nbytes_per_token: bytes of activations alive at once for one token of a prefill, at most.
+        experts: one entry for each MoE layer.
+    """
+
+    name: str
+    model_type: str
+    dtype: str
+    vocab_size: int
+    hidden_size: int
+    layer_count: int
+    max_context_tokens: int
+    dense_nbytes: int
+    largest_dense_nbytes: int
+    kv_nbytes_per_token: int
+    kv_fixed_nbytes: int
+    activation_nbytes_per_token: int
+    experts: tuple[ExpertsSpec, ...]
+
+    @property
+    def expert_count(self) -> int:
+        """Experts of all layers together."""
+        return sum(layer.count for layer in self.experts)
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(layer.nbytes for layer in self.experts)
+
+    @property
+    def bundle_nbytes(self) -> int:
+        """Bytes of the largest expert: the size of a slot."""
+        return max(layer.layout.nbytes for layer in self.experts)

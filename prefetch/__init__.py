@@ -1,0 +1,1 @@
+"""Floor 1: cache policies, predictors, the intra-layer scheduler."""

@@ -1,0 +1,1 @@
+"""Floor 3: what this machine has and how fast it is."""
