@@ -1,0 +1,146 @@
+"""Reads from the store's shards: whole ranges, retried, O_DIRECT where the file system has it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from offload.errors import StorageError, StoreCorruptError
+
+READ_ATTEMPTS = 4
+_RETRY_PAUSE_S = 0.002
+_RETRIED = {errno.EIO, errno.EINTR, errno.EAGAIN, errno.ENOMEM}
+
+Preadv = Callable[[int, Sequence[memoryview], int], int]
+
+
+class SlowReadWarning(UserWarning):
+    """Reads do not go the fast way; the message says why."""
+
+
+class ShardReader:
+    """Open shards of a store, read by any number of threads at once.
+
+    O_DIRECT needs buffers, offsets and sizes in whole 4 KiB pages, which bundles and slots are. Where a file system
+    refuses it, reads are buffered, a warning says so, `direct` is False, and what was read is dropped from the page
+    cache so that the budget stays true.
+
+    Attributes:
+        paths: the shards.
+        direct: True while every shard is read with O_DIRECT.
+        bytes_read: bytes that arrived since the start.
+        retries: reads that failed or fell short and were repeated.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, preadv: Preadv = os.preadv) -> None:
+        self.paths = tuple(paths)
+        self.direct = True
+        self.bytes_read = 0
+        self.retries = 0
+        self._preadv = preadv
+        self._lock = threading.Lock()
+        self._fds: list[int] = []
+        self._buffered: dict[int, int] = {}
+        try:
+            for path in self.paths:
+                self._fds.append(self._open(path))
+        except OSError as error:
+            self.close()
+            raise StorageError(error.errno, f"cannot open the store's shard: {error.strerror}", str(path)) from error
+
+    def _open(self, path: Path) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        if self.direct and hasattr(os, "O_DIRECT"):
+            with contextlib.suppress(OSError):
+                return os.open(path, flags | os.O_DIRECT)
+        if self.direct:
+            warnings.warn(
+                f"the file system of {path} refuses O_DIRECT: expert reads go through the page cache, which is slower "
+                "and takes memory beside the budget; put nvme= on a local ext4, xfs or btrfs disk",
+                SlowReadWarning,
+                stacklevel=2,
+            )
+            self.direct = False
+        return os.open(path, flags)
+
+    def read(self, shard: int, offset: int, out: memoryview) -> None:
+        """Fill `out` from the shard's bytes at `offset`.
+
+        EIO and short reads are repeated a few times, each from where the bytes stopped.
+
+        Args:
+            shard: index into `paths`.
+            offset: bytes from the file's start; a multiple of 4 KiB for O_DIRECT.
+            out: writable; page-aligned for O_DIRECT.
+
+        Raises:
+            StorageError: the disk failed every attempt.
+            StoreCorruptError: the file ends before the range does.
+        """
+        done = 0
+        attempts = 0
+        fd = self._fds[shard]
+        while done < len(out):
+            try:
+                count = self._preadv(fd, [out[done:]], offset + done)
+            except OSError as error:
+                if error.errno == errno.EINVAL and fd == self._fds[shard] and self.direct:
+                    fd = self._buffered_fd(shard)
+                    continue
+                attempts += 1
+                self._count_retry()
+                if error.errno not in _RETRIED or attempts >= READ_ATTEMPTS:
+                    raise StorageError(
+                        error.errno,
+                        f"reading {len(out)} bytes at {offset} failed after {attempts} attempts: {error.strerror}; "
+                        "check the disk, then `offload store verify`",
+                        str(self.paths[shard]),
+                    ) from error
+                time.sleep(_RETRY_PAUSE_S * attempts)
+                continue
+            if count == 0:
+                attempts += 1
+                self._count_retry()
+                if attempts >= READ_ATTEMPTS:
+                    raise StoreCorruptError(
+                        f"{self.paths[shard]} ends at byte {offset + done}, expected at least {offset + len(out)}: "
+                        "the shard was truncated; remove the store with `offload store rm` and load again"
+                    )
+                continue
+            done += count
+            if done < len(out):
+                self._count_retry()
+                if done % 4096:
+                    fd = self._buffered_fd(shard)
+        if not self.direct:
+            os.posix_fadvise(fd, offset, len(out), os.POSIX_FADV_DONTNEED)
+        with self._lock:
+            self.bytes_read += len(out)
+
+    def _buffered_fd(self, shard: int) -> int:
+        """A descriptor without O_DIRECT: what is left of a range after a short read may not be aligned."""
+        with self._lock:
+            if shard not in self._buffered:
+                self._buffered[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            return self._buffered[shard]
+
+    def _count_retry(self) -> None:
+        with self._lock:
+            self.retries += 1
+
+    def close(self) -> None:
+        """Close all descriptors; may be called again."""
+        for fd in (*self._fds, *self._buffered.values()):
+            os.close(fd)
+        self._fds.clear()
+        self._buffered.clear()
+
+    def renew_lock(self) -> None:
+        """In a forked child, where another thread may have held the lock when the process was copied."""
+        self._lock = threading.Lock()

@@ -1,0 +1,216 @@
+"""A tier of experts: slots, what lies in them, and the reads that fill them.
+
+The MoE step borrows experts: `borrow` takes what is resident, `start_loads` fetches what is not, `collect` hands
+over what has arrived, `give_back` lets go. A borrowed or loading expert is never evicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from offload.tiers.arena import Arena
+from offload.tiers.slot_table import SlotState, SlotTable
+from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
+from prefetch.policies.base import CachePolicy
+
+Locate = Callable[[int, memoryview], ReadRequest]
+"""(expert key, slot memory) → the read that fills the slot's first bytes."""
+
+
+@dataclass
+class TierCounters:
+    """What a tier did since it was made.
+
+    Attributes:
+        hits: routed experts found resident, once per layer and step.
+        misses: routed experts that had to be read.
+        evictions: experts that gave up their slot.
+        loads: reads that completed.
+        stall_s: seconds that steps waited for reads.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    loads: int = 0
+    stall_s: float = 0.0
+
+
+class ExpertTier:
+    """One tier's experts. One thread at a time; reader threads only finish tickets."""
+
+    def __init__(
+        self, arena: Arena, policy: CachePolicy, engine: ReadEngine, locate: Locate, bundle_nbytes: Callable[[int], int]
+    ) -> None:
+        """Make an empty tier.
+
+        Args:
+            arena: the slots.
+            policy: who is evicted.
+            engine: fills slots.
+            locate: where an expert's bytes are.
+            bundle_nbytes: bytes of an expert, at most a slot.
+        """
+        self.arena = arena
+        self.policy = policy
+        self.engine = engine
+        self.table = SlotTable(arena.count)
+        self.counters = TierCounters()
+        self._locate = locate
+        self._bundle_nbytes = bundle_nbytes
+        self._tickets: dict[int, Ticket] = {}
+
+    # --- borrowing -------------------------------------------------------------------------------------------
+
+    def borrow(self, keys: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Split a layer's routed experts into resident ones, which are now in use, and missing ones."""
+        self.policy.on_route(keys)
+        resident, missing = [], []
+        table = self.table
+        for key in keys:
+            if key in self._tickets:
+                self._settle(key)
+            if table.state_of(key) is SlotState.READY:
+                table.acquire(key)
+                resident.append(key)
+            else:
+                missing.append(key)
+        self.counters.hits += len(resident)
+        self.counters.misses += len(missing)
+        return resident, missing
+
+    def address(self, key: int) -> int:
+        """Address of a borrowed expert's bundle."""
+        return self.arena.address(self.slot(key))
+
+    def slot(self, key: int) -> int:
+        """Slot of a borrowed expert."""
+        slot = self.table.slot_of(key)
+        if slot is None:
+            raise KeyError(key)
+        return slot
+
+    def give_back(self, keys: Iterable[int]) -> None:
+        """End the use of borrowed experts; they stay resident until the policy evicts them."""
+        for key in keys:
+            self.table.release(key)
+
+    def discard_borrowed(self, key: int) -> None:
+        """Give a borrowed expert back and evict it at once: its slot is needed sooner than it is."""
+        self.table.release(key)
+        self._evict(key)
+
+    # --- loading ---------------------------------------------------------------------------------------------
+
+    def start_loads(self, keys: Sequence[int], urgency: Urgency = Urgency.NOW) -> int:
+        """Begin to read experts, in order, until slots run out.
+
+        Returns:
+            How many of `keys`, from the first, are now loading or loaded.
+        """
+        for started, key in enumerate(keys):
+            ticket = self._tickets.get(key)
+            if ticket is not None:
+                if urgency is Urgency.NOW:
+                    self.engine.promote(ticket)
+                continue
+            if self.table.slot_of(key) is None and not self._start_load(key, urgency):
+                return started
+        return len(keys)
+
+    def _start_load(self, key: int, urgency: Urgency) -> bool:
+        if not self.table.free_slots:
+            victim = self.policy.victim(self.table.pinned)
+            if victim is None:
+                return False
+            self._evict(victim)
+        slot = self.table.begin_load(key)
+        self.policy.on_insert(key)
+        out = memoryview(self.arena.view(slot, self._bundle_nbytes(key)))  # type: ignore[arg-type]
+        try:
+            self._tickets[key] = self.engine.submit(self._locate(key, out), urgency)
+        except BaseException:
+            self._drop(key)
+            raise
+        return True
+
+    def collect(self, keys: Sequence[int]) -> list[int]:
+        """Wait until at least one of the loading `keys` has arrived; all that have are now in use.
+
+        Raises:
+            StorageError, StoreCorruptError: a read of one of them failed; its slot is free again.
+        """
+        waiting = [key for key in keys if key in self._tickets]
+        tickets = [self._tickets[key] for key in waiting]
+        if tickets and not any(ticket.finished for ticket in tickets) and len(waiting) == len(keys):
+            before = perf_counter()
+            self.engine.wait_any(tickets)
+            self.counters.stall_s += perf_counter() - before
+        arrived = []
+        for key in keys:
+            self._settle(key)
+            if self.table.state_of(key) is SlotState.READY:
+                self.table.acquire(key)
+                arrived.append(key)
+        return arrived
+
+    def abandon(self, keys: Sequence[int]) -> None:
+        """After a failed step: cancel the loads of `keys` that still run and wait until none writes any more."""
+        tickets = [self._tickets[key] for key in keys if key in self._tickets]
+        for ticket in tickets:
+            self.engine.cancel(ticket)
+        self.engine.wait_all(tickets)
+        for key in keys:
+            if key in self._tickets:
+                self._settle(key, carry_error=False)
+
+    def _settle(self, key: int, *, carry_error: bool = True) -> None:
+        """Bring the table up to date with a finished read."""
+        ticket = self._tickets.get(key)
+        if ticket is None or not ticket.finished:
+            return
+        del self._tickets[key]
+        if ticket.succeeded:
+            self.table.finish_load(key)
+            self.counters.loads += 1
+            return
+        self._drop(key)
+        if ticket.error is not None and carry_error:
+            raise ticket.error
+
+    # --- leaving ---------------------------------------------------------------------------------------------
+
+    def _evict(self, key: int) -> None:
+        self._drop(key)
+        self.counters.evictions += 1
+
+    def _drop(self, key: int) -> None:
+        self.table.evict(key)
+        self.policy.on_evict(key)
+
+    def resize(self, slots: int) -> None:
+        """Use at most `slots` slots from now on (at least one); memory of the others goes back to the system.
+
+        Experts in use or loading keep theirs: call it between steps.
+        """
+        for key in list(self._tickets):
+            self._settle(key, carry_error=False)
+        target = max(1, min(slots, self.arena.count))
+        while self.table.usable_slots > target:
+            if not self.table.free_slots:
+                victim = self.policy.victim(self.table.pinned)
+                if victim is None:
+                    break
+                self._evict(victim)
+            self.arena.discard(self.table.retire())
+        while self.table.usable_slots < target:
+            self.table.restore()
+
+    def check(self) -> None:
+        """Prove that slots, keys, reads and the policy agree; see `SlotTable.check`."""
+        self.table.check()
+        loading = {key for key in self.table.keys() if self.table.state_of(key) is SlotState.LOADING}
+        if loading != set(self._tickets):
+            raise AssertionError(f"loading {sorted(loading)} but tickets for {sorted(self._tickets)}")

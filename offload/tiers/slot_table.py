@@ -1,0 +1,143 @@
+"""What lies in which slot: the one place that knows.
+
+A slot is free → loading → ready → in use → ready → free; a retired slot has given its memory back and is free
+again after `restore`. The table moves keys and states only. It is used from one thread at a time (the runtime's
+step lock); readers never touch it, they finish tickets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+
+
+class SlotState(Enum):
+    """The state of one slot."""
+
+    FREE = "free"
+    LOADING = "loading"
+    READY = "ready"
+    IN_USE = "in use"
+    RETIRED = "retired"
+
+
+class SlotTable:
+    """Slots of one tier and the expert keys that own them."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._state = [SlotState.FREE] * count
+        self._key: list[int | None] = [None] * count
+        self._slot: dict[int, int] = {}
+        self._free = list(range(count - 1, -1, -1))
+        self._retired: list[int] = []
+        self._pinned: set[int] = set()
+
+    def slot_of(self, key: int) -> int | None:
+        """The slot that `key` owns, whatever its state."""
+        return self._slot.get(key)
+
+    def state_of(self, key: int) -> SlotState:
+        """The state of the key's slot; FREE where it owns none."""
+        slot = self._slot.get(key)
+        return SlotState.FREE if slot is None else self._state[slot]
+
+    @property
+    def pinned(self) -> set[int]:
+        """Keys that must not be evicted now: loading or in use. Not a copy; do not change it."""
+        return self._pinned
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that `begin_load` can hand out."""
+        return len(self._free)
+
+    @property
+    def usable_slots(self) -> int:
+        """Slots that are not retired."""
+        return self.count - len(self._retired)
+
+    def keys(self) -> Iterator[int]:
+        """Keys that own a slot."""
+        return iter(self._slot)
+
+    def begin_load(self, key: int) -> int:
+        """Free → loading: give `key` a free slot."""
+        if key in self._slot:
+            raise RuntimeError(f"expert {key} already owns slot {self._slot[key]}")
+        slot = self._free.pop()
+        self._state[slot] = SlotState.LOADING
+        self._key[slot] = key
+        self._slot[key] = slot
+        self._pinned.add(key)
+        return slot
+
+    def finish_load(self, key: int) -> None:
+        """Loading → ready."""
+        self._move(key, SlotState.LOADING, SlotState.READY)
+        self._pinned.discard(key)
+
+    def acquire(self, key: int) -> int:
+        """Ready → in use: the slot, which stays until `release`."""
+        self._move(key, SlotState.READY, SlotState.IN_USE)
+        self._pinned.add(key)
+        return self._slot[key]
+
+    def release(self, key: int) -> None:
+        """In use → ready."""
+        self._move(key, SlotState.IN_USE, SlotState.READY)
+        self._pinned.discard(key)
+
+    def evict(self, key: int) -> int:
+        """Ready → free, or loading → free after a failed load: the slot that became free."""
+        slot = self._slot.get(key)
+        if slot is None or self._state[slot] not in (SlotState.READY, SlotState.LOADING):
+            raise RuntimeError(f"expert {key} cannot be evicted: {self.state_of(key).value}")
+        del self._slot[key]
+        self._pinned.discard(key)
+        self._key[slot] = None
+        self._state[slot] = SlotState.FREE
+        self._free.append(slot)
+        return slot
+
+    def retire(self) -> int:
+        """Free → retired: take one free slot out of use; the slot."""
+        slot = self._free.pop()
+        self._state[slot] = SlotState.RETIRED
+        self._retired.append(slot)
+        return slot
+
+    def restore(self) -> int:
+        """Retired → free: take one slot back into use; the slot."""
+        slot = self._retired.pop()
+        self._state[slot] = SlotState.FREE
+        self._free.append(slot)
+        return slot
+
+    def _move(self, key: int, expected: SlotState, to: SlotState) -> None:
+        slot = self._slot.get(key)
+        if slot is None or self._state[slot] is not expected:
+            raise RuntimeError(f"expert {key} is {self.state_of(key).value}, expected {expected.value}")
+        self._state[slot] = to
+
+    def check(self) -> None:
+        """Prove: resident + free + retired = total, no expert twice, no slot without owner, pins match states.
+
+        Raises:
+            AssertionError: naming the first slot or key that breaks it.
+        """
+        owned = (SlotState.LOADING, SlotState.READY, SlotState.IN_USE)
+        for slot, (state, key) in enumerate(zip(self._state, self._key, strict=True)):
+            if (state in owned) != (key is not None):
+                raise AssertionError(f"slot {slot} is {state.value} and owned by {key}")
+            if key is not None and self._slot.get(key) != slot:
+                raise AssertionError(f"slot {slot} says expert {key}, which owns slot {self._slot.get(key)}")
+        if len(self._slot) + len(self._free) + len(self._retired) != self.count:
+            raise AssertionError(
+                f"{len(self._slot)} owned + {len(self._free)} free + {len(self._retired)} retired != {self.count}"
+            )
+        if len(set(self._free) | set(self._retired)) != len(self._free) + len(self._retired):
+            raise AssertionError("a slot is free or retired twice")
+        should_be = {k for k, s in self._slot.items() if self._state[s] in (SlotState.LOADING, SlotState.IN_USE)}
+        if should_be != self._pinned:
+            raise AssertionError(f"pins {sorted(self._pinned)} differ from states {sorted(should_be)}")

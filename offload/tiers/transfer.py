@@ -1,0 +1,279 @@
+"""The transfer engine: reader threads that fill slots, urgent ones first.
+
+A request is cut into chunks, so that several threads work on one expert and a read that is needed now overtakes one
+that is only wanted soon. A ticket is finished when no thread will write to its memory any more, whether it is done,
+failed or cancelled: only then may the memory be used for something else.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+import xxhash
+
+from offload.errors import ClosedError, StoreCorruptError
+from offload.tiers.disk import ShardReader
+
+
+class Urgency(Enum):
+    """How soon a read is needed; a lower value is served first."""
+
+    NOW = 0
+    SOON = 1
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """One bundle to read.
+
+    Attributes:
+        shard: index of the store's shard.
+        offset: bytes from the shard's start.
+        out: where it goes, writable, as long as the bundle.
+        checksum: xxh3-64 of the bundle.
+        label: names the expert in messages.
+    """
+
+    shard: int
+    offset: int
+    out: memoryview
+    checksum: int
+    label: str
+
+
+class Ticket:
+    """The completion of one read. Written under the engine's lock, read by anyone."""
+
+    __slots__ = ("cancelled", "error", "finished", "in_flight", "request", "unclaimed", "unread", "urgency")
+
+    def __init__(self, request: ReadRequest, chunks: int, urgency: Urgency) -> None:
+        self.request = request
+        self.urgency = urgency
+        self.unclaimed = set(range(chunks))
+        self.unread = chunks
+        self.in_flight = 0
+        self.finished = False
+        self.cancelled = False
+        self.error: BaseException | None = None
+
+    @property
+    def succeeded(self) -> bool:
+        """True when the bundle is there, whole and checked."""
+        return self.finished and self.error is None and not self.cancelled
+
+
+class _Queue:
+    """What reader threads share; holds no reference to the engine, so that an engine can be collected."""
+
+    def __init__(self, reader: ShardReader, chunk_nbytes: int) -> None:
+        self.reader = reader
+        self.chunk_nbytes = chunk_nbytes
+        self.heap: list[tuple[int, int, Ticket, int]] = []
+        self.sequence = itertools.count()
+        self.unfinished: set[Ticket] = set()
+        self.threads: list[threading.Thread] = []
+        self.closed = False
+        self.renew()
+
+    def renew(self) -> None:
+        lock = threading.Lock()
+        self.work = threading.Condition(lock)
+        self.done = threading.Condition(lock)
+
+    def push(self, ticket: Ticket) -> None:
+        for chunk in sorted(ticket.unclaimed):
+            heapq.heappush(self.heap, (ticket.urgency.value, next(self.sequence), ticket, chunk))
+
+    def close(self) -> None:
+        with self.work:
+            self.closed = True
+            self.heap.clear()
+            for ticket in list(self.unfinished):
+                ticket.cancelled = True
+                ticket.unclaimed.clear()
+                self.finish_if_idle(ticket)
+            self.work.notify_all()
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        self.reader.close()
+
+    def note_error(self, ticket: Ticket, error: BaseException | None) -> None:
+        if error is not None and ticket.error is None:
+            ticket.error = error
+            ticket.unclaimed.clear()
+
+    def finish_if_idle(self, ticket: Ticket) -> None:
+        if not ticket.finished and ticket.in_flight == 0 and not ticket.unclaimed:
+            ticket.finished = True
+            self.unfinished.discard(ticket)
+            self.done.notify_all()
+
+
+def _serve(queue: _Queue) -> None:
+    while True:
+        with queue.work:
+            while not queue.heap and not queue.closed:
+                queue.work.wait()
+            if queue.closed:
+                return
+            _, _, ticket, chunk = heapq.heappop(queue.heap)
+            if chunk not in ticket.unclaimed:
+                continue
+            ticket.unclaimed.discard(chunk)
+            ticket.in_flight += 1
+        error = _read_chunk(queue, ticket, chunk)
+        with queue.work:
+            ticket.unread -= 1
+            queue.note_error(ticket, error)
+            whole = ticket.unread == 0 and ticket.error is None and not ticket.cancelled
+        error = _check(queue, ticket) if whole else None
+        with queue.work:
+            ticket.in_flight -= 1
+            queue.note_error(ticket, error)
+            queue.finish_if_idle(ticket)
+
+
+def _read_chunk(queue: _Queue, ticket: Ticket, chunk: int) -> BaseException | None:
+    request = ticket.request
+    start = chunk * queue.chunk_nbytes
+    part = request.out[start : start + queue.chunk_nbytes]
+    try:
+        queue.reader.read(request.shard, request.offset + start, part)
+    except BaseException as error:  # noqa: BLE001 - carried to whoever waits for the ticket
+        return error
+    return None
+
+
+def _check(queue: _Queue, ticket: Ticket) -> BaseException | None:
+    """A wrong checksum is read once more: a flip on the way is healed, one on the disk is reported."""
+    request = ticket.request
+    if xxhash.xxh3_64_intdigest(request.out) == request.checksum:
+        return None
+    try:
+        queue.reader.read(request.shard, request.offset, request.out)
+    except BaseException as error:  # noqa: BLE001 - carried to whoever waits for the ticket
+        return error
+    found = xxhash.xxh3_64_intdigest(request.out)
+    if found == request.checksum:
+        return None
+    return StoreCorruptError(
+        f"{request.label} in {queue.reader.paths[request.shard]} at byte {request.offset}: checksum {found:016x}, "
+        f"expected {request.checksum:016x}; remove the store with `offload store rm` and load again"
+    )
+
+
+class ReadEngine:
+    """Reader threads over a store's shards. Safe to use from several threads, and in a forked child."""
+
+    def __init__(self, reader: ShardReader, *, threads: int, chunk_nbytes: int) -> None:
+        """Start lazily: threads exist from the first request on.
+
+        Args:
+            reader: the open shards; closed with the engine.
+            threads: reads in flight.
+            chunk_nbytes: a multiple of 4 KiB.
+        """
+        if threads < 1 or chunk_nbytes < 4096 or chunk_nbytes % 4096:
+            raise ValueError(f"{threads} reader threads with chunks of {chunk_nbytes} bytes: need >= 1, whole pages")
+        self._queue = _Queue(reader, chunk_nbytes)
+        self._thread_count = threads
+        self._finalizer = weakref.finalize(self, self._queue.close)
+        _ENGINES.add(self)
+
+    @property
+    def reader(self) -> ShardReader:
+        """The shards that it reads."""
+        return self._queue.reader
+
+    def submit(self, request: ReadRequest, urgency: Urgency) -> Ticket:
+        """Queue one read; returns at once.
+
+        Raises:
+            ClosedError: after `close()`.
+        """
+        queue = self._queue
+        chunks = max(1, -(-len(request.out) // queue.chunk_nbytes))
+        ticket = Ticket(request, chunks, urgency)
+        with queue.work:
+            if queue.closed:
+                raise ClosedError("the model's runtime was closed; load the model again")
+            if not queue.threads:
+                self._start()
+            queue.unfinished.add(ticket)
+            queue.push(ticket)
+            queue.work.notify(chunks)
+        return ticket
+
+    def _start(self) -> None:
+        for index in range(self._thread_count):
+            thread = threading.Thread(target=_serve, args=(self._queue,), name=f"offload-reader-{index}", daemon=True)
+            self._queue.threads.append(thread)
+            thread.start()
+
+    def promote(self, ticket: Ticket) -> None:
+        """Serve a queued read before all that are only wanted soon."""
+        queue = self._queue
+        with queue.work:
+            if ticket.urgency is not Urgency.NOW:
+                ticket.urgency = Urgency.NOW
+                queue.push(ticket)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Drop what is not being read yet; the ticket finishes once running chunks have come in."""
+        queue = self._queue
+        with queue.work:
+            if not ticket.finished:
+                ticket.cancelled = True
+                ticket.unclaimed.clear()
+                queue.finish_if_idle(ticket)
+
+    def wait_any(self, tickets: Iterable[Ticket]) -> None:
+        """Return when at least one of the tickets is finished, whatever its outcome."""
+        waiting = tuple(tickets)
+        with self._queue.done:
+            while not any(ticket.finished for ticket in waiting):
+                self._queue.done.wait()
+
+    def wait_all(self, tickets: Iterable[Ticket]) -> None:
+        """Return when all of the tickets are finished."""
+        waiting = tuple(tickets)
+        with self._queue.done:
+            while not all(ticket.finished for ticket in waiting):
+                self._queue.done.wait()
+
+    def close(self) -> None:
+        """Cancel what is queued, wait for what is running, close the shards. May be called again."""
+        self._finalizer()
+
+    def restart_in_child(self) -> None:
+        """After a fork: the parent's reader threads are not here, what they were doing is cancelled."""
+        queue = self._queue
+        queue.renew()
+        queue.reader.renew_lock()
+        queue.heap.clear()
+        queue.threads.clear()
+        with queue.work:
+            for ticket in list(queue.unfinished):
+                ticket.cancelled = True
+                ticket.unclaimed.clear()
+                ticket.in_flight = 0
+                queue.finish_if_idle(ticket)
+
+
+_ENGINES: weakref.WeakSet[ReadEngine] = weakref.WeakSet()
+
+
+def _restart_engines_in_child() -> None:
+    for engine in list(_ENGINES):
+        engine.restart_in_child()
+
+
+os.register_at_fork(after_in_child=_restart_engines_in_child)

@@ -1,0 +1,99 @@
+"""From sizes and budgets to a plan: dense weights and KV in RAM, as many expert slots as fit."""
+
+from __future__ import annotations
+
+from placement.model_spec import ModelSpec
+from placement.plan import Plan, RamUse
+from placement.workload import Workload
+
+MINIMUM_SLOTS = 2
+"""One expert computes while the next one loads."""
+
+READ_CHUNK_NBYTES = 4 << 20
+READER_THREADS = 4
+
+_PAGE_NBYTES = 4096
+_LOGIT_NBYTES = 4 + 4 + 4
+"""generate() holds a row of logits in the model's dtype, in fp32, and once more while it samples."""
+
+
+class PlanInfeasibleError(ValueError):
+    """Nothing within the budget can run this.
+
+    Attributes:
+        minimum_ram_nbytes: the least budget with which it can.
+    """
+
+    def __init__(self, message: str, minimum_ram_nbytes: int) -> None:
+        super().__init__(message)
+        self.minimum_ram_nbytes = minimum_ram_nbytes
+
+
+def fixed_ram(spec: ModelSpec, workload: Workload) -> RamUse:
+    """Host memory that the request needs before the first expert slot."""
+    kv_nbytes = workload.batch * (workload.context_tokens * spec.kv_nbytes_per_token + spec.kv_fixed_nbytes)
+    # DynamicCache concatenates: for a moment one layer's old and new copies are both alive.
+    kv_nbytes += kv_nbytes // max(spec.layer_count, 1)
+    activation_nbytes = (
+        workload.tokens_at_once * spec.activation_nbytes_per_token
+        + workload.batch * spec.vocab_size * _LOGIT_NBYTES
+        + spec.largest_dense_nbytes
+    )
+    return RamUse(
+        dense_nbytes=spec.dense_nbytes,
+        kv_nbytes=_page_up(kv_nbytes),
+        activation_nbytes=_page_up(activation_nbytes),
+        slot_nbytes=0,
+    )
+
+
+def make_plan(spec: ModelSpec, workload: Workload, ram_budget_nbytes: int) -> Plan:
+    """The plan for a machine without an accelerator.
+
+    Args:
+        spec: the model by its sizes.
+        workload: what will run.
+        ram_budget_nbytes: bound on all that the runtime holds in host memory.
+
+    Raises:
+        PlanInfeasibleError: the budget is below what dense weights, KV, activations and two expert slots need.
+    """
+    fixed = fixed_ram(spec, workload)
+    slot_nbytes = spec.bundle_nbytes
+    minimum_slots = min(MINIMUM_SLOTS, spec.expert_count)
+    minimum = fixed.total_nbytes + minimum_slots * slot_nbytes
+    if ram_budget_nbytes < minimum:
+        raise PlanInfeasibleError(
+            f"{spec.name} needs at least {minimum:,} bytes of RAM: dense weights {fixed.dense_nbytes:,}, "
+            f"KV cache of {workload.batch} x {workload.context_tokens} tokens {fixed.kv_nbytes:,}, "
+            f"activations {fixed.activation_nbytes:,}, {minimum_slots} expert slots of {slot_nbytes:,}; "
+            f"the budget is {ram_budget_nbytes:,}",
+            minimum,
+        )
+    slots = min(spec.expert_count, (ram_budget_nbytes - fixed.total_nbytes) // slot_nbytes)
+    return Plan(
+        model=spec.name,
+        model_type=spec.model_type,
+        format=spec.experts[0].layout.format,
+        workload=workload,
+        dense_tier="ram",
+        kv_tier="ram",
+        expert_home="nvme",
+        expert_count=spec.expert_count,
+        expert_nbytes=spec.expert_nbytes,
+        experts_per_token=sum(layer.top_k for layer in spec.experts),
+        slot_nbytes=slot_nbytes,
+        ram_slots=slots,
+        ram=RamUse(fixed.dense_nbytes, fixed.kv_nbytes, fixed.activation_nbytes, slots * slot_nbytes),
+        ram_budget_nbytes=ram_budget_nbytes,
+        minimum_ram_nbytes=minimum,
+        disk_nbytes=spec.expert_nbytes,
+        kv_nbytes_per_token=spec.kv_nbytes_per_token,
+        activation_nbytes_per_token=spec.activation_nbytes_per_token,
+        read_chunk_nbytes=READ_CHUNK_NBYTES,
+        reader_threads=READER_THREADS,
+    )
+
+
+def _page_up(nbytes: int) -> int:
+    return -(-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES

@@ -1,0 +1,1 @@
+"""Cache policies: which expert gives way to which."""
