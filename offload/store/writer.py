@@ -1,0 +1,160 @@
+"""Experts into shards: one thread fills a buffer while another writes the one before."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from offload.store import files
+from offload.store.names import shard_file
+from offload.store.progress import Progress
+from offload.store.shards import Chunk, Shard, chunks
+from offload.store.source import BundleSource, ExpertGroup
+
+BUFFERS = 2
+CHUNK_NBYTES = 16 * 1024**2
+# Where O_DIRECT is refused: how much may lie dirty in the page cache before it is written out and dropped.
+DIRTY_NBYTES = 256 * 1024**2
+
+
+def conversion_buffer_nbytes(groups: Sequence[ExpertGroup]) -> int:
+    """Bytes of host memory in which a conversion keeps experts: BUFFERS times 16 MiB or the largest bundle.
+
+    What the source itself needs to fill one bundle is not counted, nor the header of one shard.
+    """
+    return BUFFERS * _buffer_nbytes(groups)
+
+
+def _buffer_nbytes(groups: Sequence[ExpertGroup]) -> int:
+    total = sum(group.count * group.layout.nbytes for group in groups)
+    return max(min(CHUNK_NBYTES, total), max(group.layout.nbytes for group in groups))
+
+
+def write_shards(source: BundleSource, shards: Sequence[Shard], directory: Path, progress: Progress) -> list[int]:
+    """Write all shards and make their bytes durable.
+
+    Args:
+        source: filled from in the calling thread, each expert once, in order.
+        shards: planned from the source's groups.
+        directory: exists and holds none of the shards.
+        progress: advanced by the bytes of bundles as they are written.
+
+    Returns:
+        xxh3_64 of every bundle, in order.
+
+    Raises:
+        StorageError: writing failed.
+        Exception: whatever the source raises.
+    """
+    buffer_nbytes = _buffer_nbytes(source.groups)
+    buffers = [files.aligned_buffer(buffer_nbytes) for _ in range(BUFFERS)]
+    writer = ShardWriter(directory, shards)
+    pending: deque[tuple[int, Future[None]]] = deque()
+
+    def wait() -> None:
+        nbytes, future = pending.popleft()
+        future.result()
+        progress.advance(nbytes)
+
+    # The pool is left first: its thread is done with the writer before the writer closes.
+    with closing(writer), ThreadPoolExecutor(1, thread_name_prefix="store-writer") as pool:
+        for index, chunk in enumerate(chunks(shards, buffer_nbytes)):
+            if len(pending) == BUFFERS:
+                wait()
+            # Chunks are written in order, so the buffer that came back last is the next in turn.
+            buffer = buffers[index % BUFFERS][: chunk.nbytes]
+            done = 0
+            for bundle in chunk.bundles:
+                source.fill_bundle(bundle.group, bundle.expert, buffer[done : done + bundle.nbytes])
+                done += bundle.nbytes
+            pending.append((chunk.nbytes, pool.submit(writer.write, chunk, buffer)))
+        while pending:
+            wait()
+        pool.submit(writer.finish_shard).result()
+    return writer.checksums
+
+
+class ShardWriter:
+    """Writes the chunks of a plan in order; only one thread uses it at a time."""
+
+    def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:
+        self.checksums: list[int] = []
+        self._directory = directory
+        self._shards = shards
+        self._index = -1
+        self._fd: int | None = None
+        self._direct = True
+        self._dirty_nbytes = 0
+
+    def write(self, chunk: Chunk, buffer: files.Bytes) -> None:
+        """Write a chunk from a page-aligned buffer, and open its shard where it is the first of it."""
+        if chunk.shard != self._index:
+            self.finish_shard()
+            self._index = chunk.shard
+            with files.storage_errors("writing", self._path):
+                self._open()
+        done = 0
+        for bundle in chunk.bundles:
+            self.checksums.append(xxhash.xxh3_64_intdigest(buffer.data[done : done + bundle.nbytes]))
+            done += bundle.nbytes
+        with files.storage_errors("writing", self._path):
+            self._write(buffer, chunk.offset)
+
+    def finish_shard(self) -> None:
+        """Make the open shard's bytes durable and close it."""
+        if self._fd is None:
+            return
+        with files.storage_errors("writing", self._path):
+            self._flush()
+            self.close()
+
+    def close(self) -> None:
+        """Close the open shard as it is."""
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            os.close(fd)
+
+    @property
+    def _path(self) -> Path:
+        return self._directory / shard_file(self._index, len(self._shards))
+
+    def _open(self) -> None:
+        """Create the shard with its header; the header's write shows whether O_DIRECT works here."""
+        text = self._shards[self._index].header
+        header = files.aligned_buffer(len(text))
+        header[:] = np.frombuffer(text, dtype=np.uint8)
+        flags = os.O_WRONLY | os.O_CREAT
+        if self._direct:
+            try:
+                self._fd = files.open_file(self._path, flags | os.O_DIRECT)
+                self._write(header, 0)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                self.close()
+                self._direct = False
+        self._fd = files.open_file(self._path, flags)
+        self._write(header, 0)
+
+    def _write(self, data: files.Bytes, offset: int) -> None:
+        assert self._fd is not None
+        files.write_all(self._fd, data, offset)
+        self._dirty_nbytes += data.nbytes
+        if not self._direct and self._dirty_nbytes >= DIRTY_NBYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        assert self._fd is not None
+        files.fsync(self._fd)
+        if not self._direct:
+            files.drop_cache(self._fd)
+        self._dirty_nbytes = 0
