@@ -1,0 +1,1 @@
+"""A small Mixture-of-Experts language model, trained from scratch on text that every Python installation has."""
