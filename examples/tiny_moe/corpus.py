@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
+MAX_POSITIONS = 2048
 
 VALIDATION_SHARE = 25
 """One document in this many is held out."""
@@ -71,13 +72,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PAD,
+        model_max_length=MAX_POSITIONS,
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
 
 def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64]:
     """All documents as one row of token ids, each one preceded by the end-of-text token."""
-    texts = [document.text for document in documents]
+    encodings = tokenizer.backend_tokenizer.encode_batch([document.text for document in documents])
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return np.concatenate([np.array([end, *row], dtype=np.int64) for row in rows])
+    return np.concatenate([np.array([end, *encoding.ids], dtype=np.int64) for encoding in encodings])

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from examples.tiny_moe.corpus import encode, read_documents, train_tokenizer
+from examples.tiny_moe.corpus import MAX_POSITIONS, encode, read_documents, train_tokenizer
 
 VOCAB, CONTEXT, SEQUENCES = 2048, 512, 8
 MICRO_SEQUENCES = 4
@@ -58,7 +58,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
         moe_intermediate_size=128,
         norm_topk_prob=True,
         router_aux_loss_coef=BALANCE,
-        max_position_embeddings=2048,
+        max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
