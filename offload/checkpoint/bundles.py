@@ -1,0 +1,148 @@
+"""Bundles straight out of a checkpoint: what the expert store is converted from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from formats.bundle import BundleLayout, Component
+from offload.checkpoint.checkpoint import Checkpoint
+from offload.checkpoint.dtypes import TORCH_DTYPES
+from offload.checkpoint.experts import MappedExperts, pick_component
+from offload.errors import InvalidArgumentError
+from offload.store.source import ExpertGroup
+from placement.tensors import ComponentSource, TensorSpan
+
+_FORMAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class CheckpointBundleSource:
+    """A checkpoint's experts as bundles, one at a time; implements `offload.store.source.BundleSource`.
+
+    Filling a bundle needs no more memory than one expert in its stored dtype besides the bundle itself. It may be
+    called from several threads.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        mapped: Sequence[MappedExperts],
+        dtype: torch.dtype,
+        format: str,
+        name: str,
+        *,
+        drop_cache: bool = False,
+    ) -> None:
+        """Describe the bundles; nothing is read.
+
+        Args:
+            checkpoint: must stay open while bundles are filled.
+            mapped: the MoE layers, as `map_checkpoint` gives them.
+            dtype: of the weights in the running model; stored weights are cast to it as transformers casts them.
+            format: of the bundles; holds exactly the values of `dtype`.
+            name: what the user called the model.
+            drop_cache: give the pages that were read back to the system, where every expert is read once.
+
+        Raises:
+            InvalidArgumentError: the format is unknown or does not hold `dtype`.
+        """
+        if _FORMAT_DTYPES.get(format) is not dtype:
+            raise InvalidArgumentError(
+                f"bundles of format {format!r} from weights in {dtype}: expected one of "
+                f"{', '.join(f'{known} for {held}' for known, held in _FORMAT_DTYPES.items())}"
+            )
+        self._checkpoint = checkpoint
+        self._mapped = tuple(mapped)
+        self._dtype = dtype
+        self._drop_cache = drop_cache
+        self._name = name
+        self._groups = tuple(_group(experts, format) for experts in self._mapped)
+        self._identity = _identity(checkpoint.identity, self._groups)
+
+    @property
+    def identity(self) -> str:
+        """Hex digest of the checkpoint's identity, the layers and their layouts."""
+        return self._identity
+
+    @property
+    def name(self) -> str:
+        """What the user called the model."""
+        return self._name
+
+    @property
+    def groups(self) -> Sequence[ExpertGroup]:
+        """The MoE layers in order."""
+        return self._groups
+
+    def fill_bundle(self, group_index: int, expert: int, out: npt.NDArray[np.uint8]) -> None:
+        """Write one expert's bundle: its components, cast, and zeros between and behind them.
+
+        Args:
+            group_index: index into `groups`.
+            expert: expert id in the layer.
+            out: uint8 [layout.nbytes], contiguous and writable.
+
+        Raises:
+            CheckpointChangedError, StorageError: see `Checkpoint.read`.
+        """
+        layout = self._groups[group_index].layout
+        if out.shape != (layout.nbytes,) or out.dtype != np.uint8 or not out.flags.c_contiguous:
+            raise InvalidArgumentError(f"a bundle of {layout.nbytes} bytes into {out.dtype} {out.shape}")
+        sources = self._mapped[group_index].sources[expert]
+        # Interleaved gate and up lie in the same bytes, which are read once.
+        kept: dict[TensorSpan, torch.Tensor] = {}
+        shared = {source.span for source in sources.values() if _uses(source.span, sources) > 1}
+        end = 0
+        for component in layout.components.values():
+            out[end : component.offset] = 0
+            end = component.offset + component.nbytes
+            self._fill(component, sources[component.name], out[component.offset : end], kept, shared)
+        out[end:] = 0
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointChangedError if a file is no longer what `identity` was taken from."""
+        self._checkpoint.check_unchanged()
+
+    def _fill(
+        self,
+        component: Component,
+        source: ComponentSource,
+        out: npt.NDArray[np.uint8],
+        kept: dict[TensorSpan, torch.Tensor],
+        shared: set[TensorSpan],
+    ) -> None:
+        span = source.span
+        if span.nbytes == out.nbytes and not source.transposed and TORCH_DTYPES[span.dtype] is self._dtype:
+            self._checkpoint.read_into(span, out.data, drop_cache=self._drop_cache)
+            return
+        stored = kept.get(span)
+        if stored is None:
+            stored = self._checkpoint.read(span, drop_cache=self._drop_cache)
+        if span in shared:
+            kept[span] = stored
+        target = torch.from_numpy(out).view(self._dtype).view(component.shape)
+        target.copy_(pick_component(stored, source))
+
+
+def _group(experts: MappedExperts, format: str) -> ExpertGroup:
+    layout = BundleLayout(experts.hidden, experts.intermediate, format, experts.has_gate, experts.has_bias)
+    return ExpertGroup(experts.module, experts.count, layout)
+
+
+def _uses(span: TensorSpan, sources: dict[str, ComponentSource]) -> int:
+    return sum(source.span == span for source in sources.values())
+
+
+def _identity(checkpoint_identity: str, groups: Sequence[ExpertGroup]) -> str:
+    digest = hashlib.blake2b(checkpoint_identity.encode(), digest_size=16)
+    for group in groups:
+        layout = group.layout
+        digest.update(
+            f"\0{group.module}\0{group.count}\0{layout.format}\0{layout.hidden}\0{layout.intermediate}"
+            f"\0{layout.has_gate}\0{layout.has_bias}".encode()
+        )
+    return digest.hexdigest()

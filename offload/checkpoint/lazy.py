@@ -1,0 +1,57 @@
+"""Tensors that are read when they are indexed, as transformers' loader expects of a state dict's values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from offload.checkpoint.checkpoint import Checkpoint
+from offload.checkpoint.dtypes import TORCH_DTYPES
+from placement.tensors import TensorSpan
+
+
+class LazyTensor:
+    """A stored tensor that stands in for a safetensors slice: `lazy[...]` reads it, anew each time.
+
+    Attributes:
+        span: where it lies.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, span: TensorSpan, *, drop_cache: bool = False) -> None:
+        self._checkpoint = checkpoint
+        self._drop_cache = drop_cache
+        self.span = span
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self._checkpoint.read(self.span, drop_cache=self._drop_cache)
+        # The read is fresh memory already, and for `...` torch would only make a second object of it.
+        return tensor if index is Ellipsis else tensor[index]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the stored tensor."""
+        return torch.Size(self.span.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the stored tensor."""
+        return TORCH_DTYPES[self.span.dtype]
+
+    def get_shape(self) -> list[int]:
+        """Shape, as a safetensors slice gives it."""
+        return list(self.span.shape)
+
+    def get_dtype(self) -> str:
+        """The safetensors tag, as a safetensors slice gives it."""
+        return self.span.dtype
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self.span.dtype} {list(self.span.shape)} of {self.span.file!r})"
+
+
+def lazy_state_dict(
+    checkpoint: Checkpoint, spans: dict[str, TensorSpan], *, drop_cache: bool = False
+) -> dict[str, LazyTensor]:
+    """A state dict of spans, such as `CheckpointMap.dense`, none of them read yet."""
+    return {key: LazyTensor(checkpoint, span, drop_cache=drop_cache) for key, span in spans.items()}
