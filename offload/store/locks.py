@@ -44,7 +44,7 @@ def store_lock(
     finally:
         # Unlinked while held: a process that still waits on this file sees, once it has it, that it has no name.
         with suppress(OSError):
-            path.unlink()
+            files.unlink(path)
         # Closing would not do where a forked child still has the descriptor.
         fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
@@ -75,8 +75,10 @@ def _acquire(path: Path, timeout_seconds: float | None, on_wait: Callable[[int |
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _has_name(fd, path):
-                os.ftruncate(fd, 0)
-                files.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                # The pid is for messages: a full disk, from which a store is to be removed, has no room for it.
+                with suppress(OSError):
+                    os.ftruncate(fd, 0)
+                    files.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
                 held = True
                 return fd
         except BlockingIOError:
