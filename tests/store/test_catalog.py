@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
 from offload.errors import InvalidArgumentError, StoreBusyError, StoreError
-from offload.store import ExpertStore, convert, list_stores, remove_store
+from offload.store import ExpertStore, convert, files, list_stores, remove_store
 from offload.store.locks import store_lock
 from offload.store.names import key_of_store
+from tests.store.faults import exit_code, in_child
 from tests.store.sources import GROUPS, IDENTITY, SeededSource, assert_whole
+
+KEY = f"{IDENTITY[:16]}-bf16"
 
 
 @pytest.fixture
@@ -85,24 +89,57 @@ def test_a_reader_keeps_what_it_opened(store: ExpertStore, tmp_path: Path) -> No
 
 
 def test_the_lock_file_goes_with_the_lock(tmp_path: Path) -> None:
-    key = f"{IDENTITY[:16]}-bf16"
     for _ in range(2):
-        with store_lock(tmp_path, key, timeout_seconds=0):
-            assert [entry.name for entry in tmp_path.iterdir()] == [f".{key}.lock"]
+        with store_lock(tmp_path, KEY, timeout_seconds=0):
+            assert [entry.name for entry in tmp_path.iterdir()] == [f".{KEY}.lock"]
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_was_unlinked_under_a_waiter_is_taken_anew(tmp_path: Path) -> None:
-    key = f"{IDENTITY[:16]}-bf16"
+def test_waiting_ends_when_the_holder_lets_go(tmp_path: Path) -> None:
     waited = []
-    first = store_lock(tmp_path, key, timeout_seconds=0)
+    first = store_lock(tmp_path, KEY, timeout_seconds=0)
     first.__enter__()
 
     def release(holder: int | None) -> None:
         waited.append(holder)
         first.__exit__(None, None, None)
 
-    with store_lock(tmp_path, key, timeout_seconds=5, on_wait=release):
+    with store_lock(tmp_path, KEY, timeout_seconds=5, on_wait=release):
         assert waited == [os.getpid()]
-        with pytest.raises(StoreBusyError), store_lock(tmp_path, key, timeout_seconds=0):
+
+
+def test_a_lock_file_unlinked_before_it_was_locked_is_not_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = files.open_file
+    opened = []
+
+    def open_then_lose_the_first(path: Path, flags: int) -> int:
+        fd = open_file(path, flags)
+        opened.append(fd)
+        if len(opened) == 1:
+            path.unlink()
+        return fd
+
+    monkeypatch.setattr(files, "open_file", open_then_lose_the_first)
+    with store_lock(tmp_path, KEY, timeout_seconds=0):
+        assert len(opened) == 2
+        with pytest.raises(StoreBusyError), store_lock(tmp_path, KEY, timeout_seconds=0):
             pass
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError
+
+    # Else the lock that is asked for next would be another file's.
+    monkeypatch.setattr(files, "unlink", refuse)
+    with store_lock(tmp_path, KEY, timeout_seconds=0):
+        child = in_child(lambda: time.sleep(60))
+    try:
+        with store_lock(tmp_path, KEY, timeout_seconds=0):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        assert exit_code(child) == -signal.SIGKILL
