@@ -44,10 +44,11 @@ class ModelSpec:
         layer_count: decoder layers, MoE or not.
         max_context_tokens: longest sequence that the model was made for.
         dense_nbytes: bytes of all weights and buffers that are not routed experts, tied weights counted once.
-        largest_dense_nbytes: bytes of the largest single dense tensor.
+        load_scratch_nbytes: bytes that loading holds beside the weights that are loaded, at most.
         kv_nbytes_per_token: bytes by which the cache of one sequence grows with a token, all layers together.
         kv_fixed_nbytes: bytes of the cache of one sequence that do not grow (linear attention, convolution states).
-        activation_nbytes_per_token: bytes of activations alive at once for one token of a prefill, at most.
+        activation_nbytes_per_token: bytes of activations alive at once for one new token of a forward pass, at most.
+        attention_nbytes_per_token: bytes that attention holds beside for one cached token, at most.
         experts: one entry for each MoE layer.
     """
 
@@ -59,10 +60,11 @@ class ModelSpec:
     layer_count: int
     max_context_tokens: int
     dense_nbytes: int
-    largest_dense_nbytes: int
+    load_scratch_nbytes: int
     kv_nbytes_per_token: int
     kv_fixed_nbytes: int
     activation_nbytes_per_token: int
+    attention_nbytes_per_token: int
     experts: tuple[ExpertsSpec, ...]
 
     @property

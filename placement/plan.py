@@ -60,7 +60,6 @@ class Plan:
         minimum_ram_nbytes: the least budget with which this request fits.
         disk_nbytes: bytes that the store needs on disk.
         kv_nbytes_per_token: growth of one sequence's cache.
-        activation_nbytes_per_token: activations of one token of a forward pass.
         read_chunk_nbytes: expert reads are cut into pieces of this size, so that an urgent one overtakes.
         reader_threads: reads in flight.
     """
@@ -82,7 +81,6 @@ class Plan:
     minimum_ram_nbytes: int
     disk_nbytes: int
     kv_nbytes_per_token: int
-    activation_nbytes_per_token: int
     read_chunk_nbytes: int
     reader_threads: int
 

@@ -13,8 +13,11 @@ READ_CHUNK_NBYTES = 4 << 20
 READER_THREADS = 4
 
 _PAGE_NBYTES = 4096
-_LOGIT_NBYTES = 4 + 4 + 4
-"""generate() holds a row of logits in the model's dtype, in fp32, and once more while it samples."""
+_SAMPLING_COPIES = 3
+"""generate() holds the last logits in the model's dtype, in fp32, and once more while it samples."""
+
+_STEP_NBYTES = 48 << 20
+"""What one MoE step holds beside its activations: pair buffer, weighted sum, gathered rows, kernels' scratch."""
 
 
 class PlanInfeasibleError(ValueError):
@@ -29,20 +32,39 @@ class PlanInfeasibleError(ValueError):
         self.minimum_ram_nbytes = minimum_ram_nbytes
 
 
+def kv_nbytes(spec: ModelSpec, batch: int, tokens: int) -> int:
+    """Bytes of the cache of `batch` sequences of `tokens` tokens, at its peak.
+
+    DynamicCache concatenates, and attention may repeat keys and values for every query head: for a moment one layer
+    has both.
+    """
+    cached = batch * (tokens * spec.kv_nbytes_per_token + spec.kv_fixed_nbytes)
+    return cached + cached // max(spec.layer_count, 1) + batch * tokens * spec.attention_nbytes_per_token
+
+
+def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: bool) -> int:
+    """Bytes of activations of a forward pass of `batch` x `tokens` new tokens, logits included."""
+    logits = batch * spec.vocab_size * 4 * _SAMPLING_COPIES
+    if all_logits:
+        logits += batch * tokens * spec.vocab_size * 4
+    return batch * tokens * spec.activation_nbytes_per_token + logits + _STEP_NBYTES
+
+
+def pass_nbytes(spec: ModelSpec, batch: int, tokens: int, past_tokens: int, *, all_logits: bool) -> int:
+    """Bytes that a forward pass holds beside dense weights and experts."""
+    return kv_nbytes(spec, batch, past_tokens + tokens) + activation_nbytes(spec, batch, tokens, all_logits=all_logits)
+
+
 def fixed_ram(spec: ModelSpec, workload: Workload) -> RamUse:
     """Host memory that the request needs before the first expert slot."""
-    kv_nbytes = workload.batch * (workload.context_tokens * spec.kv_nbytes_per_token + spec.kv_fixed_nbytes)
-    # DynamicCache concatenates: for a moment one layer's old and new copies are both alive.
-    kv_nbytes += kv_nbytes // max(spec.layer_count, 1)
-    activation_nbytes = (
-        workload.tokens_at_once * spec.activation_nbytes_per_token
-        + workload.batch * spec.vocab_size * _LOGIT_NBYTES
-        + spec.largest_dense_nbytes
-    )
+    tokens_at_once = min(workload.context_tokens, workload.prefill_chunk_tokens)
+    kv = _page_up(kv_nbytes(spec, workload.batch, workload.context_tokens))
+    activations = activation_nbytes(spec, workload.batch, tokens_at_once, all_logits=False)
     return RamUse(
         dense_nbytes=spec.dense_nbytes,
-        kv_nbytes=_page_up(kv_nbytes),
-        activation_nbytes=_page_up(activation_nbytes),
+        kv_nbytes=kv,
+        # While weights load there is no KV cache yet.
+        activation_nbytes=_page_up(max(activations, spec.load_scratch_nbytes - kv)),
         slot_nbytes=0,
     )
 
@@ -89,7 +111,6 @@ def make_plan(spec: ModelSpec, workload: Workload, ram_budget_nbytes: int) -> Pl
         minimum_ram_nbytes=minimum,
         disk_nbytes=spec.expert_nbytes,
         kv_nbytes_per_token=spec.kv_nbytes_per_token,
-        activation_nbytes_per_token=spec.activation_nbytes_per_token,
         read_chunk_nbytes=READ_CHUNK_NBYTES,
         reader_threads=READER_THREADS,
     )

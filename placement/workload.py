@@ -25,8 +25,3 @@ class Workload:
         for name in ("context_tokens", "batch", "prefill_chunk_tokens"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-
-    @property
-    def tokens_at_once(self) -> int:
-        """Most tokens that one forward pass carries."""
-        return self.batch * min(self.context_tokens, self.prefill_chunk_tokens)

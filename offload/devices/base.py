@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from offload.moe.layer import ExpertsLayer
+
+
+@dataclass(frozen=True)
+class ExpertBatch:
+    """Experts of one layer to compute, in place.
+
+    Attributes:
+        addresses: intp [n]; the bundle of each expert.
+        offsets: int64 [n + 1]; the pairs of expert i are offsets[i] to offsets[i + 1].
+        tokens: int64 [pairs]; the token that each pair reads.
+        rows: int64 [pairs]; the output row that each pair writes, no row twice.
+    """
+
+    addresses: npt.NDArray[np.intp]
+    offsets: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
 
 
 class Slab(ABC):
@@ -39,6 +60,17 @@ class Device(ABC):
 
         Raises:
             DoesNotFitError: the system refuses.
+        """
+
+    @abstractmethod
+    def run_experts(self, layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """out[rows[p]] = expert(hidden[tokens[p]]) for every pair p, without routing weights.
+
+        Args:
+            layer: whose experts they are.
+            batch: which experts, and their pairs.
+            hidden: [T, H] contiguous, in the layer's dtype.
+            out: fp32 [R, H] contiguous; rows that no pair names are left alone.
         """
 
     @abstractmethod

@@ -7,10 +7,13 @@ import mmap
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from formats.bundle import round_up
-from offload.devices.base import Device, Slab
+from offload.devices.base import Device, ExpertBatch, Slab
+from offload.devices.host_experts import run_experts
 from offload.errors import DoesNotFitError
+from offload.moe.layer import ExpertsLayer
 
 
 class HostSlab(Slab):
@@ -51,6 +54,10 @@ class HostDevice(Device):
     def allocate(self, nbytes: int) -> HostSlab:
         """A slab of host memory."""
         return HostSlab(nbytes)
+
+    def run_experts(self, layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """On the calling thread and the kernels' workers; returns when done."""
+        run_experts(layer, batch, hidden, out)
 
     def synchronise(self) -> None:
         """CPU kernels return when they are done: nothing to wait for."""

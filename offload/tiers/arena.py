@@ -48,3 +48,8 @@ class Arena:
         """Give the slot's memory back to the system; the slot can be used again later."""
         slab, offset = self._place(slot)
         slab.discard(offset, self.slot_nbytes)
+
+    def discard_all(self) -> None:
+        """Give all memory back."""
+        for slab in self._slabs:
+            slab.discard(0, slab.nbytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import threading
@@ -18,6 +17,7 @@ _RETRY_PAUSE_S = 0.002
 _RETRIED = {errno.EIO, errno.EINTR, errno.EAGAIN, errno.ENOMEM}
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
+OpenShard = Callable[[int, bool], int]
 
 
 class SlowReadWarning(UserWarning):
@@ -38,8 +38,16 @@ class ShardReader:
         retries: reads that failed or fell short and were repeated.
     """
 
-    def __init__(self, paths: Sequence[Path], *, preadv: Preadv = os.preadv) -> None:
+    def __init__(self, paths: Sequence[Path], open_shard: OpenShard, *, preadv: Preadv = os.preadv) -> None:
+        """Open every shard.
+
+        Args:
+            paths: the shards, for messages.
+            open_shard: (index, direct) → descriptor; raises an OSError with EINVAL where O_DIRECT is refused.
+            preadv: the system call.
+        """
         self.paths = tuple(paths)
+        self._open_shard = open_shard
         self.direct = True
         self.bytes_read = 0
         self.retries = 0
@@ -48,26 +56,27 @@ class ShardReader:
         self._fds: list[int] = []
         self._buffered: dict[int, int] = {}
         try:
-            for path in self.paths:
-                self._fds.append(self._open(path))
-        except OSError as error:
+            for index in range(len(self.paths)):
+                self._fds.append(self._open(index))
+        except BaseException:
             self.close()
-            raise StorageError(error.errno, f"cannot open the store's shard: {error.strerror}", str(path)) from error
+            raise
 
-    def _open(self, path: Path) -> int:
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        if self.direct and hasattr(os, "O_DIRECT"):
-            with contextlib.suppress(OSError):
-                return os.open(path, flags | os.O_DIRECT)
+    def _open(self, index: int) -> int:
         if self.direct:
+            try:
+                return self._open_shard(index, True)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
             warnings.warn(
-                f"the file system of {path} refuses O_DIRECT: expert reads go through the page cache, which is slower "
-                "and takes memory beside the budget; put nvme= on a local ext4, xfs or btrfs disk",
+                f"the file system of {self.paths[index]} refuses O_DIRECT: expert reads go through the page cache, "
+                "which is slower and takes memory beside the budget; put nvme= on a local ext4, xfs or btrfs disk",
                 SlowReadWarning,
                 stacklevel=2,
             )
             self.direct = False
-        return os.open(path, flags)
+        return self._open_shard(index, False)
 
     def read(self, shard: int, offset: int, out: memoryview) -> None:
         """Fill `out` from the shard's bytes at `offset`.
@@ -127,7 +136,7 @@ class ShardReader:
         """A descriptor without O_DIRECT: what is left of a range after a short read may not be aligned."""
         with self._lock:
             if shard not in self._buffered:
-                self._buffered[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                self._buffered[shard] = self._open_shard(shard, False)
             return self._buffered[shard]
 
     def _count_retry(self) -> None:

@@ -70,8 +70,8 @@ class ExpertTier:
         resident, missing = [], []
         table = self.table
         for key in keys:
-            if key in self._tickets:
-                self._settle(key)
+            # A read ahead that failed is a miss: it is read again, and that error is carried.
+            self._settle(key, carry_error=False)
             if table.state_of(key) is SlotState.READY:
                 table.acquire(key)
                 resident.append(key)
@@ -139,22 +139,46 @@ class ExpertTier:
     def collect(self, keys: Sequence[int]) -> list[int]:
         """Wait until at least one of the loading `keys` has arrived; all that have are now in use.
 
+        Returns without waiting, maybe with nothing, when one of `keys` is not loading (a fork cancels reads): ask
+        `start_loads` again.
+
         Raises:
             StorageError, StoreCorruptError: a read of one of them failed; its slot is free again.
         """
-        waiting = [key for key in keys if key in self._tickets]
-        tickets = [self._tickets[key] for key in waiting]
-        if tickets and not any(ticket.finished for ticket in tickets) and len(waiting) == len(keys):
+        tickets = [self._tickets[key] for key in keys if key in self._tickets]
+        if tickets and len(tickets) == len(keys) and not any(ticket.finished for ticket in tickets):
             before = perf_counter()
             self.engine.wait_any(tickets)
             self.counters.stall_s += perf_counter() - before
-        arrived = []
         for key in keys:
             self._settle(key)
+        arrived = []
+        for key in keys:
             if self.table.state_of(key) is SlotState.READY:
                 self.table.acquire(key)
                 arrived.append(key)
         return arrived
+
+    def fetch(self, keys: Sequence[int], arrived: Callable[[int], None]) -> None:
+        """Make `keys` resident and return when they are; there must be slots for all of them.
+
+        Args:
+            keys: experts to read, unless they are here.
+            arrived: told each one when it is here.
+
+        Raises:
+            StorageError, StoreCorruptError: a read failed; none of `keys` is loading any more.
+        """
+        missing = [key for key in keys if self.table.slot_of(key) is None]
+        try:
+            self.start_loads(missing)
+            for key in missing:
+                self.engine.wait_all([self._tickets[key]])
+                self._settle(key)
+                arrived(key)
+        except BaseException:
+            self.abandon(missing)
+            raise
 
     def abandon(self, keys: Sequence[int]) -> None:
         """After a failed step: cancel the loads of `keys` that still run and wait until none writes any more."""
@@ -163,8 +187,7 @@ class ExpertTier:
             self.engine.cancel(ticket)
         self.engine.wait_all(tickets)
         for key in keys:
-            if key in self._tickets:
-                self._settle(key, carry_error=False)
+            self._settle(key, carry_error=False)
 
     def _settle(self, key: int, *, carry_error: bool = True) -> None:
         """Bring the table up to date with a finished read."""
@@ -208,9 +231,13 @@ class ExpertTier:
         while self.table.usable_slots < target:
             self.table.restore()
 
+    def release_memory(self) -> None:
+        """After the engine was closed: give all slots' memory back. Nothing can be borrowed any more."""
+        self.arena.discard_all()
+
     def check(self) -> None:
         """Prove that slots, keys, reads and the policy agree; see `SlotTable.check`."""
         self.table.check()
-        loading = {key for key in self.table.keys() if self.table.state_of(key) is SlotState.LOADING}
+        loading = {key for key in self.table if self.table.state_of(key) is SlotState.LOADING}
         if loading != set(self._tickets):
             raise AssertionError(f"loading {sorted(loading)} but tickets for {sorted(self._tickets)}")

@@ -57,7 +57,7 @@ class SlotTable:
         """Slots that are not retired."""
         return self.count - len(self._retired)
 
-    def keys(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int]:
         """Keys that own a slot."""
         return iter(self._slot)
 

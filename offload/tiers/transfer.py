@@ -80,12 +80,9 @@ class _Queue:
         self.unfinished: set[Ticket] = set()
         self.threads: list[threading.Thread] = []
         self.closed = False
-        self.renew()
-
-    def renew(self) -> None:
-        lock = threading.Lock()
-        self.work = threading.Condition(lock)
-        self.done = threading.Condition(lock)
+        self.lock = threading.Lock()
+        self.work = threading.Condition(self.lock)
+        self.done = threading.Condition(self.lock)
 
     def push(self, ticket: Ticket) -> None:
         for chunk in sorted(ticket.unclaimed):
@@ -256,7 +253,6 @@ class ReadEngine:
     def restart_in_child(self) -> None:
         """After a fork: the parent's reader threads are not here, what they were doing is cancelled."""
         queue = self._queue
-        queue.renew()
         queue.reader.renew_lock()
         queue.heap.clear()
         queue.threads.clear()
@@ -267,13 +263,35 @@ class ReadEngine:
                 ticket.in_flight = 0
                 queue.finish_if_idle(ticket)
 
+    def hold(self) -> None:
+        """Before a fork: no thread is in the middle of changing the queue."""
+        self._queue.lock.acquire()
+
+    def let_go(self) -> None:
+        """After a fork, in either process."""
+        self._queue.lock.release()
+
 
 _ENGINES: weakref.WeakSet[ReadEngine] = weakref.WeakSet()
+_held_for_fork: list[ReadEngine] = []
 
 
-def _restart_engines_in_child() -> None:
-    for engine in list(_ENGINES):
+def _before_fork() -> None:
+    _held_for_fork[:] = list(_ENGINES)
+    for engine in _held_for_fork:
+        engine.hold()
+
+
+def _after_fork_in_parent() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop().let_go()
+
+
+def _after_fork_in_child() -> None:
+    while _held_for_fork:
+        engine = _held_for_fork.pop()
+        engine.let_go()
         engine.restart_in_child()
 
 
-os.register_at_fork(after_in_child=_restart_engines_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

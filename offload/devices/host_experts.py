@@ -1,0 +1,98 @@
+"""Experts on the CPU: the Numba kernel for few tokens, torch's matrix products for many."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from cpu_kernels.expert_mlp import expert_down, expert_mlp, expert_up
+from formats.bundle import BundleLayout
+from offload.devices.base import ExpertBatch
+from offload.moe.gate import apply_gate
+from offload.moe.layer import ExpertsLayer
+
+FEW_TOKENS = 8
+"""Up to here an expert is bound by reading its weights, which the kernel does at memory bandwidth."""
+
+
+def run_experts(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+    """See `Device.run_experts`. Which way an expert goes depends on its number of tokens alone."""
+    counts = np.diff(batch.offsets)
+    few = counts <= FEW_TOKENS
+    if few.all():
+        _run_few(layer, batch, hidden, out)
+        return
+    if few.any():
+        _run_few(layer, _select(batch, np.flatnonzero(few)), hidden, out)
+    for index in np.flatnonzero(~few):
+        pairs = slice(int(batch.offsets[index]), int(batch.offsets[index + 1]))
+        rows = hidden[torch.from_numpy(batch.tokens[pairs])]
+        result = _run_many(layer, int(batch.addresses[index]), rows)
+        out.index_copy_(0, torch.from_numpy(batch.rows[pairs]), result.to(torch.float32))
+
+
+def _select(batch: ExpertBatch, indices: npt.NDArray[np.intp]) -> ExpertBatch:
+    pairs = np.concatenate([np.arange(batch.offsets[i], batch.offsets[i + 1]) for i in indices])
+    offsets = np.zeros(len(indices) + 1, dtype=np.int64)
+    np.cumsum(np.diff(batch.offsets)[indices], out=offsets[1:])
+    return ExpertBatch(batch.addresses[indices], offsets, batch.tokens[pairs], batch.rows[pairs])
+
+
+def _run_few(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+    inputs = _elements(hidden)
+    if layer.activation is not None:
+        expert_mlp(
+            batch.addresses,
+            layer.layout,
+            batch.offsets,
+            batch.tokens,
+            inputs,
+            layer.activation,
+            out.numpy(),
+            batch.rows,
+        )
+        return
+    projected = expert_up(batch.addresses, layer.layout, batch.offsets, batch.tokens, inputs)
+    gated = apply_gate(layer.module, torch.from_numpy(projected).to(layer.dtype), has_gate=layer.layout.has_gate)
+    expert_down(batch.addresses, layer.layout, batch.offsets, _elements(gated.contiguous()), out.numpy(), batch.rows)
+
+
+def _elements(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+    """The tensor's memory as the kernels take it: bf16, which numpy lacks, as its bits."""
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
+
+
+def _run_many(layer: ExpertsLayer, address: int, rows: torch.Tensor) -> torch.Tensor:
+    into, down, into_bias, down_bias = _weights(address, layer.layout, layer.dtype)
+    gated = apply_gate(layer.module, F.linear(rows, into, into_bias), has_gate=layer.layout.has_gate)
+    return F.linear(gated, down, down_bias)
+
+
+@lru_cache(maxsize=4096)
+def _weights(
+    address: int, layout: BundleLayout, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Views of a bundle in place: gate|up [2I, H] (or up [I, H]), down [H, I] and their biases.
+
+    Only the address is remembered; whoever calls holds the memory.
+    """
+    memory = torch.frombuffer((ctypes.c_char * layout.nbytes).from_address(address), dtype=torch.uint8)
+
+    def view(first: str, rows: int) -> torch.Tensor:
+        component = layout.components[first]
+        nbytes = component.nbytes * rows // component.shape[0]
+        return memory[component.offset : component.offset + nbytes].view(dtype).view(rows, *component.shape[1:])
+
+    first = "gate" if layout.has_gate else "up"
+    into_rows = layout.intermediate * (2 if layout.has_gate else 1)
+    into, down = view(first, into_rows), view("down", layout.hidden)
+    if not layout.has_bias:
+        return into, down, None, None
+    return into, down, view(f"{first}_bias", into_rows), view("down_bias", layout.hidden)

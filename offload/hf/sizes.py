@@ -1,0 +1,127 @@
+"""What a model will take, measured on its skeleton."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from offload.errors import UnsupportedModelError
+from offload.hf.experts_interface import Step, attach_step, detach_step, experts_modules
+
+
+@dataclass(frozen=True)
+class RunSizes:
+    """What a forward pass without weights shows.
+
+    Attributes:
+        kv_nbytes_per_token: bytes by which one sequence's cache grows with a token, all layers together.
+        kv_fixed_nbytes: bytes of one sequence's cache that do not grow.
+        top_k: experts per token, by path of the experts module.
+    """
+
+    kv_nbytes_per_token: int
+    kv_fixed_nbytes: int
+    top_k: dict[str, int]
+
+
+def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
+    """Run the skeleton on the meta device for two lengths and read what its cache holds.
+
+    Works for every family alike: grouped heads, latents, sliding windows (counted as if they grew), linear
+    attention. The skeleton's experts must dispatch to the offload implementation.
+
+    Raises:
+        UnsupportedModelError: the model cannot run on meta.
+    """
+    top_k: dict[str, int] = {}
+    for name, module in experts_modules(skeleton):
+        attach_step(module, _recording_step(name, top_k))
+    lengths = (2, 3)
+    try:
+        nbytes = [_cache_nbytes(skeleton, length) for length in lengths]
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(skeleton).__name__} cannot be measured without weights ({type(error).__name__}: {error})"
+        ) from error
+    finally:
+        for _, module in experts_modules(skeleton):
+            detach_step(module)
+    per_token = nbytes[1] - nbytes[0]
+    return RunSizes(per_token, nbytes[0] - lengths[0] * per_token, top_k)
+
+
+def _recording_step(name: str, top_k: dict[str, int]) -> Step:
+    def step(hidden: torch.Tensor, top_k_index: torch.Tensor, _weights: torch.Tensor) -> torch.Tensor:
+        top_k[name] = top_k_index.shape[-1]
+        return torch.empty_like(hidden)
+
+    return step
+
+
+def _cache_nbytes(skeleton: PreTrainedModel, tokens: int) -> int:
+    cache = DynamicCache(config=skeleton.config)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        skeleton(input_ids=ids, past_key_values=cache, use_cache=True)
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def dense_weights(skeleton: PreTrainedModel, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of every weight and buffer that is not a routed expert's, tied ones once, by name.
+
+    Args:
+        skeleton: whose experts modules have no parameters any more.
+        dtype: in which it is loaded; parameters that transformers keeps in fp32 are counted so.
+    """
+    kept = skeleton._get_dtype_plan(dtype)
+    tied = set(skeleton.all_tied_weights_keys)
+    sizes = {}
+    for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers()):
+        if name in tied:
+            continue
+        wide = any(re.search(pattern.replace("*", r"\d+"), name) for pattern in kept)
+        sizes[name] = tensor.numel() * (4 if wide else tensor.element_size())
+    return sizes
+
+
+def activation_nbytes_per_token(skeleton: PreTrainedModel, expert_count: int, context_tokens: int) -> int:
+    """Most bytes that one new token of a forward pass keeps alive at once, from the widths of the model's layers.
+
+    At the widest point a layer holds the residual stream, its norm in fp32 with two temporaries, the inputs and
+    outputs of a projection in a few layouts, the router's probabilities and the experts' sum in fp32. Attention that
+    materialises its scores ("eager") adds heads x context values in three copies.
+    """
+    config = skeleton.config.get_text_config()
+    element = skeleton.dtype.itemsize
+    nbytes: int = 12 * config.hidden_size * 4 + 6 * _widest(skeleton) * element + 16 * expert_count
+    if skeleton.config._attn_implementation == "eager":
+        nbytes += config.num_attention_heads * context_tokens * (2 * element + 4)
+    return nbytes
+
+
+def attention_nbytes_per_token(skeleton: PreTrainedModel) -> int:
+    """Bytes for one cached token while a layer attends: keys and values repeated for every query head."""
+    return 2 * _widest(skeleton) * skeleton.dtype.itemsize
+
+
+def _widest(skeleton: PreTrainedModel) -> int:
+    """Outputs of the widest linear layer that is not the vocabulary's."""
+    config = skeleton.config.get_text_config()
+    widths = [module.out_features for module in skeleton.modules() if isinstance(module, torch.nn.Linear)]
+    return max((width for width in widths if width != config.vocab_size), default=int(config.hidden_size))

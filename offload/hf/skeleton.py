@@ -1,0 +1,52 @@
+"""Models without weights: what a config alone says of sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from offload.errors import CheckpointError, UnsupportedModelError
+
+
+def read_config(directory: Path, *, trust_remote_code: bool) -> PretrainedConfig:
+    """The checkpoint's config.
+
+    Raises:
+        CheckpointError: config.json is missing or not a config.
+        UnsupportedModelError: an architecture that the installed transformers does not have.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "does not recognize this architecture" in str(error) or "trust_remote_code" in str(error):
+            raise UnsupportedModelError(f"{directory}: {error}") from error
+        raise CheckpointError(
+            f"{directory / 'config.json'} is not a config that transformers can read: {error}"
+        ) from error
+    return config
+
+
+def make_skeleton(config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """The model on the meta device: every module and shape, no memory.
+
+    Args:
+        config: of the checkpoint; not changed.
+        dtype: in which the model computes.
+        **options: passed to `AutoModelForCausalLM.from_config`, such as attn_implementation.
+
+    Raises:
+        UnsupportedModelError: no causal language model for this config.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"transformers has no causal language model for {config.model_type!r}: {error}"
+        ) from error
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]

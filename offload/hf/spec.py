@@ -1,0 +1,58 @@
+"""From a skeleton to the planner's record of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from offload.hf.dtypes import FORMAT_OF_DTYPE
+from offload.hf.experts_interface import experts_modules, remove_expert_weights, use_offload_experts
+from offload.hf.sizes import activation_nbytes_per_token, attention_nbytes_per_token, dense_weights, measure_on_meta
+from offload.store.source import ExpertGroup
+from placement.model_spec import ExpertsSpec, ModelSpec
+
+_LOADER_THREADS = 4
+"""transformers reads so many tensors at once; each may need a copy while it is cast."""
+
+
+def build_spec(
+    skeleton: PreTrainedModel, groups: Sequence[ExpertGroup], *, name: str, context_tokens: int, casts: bool
+) -> ModelSpec:
+    """Take the experts off the skeleton and measure what is left.
+
+    Args:
+        skeleton: on meta; afterwards its experts have no parameters and dispatch to the offload implementation.
+        groups: the routed experts.
+        name: what the user called the model.
+        context_tokens: longest sequence that will run.
+        casts: True where weights are stored in another dtype than the model computes in.
+    """
+    dtype: torch.dtype = skeleton.dtype
+    for _, module in experts_modules(skeleton):
+        remove_expert_weights(module)
+    use_offload_experts(skeleton)
+    run = measure_on_meta(skeleton)
+    dense = dense_weights(skeleton, dtype)
+    config = skeleton.config.get_text_config()
+    return ModelSpec(
+        name=name,
+        model_type=skeleton.config.model_type,
+        dtype=FORMAT_OF_DTYPE[dtype],
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        layer_count=config.num_hidden_layers,
+        max_context_tokens=getattr(config, "max_position_embeddings", None) or context_tokens,
+        dense_nbytes=sum(dense.values()),
+        load_scratch_nbytes=max(dense.values()) * (1 + _LOADER_THREADS if casts else 1),
+        kv_nbytes_per_token=run.kv_nbytes_per_token,
+        kv_fixed_nbytes=run.kv_fixed_nbytes,
+        activation_nbytes_per_token=activation_nbytes_per_token(
+            skeleton, max(group.count for group in groups), context_tokens
+        ),
+        attention_nbytes_per_token=attention_nbytes_per_token(skeleton),
+        experts=tuple(
+            ExpertsSpec(group.module, group.count, run.top_k[group.module], group.layout) for group in groups
+        ),
+    )

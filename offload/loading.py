@@ -1,0 +1,130 @@
+"""`offload.load`: the first line of the architecture, walked once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from offload.errors import InvalidArgumentError
+from offload.progress import progress_bar
+from offload.request import PREFILL_CHUNK_TOKENS, Request, make_request
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from offload.preparation import Prepared
+    from placement.plan import Plan
+
+
+def load(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    ram: int | str | None = None,
+    nvme: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype = "auto",
+    context: int | None = None,
+    batch: int = 1,
+    prefill_chunk: int = PREFILL_CHUNK_TOKENS,
+    max_memory: Mapping[str | int, int | str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    progress: bool | None = None,
+) -> PreTrainedModel:
+    """A transformers model whose experts lie on disk and, as far as the budget goes, in RAM.
+
+    What comes back is the transformers class itself, in `eval()`; `generate()` gives what it gives with everything
+    in memory. `model.offload` is the runtime: `plan`, `stats()`, `close()`, a context manager.
+
+    Args:
+        model: a directory, a Hub id, or a transformers model: in memory (its experts are freed) or on meta together
+            with `checkpoint`.
+        ram: bound on all that the runtime holds in host memory, as "24GiB" (2^30), "24GB" (10^9) or bytes. None
+            takes nine tenths of what is available.
+        nvme: directory of the expert store, on the fastest disk. None takes ~/.cache/offload.
+        dtype: "auto" for the checkpoint's own, or bfloat16, float16, float32.
+        context: longest sequence in tokens that the KV share holds; longer ones take expert slots.
+        batch: sequences at once that the KV share holds.
+        prefill_chunk: prompt tokens that `generate` puts through the model at once.
+        max_memory: accelerate's spelling of `ram`: {"cpu": "24GiB"}.
+        checkpoint: directory or Hub id of the weights of a model on meta.
+        revision: of a Hub repository.
+        trust_remote_code: allow a checkpoint to bring modeling code.
+        attn_implementation: transformers' name of one; None for its own choice.
+        progress: show bars; None where stderr is a terminal and HF_HUB_DISABLE_PROGRESS_BARS is not set.
+
+    Raises:
+        DoesNotFitError: `minimum_ram_bytes` is what would do; raised before any weight is read.
+        InvalidArgumentError, CheckpointError, UnsupportedModelError, StoreError, StorageError: see `offload.errors`.
+    """
+    request = make_request(
+        ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory
+    )
+    prepared = _prepare(
+        model, request, checkpoint, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )  # fmt: skip
+    from offload.assembly import assemble
+
+    return assemble(prepared, request.store_root, progress_bar(progress))
+
+
+def plan(
+    model: str | os.PathLike[str],
+    *,
+    ram: int | str | None = None,
+    dtype: str | torch.dtype = "auto",
+    context: int | None = None,
+    batch: int = 1,
+    prefill_chunk: int = PREFILL_CHUNK_TOKENS,
+    max_memory: Mapping[str | int, int | str] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> Plan:
+    """What `load` would do with the same arguments, from headers alone.
+
+    Raises:
+        As `load`, before anything is read.
+    """
+    request = make_request(
+        ram=ram, nvme=None, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory
+    )
+    from offload.preparation import prepare_checkpoint
+
+    prepared = prepare_checkpoint(
+        model, request, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )  # fmt: skip
+    prepared.checkpoint.close()
+    return prepared.plan
+
+
+def _prepare(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    request: Request,
+    checkpoint: str | os.PathLike[str] | None,
+    **options: Any,
+) -> Prepared:
+    from offload.preparation import prepare_checkpoint, prepare_model
+
+    if isinstance(model, (str, os.PathLike)):
+        if checkpoint is not None:
+            raise InvalidArgumentError("checkpoint= goes with a transformers model on meta, not with a path or Hub id")
+        return prepare_checkpoint(model, request, **options)
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidArgumentError(f"model={model!r}: expected a directory, a Hub id or a transformers model")
+    given = [name for name in ("revision", "attn_implementation") if options[name] is not None]
+    given += [name for name, default in (("dtype", "auto"), ("trust_remote_code", False)) if options[name] != default]
+    if given:
+        raise InvalidArgumentError(f"{', '.join(given)}: decided by the transformers model that was given")
+    if checkpoint is None:
+        return prepare_model(model, request)
+    if any(parameter.device.type != "meta" for parameter in model.parameters()):
+        raise InvalidArgumentError("checkpoint= goes with a model on meta; this one has weights in memory")
+    return prepare_checkpoint(checkpoint, request, skeleton=model.eval().requires_grad_(False))

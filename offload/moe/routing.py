@@ -1,0 +1,60 @@
+"""Routing of one layer and step, grouped by expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which tokens go to which experts. A pair is (token, place in its top-k); its row is token * top_k + place.
+
+    Attributes:
+        experts: ids of the experts that have tokens, ascending.
+        offsets: int64 [n + 1]; the pairs of experts[i] are offsets[i] to offsets[i + 1].
+        rows: int64 [pairs]; the row of each pair, by expert, then ascending.
+        tokens: int64 [pairs]; the token of each pair.
+        weights: fp32 [T, k]; what each pair's output is multiplied with; 0 for dropped pairs.
+        dropped_rows: int64; rows of pairs that are not computed: weight 0, or an expert id out of range.
+    """
+
+    experts: list[int]
+    offsets: Ints
+    rows: Ints
+    tokens: Ints
+    weights: torch.Tensor
+    dropped_rows: Ints
+
+    def pairs_of(self, index: int) -> slice:
+        """The pairs of experts[index]."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+
+def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_count: int) -> Routing:
+    """Group a router's choice by expert.
+
+    Args:
+        top_k_index: integer [T, k]; ids of `expert_count` and above mark pairs that another device would compute.
+        top_k_weights: float [T, k].
+        expert_count: experts of the layer.
+    """
+    top_k = top_k_index.shape[-1]
+    ids = top_k_index.reshape(-1).numpy(force=True).astype(np.int64, copy=False)
+    weights = top_k_weights.detach().reshape(-1, top_k).to(torch.float32)
+    flat_weights = weights.reshape(-1).numpy(force=True)
+    order = np.argsort(ids, kind="stable")
+    dropped = (flat_weights == 0) | (ids >= expert_count) | (ids < 0)
+    dropped_rows = np.flatnonzero(dropped)
+    if dropped_rows.size:
+        order = order[~dropped[order]]
+        weights = weights.masked_fill(torch.from_numpy(dropped).view(-1, top_k), 0.0)
+    sorted_ids = ids[order]
+    starts = np.flatnonzero(np.diff(sorted_ids, prepend=-1))
+    offsets = np.append(starts, sorted_ids.size)
+    return Routing(sorted_ids[starts].tolist(), offsets, order, order // top_k, weights, dropped_rows)

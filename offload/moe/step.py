@@ -1,0 +1,142 @@
+"""The MoE step: route → schedule → execute → combine → observe."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from offload.devices.base import Device, ExpertBatch
+from offload.moe.accumulate import Accumulator, make_accumulator
+from offload.moe.layer import ExpertsLayer
+from offload.moe.routing import Routing, route
+from offload.tiers.expert_tier import ExpertTier
+
+
+def moe_step(
+    layer: ExpertsLayer,
+    tier: ExpertTier,
+    device: Device,
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """out[t] = sum over k of weight[t, k] * expert(index[t, k])(hidden[t]), every expert read at most once.
+
+    Args:
+        layer: the layer.
+        tier: where its experts are or come to be.
+        device: computes them.
+        hidden: [T, H] in the model's dtype.
+        top_k_index: integer [T, k].
+        top_k_weights: [T, k].
+
+    Returns:
+        [T, H] in the model's dtype; does not depend on what was resident.
+
+    Raises:
+        StorageError, StoreCorruptError: an expert could not be read; the tier is as before the step.
+    """
+    routing = route(top_k_index, top_k_weights, layer.count)
+    accumulator = make_accumulator(routing, hidden.shape[-1])
+    execute = _in_order if accumulator.ordered else _as_they_come
+    execute(layer, tier, device, hidden.contiguous(), routing, accumulator)
+    return accumulator.result().to(hidden.dtype)
+
+
+def _as_they_come(
+    layer: ExpertsLayer,
+    tier: ExpertTier,
+    device: Device,
+    hidden: torch.Tensor,
+    routing: Routing,
+    accumulator: Accumulator,
+) -> None:
+    """Resident experts compute while misses load; each miss computes when it arrives."""
+    number = {layer.first_key + expert: index for index, expert in enumerate(routing.experts)}
+    borrowed, missing = tier.borrow(list(number))
+    loading: list[int] = []
+    try:
+        loading = missing[: tier.start_loads(missing)]
+        while True:
+            if borrowed:
+                work = [(key, number[key]) for key in borrowed]
+                _compute(layer, tier, device, hidden, routing, accumulator, work)
+                tier.give_back(borrowed)
+                missing = [key for key in missing if key not in borrowed]
+                borrowed = []
+            if not missing:
+                return
+            loading = missing[: tier.start_loads(missing)]
+            borrowed = tier.collect(loading)
+    except BaseException:
+        _undo(tier, borrowed, loading)
+        raise
+
+
+def _in_order(
+    layer: ExpertsLayer,
+    tier: ExpertTier,
+    device: Device,
+    hidden: torch.Tensor,
+    routing: Routing,
+    accumulator: Accumulator,
+) -> None:
+    """Experts compute in ascending order while those ahead load."""
+    keys = [layer.first_key + expert for expert in routing.experts]
+    resident, waiting = tier.borrow(keys)
+    borrowed = set(resident)
+    loading: list[int] = []
+    try:
+        for index, key in enumerate(keys):
+            while key not in borrowed:
+                loading = waiting[: tier.start_loads(waiting)]
+                if loading:
+                    arrived = tier.collect(loading[:1])
+                    borrowed.update(arrived)
+                    del waiting[: len(arrived)]
+                else:
+                    # Every slot holds an expert of this step that comes later: the last of them makes room.
+                    last = max(borrowed)
+                    tier.discard_borrowed(last)
+                    borrowed.discard(last)
+                    insort(waiting, last)
+            _compute(layer, tier, device, hidden, routing, accumulator, [(key, index)])
+            tier.give_back([key])
+            borrowed.discard(key)
+    except BaseException:
+        _undo(tier, borrowed, loading)
+        raise
+
+
+def _compute(
+    layer: ExpertsLayer,
+    tier: ExpertTier,
+    device: Device,
+    hidden: torch.Tensor,
+    routing: Routing,
+    accumulator: Accumulator,
+    work: list[tuple[int, int]],
+) -> None:
+    """Compute borrowed experts, given as (key, number in the routing), with one call to the device."""
+    targets = [accumulator.target(index) for _, index in work]
+    pairs = [routing.pairs_of(index) for _, index in work]
+    offsets = np.zeros(len(work) + 1, dtype=np.int64)
+    np.cumsum([p.stop - p.start for p in pairs], out=offsets[1:])
+    batch = ExpertBatch(
+        addresses=np.array([tier.address(key) for key, _ in work], dtype=np.intp),
+        offsets=offsets,
+        tokens=np.concatenate([routing.tokens[p] for p in pairs]),
+        rows=np.concatenate([rows.numpy() for _, rows in targets]),
+    )
+    device.run_experts(layer, batch, hidden, targets[0][0])
+    for _, index in work:
+        accumulator.added(index)
+
+
+def _undo(tier: ExpertTier, borrowed: Iterable[int], loading: list[int]) -> None:
+    """After a failure: nothing stays borrowed, no read of this step still writes."""
+    tier.give_back(borrowed)
+    tier.abandon(loading)

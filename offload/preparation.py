@@ -1,0 +1,202 @@
+"""From what the user named to a plan: headers are read, weights are not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from offload.checkpoint.bundles import CheckpointBundleSource
+from offload.checkpoint.checkpoint import Checkpoint
+from offload.checkpoint.dtypes import TORCH_DTYPES
+from offload.checkpoint.experts import MappedExperts, map_checkpoint
+from offload.checkpoint.lazy import lazy_state_dict
+from offload.checkpoint.locate import locate_checkpoint
+from offload.errors import DoesNotFitError, InvalidArgumentError
+from offload.hf.dense import load_dense
+from offload.hf.dtypes import FORMAT_OF_DTYPE, resolve_dtype
+from offload.hf.experts_interface import experts_modules, remove_expert_weights, use_offload_experts
+from offload.hf.model_source import ModelBundleSource
+from offload.hf.skeleton import make_skeleton, read_config
+from offload.hf.spec import build_spec
+from offload.request import DEFAULT_CONTEXT_TOKENS, Request
+from offload.sizes import format_size
+from offload.store.source import BundleSource
+from placement.model_spec import ModelSpec
+from placement.plan import Plan
+from placement.planner import PlanInfeasibleError, make_plan
+from placement.workload import Workload
+
+
+class Prepared(Protocol):
+    """A model that is planned and can be loaded.
+
+    Attributes:
+        spec: its sizes.
+        plan: where everything goes.
+        bundles: its experts, to be converted.
+    """
+
+    spec: ModelSpec
+    plan: Plan
+    bundles: BundleSource
+
+    def finish(self) -> PreTrainedModel:
+        """The model with its dense weights in place and its experts' parameters gone; call once, after converting."""
+        ...
+
+
+@dataclass
+class PreparedCheckpoint:
+    """A model that lies in files."""
+
+    spec: ModelSpec
+    plan: Plan
+    bundles: BundleSource
+    checkpoint: Checkpoint
+    skeleton: PreTrainedModel
+    dense: dict[str, Any]
+
+    def finish(self) -> PreTrainedModel:
+        """Read the dense weights into the skeleton."""
+        load_dense(self.skeleton, self.dense, self.skeleton.dtype, str(self.checkpoint.directory))
+        self.checkpoint.check_unchanged()
+        self.checkpoint.close()
+        return self.skeleton
+
+
+@dataclass
+class PreparedModel:
+    """A model that is in memory."""
+
+    spec: ModelSpec
+    plan: Plan
+    bundles: BundleSource
+    model: PreTrainedModel
+
+    def finish(self) -> PreTrainedModel:
+        """Free the experts' parameters; the rest stays as it is."""
+        for _, module in experts_modules(self.model):
+            remove_expert_weights(module)
+        use_offload_experts(self.model)
+        self.model.eval().requires_grad_(False)
+        return self.model
+
+
+def prepare_checkpoint(
+    name: str | os.PathLike[str],
+    request: Request,
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    skeleton: PreTrainedModel | None = None,
+) -> PreparedCheckpoint:
+    """Plan a checkpoint from its headers.
+
+    Args:
+        name: directory or Hub id.
+        request: budgets and workload.
+        dtype: in which to compute, "auto" for the checkpoint's own.
+        revision: of the Hub repository.
+        trust_remote_code: allow modeling code from the checkpoint.
+        attn_implementation: transformers' name of one, None for its own choice.
+        skeleton: a model on meta to be filled, None to make one from the checkpoint's config.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: see `offload.errors`.
+        DoesNotFitError: the budget is too small; nothing but headers was read.
+    """
+    directory = locate_checkpoint(name, revision=revision)
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(directory)
+    try:
+        stored = _first_dtype(checkpoint)
+        if skeleton is None:
+            options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+            if attn_implementation is not None:
+                options["attn_implementation"] = attn_implementation
+            skeleton = make_skeleton(config, resolve_dtype(dtype, _config_dtype(config), stored), **options)
+            skeleton.config.name_or_path = str(name)
+            _adopt_generation_config(skeleton, directory)
+        mapped = map_checkpoint(skeleton, checkpoint.tensors)
+        compute = skeleton.dtype
+        bundles = CheckpointBundleSource(
+            checkpoint, mapped.experts, compute, FORMAT_OF_DTYPE[compute], str(name), drop_cache=True
+        )
+        context = _context(request, skeleton)
+        casts = _any_cast(mapped.experts, compute)
+        spec = build_spec(skeleton, bundles.groups, name=str(name), context_tokens=context, casts=casts)
+        plan = _plan(spec, request, context)
+        dense = lazy_state_dict(checkpoint, mapped.dense, drop_cache=True)
+        return PreparedCheckpoint(spec, plan, bundles, checkpoint, skeleton, dense)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
+    """Plan a model that has its weights in memory; it is not changed before `finish`.
+
+    Raises:
+        InvalidArgumentError: its weights are not on the CPU.
+        DoesNotFitError: the budget is too small.
+    """
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices != {"cpu"}:
+        raise InvalidArgumentError(
+            f"the model's weights are on {', '.join(sorted(devices))}: wrap a model on the CPU, "
+            "or one on meta together with checkpoint="
+        )
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    bundles = ModelBundleSource(model, name)
+    skeleton = make_skeleton(model.config, model.dtype)
+    context = _context(request, skeleton)
+    spec = build_spec(skeleton, bundles.groups, name=name, context_tokens=context, casts=False)
+    return PreparedModel(spec, _plan(spec, request, context), bundles, model)
+
+
+def _plan(spec: ModelSpec, request: Request, context: int) -> Plan:
+    workload = Workload(context, request.batch, min(context, request.prefill_chunk_tokens))
+    try:
+        return make_plan(spec, workload, request.ram_nbytes)
+    except PlanInfeasibleError as error:
+        minimum = error.minimum_ram_nbytes
+        raise DoesNotFitError(
+            f"{error}. Give ram={minimum} ({format_size(minimum)}) or more, or a shorter context than {context} tokens",
+            minimum_ram_bytes=minimum,
+        ) from error
+
+
+def _context(request: Request, skeleton: PreTrainedModel) -> int:
+    longest = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    if request.context_tokens is None:
+        return min(DEFAULT_CONTEXT_TOKENS, longest or DEFAULT_CONTEXT_TOKENS)
+    return request.context_tokens
+
+
+def _config_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    named = config.dtype
+    return getattr(torch, named, None) if isinstance(named, str) else named
+
+
+def _first_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The stored dtype of the largest tensor, which is what the model's weights are in."""
+    largest = max(checkpoint.tensors.values(), key=lambda span: span.nbytes)
+    return TORCH_DTYPES[largest.dtype]
+
+
+def _any_cast(experts: Sequence[MappedExperts], compute: torch.dtype) -> bool:
+    return any(TORCH_DTYPES[layer.stored_dtype] is not compute for layer in experts)
+
+
+def _adopt_generation_config(skeleton: PreTrainedModel, directory: Path) -> None:
+    """The checkpoint's own sampling defaults and stop tokens, as `from_pretrained` takes them."""
+    if skeleton.can_generate() and (directory / "generation_config.json").is_file():
+        skeleton.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)

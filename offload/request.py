@@ -1,0 +1,90 @@
+"""What the user asked for, checked at the door."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload.errors import InvalidArgumentError
+from offload.sizes import parse_size
+from profiler.memory import available_ram_nbytes
+
+DEFAULT_CONTEXT_TOKENS = 4096
+PREFILL_CHUNK_TOKENS = 1024
+
+_RAM_KEPT_FREE = 0.1
+
+
+@dataclass(frozen=True)
+class Request:
+    """Budgets and workload, resolved.
+
+    Attributes:
+        ram_nbytes: bound on what the runtime holds in host memory.
+        store_root: directory of expert stores.
+        context_tokens: longest sequence, None for the default.
+        batch: sequences at once.
+        prefill_chunk_tokens: see `Workload`.
+    """
+
+    ram_nbytes: int
+    store_root: Path
+    context_tokens: int | None
+    batch: int
+    prefill_chunk_tokens: int
+
+
+def make_request(
+    *,
+    ram: int | str | None,
+    nvme: str | os.PathLike[str] | None,
+    context: int | None,
+    batch: int,
+    prefill_chunk: int,
+    max_memory: Mapping[str | int, int | str] | None,
+) -> Request:
+    """Check and resolve a user's arguments.
+
+    Args:
+        ram: size, or None for what is available now less a tenth.
+        nvme: directory, "~" allowed, or None for the cache directory.
+        context: tokens.
+        batch: sequences.
+        prefill_chunk: tokens.
+        max_memory: accelerate's spelling: {"cpu": size}.
+
+    Raises:
+        InvalidArgumentError: naming the argument, what it may be and what it was.
+    """
+    if max_memory is not None:
+        ram = _from_max_memory(max_memory, ram)
+    if ram is None:
+        ram_nbytes = int(available_ram_nbytes() * (1 - _RAM_KEPT_FREE))
+    else:
+        ram_nbytes = parse_size(ram, "ram")
+    for name, value in (("context", context), ("batch", batch), ("prefill_chunk", prefill_chunk)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
+            raise InvalidArgumentError(f"{name}={value!r}: expected a positive whole number")
+    return Request(ram_nbytes, store_root(nvme), context, batch, prefill_chunk)
+
+
+def store_root(nvme: str | os.PathLike[str] | None) -> Path:
+    """The directory of expert stores: the one given, else $XDG_CACHE_HOME/offload, else ~/.cache/offload."""
+    if nvme is None:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "offload"
+    if not os.fspath(nvme):
+        raise InvalidArgumentError('nvme="": expected a directory for the expert store')
+    return Path(nvme).expanduser()
+
+
+def _from_max_memory(max_memory: Mapping[str | int, int | str], ram: int | str | None) -> int | str:
+    if ram is not None:
+        raise InvalidArgumentError("ram= and max_memory= both given: max_memory is another spelling, use one")
+    unknown = [key for key in max_memory if key != "cpu"]
+    if unknown or "cpu" not in max_memory:
+        raise InvalidArgumentError(
+            f'max_memory={dict(max_memory)!r}: this version knows {{"cpu": size}} and nothing else'
+        )
+    return max_memory["cpu"]

@@ -1,0 +1,252 @@
+"""The runtime of one model: tiers, device and counters, from load to close."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import NoReturn, Self
+
+import torch
+
+from offload.devices.base import Device
+from offload.errors import ClosedError, DoesNotFitError, UnsupportedOperationError
+from offload.moe.layer import ExpertsLayer
+from offload.moe.step import moe_step
+from offload.statistics import Statistics
+from offload.store.progress import Progress
+from offload.store.store import ExpertStore
+from offload.tiers.arena import Arena
+from offload.tiers.disk import ShardReader
+from offload.tiers.expert_tier import ExpertTier, TierCounters
+from offload.tiers.transfer import ReadEngine, ReadRequest
+from placement.model_spec import ModelSpec
+from placement.plan import Plan
+from placement.planner import MINIMUM_SLOTS, pass_nbytes
+from prefetch.policies.base import CachePolicy
+
+
+@dataclass
+class _Passes:
+    """Forward passes of the whole model."""
+
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+
+
+class Runtime:
+    """Executes a plan. Steps are serialised: several threads may generate on one model."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        store: ExpertStore,
+        layers: Sequence[ExpertsLayer],
+        device: Device,
+        policy: CachePolicy,
+    ) -> None:
+        self.plan = plan
+        self.spec = spec
+        self.store = store
+        self.layers = tuple(layers)
+        self.device = device
+        self._first_keys = [layer.first_key for layer in self.layers]
+        reader = ShardReader(store.shard_paths, lambda index, direct: store.open_shard(index, direct=direct))
+        engine = ReadEngine(reader, threads=plan.reader_threads, chunk_nbytes=plan.read_chunk_nbytes)
+        arena = Arena(device, plan.slot_nbytes, plan.ram_slots)
+        self.tier = ExpertTier(arena, policy, engine, self._locate, self._bundle_nbytes)
+        self.closed = False
+        self._lock = threading.RLock()
+        self.reset_stats()
+        _RUNTIMES.add(self)
+
+    # --- where experts are -----------------------------------------------------------------------------------
+
+    def _layer_of(self, key: int) -> tuple[int, ExpertsLayer, int]:
+        index = bisect_right(self._first_keys, key) - 1
+        layer = self.layers[index]
+        return index, layer, key - layer.first_key
+
+    def _bundle_nbytes(self, key: int) -> int:
+        return self._layer_of(key)[1].layout.nbytes
+
+    def _locate(self, key: int, out: memoryview) -> ReadRequest:
+        index, layer, expert = self._layer_of(key)
+        location = self.store.location(index, expert)
+        label = f"expert {expert} of {layer.name}"
+        return ReadRequest(location.shard, location.offset, out, self.store.checksum(index, expert), label)
+
+    # --- running ---------------------------------------------------------------------------------------------
+
+    def step(
+        self, layer: ExpertsLayer, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """One MoE layer of one forward pass; see `moe_step`.
+
+        Raises:
+            ClosedError: after `close()`.
+        """
+        with self._lock, torch.no_grad():
+            self._check_open()
+            before = perf_counter()
+            out = moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights)
+            self._moe_s += perf_counter() - before
+            self._moe_steps += 1
+            return out
+
+    def preload(self, progress: Progress) -> None:
+        """Read experts into all slots, in the order of their keys.
+
+        Args:
+            progress: told the bytes that arrived.
+
+        Raises:
+            StorageError, StoreCorruptError: an expert cannot be read.
+        """
+        keys = range(min(self.tier.table.usable_slots, self.plan.expert_count))
+        progress.start(sum(map(self._bundle_nbytes, keys)), "Loading experts")
+        try:
+            with self._lock:
+                self._check_open()
+                self.tier.fetch(keys, lambda key: progress.advance(self._bundle_nbytes(key)))
+        finally:
+            progress.finish()
+
+    def make_room(self, batch: int, tokens: int, past_tokens: int, *, all_logits: bool) -> None:
+        """Before a forward pass: let expert slots go, or take them back, so that the budget holds.
+
+        Args:
+            batch: sequences.
+            tokens: new tokens of each.
+            past_tokens: tokens of each that are cached already.
+            all_logits: the pass computes logits for every token, not only the last.
+
+        Raises:
+            DoesNotFitError: even with the fewest slots the pass needs more than the budget.
+            ClosedError: after `close()`.
+        """
+        self._check_open()
+        plan = self.plan
+        needed = pass_nbytes(self.spec, batch, tokens, past_tokens, all_logits=all_logits)
+        reserved = plan.ram.kv_nbytes + plan.ram.activation_nbytes
+        room = plan.ram_budget_nbytes - plan.ram.dense_nbytes - max(needed, reserved)
+        slots = min(plan.ram_slots, room // plan.slot_nbytes)
+        fewest = min(MINIMUM_SLOTS, plan.ram_slots)
+        if slots < fewest:
+            minimum = plan.ram.dense_nbytes + needed + fewest * plan.slot_nbytes
+            raise DoesNotFitError(
+                f"{batch} x {past_tokens + tokens} tokens, {tokens} of them new, need {needed:,} bytes for KV cache "
+                f"and activations; the budget of {plan.ram_budget_nbytes:,} bytes does not hold that beside dense "
+                f"weights of {plan.ram.dense_nbytes:,} and {fewest} expert slots; load with ram={minimum} or more, or "
+                "take a shorter sequence or a smaller batch",
+                minimum_ram_bytes=minimum,
+            )
+        with self._lock:
+            if slots != self.tier.table.usable_slots:
+                self.tier.resize(slots)
+
+    def count_pass(self, tokens: int, *, decode: bool, seconds: float) -> None:
+        """Note one finished forward pass of the whole model."""
+        passes = self._passes
+        if decode:
+            passes.decode_tokens += tokens
+            passes.decode_s += seconds
+        else:
+            passes.prefill_tokens += tokens
+            passes.prefill_s += seconds
+
+    # --- telling ---------------------------------------------------------------------------------------------
+
+    def reset_stats(self) -> None:
+        """Count from zero."""
+        self._passes = _Passes()
+        self._moe_steps = 0
+        self._moe_s = 0.0
+        self.tier.counters = TierCounters()
+        reader = self.tier.engine.reader
+        reader.bytes_read = 0
+        reader.retries = 0
+
+    def stats(self) -> Statistics:
+        """The figures so far."""
+        counters, passes, reader = self.tier.counters, self._passes, self.tier.engine.reader
+        return Statistics(
+            hits=counters.hits,
+            misses=counters.misses,
+            evictions=counters.evictions,
+            bytes_read=reader.bytes_read,
+            read_stall_s=counters.stall_s,
+            read_retries=reader.retries,
+            direct_io=reader.direct,
+            moe_steps=self._moe_steps,
+            moe_s=self._moe_s,
+            prefill_tokens=passes.prefill_tokens,
+            prefill_s=passes.prefill_s,
+            decode_tokens=passes.decode_tokens,
+            decode_s=passes.decode_s,
+            slots=self.tier.table.usable_slots,
+            slots_planned=self.plan.ram_slots,
+        )
+
+    def check(self) -> None:
+        """Prove that every slot, key and read is accounted for; see `ExpertTier.check`."""
+        with self._lock:
+            self.tier.check()
+
+    # --- ending ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop the readers and free the slots. May be called again."""
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+            self.tier.engine.close()
+            self.tier.release_memory()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError(f"the runtime of {self.plan.model} was closed; load the model again")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedOperationError(
+            "an offloaded model cannot be copied or pickled: its experts are in slots and on disk; load it again"
+        )
+
+    def __repr__(self) -> str:
+        state = (
+            "closed" if self.closed else f"{self.tier.table.usable_slots} of {self.plan.expert_count} experts in RAM"
+        )
+        return f"<offload runtime of {self.plan.model}: {state}>"
+
+
+_RUNTIMES: weakref.WeakSet[Runtime] = weakref.WeakSet()
+_held_for_fork: list[Runtime] = []
+
+
+def _before_fork() -> None:
+    """A child copied in the middle of a step would have half a step in its slot table."""
+    _held_for_fork[:] = list(_RUNTIMES)
+    for runtime in _held_for_fork:
+        runtime._lock.acquire()
+
+
+def _after_fork() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop()._lock.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

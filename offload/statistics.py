@@ -1,0 +1,80 @@
+"""What a run did, in figures that a user can read and compare."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from offload.sizes import format_size
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counted since the model was loaded, or since `reset_stats()`.
+
+    Attributes:
+        hits: routed experts that were resident; counted once per layer and step.
+        misses: routed experts that had to be read.
+        evictions: experts that gave up their slot.
+        bytes_read: bytes read from the store.
+        read_stall_s: seconds that the model waited for reads.
+        read_retries: reads that failed or fell short and were repeated.
+        direct_io: False where the file system refused O_DIRECT and reads are buffered.
+        moe_steps: MoE layers executed.
+        moe_s: seconds in them, reads waited for included.
+        prefill_tokens: tokens of forward passes with more than one token per sequence.
+        prefill_s: seconds of these passes.
+        decode_tokens: tokens of forward passes with one token per sequence.
+        decode_s: seconds of these passes.
+        slots: expert slots in use now.
+        slots_planned: expert slots of the plan.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    bytes_read: int
+    read_stall_s: float
+    read_retries: int
+    direct_io: bool
+    moe_steps: int
+    moe_s: float
+    prefill_tokens: int
+    prefill_s: float
+    decode_tokens: int
+    decode_s: float
+    slots: int
+    slots_planned: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits / (hits + misses); 0 before the first step."""
+        routed = self.hits + self.misses
+        return self.hits / routed if routed else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Decode speed; 0 where nothing was decoded."""
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prefill speed; 0 where nothing was prefilled."""
+        return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    def as_dict(self) -> dict[str, int | float | bool]:
+        """All figures, the derived ones too."""
+        return {
+            **asdict(self),
+            "hit_rate": self.hit_rate,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+        }
+
+    def __str__(self) -> str:
+        reads = "" if self.direct_io else ", buffered reads"
+        return (
+            f"decode {self.decode_tokens_per_s:.2f} tokens/s ({self.decode_tokens}), "
+            f"prefill {self.prefill_tokens_per_s:.1f} tokens/s ({self.prefill_tokens}), "
+            f"hit rate {self.hit_rate:.1%} ({self.hits} of {self.hits + self.misses}), "
+            f"read {format_size(self.bytes_read)}, waited {self.read_stall_s:.2f} s for reads{reads}"
+        )
