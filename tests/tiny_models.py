@@ -138,7 +138,7 @@ ARCHITECTURES: list[str] = list(_SPECIFIC)
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """A config of that architecture whose model has about 10^5 parameters, MoE layers, and no token that ends the text."""
+    """A config whose model has about 10^5 parameters and MoE layers, and no token that ends the text."""
     return AutoConfig.for_model(model_type, **{**_COMMON, **_SPECIFIC[model_type]})
 
 
