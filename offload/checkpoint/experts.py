@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -220,11 +220,12 @@ def _unknown(target: str, stored: StoredParameter, error: UnknownOperationError)
 
 
 def _source(span: TensorSpan, found: Cut) -> ComponentSource:
-    source = ComponentSource(span, found.axis, found.first, found.step, found.count, found.transposed)
     if found.axis != 0 or found.step != 1:
-        return source
+        return ComponentSource(span, found.axis, found.first, found.step, found.count, found.transposed)
+    if found.count == span.shape[0]:
+        return ComponentSource(span, 0, 0, 1, found.count, found.transposed)
     row = span.nbytes // span.shape[0]
     rows = TensorSpan(
         span.file, span.offset + found.first * row, found.count * row, span.dtype, (found.count, *span.shape[1:])
     )
-    return replace(source, span=rows, first=0)
+    return ComponentSource(rows, 0, 0, 1, found.count, found.transposed)
