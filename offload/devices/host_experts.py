@@ -57,8 +57,9 @@ def _run_few(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out:
             batch.rows,
         )
         return
-    projected = expert_up(batch.addresses, layer.layout, batch.offsets, batch.tokens, inputs)
-    gated = apply_gate(layer.module, torch.from_numpy(projected).to(layer.dtype), has_gate=layer.layout.has_gate)
+    projected = torch.empty(len(batch.tokens), layer.layout.intermediate * (2 if layer.layout.has_gate else 1))
+    expert_up(batch.addresses, layer.layout, batch.offsets, batch.tokens, inputs, projected.numpy())
+    gated = apply_gate(layer.module, projected.to(layer.dtype), has_gate=layer.layout.has_gate)
     expert_down(batch.addresses, layer.layout, batch.offsets, _elements(gated.contiguous()), out.numpy(), batch.rows)
 
 
