@@ -16,8 +16,12 @@ _PAGE_NBYTES = 4096
 _SAMPLING_COPIES = 3
 """generate() holds the last logits in the model's dtype, in fp32, and once more while it samples."""
 
-_STEP_NBYTES = 48 << 20
-"""What one MoE step holds beside its activations: pair buffer, weighted sum, gathered rows, kernels' scratch."""
+_ALLOCATOR_NBYTES = 16 << 20
+"""What allocators keep beside what is asked of them."""
+
+_PAIR_BUFFER_NBYTES = 16 << 20
+_PAIR_BUFFER_COPIES = 2
+"""The MoE step keeps at most so many bytes of expert outputs, and once more while it weights and sums them."""
 
 
 class PlanInfeasibleError(ValueError):
@@ -47,7 +51,10 @@ def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: b
     logits = batch * spec.vocab_size * 4 * _SAMPLING_COPIES
     if all_logits:
         logits += batch * tokens * spec.vocab_size * 4
-    return batch * tokens * spec.activation_nbytes_per_token + logits + _STEP_NBYTES
+    top_k = max(layer.top_k for layer in spec.experts)
+    pairs = min(_PAIR_BUFFER_NBYTES, batch * tokens * top_k * spec.hidden_size * 4)
+    step = pairs * _PAIR_BUFFER_COPIES
+    return batch * tokens * spec.activation_nbytes_per_token + logits + step + _ALLOCATOR_NBYTES
 
 
 def pass_nbytes(spec: ModelSpec, batch: int, tokens: int, past_tokens: int, *, all_logits: bool) -> int:
