@@ -1,0 +1,80 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from offload.errors import InvalidArgumentError
+from offload.sizes import parse_size
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Size(click.ParamType[int]):
+    """A size such as 4GiB; becomes bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes of `value`; a usage error where it is not a size."""
+        try:
+            return parse_size(value, param.name if param and param.name else self.name)
+        except InvalidArgumentError as error:
+            self.fail(str(error), param, ctx)
+
+
+nvme_option = click.option(
+    "--nvme",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory of the expert stores, on the fastest disk.  [default: ~/.cache/offload]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Write one JSON object to stdout.")
+progress_option = click.option(
+    "--progress/--no-progress",
+    default=None,
+    help="Show progress bars.  [default: where stderr is a terminal]",
+)
+
+_MODEL_OPTIONS = (
+    click.argument("model"),
+    click.option(
+        "--ram",
+        type=Size(),
+        metavar="SIZE",
+        help="Most memory for weights, KV cache, activations and experts, as 4GiB (2^30) or 4GB (10^9).  "
+        "[default: nine tenths of what is available]",
+    ),
+    nvme_option,
+    click.option(
+        "--context",
+        type=click.IntRange(min=1),
+        metavar="TOKENS",
+        help="Longest sequence that room is kept for.  [default: 4096, or the model's own limit if less]",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+        default="auto",
+        show_default=True,
+        help="In which to compute; auto is the checkpoint's own.",
+    ),
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository."),
+    click.option("--trust-remote-code", is_flag=True, help="Allow the checkpoint to bring modeling code."),
+)
+
+
+def example(*lines: str) -> str:
+    """The end of a help text that shows these commands."""
+    return "\n".join(("\b", "Example:", *(f"  {line}" for line in lines)))
+
+
+def model_options(command: _Command) -> _Command:
+    """MODEL and the options that decide how it is planned."""
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command

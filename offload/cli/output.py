@@ -1,0 +1,58 @@
+"""What commands write to stdout: JSON and tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+# Nothing is cut or wrapped where a program reads.
+_WIDTH_OF_PIPE = 4096
+
+
+def write_json(value: Any) -> None:
+    """Write one JSON object."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def write(*parts: RenderableType) -> None:
+    """Write tables and texts, in colour where stdout is a terminal and NO_COLOR is not set."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH_OF_PIPE, highlight=False)
+    # Not printed directly: rich ends the process itself where a pipe is closed.
+    with console.capture() as captured:
+        console.print(Group(*parts))
+    click.echo("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()), nl=False)
+
+
+def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    """An empty table.
+
+    Args:
+        *columns: headings.
+        numbers: those of them whose cells are set right.
+    """
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return made
+
+
+def add_row(to: Table, *cells: str, style: str = "") -> None:
+    """Add a row of plain text: brackets in a path are not markup."""
+    to.add_row(*(Text(cell) for cell in cells), style=style or None)
+
+
+def facts(rows: dict[str, str]) -> Table:
+    """Names and values, one pair per line."""
+    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column(style="dim", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows.items():
+        add_row(made, name, value)
+    return made

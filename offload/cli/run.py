@@ -1,0 +1,256 @@
+"""`offload run`: from a prompt to text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import click
+
+from offload.cli.errors import EXIT_INTERRUPTED, exit_codes
+from offload.cli.options import example, json_option, model_options, progress_option
+from offload.cli.output import write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from offload.runtime import Runtime
+
+Finish = Literal["stop", "length", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments and options, as click gives them; see the help texts."""
+
+    model: str
+    prompt: str | None
+    prompt_file: Path | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    chat: bool
+    echo: bool
+    ram: int | None
+    nvme: Path | None
+    context: int | None
+    dtype: str
+    revision: str | None
+    trust_remote_code: bool
+    as_json: bool
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The new tokens and why there are no more."""
+
+    tokens: list[int]
+    finish: Finish
+
+
+@click.command(
+    short_help="Generate text from a prompt.",
+    epilog=example(
+        'offload run ./Qwen3-30B-A3B --chat -p "Why is the sky blue?" --ram 16GiB',
+        "git diff | offload run ./Qwen3-30B-A3B -p - -n 200 --temperature 0.7",
+    ),
+)
+@model_options
+@click.option("-p", "--prompt", metavar="TEXT", help='The prompt; "-" reads it from stdin.')
+@click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from FILE.")
+@click.option(
+    "-n",
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Stop after so many tokens.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0,
+    show_default=True,
+    help="Above 0 samples; 0 always takes the likeliest token.",
+)
+@click.option("--top-k", type=click.IntRange(min=1), metavar="N", help="Sample from the N likeliest tokens.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    help="Sample from the likeliest tokens of this probability together.",
+)
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Makes sampling repeatable.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
+@click.option("--echo/--no-echo", default=False, show_default=True, help="Write the prompt before the text.")
+@json_option
+@progress_option
+def run(**options: Any) -> None:
+    """Generate text with MODEL, a directory or a Hub id.
+
+    Text goes to stdout as it is generated, one line of figures to stderr. The first run converts the experts into a
+    store, which later runs use.
+    """
+    settings = Settings(**options)
+    with exit_codes(as_json=settings.as_json):
+        prompt = _read_prompt(settings)
+        if settings.temperature == 0 and (settings.top_k is not None or settings.top_p is not None):
+            raise click.UsageError("--top-k and --top-p choose what to sample from; they need --temperature above 0.")
+        _run(settings, prompt)
+
+
+def _read_prompt(settings: Settings) -> str:
+    if (settings.prompt is None) == (settings.prompt_file is None):
+        raise click.UsageError('Give the prompt, either with -p TEXT (or "-p -" for stdin) or with --prompt-file FILE.')
+    try:
+        if settings.prompt_file is not None:
+            prompt = settings.prompt_file.read_bytes().decode()
+        elif settings.prompt == "-":
+            prompt = sys.stdin.buffer.read().decode()
+        else:
+            prompt = settings.prompt or ""
+            prompt.encode()
+    except UnicodeError as error:
+        raise click.UsageError(f"The prompt is not UTF-8: {error}.") from error
+    except OSError as error:
+        raise click.UsageError(f"The prompt cannot be read: {error}.") from error
+    if not prompt:
+        raise click.UsageError("The prompt is empty.")
+    return prompt
+
+
+def _run(settings: Settings, prompt: str) -> None:
+    from offload.checkpoint.locate import locate_checkpoint
+    from offload.cli.libraries import quiet_transformers
+    from offload.loading import load
+
+    with quiet_transformers() if settings.progress is False else nullcontext():
+        directory = locate_checkpoint(settings.model, revision=settings.revision)
+    with quiet_transformers():
+        tokenizer = _load_tokenizer(directory, settings)
+        inputs = _tokenize(tokenizer, prompt, settings)
+        model = load(
+            settings.model,
+            ram=settings.ram,
+            nvme=settings.nvme,
+            dtype=settings.dtype,
+            context=settings.context,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            progress=settings.progress,
+        )
+        runtime = cast("Runtime", model.offload)
+        with runtime:
+            generated = _generate(model, tokenizer, inputs, settings)
+            stats = runtime.stats()
+    if settings.as_json:
+        write_json(
+            {
+                "model": settings.model,
+                "prompt_tokens": inputs["input_ids"].shape[1],
+                "new_tokens": len(generated.tokens),
+                "text": tokenizer.decode(generated.tokens, skip_special_tokens=True),
+                "finish": generated.finish,
+                "stats": stats.as_dict(),
+                "plan": json.loads(runtime.plan.to_json()),
+            }
+        )
+    else:
+        click.echo(str(stats), err=True)
+    if generated.finish == "interrupted":
+        raise click.exceptions.Exit(EXIT_INTERRUPTED)
+
+
+def _load_tokenizer(directory: Path, settings: Settings) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    from offload.errors import CheckpointError
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=settings.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # tokenizers raises nothing more specific for a file that it cannot read
+        raise CheckpointError(
+            f"{directory}: expected a tokenizer that transformers can read: {error}. "
+            "Fix: put the model's tokenizer files there"
+        ) from error
+    return tokenizer
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, settings: Settings) -> dict[str, torch.Tensor]:
+    encoded: Any
+    if settings.chat:
+        if not tokenizer.chat_template:
+            raise click.UsageError(f"The tokenizer of {settings.model} has no chat template: leave --chat out.")
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    if encoded["input_ids"].numel() == 0:
+        raise click.UsageError("The prompt has no tokens.")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, torch.Tensor], settings: Settings
+) -> Generated:
+    """Generate, and write the text as it comes unless JSON is wanted."""
+    import torch
+
+    from offload.cli.streamer import TokenStreamer
+
+    _note_length(model, inputs["input_ids"].shape[1] + settings.max_new_tokens)
+    streamer = TokenStreamer(tokenizer, _discard if settings.as_json else _write_text, echo=settings.echo)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if settings.temperature > 0:
+        sampling = {"do_sample": True, "temperature": settings.temperature}
+        sampling |= {name: getattr(settings, name) for name in ("top_k", "top_p") if getattr(settings, name)}
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
+    interrupted = False
+    try:
+        model.generate(  # type: ignore[operator]
+            **inputs, **sampling, max_new_tokens=settings.max_new_tokens, num_beams=1, streamer=streamer
+        )
+    except KeyboardInterrupt:
+        interrupted = True
+        streamer.end()
+    if not settings.as_json:
+        click.echo()
+    if interrupted:
+        finish: Finish = "interrupted"
+    elif len(streamer.new_tokens) < settings.max_new_tokens or _is_end(model, streamer.new_tokens[-1]):
+        finish = "stop"
+    else:
+        finish = "length"
+    return Generated(streamer.new_tokens, finish)
+
+
+def _note_length(model: PreTrainedModel, tokens: int) -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        click.echo(f"Note: up to {tokens} tokens with the prompt; the model is made for {longest}.", err=True)
+
+
+def _is_end(model: PreTrainedModel, token: int) -> bool:
+    ends = model.generation_config.eos_token_id
+    return token in (ends if isinstance(ends, list) else [ends])
+
+
+def _write_text(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _discard(_text: str) -> None:
+    pass
