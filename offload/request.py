@@ -59,32 +59,48 @@ def make_request(
         InvalidArgumentError: naming the argument, what it may be and what it was.
     """
     if max_memory is not None:
-        ram = _from_max_memory(max_memory, ram)
-    if ram is None:
+        ram_nbytes = _from_max_memory(max_memory, ram)
+    elif ram is None:
         ram_nbytes = int(available_ram_nbytes() * (1 - _RAM_KEPT_FREE))
     else:
         ram_nbytes = parse_size(ram, "ram")
-    for name, value in (("context", context), ("batch", batch), ("prefill_chunk", prefill_chunk)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
-            raise InvalidArgumentError(f"{name}={value!r}: expected a positive whole number")
+    if context is not None:
+        _check_count("context", context)
+    _check_count("batch", batch)
+    _check_count("prefill_chunk", prefill_chunk)
     return Request(ram_nbytes, store_root(nvme), context, batch, prefill_chunk)
 
 
 def store_root(nvme: str | os.PathLike[str] | None) -> Path:
-    """The directory of expert stores: the one given, else $XDG_CACHE_HOME/offload, else ~/.cache/offload."""
-    if nvme is None:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "offload"
-    if not os.fspath(nvme):
-        raise InvalidArgumentError('nvme="": expected a directory for the expert store')
-    return Path(nvme).expanduser()
+    """The directory of expert stores: the one given, else $XDG_CACHE_HOME/offload, else ~/.cache/offload.
+
+    As the XDG specification wants it, XDG_CACHE_HOME counts only where it is absolute.
+
+    Raises:
+        InvalidArgumentError: `nvme` is not a path, or there is no home directory that "~" could mean.
+    """
+    try:
+        if nvme is not None:
+            path = os.fspath(nvme)
+            if not isinstance(path, str) or not path:
+                raise TypeError
+            return Path(path).expanduser()
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
+        return (cache if cache.is_absolute() else Path("~/.cache").expanduser()) / "offload"
+    except TypeError:
+        raise InvalidArgumentError(f"nvme={nvme!r}: expected a directory for the expert store") from None
+    except RuntimeError as error:
+        raise InvalidArgumentError(f"nvme={nvme!r}: {error}; give the directory's full path") from error
 
 
-def _from_max_memory(max_memory: Mapping[str | int, int | str], ram: int | str | None) -> int | str:
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise InvalidArgumentError(f"{name}={value!r}: expected a positive whole number")
+
+
+def _from_max_memory(max_memory: object, ram: int | str | None) -> int:
     if ram is not None:
         raise InvalidArgumentError("ram= and max_memory= both given: max_memory is another spelling, use one")
-    unknown = [key for key in max_memory if key != "cpu"]
-    if unknown or "cpu" not in max_memory:
-        raise InvalidArgumentError(
-            f'max_memory={dict(max_memory)!r}: this version knows {{"cpu": size}} and nothing else'
-        )
-    return max_memory["cpu"]
+    if not isinstance(max_memory, Mapping) or set(max_memory) != {"cpu"}:
+        raise InvalidArgumentError(f'max_memory={max_memory!r}: this version knows {{"cpu": size}} and nothing else')
+    return parse_size(max_memory["cpu"], 'max_memory["cpu"]')

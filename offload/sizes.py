@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from offload.errors import InvalidArgumentError
 
@@ -11,7 +12,7 @@ for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[f"{_letter}ib"] = 1024**_power
     _UNITS[f"{_letter}b"] = 1000**_power
 
-_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>[A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*(?P<number>[0-9]{1,30}(?:\.[0-9]{1,30})?|\.[0-9]{1,30})\s*(?P<unit>[A-Za-z]*)\s*")
 
 
 def parse_size(value: int | str, what: str) -> int:
@@ -32,13 +33,13 @@ def parse_size(value: int | str, what: str) -> int:
     else:
         match = _SIZE.fullmatch(value)
         unit = match["unit"] if match else ""
-        if len(unit) >= 2 and unit[-1] == "b" and unit[0].isupper():
+        if unit.lower() in _UNITS and len(unit) >= 2 and unit[-1] == "b" and unit[0].isupper():
             raise InvalidArgumentError(f'{what}="{value}": "{unit}" means bits; write "{unit[:-1]}B" for bytes')
         if match is None or unit.lower() not in _UNITS:
             raise InvalidArgumentError(
                 f'{what}="{value}": expected a number and a unit such as "24GiB" (2^30) or "24GB" (10^9)'
             )
-        nbytes = int(float(match["number"]) * _UNITS[unit.lower()])
+        nbytes = int(Fraction(match["number"]) * _UNITS[unit.lower()])
     if nbytes <= 0:
         raise InvalidArgumentError(f"{what}={value!r}: a size must be positive")
     return nbytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from placement.workload import Workload
 
@@ -40,7 +40,7 @@ class Plan:
     """Where everything lies. The runtime executes this and nothing else; the record is plain JSON.
 
     Invariants: `ram.total_nbytes <= ram_budget_nbytes`; `ram.slot_nbytes == ram_slots * slot_nbytes`;
-    `minimum_ram_slots <= ram_slots <= expert_count`.
+    `1 <= ram_slots <= expert_count`.
 
     Attributes:
         model: what the user called the model.
@@ -84,6 +84,14 @@ class Plan:
     read_chunk_nbytes: int
     reader_threads: int
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.ram_slots <= self.expert_count:
+            raise ValueError(f"a plan of {self.ram_slots} slots for {self.expert_count} experts")
+        if self.ram.slot_nbytes != self.ram_slots * self.slot_nbytes:
+            raise ValueError(f"{self.ram_slots} slots of {self.slot_nbytes} bytes are not {self.ram.slot_nbytes} bytes")
+        if self.ram.total_nbytes > self.ram_budget_nbytes:
+            raise ValueError(f"{self.ram.total_nbytes} bytes planned, above the budget of {self.ram_budget_nbytes}")
+
     @property
     def peak_ram_nbytes(self) -> int:
         """Most host memory that the runtime holds, the interpreter and its libraries not counted."""
@@ -103,10 +111,15 @@ class Plan:
         """The plan that `to_json` wrote.
 
         Raises:
-            ValueError: not JSON, another version, or fields missing or unknown.
+            ValueError: not JSON, another version, fields that are missing, unknown or of another type, or figures
+                that contradict each other.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.pop("version", None) != PLAN_VERSION:
+        try:
+            data = json.loads(text)
+        except RecursionError:
+            data = None
+        version = data.pop("version", None) if isinstance(data, dict) else None
+        if not isinstance(data, dict) or type(version) is not int or version != PLAN_VERSION:
             raise ValueError(f"not a plan of version {PLAN_VERSION}")
         data["workload"] = _record(Workload, data.get("workload"))
         data["ram"] = _record(RamUse, data.get("ram"))
@@ -121,4 +134,9 @@ def _record(kind: type[_Record], data: Any) -> _Record:
     if not isinstance(data, dict) or set(data) != names:
         found = sorted(data) if isinstance(data, dict) else data
         raise ValueError(f"{kind.__name__} of a plan needs exactly the fields {sorted(names)}, found {found}")
+    for name, expected in get_type_hints(kind).items():
+        value = data[name]
+        choices = get_args(expected)
+        if value not in choices if choices else type(value) is not expected:
+            raise ValueError(f"{name} of a plan: expected {choices or expected.__name__}, found {value!r}")
     return kind(**data)

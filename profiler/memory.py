@@ -9,12 +9,19 @@ import psutil
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PROC_CGROUP = Path("/proc/self/cgroup")
 
+_FILES = {
+    1: (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
+    2: (("memory.max", "memory.high"), "memory.current"),
+}
+"""By cgroup version: the files of a group's limits and of its use."""
+
 
 def available_ram_nbytes(*, proc_cgroup: Path = _PROC_CGROUP, root: Path = _CGROUP_ROOT) -> int:
     """Bytes that can be allocated now without swapping or being killed.
 
     The least of the machine's available memory and, for the process's cgroup and each of its ancestors (v1 and v2),
-    limit minus use; page cache of the group counts as free, because the kernel takes it back.
+    limit minus use. Of v2's two limits the lower counts: above memory.high the kernel slows the group down. Inactive
+    page cache of the group counts as free, because the kernel takes it back.
 
     Args:
         proc_cgroup: the process's membership file.
@@ -34,13 +41,10 @@ def process_rss_nbytes() -> int:
 
 
 def _ancestors(proc_cgroup: Path, root: Path) -> list[tuple[Path, int]]:
-    try:
-        lines = proc_cgroup.read_text().splitlines()
-    except OSError:
-        return []
     found = []
-    for line in lines:
-        hierarchy, controllers, path = line.split(":", 2)
+    for line in _text(proc_cgroup).splitlines():
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if hierarchy == "0" and controllers == "":
             base, version = root, 2
         elif "memory" in controllers.split(","):
@@ -57,25 +61,27 @@ def _ancestors(proc_cgroup: Path, root: Path) -> list[tuple[Path, int]]:
 
 
 def _room(group: Path, version: int) -> int | None:
-    limit_file, use_file = (
-        ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    )
-    limit, use = _number(group / limit_file), _number(group / use_file)
-    if limit is None or use is None:
+    limit_files, use_file = _FILES[version]
+    limits = [limit for file in limit_files if (limit := _number(_text(group / file))) is not None]
+    use = _number(_text(group / use_file))
+    if not limits or use is None:
         return None
     cache = 0
-    try:
-        for line in (group / "memory.stat").read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name in ("inactive_file", "total_inactive_file"):
-                cache = max(cache, int(value))
-    except OSError:
-        pass
-    return limit - use + cache
+    for line in _text(group / "memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            cache = max(cache, _number(value) or 0)
+    return min(limits) - max(0, use - cache)
 
 
-def _number(file: Path) -> int | None:
+def _text(file: Path) -> str:
+    """The file's content; empty where it does not exist or cannot be read."""
     try:
-        return int(file.read_text())
+        return file.read_text()
     except (OSError, ValueError):
-        return None
+        return ""
+
+
+def _number(text: str) -> int | None:
+    """None for "max" and for nothing."""
+    return int(text) if text.strip().isdecimal() else None

@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-_LENGTH = 257
+_GATES = (*(eighths / 8 for eighths in range(-240, 241)), -0.0, 6.9, 7.1, -1e4, -1e3, -1e2, 1e2, 1e3, 1e4)
+_UPS = (-1e4, -1e2, -21.0, -7.1, -6.9, -1.0, -0.3, 0.0, 0.7, 6.9, 7.1, 21.0, 1e2, 1e4)
+"""The large values tell a gate that is clamped, wherever its limit lies."""
 
 _GATED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "silu": lambda gate, up: F.silu(gate) * up,
@@ -52,15 +54,16 @@ def apply_gate(module: torch.nn.Module, projected: torch.Tensor, *, has_gate: bo
 
 def recognise_gate(module: torch.nn.Module, *, has_gate: bool) -> str | None:
     """Name of the kernels' activation that equals the module's gate, or None when there is none."""
-    probe = torch.cat([torch.linspace(-30.0, 30.0, _LENGTH - 5), torch.tensor([0.0, -0.0, 6.9, 7.0, 7.1])])
-    up = probe.roll(61) * 0.7
+    gate = torch.tensor(_GATES, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         if has_gate:
-            found = apply_gate(module, torch.stack([probe, up]).reshape(1, -1), has_gate=True)[0]
-            known = {name: gate(probe, up) for name, gate in _GATED.items()}
+            up = torch.tensor(_UPS, dtype=torch.float32, device="cpu").repeat(gate.shape[0])
+            gate = gate.repeat_interleave(len(_UPS))
+            found = apply_gate(module, torch.cat([gate, up])[None], has_gate=True)[0]
+            known = {name: function(gate, up) for name, function in _GATED.items()}
         else:
-            found = apply_gate(module, probe[None], has_gate=False)[0]
-            known = {name: gate(probe) for name, gate in _UNGATED.items()}
+            found = apply_gate(module, gate[None], has_gate=False)[0]
+            known = {name: function(gate) for name, function in _UNGATED.items()}
     for name, expected in known.items():
         if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-6, atol=1e-7):
             return name

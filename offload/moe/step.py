@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -42,7 +41,11 @@ def moe_step(
     routing = route(top_k_index, top_k_weights, layer.count)
     accumulator = make_accumulator(routing, hidden.shape[-1])
     execute = _in_order if accumulator.ordered else _as_they_come
-    execute(layer, tier, device, hidden.contiguous(), routing, accumulator)
+    try:
+        execute(layer, tier, device, hidden.contiguous(), routing, accumulator)
+    except BaseException:
+        tier.abandon()
+        raise
     return accumulator.result().to(hidden.dtype)
 
 
@@ -57,23 +60,15 @@ def _as_they_come(
     """Resident experts compute while misses load; each miss computes when it arrives."""
     number = {layer.first_key + expert: index for index, expert in enumerate(routing.experts)}
     borrowed, missing = tier.borrow(list(number))
-    loading: list[int] = []
-    try:
+    tier.start_loads(missing)
+    while borrowed or missing:
+        if borrowed:
+            work = [(key, number[key]) for key in borrowed]
+            _compute(layer, tier, device, hidden, routing, accumulator, work)
+            tier.give_back(borrowed)
         loading = missing[: tier.start_loads(missing)]
-        while True:
-            if borrowed:
-                work = [(key, number[key]) for key in borrowed]
-                _compute(layer, tier, device, hidden, routing, accumulator, work)
-                tier.give_back(borrowed)
-                missing = [key for key in missing if key not in borrowed]
-                borrowed = []
-            if not missing:
-                return
-            loading = missing[: tier.start_loads(missing)]
-            borrowed = tier.collect(loading)
-    except BaseException:
-        _undo(tier, borrowed, loading)
-        raise
+        borrowed = tier.collect(loading) if missing else []
+        missing = [key for key in missing if key not in borrowed]
 
 
 def _in_order(
@@ -88,27 +83,23 @@ def _in_order(
     keys = [layer.first_key + expert for expert in routing.experts]
     resident, waiting = tier.borrow(keys)
     borrowed = set(resident)
-    loading: list[int] = []
-    try:
-        for index, key in enumerate(keys):
-            while key not in borrowed:
-                loading = waiting[: tier.start_loads(waiting)]
-                if loading:
-                    arrived = tier.collect(loading[:1])
-                    borrowed.update(arrived)
-                    del waiting[: len(arrived)]
-                else:
-                    # Every slot holds an expert of this step that comes later: the last of them makes room.
-                    last = max(borrowed)
-                    tier.discard_borrowed(last)
-                    borrowed.discard(last)
-                    insort(waiting, last)
-            _compute(layer, tier, device, hidden, routing, accumulator, [(key, index)])
-            tier.give_back([key])
-            borrowed.discard(key)
-    except BaseException:
-        _undo(tier, borrowed, loading)
-        raise
+    for index, key in enumerate(keys):
+        loading = waiting[: tier.start_loads(waiting)]
+        while key not in borrowed:
+            if loading or not borrowed:
+                arrived = tier.collect(loading[:1])
+                borrowed.update(arrived)
+                del waiting[: len(arrived)]
+            else:
+                # Every slot holds an expert of this step that comes later: the last of them makes room.
+                last = max(borrowed)
+                tier.discard_borrowed(last)
+                borrowed.discard(last)
+                insort(waiting, last)
+            loading = waiting[: tier.start_loads(waiting)]
+        _compute(layer, tier, device, hidden, routing, accumulator, [(key, index)])
+        tier.give_back([key])
+        borrowed.discard(key)
 
 
 def _compute(
@@ -134,9 +125,3 @@ def _compute(
     device.run_experts(layer, batch, hidden, targets[0][0])
     for _, index in work:
         accumulator.added(index)
-
-
-def _undo(tier: ExpertTier, borrowed: Iterable[int], loading: list[int]) -> None:
-    """After a failure: nothing stays borrowed, no read of this step still writes."""
-    tier.give_back(borrowed)
-    tier.abandon(loading)

@@ -41,6 +41,8 @@ class Arena:
 
     def view(self, slot: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """The first `nbytes` bytes of a slot, uint8 [nbytes], writable, no copy."""
+        if not 0 <= nbytes <= self.slot_nbytes:
+            raise ValueError(f"{nbytes} bytes of a slot of {self.slot_nbytes}")
         slab, offset = self._place(slot)
         return slab.bytes()[offset : offset + nbytes]
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from offload.errors import StorageError, StoreCorruptError
+from offload.errors import ClosedError, StorageError, StoreCorruptError
 
 READ_ATTEMPTS = 4
 _RETRY_PAUSE_S = 0.002
@@ -33,7 +33,7 @@ class ShardReader:
 
     Attributes:
         paths: the shards.
-        direct: True while every shard is read with O_DIRECT.
+        direct: True until a file system refuses O_DIRECT, at opening or at the first read.
         bytes_read: bytes that arrived since the start.
         retries: reads that failed or fell short and were repeated.
     """
@@ -53,30 +53,38 @@ class ShardReader:
         self.retries = 0
         self._preadv = preadv
         self._lock = threading.Lock()
-        self._fds: list[int] = []
+        self._direct: dict[int, int] = {}
         self._buffered: dict[int, int] = {}
+        self._closed = False
         try:
             for index in range(len(self.paths)):
-                self._fds.append(self._open(index))
+                self._open(index)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, index: int) -> int:
+    def _open(self, index: int) -> None:
         if self.direct:
             try:
-                return self._open_shard(index, True)
+                self._direct[index] = self._open_shard(index, True)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
+            else:
+                return
+            self._refused(index)
+        self._buffered[index] = self._open_shard(index, False)
+
+    def _refused(self, shard: int) -> None:
+        with self._lock:
+            first, self.direct = self.direct, False
+        if first:
             warnings.warn(
-                f"the file system of {self.paths[index]} refuses O_DIRECT: expert reads go through the page cache, "
+                f"the file system of {self.paths[shard]} refuses O_DIRECT: expert reads go through the page cache, "
                 "which is slower and takes memory beside the budget; put nvme= on a local ext4, xfs or btrfs disk",
                 SlowReadWarning,
                 stacklevel=2,
             )
-            self.direct = False
-        return self._open_shard(index, False)
 
     def read(self, shard: int, offset: int, out: memoryview) -> None:
         """Fill `out` from the shard's bytes at `offset`.
@@ -91,16 +99,21 @@ class ShardReader:
         Raises:
             StorageError: the disk failed every attempt.
             StoreCorruptError: the file ends before the range does.
+            ClosedError: after `close()`.
         """
         done = 0
         attempts = 0
-        fd = self._fds[shard]
+        fd = self._direct.get(shard) if self.direct else None
+        buffered = fd is None
+        if fd is None:
+            fd = self._buffered_fd(shard)
         while done < len(out):
             try:
                 count = self._preadv(fd, [out[done:]], offset + done)
             except OSError as error:
-                if error.errno == errno.EINVAL and fd == self._fds[shard] and self.direct:
-                    fd = self._buffered_fd(shard)
+                if error.errno == errno.EINVAL and not buffered:
+                    fd, buffered = self._buffered_fd(shard), True
+                    self._refused(shard)
                     continue
                 attempts += 1
                 self._count_retry()
@@ -125,16 +138,19 @@ class ShardReader:
             done += count
             if done < len(out):
                 self._count_retry()
-                if done % 4096:
-                    fd = self._buffered_fd(shard)
-        if not self.direct:
+                if done % 4096 and not buffered:
+                    # The rest is not aligned any more.
+                    fd, buffered = self._buffered_fd(shard), True
+        if buffered:
             os.posix_fadvise(fd, offset, len(out), os.POSIX_FADV_DONTNEED)
         with self._lock:
             self.bytes_read += len(out)
 
     def _buffered_fd(self, shard: int) -> int:
-        """A descriptor without O_DIRECT: what is left of a range after a short read may not be aligned."""
+        """A descriptor without O_DIRECT."""
         with self._lock:
+            if self._closed:
+                raise ClosedError("the model's runtime was closed; load the model again")
             if shard not in self._buffered:
                 self._buffered[shard] = self._open_shard(shard, False)
             return self._buffered[shard]
@@ -145,10 +161,11 @@ class ShardReader:
 
     def close(self) -> None:
         """Close all descriptors; may be called again."""
-        for fd in (*self._fds, *self._buffered.values()):
-            os.close(fd)
-        self._fds.clear()
-        self._buffered.clear()
+        with self._lock:
+            self._closed = True
+            for fds in (self._direct, self._buffered):
+                while fds:
+                    os.close(fds.popitem()[1])
 
     def renew_lock(self) -> None:
         """In a forked child, where another thread may have held the lock when the process was copied."""

@@ -1,7 +1,8 @@
 """A tier of experts: slots, what lies in them, and the reads that fill them.
 
 The MoE step borrows experts: `borrow` takes what is resident, `start_loads` fetches what is not, `collect` hands
-over what has arrived, `give_back` lets go. A borrowed or loading expert is never evicted.
+over what has arrived, `give_back` lets go. A borrowed or loading expert is never evicted. When any of these fails or
+is interrupted, `abandon` makes the tier whole again.
 """
 
 from __future__ import annotations
@@ -67,18 +68,21 @@ class ExpertTier:
     def borrow(self, keys: Sequence[int]) -> tuple[list[int], list[int]]:
         """Split a layer's routed experts into resident ones, which are now in use, and missing ones."""
         self.policy.on_route(keys)
+        resident, missing = self._take(keys)
+        self.counters.hits += len(resident)
+        self.counters.misses += len(missing)
+        return resident, missing
+
+    def _take(self, keys: Sequence[int]) -> tuple[list[int], list[int]]:
         resident, missing = [], []
-        table = self.table
         for key in keys:
             # A read ahead that failed is a miss: it is read again, and that error is carried.
             self._settle(key, carry_error=False)
-            if table.state_of(key) is SlotState.READY:
-                table.acquire(key)
+            if self.table.state_of(key) is SlotState.READY:
+                self.table.acquire(key)
                 resident.append(key)
             else:
                 missing.append(key)
-        self.counters.hits += len(resident)
-        self.counters.misses += len(missing)
         return resident, missing
 
     def address(self, key: int) -> int:
@@ -109,7 +113,13 @@ class ExpertTier:
 
         Returns:
             How many of `keys`, from the first, are now loading or loaded.
+
+        Raises:
+            ClosedError: the engine was closed.
         """
+        for ahead in self._tickets.keys() - set(keys):
+            # A read ahead that is done holds its slot no longer than others do.
+            self._settle(ahead, carry_error=False)
         for started, key in enumerate(keys):
             ticket = self._tickets.get(key)
             if ticket is not None:
@@ -126,27 +136,26 @@ class ExpertTier:
             if victim is None:
                 return False
             self._evict(victim)
-        slot = self.table.begin_load(key)
+        # At no moment does the table hold a key that the policy does not know: such a slot would never be free again.
         self.policy.on_insert(key)
+        slot = self.table.begin_load(key)
         out = memoryview(self.arena.view(slot, self._bundle_nbytes(key)))  # type: ignore[arg-type]
-        try:
-            self._tickets[key] = self.engine.submit(self._locate(key, out), urgency)
-        except BaseException:
-            self._drop(key)
-            raise
+        self._tickets[key] = self.engine.submit(self._locate(key, out), urgency)
         return True
 
     def collect(self, keys: Sequence[int]) -> list[int]:
         """Wait until at least one of the loading `keys` has arrived; all that have are now in use.
 
-        Returns without waiting, maybe with nothing, when one of `keys` is not loading (a fork cancels reads): ask
+        Without keys, waits until any read of the tier ends: reads ahead may hold all slots. May return nothing: ask
         `start_loads` again.
 
         Raises:
             StorageError, StoreCorruptError: a read of one of them failed; its slot is free again.
         """
         tickets = [self._tickets[key] for key in keys if key in self._tickets]
-        if tickets and len(tickets) == len(keys) and not any(ticket.finished for ticket in tickets):
+        if not keys:
+            tickets = list(self._tickets.values())
+        if tickets and len(tickets) >= len(keys) and not any(ticket.finished for ticket in tickets):
             before = perf_counter()
             self.engine.wait_any(tickets)
             self.counters.stall_s += perf_counter() - before
@@ -167,27 +176,33 @@ class ExpertTier:
             arrived: told each one when it is here.
 
         Raises:
-            StorageError, StoreCorruptError: a read failed; none of `keys` is loading any more.
+            StorageError, StoreCorruptError: a read failed; the tier is as after `abandon`.
         """
-        missing = [key for key in keys if self.table.slot_of(key) is None]
         try:
+            here, missing = self._take(keys)
             self.start_loads(missing)
             for key in missing:
-                self.engine.wait_all([self._tickets[key]])
-                self._settle(key)
+                while not self.collect([key]):
+                    if not self.start_loads([key]):
+                        raise RuntimeError(f"expert {key} is to be fetched, but the slots are taken")
+                here.append(key)
                 arrived(key)
+            self.give_back(here)
         except BaseException:
-            self.abandon(missing)
+            self.abandon()
             raise
 
-    def abandon(self, keys: Sequence[int]) -> None:
-        """After a failed step: cancel the loads of `keys` that still run and wait until none writes any more."""
-        tickets = [self._tickets[key] for key in keys if key in self._tickets]
-        for ticket in tickets:
-            self.engine.cancel(ticket)
-        self.engine.wait_all(tickets)
-        for key in keys:
-            self._settle(key, carry_error=False)
+    def abandon(self) -> None:
+        """After a failure or an interrupt anywhere in a step: nothing is in use, and no read writes any more.
+
+        Experts that are here stay; all reads are cancelled, those ahead too.
+        """
+        self.engine.cancel_all()
+        self.table.recover([key for key, ticket in self._tickets.items() if ticket.succeeded])
+        self._tickets.clear()
+        here = set(self.table)
+        while (lost := self.policy.victim(here)) is not None:
+            self.policy.on_evict(lost)
 
     def _settle(self, key: int, *, carry_error: bool = True) -> None:
         """Bring the table up to date with a finished read."""
@@ -232,7 +247,10 @@ class ExpertTier:
             self.table.restore()
 
     def release_memory(self) -> None:
-        """After the engine was closed: give all slots' memory back. Nothing can be borrowed any more."""
+        """After the engine was closed: no expert is here any more, and all slots' memory is given back."""
+        self.abandon()
+        for key in list(self.table):
+            self._drop(key)
         self.arena.discard_all()
 
     def check(self) -> None:
@@ -241,3 +259,8 @@ class ExpertTier:
         loading = {key for key in self.table if self.table.state_of(key) is SlotState.LOADING}
         if loading != set(self._tickets):
             raise AssertionError(f"loading {sorted(loading)} but tickets for {sorted(self._tickets)}")
+        known: set[int] = set()
+        while (key := self.policy.victim(known)) is not None:
+            known.add(key)
+        if known != set(self.table):
+            raise AssertionError(f"slots for {sorted(self.table)} but the policy knows {sorted(known)}")

@@ -7,7 +7,7 @@ step lock); readers never touch it, they finish tickets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import Enum
 
 
@@ -114,6 +114,32 @@ class SlotTable:
         self._free.append(slot)
         return slot
 
+    def recover(self, loaded: Collection[int]) -> None:
+        """Whatever call was interrupted, wherever: a table that is consistent, in which no key is in use or loading.
+
+        Experts that were ready or in use are ready.
+
+        Args:
+            loaded: keys whose load has finished: they are ready; others that were loading are free.
+        """
+        kept = (SlotState.READY, SlotState.IN_USE)
+        self._slot.clear()
+        self._free.clear()
+        self._retired.clear()
+        self._pinned.clear()
+        for slot in reversed(range(self.count)):
+            key, state = self._key[slot], self._state[slot]
+            if key is not None and (state in kept or (state is SlotState.LOADING and key in loaded)):
+                self._state[slot] = SlotState.READY
+                self._slot[key] = slot
+                continue
+            self._key[slot] = None
+            if state is SlotState.RETIRED:
+                self._retired.append(slot)
+            else:
+                self._state[slot] = SlotState.FREE
+                self._free.append(slot)
+
     def _move(self, key: int, expected: SlotState, to: SlotState) -> None:
         slot = self._slot.get(key)
         if slot is None or self._state[slot] is not expected:
@@ -121,7 +147,7 @@ class SlotTable:
         self._state[slot] = to
 
     def check(self) -> None:
-        """Prove: resident + free + retired = total, no expert twice, no slot without owner, pins match states.
+        """Prove: resident + free + retired = total, no expert twice, no slot lost, pins match states.
 
         Raises:
             AssertionError: naming the first slot or key that breaks it.
@@ -132,12 +158,15 @@ class SlotTable:
                 raise AssertionError(f"slot {slot} is {state.value} and owned by {key}")
             if key is not None and self._slot.get(key) != slot:
                 raise AssertionError(f"slot {slot} says expert {key}, which owns slot {self._slot.get(key)}")
-        if len(self._slot) + len(self._free) + len(self._retired) != self.count:
-            raise AssertionError(
-                f"{len(self._slot)} owned + {len(self._free)} free + {len(self._retired)} retired != {self.count}"
-            )
-        if len(set(self._free) | set(self._retired)) != len(self._free) + len(self._retired):
-            raise AssertionError("a slot is free or retired twice")
+        for key, slot in self._slot.items():
+            if self._key[slot] != key:
+                raise AssertionError(f"expert {key} says slot {slot}, which expert {self._key[slot]} owns")
+        for state, listed in ((SlotState.FREE, self._free), (SlotState.RETIRED, self._retired)):
+            in_state = [slot for slot in range(self.count) if self._state[slot] is state]
+            if sorted(listed) != in_state:
+                raise AssertionError(
+                    f"slots listed as {state.value} are {sorted(listed)}, those that are so {in_state}"
+                )
         should_be = {k for k, s in self._slot.items() if self._state[s] in (SlotState.LOADING, SlotState.IN_USE)}
         if should_be != self._pinned:
             raise AssertionError(f"pins {sorted(self._pinned)} differ from states {sorted(should_be)}")

@@ -7,6 +7,8 @@ failed or cancelled: only then may the memory be used for something else.
 
 from __future__ import annotations
 
+import _thread
+import atexit
 import heapq
 import itertools
 import os
@@ -79,7 +81,12 @@ class _Queue:
         self.sequence = itertools.count()
         self.unfinished: set[Ticket] = set()
         self.threads: list[threading.Thread] = []
+        self.reading = 0
+        self.held = False
         self.closed = False
+        self.renew_locks()
+
+    def renew_locks(self) -> None:
         self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)
         self.done = threading.Condition(self.lock)
@@ -98,9 +105,12 @@ class _Queue:
                 self.finish_if_idle(ticket)
             self.work.notify_all()
         for thread in self.threads:
-            if thread is not threading.current_thread():
-                thread.join()
+            thread.join()
         self.reader.close()
+
+    def close_soon(self) -> None:
+        """Close from another thread: whoever dropped the engine may be a reader that holds the lock."""
+        _thread.start_new_thread(self.close, ())
 
     def note_error(self, ticket: Ticket, error: BaseException | None) -> None:
         if error is not None and ticket.error is None:
@@ -117,7 +127,7 @@ class _Queue:
 def _serve(queue: _Queue) -> None:
     while True:
         with queue.work:
-            while not queue.heap and not queue.closed:
+            while not queue.closed and (queue.held or not queue.heap):
                 queue.work.wait()
             if queue.closed:
                 return
@@ -126,6 +136,7 @@ def _serve(queue: _Queue) -> None:
                 continue
             ticket.unclaimed.discard(chunk)
             ticket.in_flight += 1
+            queue.reading += 1
         error = _read_chunk(queue, ticket, chunk)
         with queue.work:
             ticket.unread -= 1
@@ -134,8 +145,11 @@ def _serve(queue: _Queue) -> None:
         error = _check(queue, ticket) if whole else None
         with queue.work:
             ticket.in_flight -= 1
+            queue.reading -= 1
             queue.note_error(ticket, error)
             queue.finish_if_idle(ticket)
+            if queue.held:
+                queue.done.notify_all()
 
 
 def _read_chunk(queue: _Queue, ticket: Ticket, chunk: int) -> BaseException | None:
@@ -152,13 +166,13 @@ def _read_chunk(queue: _Queue, ticket: Ticket, chunk: int) -> BaseException | No
 def _check(queue: _Queue, ticket: Ticket) -> BaseException | None:
     """A wrong checksum is read once more: a flip on the way is healed, one on the disk is reported."""
     request = ticket.request
-    if xxhash.xxh3_64_intdigest(request.out) == request.checksum:
-        return None
     try:
+        if xxhash.xxh3_64_intdigest(request.out) == request.checksum:
+            return None
         queue.reader.read(request.shard, request.offset, request.out)
+        found = xxhash.xxh3_64_intdigest(request.out)
     except BaseException as error:  # noqa: BLE001 - carried to whoever waits for the ticket
         return error
-    found = xxhash.xxh3_64_intdigest(request.out)
     if found == request.checksum:
         return None
     return StoreCorruptError(
@@ -182,8 +196,10 @@ class ReadEngine:
             raise ValueError(f"{threads} reader threads with chunks of {chunk_nbytes} bytes: need >= 1, whole pages")
         self._queue = _Queue(reader, chunk_nbytes)
         self._thread_count = threads
-        self._finalizer = weakref.finalize(self, self._queue.close)
-        _ENGINES.add(self)
+        self._finalizer = weakref.finalize(self, self._queue.close_soon)
+        self._finalizer.atexit = False
+        with _engines_lock:
+            _ENGINES.add(self)
 
     @property
     def reader(self) -> ShardReader:
@@ -195,6 +211,7 @@ class ReadEngine:
 
         Raises:
             ClosedError: after `close()`.
+            RuntimeError: the system gives no thread to read with.
         """
         queue = self._queue
         chunks = max(1, -(-len(request.out) // queue.chunk_nbytes))
@@ -212,8 +229,14 @@ class ReadEngine:
     def _start(self) -> None:
         for index in range(self._thread_count):
             thread = threading.Thread(target=_serve, args=(self._queue,), name=f"offload-reader-{index}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                # Some readers are enough.
+                if not self._queue.threads:
+                    raise
+                return
             self._queue.threads.append(thread)
-            thread.start()
 
     def promote(self, ticket: Ticket) -> None:
         """Serve a queued read before all that are only wanted soon."""
@@ -232,6 +255,17 @@ class ReadEngine:
                 ticket.unclaimed.clear()
                 queue.finish_if_idle(ticket)
 
+    def cancel_all(self) -> None:
+        """Cancel every read and return when none writes any more."""
+        queue = self._queue
+        with queue.work:
+            for ticket in list(queue.unfinished):
+                ticket.cancelled = True
+                ticket.unclaimed.clear()
+                queue.finish_if_idle(ticket)
+            while queue.unfinished:
+                queue.done.wait()
+
     def wait_any(self, tickets: Iterable[Ticket]) -> None:
         """Return when at least one of the tickets is finished, whatever its outcome."""
         waiting = tuple(tickets)
@@ -248,50 +282,72 @@ class ReadEngine:
 
     def close(self) -> None:
         """Cancel what is queued, wait for what is running, close the shards. May be called again."""
-        self._finalizer()
+        self._finalizer.detach()
+        self._queue.close()
 
     def restart_in_child(self) -> None:
         """After a fork: the parent's reader threads are not here, what they were doing is cancelled."""
         queue = self._queue
         queue.reader.renew_lock()
+        # The conditions list the parent's threads as waiting: they would take the wake-ups of this process's.
+        queue.renew_locks()
+        queue.held = False
         queue.heap.clear()
         queue.threads.clear()
-        with queue.work:
-            for ticket in list(queue.unfinished):
-                ticket.cancelled = True
-                ticket.unclaimed.clear()
-                ticket.in_flight = 0
-                queue.finish_if_idle(ticket)
+        for ticket in list(queue.unfinished):
+            ticket.cancelled = True
+            ticket.unclaimed.clear()
+            queue.finish_if_idle(ticket)
 
     def hold(self) -> None:
-        """Before a fork: no thread is in the middle of changing the queue."""
-        self._queue.lock.acquire()
+        """Before a fork: no thread changes the queue or reads.
+
+        A child takes a copy of the memory that a direct read writes to, and then either process may miss the bytes
+        (open(2), notes on O_DIRECT).
+        """
+        queue = self._queue
+        queue.lock.acquire()
+        queue.held = True
+        while queue.reading:
+            queue.done.wait()
 
     def let_go(self) -> None:
-        """After a fork, in either process."""
-        self._queue.lock.release()
+        """After a fork, in the parent."""
+        queue = self._queue
+        queue.held = False
+        queue.work.notify_all()
+        queue.lock.release()
 
 
 _ENGINES: weakref.WeakSet[ReadEngine] = weakref.WeakSet()
+_engines_lock = threading.Lock()
 _held_for_fork: list[ReadEngine] = []
 
 
 def _before_fork() -> None:
-    _held_for_fork[:] = list(_ENGINES)
-    for engine in _held_for_fork:
+    _engines_lock.acquire()
+    for engine in list(_ENGINES):
         engine.hold()
+        _held_for_fork.append(engine)
 
 
 def _after_fork_in_parent() -> None:
     while _held_for_fork:
         _held_for_fork.pop().let_go()
+    _engines_lock.release()
 
 
 def _after_fork_in_child() -> None:
-    while _held_for_fork:
-        engine = _held_for_fork.pop()
-        engine.let_go()
+    _held_for_fork.clear()
+    for engine in list(_ENGINES):
         engine.restart_in_child()
+    _engines_lock.release()
+
+
+@atexit.register
+def _close_engines() -> None:
+    for engine in list(_ENGINES):
+        engine.close()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
