@@ -1,0 +1,99 @@
+"""The bundle layout: nothing overlaps, everything is aligned, up follows gate."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from formats.bundle import (
+    BUNDLE_ALIGNMENT_BYTES,
+    COMPONENT_ALIGNMENT_BYTES,
+    COMPONENT_ORDER,
+    BundleLayout,
+    round_up,
+)
+from formats.elements import ELEMENT_FORMATS
+
+ELEMENT_NBYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+layouts = st.builds(
+    BundleLayout,
+    hidden=st.integers(1, 5000),
+    intermediate=st.integers(1, 5000),
+    format=st.sampled_from(sorted(ELEMENT_FORMATS)),
+    has_gate=st.booleans(),
+    has_bias=st.booleans(),
+)
+
+
+def test_every_format_has_its_element_size() -> None:
+    assert set(ELEMENT_FORMATS) == set(ELEMENT_NBYTES)
+    for name, element in ELEMENT_FORMATS.items():
+        assert element.name == name
+        assert element.nbytes(1000) == 1000 * ELEMENT_NBYTES[name]
+
+
+@given(layouts)
+def test_components_are_those_that_the_expert_has_in_order(layout: BundleLayout) -> None:
+    h, i = layout.hidden, layout.intermediate
+    shapes: dict[str, tuple[int, ...]] = {"gate": (i, h), "up": (i, h), "down": (h, i)}
+    shapes |= {"gate_bias": (i,), "up_bias": (i,), "down_bias": (h,)}
+    if not layout.has_gate:
+        del shapes["gate"], shapes["gate_bias"]
+    if not layout.has_bias:
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith("bias")}
+    assert [name for name in COMPONENT_ORDER if name in shapes] == list(layout.components)
+    for name, component in layout.components.items():
+        assert component.name == name
+        assert component.shape == shapes[name]
+        count = component.shape[0] * (component.shape[1] if len(component.shape) == 2 else 1)
+        assert component.nbytes == count * ELEMENT_NBYTES[layout.format]
+
+
+@given(layouts)
+def test_components_lie_apart_inside_and_aligned(layout: BundleLayout) -> None:
+    parts = list(layout.components.values())
+    assert parts[0].offset == 0
+    for before, after in zip(parts, parts[1:], strict=False):
+        gap = after.offset - (before.offset + before.nbytes)
+        assert 0 <= gap < COMPONENT_ALIGNMENT_BYTES
+    for part in parts:
+        if part.name in ("up", "up_bias") and layout.has_gate:
+            before = layout.components[part.name.replace("up", "gate")]
+            assert part.offset == before.offset + before.nbytes, "gate and up must read as one matrix"
+        else:
+            assert part.offset % COMPONENT_ALIGNMENT_BYTES == 0
+        assert part.offset % ELEMENT_NBYTES[layout.format] == 0
+    end = parts[-1].offset + parts[-1].nbytes
+    assert layout.nbytes % BUNDLE_ALIGNMENT_BYTES == 0
+    assert 0 <= layout.nbytes - end < BUNDLE_ALIGNMENT_BYTES
+    assert layout.payload_nbytes == sum(part.nbytes for part in parts) <= layout.nbytes
+
+
+def test_a_known_layout() -> None:
+    # 3 x 5 in 2-byte elements: up is not aligned, down is.
+    layout = BundleLayout(hidden=5, intermediate=3, format="bf16", has_bias=True)
+    assert {name: part.offset for name, part in layout.components.items()} == {
+        "gate": 0, "up": 30, "down": 64, "gate_bias": 128, "up_bias": 134, "down_bias": 192,
+    }  # fmt: skip
+    assert layout.payload_nbytes == 3 * 30 + 2 * 6 + 10
+    assert layout.nbytes == 4096
+
+
+@given(st.integers(0, 2**60), st.integers(1, 2**20))
+def test_round_up_is_the_least_multiple(value: int, multiple: int) -> None:
+    rounded = round_up(value, multiple)
+    assert rounded % multiple == 0
+    assert value <= rounded < value + multiple
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (8, 0), (-1, 8), (8, -3)])
+def test_an_expert_without_weights_is_refused(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="has no weights"):
+        BundleLayout(*sizes, format="bf16")
+
+
+def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'bf15'.*bf16, fp16, fp32"):
+        BundleLayout(8, 8, "bf15")

@@ -1,0 +1,122 @@
+"""Plans hold their budgets, and the least budget that they name is the least."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from placement.model_spec import ModelSpec
+from placement.plan import Plan
+from placement.planner import MINIMUM_SLOTS, PlanInfeasibleError, fixed_ram, kv_nbytes, make_plan, pass_nbytes
+from placement.workload import Workload
+from tests.placement.specs import experts, sizes, spec, specs, workloads
+
+# Budgets around what the planner's decisions turn on, in bytes beyond the least one.
+extras = st.integers(0, 1 << 36)
+
+
+def least(model: ModelSpec, workload: Workload) -> int:
+    with pytest.raises(PlanInfeasibleError) as caught:
+        make_plan(model, workload, 0)
+    return caught.value.minimum_ram_nbytes
+
+
+@given(specs, workloads, extras)
+def test_a_plan_holds_its_budget(model: ModelSpec, workload: Workload, extra: int) -> None:
+    budget = least(model, workload) + extra
+    plan = make_plan(model, workload, budget)
+    assert plan.peak_ram_nbytes == plan.ram.total_nbytes <= budget == plan.ram_budget_nbytes
+    assert plan.ram.dense_nbytes == model.dense_nbytes
+    assert plan.ram.kv_nbytes >= kv_nbytes(model, workload.batch, workload.context_tokens)
+    assert plan.ram.slot_nbytes == plan.ram_slots * plan.slot_nbytes
+    assert plan.slot_nbytes == max(layer.layout.nbytes for layer in model.experts)
+    assert plan.slot_nbytes % 4096 == 0
+    assert min(MINIMUM_SLOTS, plan.expert_count) <= plan.ram_slots <= plan.expert_count
+    assert plan.expert_count == sum(layer.count for layer in model.experts)
+    assert plan.expert_nbytes == plan.disk_nbytes == sum(layer.count * layer.layout.nbytes for layer in model.experts)
+    assert 0 < plan.resident_fraction <= 1
+    # Whatever is left does not hold another slot.
+    if plan.ram_slots < plan.expert_count:
+        assert budget - plan.peak_ram_nbytes < plan.slot_nbytes
+
+
+@given(specs, workloads)
+def test_the_least_budget_is_the_least(model: ModelSpec, workload: Workload) -> None:
+    minimum = least(model, workload)
+    plan = make_plan(model, workload, minimum)
+    assert plan.minimum_ram_nbytes == minimum == plan.peak_ram_nbytes
+    assert plan.ram_slots == min(MINIMUM_SLOTS, plan.expert_count)
+    with pytest.raises(PlanInfeasibleError, match=f"{minimum:,}") as caught:
+        make_plan(model, workload, minimum - 1)
+    assert caught.value.minimum_ram_nbytes == minimum
+
+
+@given(specs, workloads, extras, extras)
+def test_more_memory_is_never_fewer_slots(model: ModelSpec, workload: Workload, one: int, other: int) -> None:
+    minimum = least(model, workload)
+    small, large = (make_plan(model, workload, minimum + extra) for extra in sorted((one, other)))
+    assert small.ram_slots <= large.ram_slots
+
+
+@given(specs, workloads, extras)
+def test_planning_is_deterministic(model: ModelSpec, workload: Workload, extra: int) -> None:
+    budget = least(model, workload) + extra
+    assert make_plan(model, workload, budget) == make_plan(model, workload, budget)
+
+
+@given(specs, workloads)
+def test_enough_memory_holds_all_experts(model: ModelSpec, workload: Workload) -> None:
+    plan = make_plan(model, workload, 1 << 60)
+    assert plan.ram_slots == plan.expert_count
+    assert plan.resident_fraction == 1.0
+
+
+@given(specs, workloads)
+def test_loading_fits_into_what_running_has(model: ModelSpec, workload: Workload) -> None:
+    ram = fixed_ram(model, workload)
+    assert ram.kv_nbytes + ram.activation_nbytes >= model.load_scratch_nbytes
+
+
+@given(specs, st.integers(1, 64), st.integers(1, 4096), st.integers(0, 1 << 20), st.booleans(), st.data())
+def test_a_larger_pass_never_needs_less(
+    model: ModelSpec, batch: int, tokens: int, past: int, all_logits: bool, data: st.DataObject
+) -> None:
+    needed = pass_nbytes(model, batch, tokens, past, all_logits=all_logits)
+    more = data.draw(st.integers(1, 1000))
+    assert pass_nbytes(model, batch + more, tokens, past, all_logits=all_logits) >= needed
+    assert pass_nbytes(model, batch, tokens + more, past, all_logits=all_logits) >= needed
+    assert pass_nbytes(model, batch, tokens, past + more, all_logits=all_logits) >= needed
+    assert pass_nbytes(model, batch, tokens, past, all_logits=True) >= needed
+
+
+@given(specs, workloads, st.data())
+def test_a_pass_within_the_workload_needs_no_more_than_planned(
+    model: ModelSpec, workload: Workload, data: st.DataObject
+) -> None:
+    tokens = data.draw(st.integers(1, min(workload.prefill_chunk_tokens, workload.context_tokens)))
+    past = data.draw(st.integers(0, workload.context_tokens - tokens))
+    batch = data.draw(st.integers(1, workload.batch))
+    ram = fixed_ram(model, workload)
+    assert pass_nbytes(model, batch, tokens, past, all_logits=False) <= ram.kv_nbytes + ram.activation_nbytes
+
+
+@given(sizes)
+def test_one_expert_needs_one_slot(dense: int) -> None:
+    model = spec(dense_nbytes=dense, experts=(experts(0, 1, 1, 64, 96),))
+    plan = make_plan(model, Workload(10), least(model, Workload(10)))
+    assert plan.ram_slots == plan.expert_count == 1
+
+
+def test_slots_hold_the_largest_expert() -> None:
+    layers = (experts(0, 2, 1, 64, 96), experts(1, 2, 1, 64, 4000), experts(2, 2, 1, 64, 32))
+    plan: Plan = make_plan(spec(experts=layers), Workload(10), 1 << 40)
+    assert plan.slot_nbytes == layers[1].layout.nbytes
+    assert plan.experts_per_token == 3
+
+
+@pytest.mark.parametrize("field", ["context_tokens", "batch", "prefill_chunk_tokens"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_workload_is_positive(field: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be positive"):
+        Workload(**{"context_tokens": 1, field: value})

@@ -1,0 +1,114 @@
+"""Arguments are checked at the door."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload import request
+from offload.errors import InvalidArgumentError
+from offload.request import Request, make_request, store_root
+
+
+def make(**changed: Any) -> Request:
+    arguments: dict[str, Any] = {
+        "ram": "1GiB", "nvme": "/somewhere", "context": None, "batch": 1, "prefill_chunk": 1024, "max_memory": None,
+    }  # fmt: skip
+    return make_request(**{**arguments, **changed})
+
+
+def test_a_request_is_resolved() -> None:
+    made = make(ram="2GB", nvme=Path("/disk/x"), context=77, batch=3, prefill_chunk=5)
+    assert made == Request(2 * 10**9, Path("/disk/x"), 77, 3, 5)
+
+
+def test_without_ram_a_tenth_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "available_ram_nbytes", lambda: 1000)
+    assert make(ram=None).ram_nbytes == 900
+
+
+@pytest.mark.parametrize("name", ["context", "batch", "prefill_chunk"])
+@pytest.mark.parametrize("value", [0, -1, True, False, 1.0, "4", float("nan"), float("inf")])
+def test_counts_are_positive_whole_numbers(name: str, value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"{name}=.*positive whole number"):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["batch", "prefill_chunk"])
+def test_only_the_context_may_be_left_open(name: str) -> None:
+    assert make(context=None).context_tokens is None
+    with pytest.raises(InvalidArgumentError, match=f"{name}=None"):
+        make(**{name: None})
+
+
+@pytest.mark.parametrize("value", [0, -5, True, 1.5, "many", "8Gb", b"1GiB"])
+def test_ram_is_a_size(value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="ram="):
+        make(ram=value)
+
+
+@pytest.mark.parametrize(("size", "nbytes"), [("3GiB", 3 << 30), (12345, 12345)])
+def test_max_memory_is_another_spelling_of_ram(size: int | str, nbytes: int) -> None:
+    assert make(ram=None, max_memory={"cpu": size}).ram_nbytes == nbytes
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {0: "10GiB"},
+        {0: "10GiB", "cpu": "3GiB"},
+        {"disk": "1GiB"},
+        {"cpu": None},
+        {"cpu": 0},
+        {"cpu": "x"},
+        "3GiB",
+        5,
+        [],
+    ],
+)
+def test_other_max_memory_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="max_memory"):
+        make(ram=None, max_memory=value)
+
+
+def test_two_spellings_at_once_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="both given"):
+        make(ram="1GiB", max_memory={"cpu": "1GiB"})
+
+
+@pytest.mark.parametrize("value", ["", 5, True, b"/x", 1.5, ["x"]])
+def test_nvme_is_a_directory(value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="nvme="):
+        make(nvme=value)
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return tmp_path
+
+
+def test_the_tilde_is_the_home_directory(home: Path) -> None:
+    assert store_root("~/stores") == home / "stores"
+    with pytest.raises(InvalidArgumentError, match="full path"):
+        store_root("~no-such-user-here/stores")
+
+
+def test_the_default_is_in_the_cache_directory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store_root(None) == home / ".cache" / "offload"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert store_root(None) == Path("/elsewhere/offload")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/kept")
+    assert store_root(None) == home / "kept" / "offload"
+
+
+@pytest.mark.parametrize("value", ["", "relative/cache", "."])
+def test_a_cache_home_that_is_not_absolute_does_not_count(
+    value: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert store_root(None) == home / ".cache" / "offload"
