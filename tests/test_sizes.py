@@ -54,9 +54,12 @@ def test_bits_are_refused_with_a_hint(text: str, fix: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", " ", "GiB", "24 G iB", "24XB", "24Glub", "-1GiB", "+1GiB", "1e9", "1_000", "1,5GB", "0x10", "inf", "nan", "NaNGB",
-     "24GiB more", "24\nGiB\n!", "9" * 5000 + "GB", "1." + "0" * 5000, "١GB", "..5GB", "5.GB"],
-)  # fmt: skip
+    [
+        *("", " ", "GiB", "24 G iB", "24XB", "24Glub", "24GiB more", "24\nGiB\n!", "..5GB", "5.GB", "1,5GB"),
+        *("-1GiB", "+1GiB", "1e9", "1_000", "0x10", "inf", "nan", "NaNGB", "\u0661GB"),
+        *("9" * 5000 + "GB", "1." + "0" * 5000),
+    ],
+)
 def test_what_is_no_size_is_refused_by_name(value: str) -> None:
     with pytest.raises(InvalidArgumentError, match="ram="):
         parse_size(value, "ram")

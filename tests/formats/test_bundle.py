@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,7 +57,7 @@ def test_components_are_those_that_the_expert_has_in_order(layout: BundleLayout)
 def test_components_lie_apart_inside_and_aligned(layout: BundleLayout) -> None:
     parts = list(layout.components.values())
     assert parts[0].offset == 0
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in itertools.pairwise(parts):
         gap = after.offset - (before.offset + before.nbytes)
         assert 0 <= gap < COMPONENT_ALIGNMENT_BYTES
     for part in parts:
@@ -95,5 +97,5 @@ def test_an_expert_without_weights_is_refused(sizes: tuple[int, int]) -> None:
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'bf15'.*bf16, fp16, fp32"):
+    with pytest.raises(ValueError, match=r"'bf15'.*bf16, fp16, fp32"):
         BundleLayout(8, 8, "bf15")
