@@ -13,9 +13,9 @@ import click
 
 from offload.cli.errors import EXIT_INTERRUPTED
 from offload.cli.options import example
-from offload.cli.plan import plan
-from offload.cli.run import run
-from offload.cli.store import store
+from offload.cli.plan import plan_command
+from offload.cli.run import run_command
+from offload.cli.store import store_commands
 
 
 def _version() -> str:
@@ -45,7 +45,7 @@ def cli() -> None:
     """Run Mixture-of-Experts models that do not fit in memory."""
 
 
-for _command in (run, plan, store):
+for _command in (run_command, plan_command, store_commands):
     cli.add_command(_command)
 
 

@@ -23,7 +23,9 @@ def write_json(value: Any) -> None:
 
 def write(*parts: RenderableType) -> None:
     """Write tables and texts, in colour where stdout is a terminal and NO_COLOR is not set."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH_OF_PIPE, highlight=False)
+    width = None if sys.stdout.isatty() else _WIDTH_OF_PIPE
+    # Brackets and colons in a path are neither markup nor emoji.
+    console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
     # Not printed directly: rich ends the process itself where a pipe is closed.
     with console.capture() as captured:
         console.print(Group(*parts))
@@ -44,7 +46,7 @@ def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
 
 
 def add_row(to: Table, *cells: str, style: str = "") -> None:
-    """Add a row of plain text: brackets in a path are not markup."""
+    """Add a row of plain text."""
     to.add_row(*(Text(cell) for cell in cells), style=style or None)
 
 

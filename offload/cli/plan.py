@@ -35,6 +35,7 @@ class Disk:
 
 
 @click.command(
+    "plan",
     short_help="Show what would go where, without loading.",
     epilog=example(
         "offload plan ./Qwen3-30B-A3B --ram 16GiB",
@@ -43,7 +44,7 @@ class Disk:
 )
 @model_options
 @json_option
-def plan(as_json: bool, **options: Any) -> None:
+def plan_command(as_json: bool, **options: Any) -> None:
     """Show what `run` would put where for MODEL, a directory or a Hub id that was downloaded.
 
     Reads the checkpoint's headers, no weights; creates and changes nothing. Exit code 3 where it does not fit.

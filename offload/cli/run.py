@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from offload.runtime import Runtime
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
 Finish = Literal["stop", "length", "interrupted"]
 
 
@@ -57,6 +59,7 @@ class Generated:
 
 
 @click.command(
+    "run",
     short_help="Generate text from a prompt.",
     epilog=example(
         'offload run ./Qwen3-30B-A3B --chat -p "Why is the sky blue?" --ram 16GiB',
@@ -93,7 +96,7 @@ class Generated:
 @click.option("--echo/--no-echo", default=False, show_default=True, help="Write the prompt before the text.")
 @json_option
 @progress_option
-def run(**options: Any) -> None:
+def run_command(**options: Any) -> None:
     """Generate text with MODEL, a directory or a Hub id.
 
     Text goes to stdout as it is generated, one line of figures to stderr. The first run converts the experts into a
@@ -174,14 +177,17 @@ def _load_tokenizer(directory: Path, settings: Settings) -> PreTrainedTokenizerB
 
     from offload.errors import CheckpointError
 
+    fix = "Fix: put the model's tokenizer files there"
+    # Without any file transformers makes a tokenizer that knows no word.
+    if not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        raise CheckpointError(f"{directory}: expected a tokenizer, found none. {fix}")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=settings.trust_remote_code, local_files_only=True
         )
     except Exception as error:  # tokenizers raises nothing more specific for a file that it cannot read
         raise CheckpointError(
-            f"{directory}: expected a tokenizer that transformers can read: {error}. "
-            "Fix: put the model's tokenizer files there"
+            f"{directory}: expected a tokenizer that transformers can read, found one that it cannot ({error}). {fix}"
         ) from error
     return tokenizer
 

@@ -27,10 +27,11 @@ _STYLES = {"complete": "", "incomplete": "yellow", "corrupt": "red", "unreadable
 
 
 @click.group(
+    "store",
     short_help="List, verify and remove the expert stores on disk.",
     epilog=example("offload store ls", "offload store verify", f"offload store rm {_KEY}"),
 )
-def store() -> None:
+def store_commands() -> None:
     """Look after the expert stores on disk.
 
     A store holds the experts of one model in the form in which they are read while it runs. It can be removed at any
@@ -38,7 +39,9 @@ def store() -> None:
     """
 
 
-@store.command("ls", short_help="List the stores.", epilog=example("offload store ls --nvme /mnt/nvme/offload"))
+@store_commands.command(
+    "ls", short_help="List the stores.", epilog=example("offload store ls --nvme /mnt/nvme/offload")
+)
 @nvme_option
 @json_option
 def ls(nvme: Path | None, as_json: bool) -> None:
@@ -85,7 +88,7 @@ class Verdict:
     problems: tuple[tuple[str, str], ...]
 
 
-@store.command(
+@store_commands.command(
     "verify",
     short_help="Read stores against their checksums.",
     epilog=example("offload store verify", f"offload store verify {_KEY} --json"),
@@ -135,7 +138,9 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
     return {"key": verdict.key, "path": str(verdict.path), "state": verdict.state, "problems": problems}
 
 
-@store.command("rm", short_help="Remove a store and free its space.", epilog=example(f"offload store rm {_KEY} --yes"))
+@store_commands.command(
+    "rm", short_help="Remove a store and free its space.", epilog=example(f"offload store rm {_KEY} --yes")
+)
 @click.argument("key")
 @nvme_option
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
