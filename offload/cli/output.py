@@ -12,8 +12,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-# Nothing is cut or wrapped where a program reads.
-_WIDTH_OF_PIPE = 4096
+# Lines as long as they are: a key that was wrapped could not be copied, nor read by a program.
+_WIDTH = 4096
 
 
 def write_json(value: Any) -> None:
@@ -23,9 +23,8 @@ def write_json(value: Any) -> None:
 
 def write(*parts: RenderableType) -> None:
     """Write tables and texts, in colour where stdout is a terminal and NO_COLOR is not set."""
-    width = None if sys.stdout.isatty() else _WIDTH_OF_PIPE
     # Brackets and colons in a path are neither markup nor emoji.
-    console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+    console = Console(file=sys.stdout, width=_WIDTH, highlight=False, markup=False, emoji=False)
     # Not printed directly: rich ends the process itself where a pipe is closed.
     with console.capture() as captured:
         console.print(Group(*parts))
@@ -41,7 +40,7 @@ def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     """
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        made.add_column(column, justify="right" if column in numbers else "left")
     return made
 
 
@@ -54,7 +53,7 @@ def facts(rows: dict[str, str]) -> Table:
     """Names and values, one pair per line."""
     made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     made.add_column(style="dim", no_wrap=True)
-    made.add_column(overflow="fold")
+    made.add_column()
     for name, value in rows.items():
         add_row(made, name, value)
     return made

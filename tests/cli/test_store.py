@@ -155,7 +155,7 @@ def test_rm_asks_on_a_terminal(root: Path, store: ExpertStore, answer: bytes, ex
     assert "Remove " not in done.stdout
 
 
-def test_tables_are_not_cut_in_a_pipe(invoke: Invoke, root: Path) -> None:
+def test_tables_are_not_cut(invoke: Invoke, root: Path) -> None:
     name = "/models/" + "a-very-long-name-" * 8 + "[/x]"
     store = convert(SeededSource(name=name), root)
     listed = invoke("store", "ls", "--nvme", root).stdout
