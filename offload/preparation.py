@@ -163,7 +163,7 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
 
 
 def _plan(spec: ModelSpec, request: Request, context: int) -> Plan:
-    workload = Workload(context, request.batch, min(context, request.prefill_chunk_tokens))
+    workload = Workload(context, request.batch, request.prefill_chunk_tokens)
     try:
         return make_plan(spec, workload, request.ram_nbytes)
     except PlanInfeasibleError as error:

@@ -5,6 +5,7 @@ Everything private of transformers that experts need is named here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -32,10 +33,16 @@ def offload_experts_forward(
 
 
 def use_offload_experts(model: PreTrainedModel) -> None:
-    """Dispatch the model's experts modules to `offload_experts_forward`."""
+    """Dispatch the model's experts modules to `offload_experts_forward`.
+
+    Each module gets a config of its own: the model's may be shared with other models, and is the user's.
+    """
     if IMPLEMENTATION not in ExpertsInterface._global_mapping:
         ExpertsInterface.register(IMPLEMENTATION, offload_experts_forward)
-    model.set_experts_implementation(IMPLEMENTATION)
+    for _, module in experts_modules(model):
+        config = copy.copy(module.config)
+        config._experts_implementation_internal = IMPLEMENTATION  # type: ignore[union-attr]
+        module.config = config
 
 
 def experts_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def make_skeleton(config: PretrainedConfig, dtype: torch.dtype, **options: Any) 
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+            # from_config keeps the object that it is given, and the skeleton's dispatch is set on it.
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
     except ValueError as error:
         raise UnsupportedModelError(
             f"transformers has no causal language model for {config.model_type!r}: {error}"
