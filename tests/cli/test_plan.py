@@ -20,21 +20,21 @@ def flat(text: str) -> str:
 
 def test_json_is_the_plan_and_nothing_else(invoke: Invoke, checkpoint: Path, tmp_path: Path) -> None:
     nvme = tmp_path / "not" / "yet"
-    result = invoke("plan", checkpoint, "--ram", "60MiB", "--nvme", nvme, "--context", 200, "--json")
+    result = invoke("plan", checkpoint, "--ram", "100MiB", "--nvme", nvme, "--context", 200, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert Plan.from_json(result.stdout) == offload.plan(str(checkpoint), ram="60MiB", context=200)
+    assert Plan.from_json(result.stdout) == offload.plan(str(checkpoint), ram="100MiB", context=200)
     assert not (tmp_path / "not").exists()
 
 
 def test_the_table_has_every_figure(invoke: Invoke, checkpoint: Path, tmp_path: Path) -> None:
-    result = invoke("plan", checkpoint, "--ram", "60MiB", "--nvme", tmp_path / "store")
+    result = invoke("plan", checkpoint, "--ram", "100MiB", "--nvme", tmp_path / "store")
     assert (result.exit_code, result.stderr) == (0, "")
-    plan = offload.plan(checkpoint, ram="60MiB")
+    plan = offload.plan(checkpoint, ram="100MiB")
     text = flat(result.stdout)
     for nbytes in (plan.ram.dense_nbytes, plan.ram.kv_nbytes, plan.ram.activation_nbytes, plan.ram.slot_nbytes):
         assert offload.sizes.format_size(nbytes) in text
     assert f"peak ram {offload.sizes.format_size(plan.peak_ram_nbytes)}" in text
-    assert "budget 60.00 MiB minimum" in text
+    assert "budget 100.00 MiB minimum" in text
     assert f"--ram {plan.minimum_ram_nbytes}" in text
     assert "experts in RAM 24 of 24 (100%)" in text
     assert f"KV cache {offload.sizes.format_size(plan.kv_nbytes_per_token)} per token" in text
@@ -51,7 +51,7 @@ def test_without_ram_it_says_what_it_took(invoke: Invoke, checkpoint: Path) -> N
 
 
 def test_a_store_that_is_there_is_named(invoke: Invoke, checkpoint: Path, tmp_path: Path) -> None:
-    with offload.load(checkpoint, ram="60MiB", nvme=tmp_path / "store", progress=False).offload as runtime:
+    with offload.load(checkpoint, ram="100MiB", nvme=tmp_path / "store", progress=False).offload as runtime:
         key = runtime.store.path.name
     assert f"store there: {key}" in flat(invoke("plan", checkpoint, "--nvme", tmp_path / "store").stdout)
     (tmp_path / "store" / key / "manifest.json").write_text("{}")
@@ -77,19 +77,19 @@ def test_does_not_fit_the_disk(
     invoke: Invoke, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "free_nbytes", lambda _directory: 1000)
-    arguments = ["plan", checkpoint, "--ram", "60MiB", "--nvme", tmp_path / "store"]
+    arguments = ["plan", checkpoint, "--ram", "100MiB", "--nvme", tmp_path / "store"]
     result = invoke(*arguments)
     assert result.exit_code == 3
     assert "peak" in result.stdout
     assert "--nvme" in result.stderr
     result = invoke(*arguments, "--json")
     assert result.exit_code == 3
-    plan = offload.plan(checkpoint, ram="60MiB")
+    plan = offload.plan(checkpoint, ram="100MiB")
     assert json.loads(result.stdout)["error"]["minimum_disk_bytes"] == plan.disk_nbytes
 
 
 def test_another_dtype(invoke: Invoke, checkpoint: Path) -> None:
-    result = invoke("plan", checkpoint, "--ram", "60MiB", "--dtype", "bfloat16", "--json")
+    result = invoke("plan", checkpoint, "--ram", "100MiB", "--dtype", "bfloat16", "--json")
     assert json.loads(result.stdout)["format"] == "bf16"
 
 
@@ -112,7 +112,7 @@ def test_a_corrupt_checkpoint(invoke: Invoke, checkpoint: Path, tmp_path: Path) 
 
 def test_a_name_with_brackets(invoke: Invoke, tmp_path: Path) -> None:
     build_tiny("mixtral").save_pretrained(tmp_path / "[bold] [/x]")
-    result = invoke("plan", tmp_path / "[bold] [/x]", "--ram", "60MiB", "--nvme", tmp_path / "[store]")
+    result = invoke("plan", tmp_path / "[bold] [/x]", "--ram", "100MiB", "--nvme", tmp_path / "[store]")
     assert result.exit_code == 0, result.stderr
     assert "[bold] [/x]: mixtral" in result.stdout
     assert "[store]" in result.stdout

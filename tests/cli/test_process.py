@@ -65,7 +65,7 @@ def test_every_help_shows_an_example() -> None:
 
 @pytest.mark.parametrize("how", ["ctrl-c", "closed pipe"])
 def test_the_end_of_a_long_text(checkpoint: Path, shared_store: Path, expected: str, how: str) -> None:
-    process = start("run", checkpoint, "-p", PROMPT, "--ram", "60MiB", "--nvme", shared_store, "-n", 50_000)
+    process = start("run", checkpoint, "-p", PROMPT, "--ram", "100MiB", "--nvme", shared_store, "-n", 50_000)
     assert process.stdout is not None
     first = os.read(process.stdout.fileno(), 1)
     if how == "closed pipe":

@@ -13,7 +13,7 @@ from offload.runtime import Runtime
 from placement.plan import Plan
 from tests.cli.conftest import PROMPT, Invoke, character_tokenizer
 
-SMALL = ["--ram", "60MiB"]
+SMALL = ["--ram", "100MiB"]
 
 
 def minimum(checkpoint: Path) -> int:
@@ -56,7 +56,7 @@ def test_json_has_text_figures_and_plan(invoke: Invoke, checkpoint: Path, shared
     assert report["prompt_tokens"] == len(PROMPT)
     assert report["stats"]["decode_tokens"] == 39
     assert {"hits", "misses", "bytes_read", "hit_rate", "decode_tokens_per_s"} <= set(report["stats"])
-    assert Plan.from_json(json.dumps(report["plan"])).ram_budget_nbytes == 60 << 20
+    assert Plan.from_json(json.dumps(report["plan"])).ram_budget_nbytes == 100 << 20
 
 
 def test_the_end_token_ends_the_text(invoke: Invoke, checkpoint: Path, tmp_path: Path, expected: str) -> None:
