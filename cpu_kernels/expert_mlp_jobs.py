@@ -44,8 +44,9 @@ TABLES = PHASES + 6
 FINE, BAD_OFFSETS, BAD_TOKEN, BAD_ROW = range(4)
 
 # A chunk should be long against the claim of it (0.1 us) and short against a phase.
-_CHUNK_BYTES = 128 << 10
+_CHUNK_BYTES = 512 << 10
 _CHUNKS_PER_THREAD = 8
+_SMALLEST_CHUNK_ROWS = 2 * GROUP_ROWS
 
 
 def workspace_words(experts: int, pairs: int) -> int:
@@ -92,7 +93,7 @@ def _fill_job(workspace, job, phase, task, active, rows, columns, matrices, elem
     total_bytes = active * rows * columns * matrices * element_bytes
     chunk_bytes = min(_CHUNK_BYTES, total_bytes // (threads * _CHUNKS_PER_THREAD))
     per_chunk = chunk_bytes // (columns * matrices * element_bytes)
-    per_chunk = max(GROUP_ROWS, per_chunk // GROUP_ROWS * GROUP_ROWS)
+    per_chunk = max(_SMALLEST_CHUNK_ROWS, per_chunk // GROUP_ROWS * GROUP_ROWS)
     base = workspace.ctypes.data
     workspace[job + EXPERTS] = base + 8 * TABLES
     workspace[job + CHUNKS_PER_EXPERT] = (rows + per_chunk - 1) // per_chunk
