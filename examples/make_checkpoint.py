@@ -3,8 +3,8 @@
     python examples/make_checkpoint.py OUT --arch qwen3_moe --layers 24 --experts 64 --hidden 1024 \
         --expert-intermediate 512 --top-k 8 --heads 16 --kv-heads 4 --head-dim 64 --vocab 32000
 
-Memory stays at a few tens of MiB whatever the size: names and shapes come from a model on the meta device, and each
-tensor is streamed to its shard in chunks.
+Memory stays below 100 MiB on top of what torch takes, whatever the size: names and shapes come from a model on the
+meta device, and each tensor is streamed to its shard in chunks.
 """
 
 from __future__ import annotations
