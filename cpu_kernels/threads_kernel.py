@@ -146,7 +146,7 @@ def _drain(state):
 
 @inner
 def _run_phase(state, workers, task, job, chunks):
-    if workers == 0 or chunks == 1:
+    if workers == 0 or chunks <= 1:
         for chunk in range(chunks):
             _call_task(task, job, chunk)
         return

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from cpu_kernels import isa
+
+
+def test_the_default_is_the_best_that_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(isa.ISA_VARIABLE, raising=False)
+    assert isa.supports(isa.choose_isa())
+    monkeypatch.setattr(isa, "cpu_features", frozenset[str])
+    assert isa.choose_isa() == "generic"
+    monkeypatch.setattr(isa, "cpu_features", lambda: frozenset({"avx512f", "avx512bw", "avx512bf16"}))
+    assert isa.choose_isa() == "avx512_bf16"
+
+
+def test_the_environment_and_the_argument_force_an_isa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "cpu_features", lambda: frozenset({"avx512f", "avx512bw", "avx512bf16"}))
+    monkeypatch.setenv(isa.ISA_VARIABLE, "generic")
+    assert isa.choose_isa() == "generic"
+    assert isa.choose_isa("avx512_bf16") == "avx512_bf16"
+
+
+def test_unknown_and_missing_isas_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "cpu_features", lambda: frozenset({"avx512f"}))
+    monkeypatch.setenv(isa.ISA_VARIABLE, "sse9")
+    with pytest.raises(ValueError, match="OFFLOAD_CPU_ISA='sse9' is unknown; choose one of generic, avx512_bf16"):
+        isa.choose_isa()
+    monkeypatch.setenv(isa.ISA_VARIABLE, "avx512_bf16")
+    with pytest.raises(ValueError, match="lacks avx512bf16, avx512bw"):
+        isa.choose_isa()
