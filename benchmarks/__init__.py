@@ -1,0 +1,1 @@
+"""What the runtime costs and gains, measured beside its peers in the same run: `python -m benchmarks --help`."""

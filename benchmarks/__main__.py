@@ -1,0 +1,77 @@
+"""`python -m benchmarks`: equality first, then figures with their spread and the share of the limit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Report
+
+NAMES = ("disk", "decode", "load", "step", "memory")
+
+
+def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
+    from benchmarks import checkpoints, decode, disk, load, memory, step
+
+    shape = checkpoints.QUICK if quick else checkpoints.FULL
+    return {
+        "disk": lambda work: disk.run(work, shape, disk.QUICK if quick else disk.FULL),
+        "decode": lambda work: decode.run(work, shape, decode.QUICK if quick else decode.FULL),
+        "load": lambda work: load.run(work, shape, load.QUICK if quick else load.FULL),
+        "step": lambda work: step.run(work, shape, step.QUICK if quick else step.FULL),
+        "memory": lambda work: memory.run(work, shape, memory.QUICK if quick else memory.FULL),
+    }
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("name", type=click.Choice([*NAMES, "all"]), default="all")
+@click.option("--quick", is_flag=True, help="A small model and few repeats: does it run? Its figures mean little.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(".bench"),
+    help="Checkpoints and stores; on the disk to be measured, with 30 GB of room.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where the results go; otherwise, unless --quick, into benchmarks/results.",
+)
+def main(name: str, quick: bool, work: Path, json_file: Path | None) -> None:
+    """Measure the runtime beside its peers, with a random-weight Qwen3-MoE of 5 GB that is written once.
+
+    Nothing is reported unless results are equal. Exit codes: 0 measured, whether or not targets are met; 1 results
+    are not equal, or it failed.
+    """
+    from benchmarks.harness import GateError
+    from benchmarks.machine import provenance
+    from benchmarks.report import RESULTS, show, write_json
+
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    work.mkdir(parents=True, exist_ok=True)
+    reports: list[Report] = []
+    benchmarks = _benchmarks(quick)
+    for chosen in NAMES if name == "all" else (name,):
+        origin = provenance(f"python -m benchmarks {chosen}{' --quick' if quick else ''}")
+        try:
+            report = benchmarks[chosen](work.absolute())
+        except GateError as error:
+            raise click.ClickException(f"not equal, so not measured: {error}") from error
+        show(report, console)
+        reports.append(report)
+        if json_file is not None:
+            write_json(json_file, {**origin, "command": f"python -m benchmarks {name}"}, reports)
+        elif not quick:
+            write_json(RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{chosen}.json", origin, [report])
+
+
+if __name__ == "__main__":
+    main()

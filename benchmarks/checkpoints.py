@@ -1,0 +1,139 @@
+"""The random-weight checkpoints that benchmarks run on: made once, then found again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from examples.make_checkpoint import make_config, write_checkpoint
+from offload.preparation import PreparedCheckpoint, prepare_checkpoint
+from offload.request import make_request
+from placement.plan import Plan
+
+MODEL_TYPE = "qwen3_moe"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen3-MoE. `top_k` of `experts` experts compute each token of each layer."""
+
+    layers: int
+    hidden: int
+    experts: int
+    expert_intermediate: int
+    top_k: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """A file name that differs where the weights do."""
+        return (
+            f"{MODEL_TYPE}-{self.layers}x{self.hidden}-{self.experts}x{self.expert_intermediate}-top{self.top_k}"
+            f"-{self.heads}.{self.kv_heads}x{self.head_dim}-v{self.vocab}-{self.dtype}-{self.seed}"
+        )
+
+    def config(self) -> PreTrainedConfig:
+        """The configuration of transformers."""
+        sizes = {
+            name: getattr(self, name)
+            for name in (
+                "layers", "hidden", "experts", "expert_intermediate", "top_k", "heads", "kv_heads", "head_dim", "vocab",
+            )
+        }  # fmt: skip
+        return make_config(MODEL_TYPE, sizes, {})
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.hidden * self.expert_intermediate
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights that one token is multiplied with: its experts, attention, router and output head."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        layer = self.top_k * self.expert_parameters + attention + self.hidden * self.experts
+        return self.layers * layer + self.hidden * self.vocab
+
+    @property
+    def element_nbytes(self) -> int:
+        """Bytes of one weight."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype.itemsize
+
+
+FULL = Shape(
+    layers=24, hidden=1024, experts=64, expert_intermediate=512, top_k=8, heads=16, kv_heads=4, head_dim=64, vocab=32000
+)
+QUICK = Shape(
+    layers=6, hidden=512, experts=32, expert_intermediate=256, top_k=4, heads=8, kv_heads=2, head_dim=64, vocab=4000
+)
+
+
+def ensure_checkpoint(shape: Shape, work: Path) -> Path:
+    """The checkpoint of a shape under `work`; written unless it is there."""
+    directory = work / "checkpoints" / shape.name
+    if not directory.exists():
+        write_checkpoint(shape.config(), directory, dtype=getattr(torch, shape.dtype), seed=shape.seed)
+    return directory
+
+
+def store_root(work: Path) -> Path:
+    """Where expert stores of the benchmarks lie."""
+    return work / "stores"
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files that hold weights."""
+    return sorted(checkpoint.glob("*.safetensors"))
+
+
+def weights_nbytes(checkpoint: Path) -> int:
+    """Bytes of the weight files."""
+    return sum(file.stat().st_size for file in weight_files(checkpoint))
+
+
+def prepare(checkpoint: Path, ram: int | None, context: int, root: Path) -> PreparedCheckpoint:
+    """Plan a checkpoint; `ram` None allows all experts to be resident. The caller closes `.checkpoint`."""
+    request = make_request(
+        ram=1 << 50 if ram is None else ram,
+        nvme=root,
+        context=context,
+        batch=1,
+        prefill_chunk=1024,
+        max_memory=None,
+    )
+    return prepare_checkpoint(checkpoint, request)
+
+
+def plan_for(checkpoint: Path, ram: int | None, context: int) -> Plan:
+    """The plan that `offload.load` makes; `ram` None allows all experts to be resident."""
+    prepared = prepare(checkpoint, ram, context, Path())
+    prepared.checkpoint.close()
+    return prepared.plan
+
+
+def budget_for(checkpoint: Path, resident: float, context: int) -> int:
+    """The budget with which a share of the experts is resident, at least two experts."""
+    plan = plan_for(checkpoint, None, context)
+    fixed = plan.peak_ram_nbytes - plan.ram.slot_nbytes
+    return fixed + max(2, round(resident * plan.expert_count)) * plan.slot_nbytes
+
+
+def vocabulary(checkpoint: Path) -> int:
+    """Token ids run from 0 to here, exclusively."""
+    return int(json.loads((checkpoint / "config.json").read_text())["vocab_size"])
+
+
+def random_tokens(count: int, vocab: int, seed: int) -> list[int]:
+    """A prompt of uniformly random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [int(token) for token in torch.randint(vocab, (count,), generator=generator)]
