@@ -8,5 +8,6 @@ Importing this package imports neither torch nor numba; they come with the first
 
 from offload import errors
 from offload.loading import load, plan
+from placement.plan import Plan
 
-__all__ = ["errors", "load", "plan"]
+__all__ = ["Plan", "errors", "load", "plan"]

@@ -24,7 +24,7 @@ def assemble(prepared: Prepared, store_root: Path, progress: Progress) -> PreTra
     When every expert has a slot, all are read now; otherwise slots fill as experts are needed.
     """
     store = convert(prepared.bundles, store_root, progress=progress)
-    model = prepared.finish()
+    model = prepared.finish(progress)
     device = HostDevice()
     runtime = Runtime(prepared.plan, prepared.spec, store, _layers(model, prepared), device, LruPolicy())
     try:

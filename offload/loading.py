@@ -85,9 +85,10 @@ def plan(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> Plan:
-    """What `load` would do with the same arguments, from headers alone.
+    """What `load` would do with the same arguments, from headers alone; downloads nothing.
 
     Raises:
+        CheckpointNotFoundError: a Hub id that is not in the local cache.
         As `load`, before anything is read.
     """
     request = make_request(
@@ -97,7 +98,7 @@ def plan(
 
     prepared = prepare_checkpoint(
         model, request, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
+        attn_implementation=attn_implementation, local_files_only=True,
     )  # fmt: skip
     prepared.checkpoint.close()
     return prepared.plan

@@ -26,10 +26,12 @@ from offload.hf.skeleton import make_skeleton, read_config
 from offload.hf.spec import build_spec
 from offload.request import DEFAULT_CONTEXT_TOKENS, Request
 from offload.sizes import format_size
+from offload.store.progress import Progress
 from offload.store.source import BundleSource
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import PlanInfeasibleError, make_plan
+from placement.tensors import TensorSpan
 from placement.workload import Workload
 
 
@@ -46,7 +48,7 @@ class Prepared(Protocol):
     plan: Plan
     bundles: BundleSource
 
-    def finish(self) -> PreTrainedModel:
+    def finish(self, progress: Progress) -> PreTrainedModel:
         """The model with its dense weights in place and its experts' parameters gone; call once, after converting."""
         ...
 
@@ -60,11 +62,16 @@ class PreparedCheckpoint:
     bundles: BundleSource
     checkpoint: Checkpoint
     skeleton: PreTrainedModel
-    dense: dict[str, Any]
+    dense: dict[str, TensorSpan]
 
-    def finish(self) -> PreTrainedModel:
+    def finish(self, progress: Progress) -> PreTrainedModel:
         """Read the dense weights into the skeleton."""
-        load_dense(self.skeleton, self.dense, self.skeleton.dtype, str(self.checkpoint.directory))
+        progress.start(sum(span.nbytes for span in self.dense.values()), "loading dense weights")
+        try:
+            tensors = lazy_state_dict(self.checkpoint, self.dense, drop_cache=True, on_read=progress.advance)
+            load_dense(self.skeleton, tensors, self.skeleton.dtype, str(self.checkpoint.directory))
+        finally:
+            progress.finish()
         self.checkpoint.check_unchanged()
         self.checkpoint.close()
         return self.skeleton
@@ -79,7 +86,7 @@ class PreparedModel:
     bundles: BundleSource
     model: PreTrainedModel
 
-    def finish(self) -> PreTrainedModel:
+    def finish(self, progress: Progress) -> PreTrainedModel:
         """Free the experts' parameters; the rest stays as it is."""
         for _, module in experts_modules(self.model):
             remove_expert_weights(module)
@@ -94,6 +101,7 @@ def prepare_checkpoint(
     *,
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
+    local_files_only: bool = False,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     skeleton: PreTrainedModel | None = None,
@@ -105,6 +113,7 @@ def prepare_checkpoint(
         request: budgets and workload.
         dtype: in which to compute, "auto" for the checkpoint's own.
         revision: of the Hub repository.
+        local_files_only: download nothing.
         trust_remote_code: allow modeling code from the checkpoint.
         attn_implementation: transformers' name of one, None for its own choice.
         skeleton: a model on meta to be filled, None to make one from the checkpoint's config.
@@ -113,7 +122,7 @@ def prepare_checkpoint(
         CheckpointError, UnsupportedModelError: see `offload.errors`.
         DoesNotFitError: the budget is too small; nothing but headers was read.
     """
-    directory = locate_checkpoint(name, revision=revision)
+    directory = locate_checkpoint(name, revision=revision, local_files_only=local_files_only)
     config = read_config(directory, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint.open(directory)
     try:
@@ -134,8 +143,7 @@ def prepare_checkpoint(
         casts = _any_cast(mapped.experts, compute)
         spec = build_spec(skeleton, bundles.groups, name=str(name), context_tokens=context, casts=casts)
         plan = _plan(spec, request, context)
-        dense = lazy_state_dict(checkpoint, mapped.dense, drop_cache=True)
-        return PreparedCheckpoint(spec, plan, bundles, checkpoint, skeleton, dense)
+        return PreparedCheckpoint(spec, plan, bundles, checkpoint, skeleton, mapped.dense)
     except BaseException:
         checkpoint.close()
         raise

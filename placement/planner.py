@@ -24,6 +24,11 @@ _PAIR_BUFFER_COPIES = 2
 """The MoE step keeps at most so many bytes of expert outputs, and once more while it weights and sums them."""
 
 
+_STORE_RECORD_NBYTES = 512
+_STORE_SLACK_NBYTES = 2 << 20
+"""What a store needs beside its bundles: headers, manifest, the file system's records."""
+
+
 class PlanInfeasibleError(ValueError):
     """Nothing within the budget can run this.
 
@@ -116,7 +121,7 @@ def make_plan(spec: ModelSpec, workload: Workload, ram_budget_nbytes: int) -> Pl
         ram=RamUse(fixed.dense_nbytes, fixed.kv_nbytes, fixed.activation_nbytes, slots * slot_nbytes),
         ram_budget_nbytes=ram_budget_nbytes,
         minimum_ram_nbytes=minimum,
-        disk_nbytes=spec.expert_nbytes,
+        disk_nbytes=spec.expert_nbytes + spec.expert_count * _STORE_RECORD_NBYTES + _STORE_SLACK_NBYTES,
         kv_nbytes_per_token=spec.kv_nbytes_per_token,
         read_chunk_nbytes=READ_CHUNK_NBYTES,
         reader_threads=READER_THREADS,

@@ -251,3 +251,31 @@ def test_a_config_shared_with_another_model_stays_as_it_was(store_root: Path) ->
     assert (wrapped.config.to_dict(), wrapped.config._experts_implementation) == before
     assert torch.isfinite(logits(other, prompt())).all()
     loaded.offload.close()
+
+
+def test_the_plan_states_the_disk_that_the_store_takes(directory: Path, tmp_path: Path) -> None:
+    plan = offload.plan(directory, ram="1GiB", context=64)
+    offload.load(directory, ram="1GiB", nvme=tmp_path, context=64).offload.close()
+    (store,) = list_stores(tmp_path)
+    taken = sum(file.stat().st_blocks * 512 for file in store.path.iterdir())
+    assert taken <= plan.disk_nbytes <= taken + (4 << 20)
+
+
+def test_progress_adds_up(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[list[object]] = []
+
+    class Recorder:
+        def start(self, total_bytes: int, description: str) -> None:
+            tasks.append([description, total_bytes, 0, False])
+
+        def advance(self, nbytes: int) -> None:
+            tasks[-1][2] += nbytes  # type: ignore[operator]
+
+        def finish(self) -> None:
+            tasks[-1][3] = True
+
+    monkeypatch.setattr("offload.loading.progress_bar", lambda _show: Recorder())
+    model = offload.load(directory, ram="1GiB", nvme=tmp_path, context=64)
+    model.offload.close()
+    assert len(tasks) == 3
+    assert all(done == total and finished for _, total, done, finished in tasks)

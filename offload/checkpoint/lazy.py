@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,13 +19,31 @@ class LazyTensor:
         span: where it lies.
     """
 
-    def __init__(self, checkpoint: Checkpoint, span: TensorSpan, *, drop_cache: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        span: TensorSpan,
+        *,
+        drop_cache: bool = False,
+        on_read: Callable[[int], None] | None = None,
+    ) -> None:
+        """Describe a tensor; nothing is read.
+
+        Args:
+            checkpoint: must stay open while it is indexed.
+            span: where it lies.
+            drop_cache: give the pages that were read back to the system.
+            on_read: told the bytes of each read, from the thread that reads.
+        """
         self._checkpoint = checkpoint
         self._drop_cache = drop_cache
+        self._on_read = on_read
         self.span = span
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor = self._checkpoint.read(self.span, drop_cache=self._drop_cache)
+        if self._on_read is not None:
+            self._on_read(self.span.nbytes)
         # The read is fresh memory already, and for `...` torch would only make a second object of it.
         return tensor if index is Ellipsis else tensor[index]
 
@@ -51,7 +70,11 @@ class LazyTensor:
 
 
 def lazy_state_dict(
-    checkpoint: Checkpoint, spans: dict[str, TensorSpan], *, drop_cache: bool = False
+    checkpoint: Checkpoint,
+    spans: Mapping[str, TensorSpan],
+    *,
+    drop_cache: bool = False,
+    on_read: Callable[[int], None] | None = None,
 ) -> dict[str, LazyTensor]:
     """A state dict of spans, such as `CheckpointMap.dense`, none of them read yet."""
-    return {key: LazyTensor(checkpoint, span, drop_cache=drop_cache) for key, span in spans.items()}
+    return {key: LazyTensor(checkpoint, span, drop_cache=drop_cache, on_read=on_read) for key, span in spans.items()}

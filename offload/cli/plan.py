@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,6 @@ def _plan(
     revision: str | None,
     trust_remote_code: bool,
 ) -> None:
-    from offload.checkpoint.locate import locate_checkpoint
     from offload.cli.libraries import quiet_transformers
     from offload.errors import CheckpointNotFoundError, DoesNotFitError
     from offload.preparation import prepare_checkpoint
@@ -74,15 +73,19 @@ def _plan(
         ram=ram, nvme=nvme, context=context, batch=1, prefill_chunk=PREFILL_CHUNK_TOKENS, max_memory=None
     )
     try:
-        directory = locate_checkpoint(model, revision=revision, local_files_only=True)
+        with quiet_transformers():
+            prepared = prepare_checkpoint(
+                model,
+                request,
+                dtype=dtype,
+                revision=revision,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+            )
     except CheckpointNotFoundError as error:
-        # It must not start a download of hundreds of gigabytes.
         raise CheckpointNotFoundError(f"{error} `offload plan` downloads nothing.") from error
-    local = model if Path(model).expanduser().is_dir() else directory
-    with quiet_transformers():
-        prepared = prepare_checkpoint(local, request, dtype=dtype, trust_remote_code=trust_remote_code)
     prepared.checkpoint.close()
-    made = replace(prepared.plan, model=model)
+    made = prepared.plan
     disk = _look_at_disk(request.store_root, prepared.bundles.identity, made)
     lacking = not disk.present and disk.free_nbytes < made.disk_nbytes
     if not as_json:

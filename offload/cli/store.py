@@ -118,7 +118,7 @@ def verify(key: str | None, nvme: Path | None, as_json: bool, progress: bool | N
                 click.echo(f"  {where}: {message}")
         if damaged:
             for verdict in damaged:
-                fix = f"remove it with `offload store rm {verdict.key}`; it is rebuilt at the next run"
+                fix = f"remove it with `offload store rm {verdict.key} --nvme {root}`; it is rebuilt at the next run"
                 click.echo(f"Error: expert store {verdict.path} is damaged; {fix}", err=True)
             raise click.exceptions.Exit(StoreCorruptError.exit_code)
 

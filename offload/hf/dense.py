@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
 
 from offload.errors import CheckpointError
 
@@ -32,7 +34,8 @@ def load_dense(skeleton: PreTrainedModel, tensors: Mapping[str, Any], dtype: tor
         weight_mapping=get_model_conversion_mapping(skeleton),  # type: ignore[arg-type]
     )
     cls = type(skeleton)
-    info, _ = cls._load_pretrained_model(skeleton, dict(tensors), None, load_config)
+    with _without_bars():
+        info, _ = cls._load_pretrained_model(skeleton, dict(tensors), None, load_config)
     missing = sorted(info.missing_keys - set(skeleton.all_tied_weights_keys))
     if missing:
         raise CheckpointError(f"{source} lacks weights that {cls.__name__} needs: {_some(missing)}")
@@ -41,6 +44,18 @@ def load_dense(skeleton: PreTrainedModel, tensors: Mapping[str, Any], dtype: tor
         raise CheckpointError(f"{source} has weights that {cls.__name__} cannot take: {_some(wrong)}")
     cls._finalize_model_loading(skeleton, load_config, info)
     skeleton.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Transformers' own bar counts weights of which most are not loaded; the caller shows bytes."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _some(names: list[str]) -> str:

@@ -91,7 +91,7 @@ def _found(source: BundleSource, root: Path, element_format: str) -> ExpertStore
     if store is not None and store.groups != tuple(source.groups):
         raise StoreCorruptError(
             f"expert store {store.path}: it holds other layers than {source.name} has; "
-            f"remove it with `offload store rm {store.path.name}`; it is rebuilt at the next load"
+            f"remove it with `offload store rm {store.path.name} --nvme {root}`; it is rebuilt at the next load"
         )
     return store
 

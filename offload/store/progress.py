@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """What shows progress; called from the thread that called `convert` or `verify`, never from another.
+    """What shows progress. `advance` may come from any thread, `start` and `finish` from the one that does the work.
 
     Each `start` is followed by exactly one `finish`, also when the work fails.
     """

@@ -153,7 +153,8 @@ class ExpertStore:
 
 
 def _corrupt(directory: Path, what: str) -> StoreCorruptError:
-    fix = f"remove it with `offload store rm {directory.name}`; it is rebuilt at the next load"
+    removal = f"offload store rm {directory.name} --nvme {directory.parent}"
+    fix = f"remove it with `{removal}`; it is rebuilt at the next load"
     return StoreCorruptError(f"expert store {directory}: {what}; {fix}")
 
 
