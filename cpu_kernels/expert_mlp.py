@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cpu_kernels import expert_mlp_jobs as jobs
 from cpu_kernels.activation_kernel import ACTIVATION_ALIASES, ACTIVATION_CODES
 from cpu_kernels.expert_mlp_kernel import rows_task
-from cpu_kernels.isa import choose_isa
+from cpu_kernels.isa import isa_of_format
 from cpu_kernels.simd import Elements
 from cpu_kernels.threads import ThreadPool, shared_pool
 from formats.bundle import BundleLayout
@@ -170,7 +170,7 @@ def _shape(layout: BundleLayout) -> npt.NDArray[np.int64]:
 
 @cache
 def _task(format: str) -> int:
-    return rows_task(Elements(format, choose_isa() if format == "bf16" else "generic"))
+    return rows_task(Elements(format, isa_of_format(format)))
 
 
 def _check_matrix(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any], columns: int) -> None:

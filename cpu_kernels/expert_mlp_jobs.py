@@ -3,23 +3,27 @@
 
 from __future__ import annotations
 
-from cpu_kernels.expert_mlp_kernel import (
-    ACTIVATION,
-    BIAS_OFFSET,
-    CHUNKS_PER_EXPERT,
-    COLUMNS,
-    EXPERTS,
-    GROUP_ROWS,
-    HAS_GATE,
-    HIDDEN_ROWS,
-    INPUT_ROWS,
-    JOB_FIELDS,
-    OUTPUT_ROWS,
-    ROWS,
-    ROWS_PER_CHUNK,
-    WEIGHTS_OFFSET,
-)
 from cpu_kernels.jit import entry, inner
+
+# Fields of a job. "Rows" are tables of int64 with the address of one row for every pair.
+(
+    EXPERTS,  # address of a table [n, 3] of int64: address of the bundle, first pair, end of pairs
+    CHUNKS_PER_EXPERT,
+    ROWS_PER_CHUNK,
+    ROWS,  # rows of one matrix: I of gate and up, H of down
+    COLUMNS,
+    WEIGHTS_OFFSET,  # bytes from the bundle's start; of the gate where there is one, of up where there is none
+    BIAS_OFFSET,  # likewise; 0 where there is no bias
+    HAS_GATE,
+    INPUT_ROWS,
+    OUTPUT_ROWS,
+    HIDDEN_ROWS,  # where the activation goes; 0: leave the sums as they are
+    ACTIVATION,
+    JOB_FIELDS,
+) = range(13)
+
+# Weight rows that are read together where many tokens pass.
+GROUP_ROWS = 4
 
 # Fields of a shape: what the jobs need of a BundleLayout.
 (

@@ -10,6 +10,7 @@ that NUMBA_CPU_NAME and NUMBA_CPU_FEATURES, which restrict the compiler, restric
 from __future__ import annotations
 
 import os
+import platform
 from functools import cache
 from typing import Literal, get_args
 
@@ -54,3 +55,16 @@ def choose_isa(forced: str | None = None) -> Isa:
                 raise ValueError(f"{source}={name}: this CPU, or the features Numba may use, lacks {missing}")
             return isa
     raise ValueError(f"{source}={name!r} is unknown; choose one of {', '.join(ISAS)}")
+
+
+def isa_of_format(format: str) -> Isa:
+    """The ISA that kernels of an element format are compiled for.
+
+    Raises:
+        ValueError: the environment forces an ISA that is not there, or this CPU cannot convert the format.
+    """
+    chosen = choose_isa()
+    # Without the instruction LLVM calls a function of a compiler's run-time library and, lacking it, ends the process.
+    if format == "fp16" and platform.machine() in ("x86_64", "AMD64") and "f16c" not in cpu_features():
+        raise ValueError("format fp16: this CPU, or the features Numba may use, lacks f16c; convert to bf16 or fp32")
+    return chosen if format == "bf16" else "generic"

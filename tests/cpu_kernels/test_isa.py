@@ -29,3 +29,16 @@ def test_unknown_and_missing_isas_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(isa.ISA_VARIABLE, "avx512_bf16")
     with pytest.raises(ValueError, match="lacks avx512bf16, avx512bw"):
         isa.choose_isa()
+
+
+def test_only_bf16_has_instructions_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(isa.ISA_VARIABLE, raising=False)
+    monkeypatch.setattr(isa, "cpu_features", lambda: frozenset({"avx512f", "avx512bw", "avx512bf16", "f16c"}))
+    assert [isa.isa_of_format(name) for name in ("bf16", "fp16", "fp32")] == ["avx512_bf16", "generic", "generic"]
+
+
+def test_fp16_is_refused_where_it_cannot_be_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "cpu_features", frozenset[str])
+    monkeypatch.setattr(isa.platform, "machine", lambda: "x86_64")
+    with pytest.raises(ValueError, match="lacks f16c"):
+        isa.isa_of_format("fp16")
