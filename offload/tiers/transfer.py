@@ -294,10 +294,11 @@ class ReadEngine:
         queue.held = False
         queue.heap.clear()
         queue.threads.clear()
-        for ticket in list(queue.unfinished):
-            ticket.cancelled = True
-            ticket.unclaimed.clear()
-            queue.finish_if_idle(ticket)
+        with queue.lock:
+            for ticket in list(queue.unfinished):
+                ticket.cancelled = True
+                ticket.unclaimed.clear()
+                queue.finish_if_idle(ticket)
 
     def hold(self) -> None:
         """Before a fork: no thread changes the queue or reads.
