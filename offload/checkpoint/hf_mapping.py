@@ -25,7 +25,6 @@ _PRIVATE = {
     "transformers.core_model_loading": (
         "WeightConverter",
         "WeightRenaming",
-        "apply_renamings",
         "dot_natural_key",
         "rename_source_key",
     ),
@@ -110,7 +109,7 @@ def map_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> list[MappedKey]:
         if source is None:
             mapped.append(MappedKey(key, target, target in state))
             continue
-        expert = _expert_id(source, private["apply_renamings"](key, renamings)) if "*" in source else None
+        expert = _expert_id(source, _renamed(key, renamings)) if "*" in source else None
         mapped.append(MappedKey(key, target, target in state, source, conversions[source], expert))
     return mapped
 
@@ -174,6 +173,12 @@ def _operation(operation: Any) -> Operation:
     name = type(operation).__name__
     wanted = _OPERATION_ARGUMENTS.get(name, ())
     return Operation(name, {argument: int(getattr(operation, argument, 0)) for argument in wanted})
+
+
+def _renamed(key: str, renamings: Iterable[Any]) -> str:
+    for renaming in renamings:
+        key, _ = renaming.rename_source_key(key)
+    return key
 
 
 def _expert_id(source: str, renamed_key: str) -> int | None:

@@ -20,9 +20,13 @@ FEW_TOKENS = 8
 """Up to here an expert is bound by reading its weights, which the kernel does at memory bandwidth."""
 
 
+_ROW_STEP = 16
+_FINE_STEPS = 8
+
+
 def run_experts(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
     """See `Device.run_experts`. Which way an expert goes depends on its number of tokens alone."""
-    counts = np.diff(batch.offsets)
+    counts = batch.offsets[1:] - batch.offsets[:-1]
     few = counts <= FEW_TOKENS
     if few.all():
         _run_few(layer, batch, hidden, out)
@@ -31,9 +35,22 @@ def run_experts(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, o
         _run_few(layer, _select(batch, np.flatnonzero(few)), hidden, out)
     for index in np.flatnonzero(~few):
         pairs = slice(int(batch.offsets[index]), int(batch.offsets[index + 1]))
-        rows = hidden[torch.from_numpy(batch.tokens[pairs])]
-        result = _run_many(layer, int(batch.addresses[index]), rows)
-        out.index_copy_(0, torch.from_numpy(batch.rows[pairs]), result.to(torch.float32))
+        tokens = torch.from_numpy(batch.tokens[pairs])
+        result = _run_many(layer, int(batch.addresses[index]), _gather(hidden, tokens))
+        out.index_copy_(0, torch.from_numpy(batch.rows[pairs]), result[: len(tokens)].to(torch.float32))
+
+
+def _gather(hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The rows of some tokens, padded with zeros to a number of rows out of few.
+
+    oneDNN compiles a kernel for every number of rows that it meets, and keeps about a megabyte for each: left alone,
+    an expert's tokens come in every number there is.
+    """
+    count = len(tokens)
+    step = _ROW_STEP if count <= _ROW_STEP * _FINE_STEPS else _ROW_STEP * _FINE_STEPS // 2
+    rows = hidden.new_zeros(-(-count // step) * step, hidden.shape[1])
+    torch.index_select(hidden, 0, tokens, out=rows[:count])
+    return rows
 
 
 def _select(batch: ExpertBatch, indices: npt.NDArray[np.intp]) -> ExpertBatch:

@@ -58,7 +58,7 @@ def _memory(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 
 def _group(name: str, module: torch.nn.Module) -> ExpertGroup:
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) has a norm inside the experts: not supported yet"
         )

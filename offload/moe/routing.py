@@ -55,6 +55,9 @@ def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_count: 
         order = order[~dropped[order]]
         weights = weights.masked_fill(torch.from_numpy(dropped).view(-1, top_k), 0.0)
     sorted_ids = ids[order]
-    starts = np.flatnonzero(np.diff(sorted_ids, prepend=-1))
+    changes = np.empty(sorted_ids.size, dtype=np.bool_)
+    changes[:1] = True
+    np.not_equal(sorted_ids[1:], sorted_ids[:-1], out=changes[1:])
+    starts = np.flatnonzero(changes)
     offsets = np.append(starts, sorted_ids.size)
     return Routing(sorted_ids[starts].tolist(), offsets, order, order // top_k, weights, dropped_rows)
