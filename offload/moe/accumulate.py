@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 
-from offload.moe.routing import Routing
+from offload.moe.routing import Ints, Routing
 
 PAIR_BUFFER_NBYTES = 16 << 20
 
@@ -19,18 +20,18 @@ class Accumulator(ABC):
     """Collects expert outputs of one step.
 
     Attributes:
-        ordered: True when experts must be added in ascending order.
+        ordered: True when experts must be added one at a time, in ascending order.
     """
 
     ordered: bool
 
     @abstractmethod
-    def target(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the outputs of routing.experts[index] go: (fp32 [rows, H], int64 [pairs] row of each pair)."""
+    def target(self, pairs: Ints | slice) -> tuple[torch.Tensor, Ints]:
+        """Where the outputs of some pairs go: (fp32 [rows, H], int64 [pairs] row of each pair)."""
 
     @abstractmethod
-    def added(self, index: int) -> None:
-        """The target of routing.experts[index] has been written."""
+    def added(self, pairs: Ints | slice) -> None:
+        """The target of these pairs has been written."""
 
     @abstractmethod
     def result(self) -> torch.Tensor:
@@ -44,23 +45,21 @@ class PairAccumulator(Accumulator):
 
     def __init__(self, routing: Routing, hidden: int) -> None:
         self._routing = routing
-        tokens, top_k = routing.weights.shape
-        self._outputs = torch.empty(tokens * top_k, hidden, dtype=torch.float32)
+        self._outputs = torch.empty(routing.weights.numel(), hidden, dtype=torch.float32)
         if routing.dropped_rows.size:
             self._outputs[torch.from_numpy(routing.dropped_rows)] = 0.0
-        self._rows = torch.from_numpy(routing.rows)
 
-    def target(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def target(self, pairs: Ints | slice) -> tuple[torch.Tensor, Ints]:
         """The pairs' own rows."""
-        return self._outputs, self._rows[self._routing.pairs_of(index)]
+        return self._outputs, self._routing.rows[pairs]
 
-    def added(self, index: int) -> None:
+    def added(self, pairs: Ints | slice) -> None:
         """Nothing to do: each pair has a row of its own."""
 
     def result(self) -> torch.Tensor:
         """One small matrix product per token."""
-        outputs = self._outputs.view(*self._routing.weights.shape, self._outputs.shape[1])
-        return torch.bmm(self._routing.weights[:, None, :], outputs)[:, 0]
+        tokens, top_k = self._routing.weights.shape
+        return torch.bmm(self._routing.weights[:, None, :], self._outputs.view(tokens, top_k, -1))[:, 0]
 
 
 class OrderedAccumulator(Accumulator):
@@ -72,28 +71,30 @@ class OrderedAccumulator(Accumulator):
         self._routing = routing
         self._sum = torch.zeros(routing.weights.shape[0], hidden, dtype=torch.float32)
         self._scratch = torch.empty(0, hidden, dtype=torch.float32)
-        self._next = 0
+        self._done = 0
 
-    def target(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def target(self, pairs: Ints | slice) -> tuple[torch.Tensor, Ints]:
         """A scratch buffer, used again for the next expert."""
-        pairs = self._routing.pairs_of(index)
-        count = pairs.stop - pairs.start
+        count = len(self._routing.rows[pairs])
         if self._scratch.shape[0] < count:
             self._scratch = torch.empty(count, self._sum.shape[1], dtype=torch.float32)
-        return self._scratch, torch.arange(count)
+        return self._scratch, np.arange(count)
 
-    def added(self, index: int) -> None:
-        """Add the scratch rows, weighted, to their tokens."""
-        if index != self._next:
-            raise RuntimeError(f"expert number {index} of the step was added, {self._next} is next")
-        self._next += 1
-        pairs = self._routing.pairs_of(index)
-        tokens = torch.from_numpy(self._routing.tokens[pairs])
-        rows = torch.from_numpy(self._routing.rows[pairs])
-        outputs = self._scratch[: tokens.shape[0]]
-        outputs *= self._routing.weights.view(-1)[rows, None]
+    def added(self, pairs: Ints | slice) -> None:
+        """Add the scratch rows, weighted, to their tokens.
+
+        Raises:
+            RuntimeError: pairs were left out, or come twice.
+        """
+        rows = self._routing.rows[pairs]
+        expected = self._routing.rows[self._done : self._done + len(rows)]
+        if not np.array_equal(rows, expected):
+            raise RuntimeError(f"experts were added out of order: pair {self._done} of the step is next")
+        self._done += len(rows)
+        outputs = self._scratch[: len(rows)]
+        outputs *= self._routing.weights.view(-1)[torch.from_numpy(rows), None]
         # A token goes to an expert once, so that no two of these additions meet.
-        self._sum.index_add_(0, tokens, outputs)
+        self._sum.index_add_(0, torch.from_numpy(self._routing.tokens[pairs]), outputs)
 
     def result(self) -> torch.Tensor:
         """The sum."""

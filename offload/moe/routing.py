@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +32,21 @@ class Routing:
     weights: torch.Tensor
     dropped_rows: Ints
 
-    def pairs_of(self, index: int) -> slice:
-        """The pairs of experts[index]."""
-        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+    def select(self, numbers: Sequence[int]) -> tuple[Ints, Ints | slice]:
+        """The pairs of some experts, given by their places in `experts`, in that order.
+
+        Returns:
+            offsets: int64 [n + 1] into the selection, as `offsets` is into all pairs.
+            pairs: what picks them out of `rows` and `tokens`.
+        """
+        if len(numbers) == len(self.experts) and list(numbers) == list(range(len(numbers))):
+            return self.offsets, slice(None)
+        starts, ends = self.offsets[:-1][numbers], self.offsets[1:][numbers]
+        offsets = np.zeros(len(numbers) + 1, dtype=np.int64)
+        np.cumsum(ends - starts, out=offsets[1:])
+        if len(numbers) == 1:
+            return offsets, slice(int(starts[0]), int(ends[0]))
+        return offsets, np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
 
 
 def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_count: int) -> Routing:

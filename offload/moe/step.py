@@ -66,8 +66,8 @@ def _as_they_come(
             work = [(key, number[key]) for key in borrowed]
             _compute(layer, tier, device, hidden, routing, accumulator, work)
             tier.give_back(borrowed)
-        loading = missing[: tier.start_loads(missing)]
-        borrowed = tier.collect(loading) if missing else []
+        tier.start_loads(missing)
+        borrowed = tier.collect(missing) if missing else []
         missing = [key for key in missing if key not in borrowed]
 
 
@@ -84,19 +84,18 @@ def _in_order(
     resident, waiting = tier.borrow(keys)
     borrowed = set(resident)
     for index, key in enumerate(keys):
-        loading = waiting[: tier.start_loads(waiting)]
+        started = tier.start_loads(waiting)
         while key not in borrowed:
-            if loading or not borrowed:
-                arrived = tier.collect(loading[:1])
-                borrowed.update(arrived)
-                del waiting[: len(arrived)]
+            if started or not borrowed:
+                borrowed.update(tier.collect([key] if started else waiting))
+                waiting = [other for other in waiting if other not in borrowed]
             else:
                 # Every slot holds an expert of this step that comes later: the last of them makes room.
                 last = max(borrowed)
                 tier.discard_borrowed(last)
                 borrowed.discard(last)
                 insort(waiting, last)
-            loading = waiting[: tier.start_loads(waiting)]
+            started = tier.start_loads(waiting)
         _compute(layer, tier, device, hidden, routing, accumulator, [(key, index)])
         tier.give_back([key])
         borrowed.discard(key)
@@ -112,16 +111,8 @@ def _compute(
     work: list[tuple[int, int]],
 ) -> None:
     """Compute borrowed experts, given as (key, number in the routing), with one call to the device."""
-    targets = [accumulator.target(index) for _, index in work]
-    pairs = [routing.pairs_of(index) for _, index in work]
-    offsets = np.zeros(len(work) + 1, dtype=np.int64)
-    np.cumsum([p.stop - p.start for p in pairs], out=offsets[1:])
-    batch = ExpertBatch(
-        addresses=np.array([tier.address(key) for key, _ in work], dtype=np.intp),
-        offsets=offsets,
-        tokens=np.concatenate([routing.tokens[p] for p in pairs]),
-        rows=np.concatenate([rows.numpy() for _, rows in targets]),
-    )
-    device.run_experts(layer, batch, hidden, targets[0][0])
-    for _, index in work:
-        accumulator.added(index)
+    offsets, pairs = routing.select([number for _, number in work])
+    out, rows = accumulator.target(pairs)
+    addresses = np.array([tier.address(key) for key, _ in work], dtype=np.intp)
+    device.run_experts(layer, ExpertBatch(addresses, offsets, routing.tokens[pairs], rows), hidden, out)
+    accumulator.added(pairs)
