@@ -120,19 +120,20 @@ class ExpertTier:
         for ahead in self._tickets.keys() - set(keys):
             # A read ahead that is done holds its slot no longer than others do.
             self._settle(ahead, carry_error=False)
+        held = self.table.pinned.union(keys)
         for started, key in enumerate(keys):
             ticket = self._tickets.get(key)
             if ticket is not None:
                 if urgency is Urgency.NOW:
                     self.engine.promote(ticket)
                 continue
-            if self.table.slot_of(key) is None and not self._start_load(key, urgency):
+            if self.table.slot_of(key) is None and not self._start_load(key, urgency, held):
                 return started
         return len(keys)
 
-    def _start_load(self, key: int, urgency: Urgency) -> bool:
+    def _start_load(self, key: int, urgency: Urgency, held: set[int]) -> bool:
         if not self.table.free_slots:
-            victim = self.policy.victim(self.table.pinned)
+            victim = self.policy.victim(held)
             if victim is None:
                 return False
             self._evict(victim)
@@ -144,18 +145,16 @@ class ExpertTier:
         return True
 
     def collect(self, keys: Sequence[int]) -> list[int]:
-        """Wait until at least one of the loading `keys` has arrived; all that have are now in use.
+        """Wait until at least one of `keys` has arrived; all that have are now in use.
 
-        Without keys, waits until any read of the tier ends: reads ahead may hold all slots. May return nothing: ask
-        `start_loads` again.
+        When none of them is loading, waits for any read of the tier: others may hold all slots. May return nothing:
+        ask `start_loads` again.
 
         Raises:
             StorageError, StoreCorruptError: a read of one of them failed; its slot is free again.
         """
-        tickets = [self._tickets[key] for key in keys if key in self._tickets]
-        if not keys:
-            tickets = list(self._tickets.values())
-        if tickets and len(tickets) >= len(keys) and not any(ticket.finished for ticket in tickets):
+        tickets = [self._tickets[key] for key in keys if key in self._tickets] or list(self._tickets.values())
+        if tickets and not any(ticket.finished for ticket in tickets):
             before = perf_counter()
             self.engine.wait_any(tickets)
             self.counters.stall_s += perf_counter() - before
