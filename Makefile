@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 DEMO_MODEL := examples/tiny_moe/model
-DEMO_RAM ?= 80MiB
+DEMO_RAM ?= 56MiB
 DEMO_PROMPT ?= "def read_lines(path):\n"
 
 .PHONY: demo test lint bench setup clean

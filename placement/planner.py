@@ -16,8 +16,8 @@ _PAGE_NBYTES = 4096
 _SAMPLING_COPIES = 3
 """generate() holds the last logits in the model's dtype, in fp32, and once more while it samples."""
 
-_ALLOCATOR_NBYTES = 16 << 20
-"""What allocators keep beside what is asked of them."""
+_ALLOCATOR_NBYTES = 32 << 20
+"""What allocators and compiled kernels of libraries keep beside what is asked of them."""
 
 _PAIR_BUFFER_NBYTES = 16 << 20
 _PAIR_BUFFER_COPIES = 2
