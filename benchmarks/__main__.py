@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -55,6 +56,8 @@ def main(name: str, quick: bool, work: Path, json_file: Path | None) -> None:
     from benchmarks.machine import provenance
     from benchmarks.report import RESULTS, show, write_json
 
+    # Without this, being terminated leaves temporary stores and processes behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console = Console() if sys.stdout.isatty() else Console(width=140)
     work.mkdir(parents=True, exist_ok=True)
     reports: list[Report] = []

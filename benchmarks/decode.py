@@ -25,7 +25,7 @@ from benchmarks.equality import (
     relative_maximum,
     relative_rms,
 )
-from benchmarks.harness import Report, Row, Spread, interleave, ratios
+from benchmarks.harness import Report, Row, Spread, interleave, ratios, say
 from benchmarks.machine import gemm_flops, read_bandwidth, require_memory
 from benchmarks.peers import Peer
 from benchmarks.scratch import scratch_directory
@@ -78,8 +78,10 @@ def run(work: Path, shape: checkpoints.Shape, scale: DecodeScale) -> Report:
     report = Report("decode")
     checkpoint = checkpoints.ensure_checkpoint(shape, work)
     root = checkpoints.store_root(work)
+    say("comparing in fp32")
     gate_fp32(report, work, replace(shape, layers=scale.gate_layers, dtype="float32", seed=1), scale.gate_tokens)
     budgets = {share: checkpoints.budget_for(checkpoint, share, CONTEXT_TOKENS) for share in (*scale.resident, 1.0)}
+    say("measuring limits")
     limits = {
         "memory": read_bandwidth(),
         "gemm": gemm_flops(getattr(torch, shape.dtype)),
@@ -144,6 +146,7 @@ def _in_memory(
     prompt = checkpoints.random_tokens(scale.prompt_tokens, shape.vocab, seed=2)
     options = ModelOptions("transformers", str(checkpoint))
     with _loaded(options, checkpoints.weights_nbytes(checkpoint)) as theirs:
+        say(f"comparing in {shape.dtype}")
         theirs.use_experts("eager")
         expected = outcome(theirs, prompt, scale.gate_tokens, scratch)
         theirs.use_experts("grouped_mm")
@@ -164,6 +167,7 @@ def _prefill(
 ) -> None:
     rows = report.tables.setdefault("Prefill, everything in RAM", [])
     for tokens in scale.prefills:
+        say(f"prefill of {tokens} tokens")
         prompt = checkpoints.random_tokens(tokens, shape.vocab, seed=tokens)
 
         names = ("ours", *PREFILL_IMPLEMENTATIONS)
@@ -219,6 +223,7 @@ def _decode(
     scale: DecodeScale,
     limits: Mapping[str, float],
 ) -> None:
+    say("decoding, everything in RAM")
     ours.start(prompt)
     theirs.use_experts("eager")
     theirs.start(prompt)
@@ -267,6 +272,7 @@ def _beyond_memory(
         peers = {
             f"{share:.0%}": stack.enter_context(_loaded(options[share], options[share].ram)) for share in scale.resident
         }
+        say("comparing budgets")
         for name, peer in peers.items():
             found = outcome(peer, prompt, scale.gate_tokens, scratch)
             logits = {"all resident": expected.logits, name: found.logits}
@@ -278,6 +284,7 @@ def _beyond_memory(
         counts = dict.fromkeys(peers, scale.turn_tokens)
         compared = f"{scale.compared:.0%}"
         if importlib.util.find_spec("accelerate") is not None:
+            say("loading with accelerate")
             budget = budgets[compared]
             placed = replace(options[1.0], kind="accelerate", ram=budget, store=str(scratch / "accelerate"))
             accelerate = stack.enter_context(_loaded(placed, budget))
@@ -285,6 +292,7 @@ def _beyond_memory(
             counts["accelerate"] = scale.accelerate_tokens
         else:
             report.notes.append("accelerate is not installed: not compared.")
+        say("decoding by budget")
         for peer in peers.values():
             peer.start(prompt)
         stream = TokenStream(shape.vocab)

@@ -15,7 +15,7 @@ from benchmarks.sessions import Decoded
 from offload.store import ExpertStore
 from offload.store.source import BundleSource
 
-FP32_TOLERANCE = 1e-4
+FP32_TOLERANCE = 1e-5
 """Largest difference of two logits over the largest logit, both computed in fp32 in another order."""
 
 BF16_TOLERANCE = 0.05

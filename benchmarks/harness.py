@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any, Literal, TypeVar
+
+import click
 
 T = TypeVar("T")
 
@@ -102,6 +105,11 @@ class Report:
         for plain, target in zip(data["targets"], self.targets, strict=True):
             plain["met"] = target.met
         return data
+
+
+def say(what: str) -> None:
+    """Tell on stderr what a long run is at."""
+    click.echo(f"{datetime.now():%H:%M:%S} {what}", err=True)
 
 
 def interleave(turns: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import checkpoints
 from benchmarks.equality import GATED_BUNDLES, gate_same_bits, stored_and_converted
-from benchmarks.harness import Report, Row, Spread, interleave, ratios
+from benchmarks.harness import Report, Row, Spread, interleave, ratios, say
 from benchmarks.machine import evict
 from benchmarks.peers import Process
 from benchmarks.raw_io import COPY_BLOCK_NBYTES, Block, blocks_of, copy_files, read_blocks
@@ -127,6 +127,7 @@ def _ours(report: Report, checkpoint: Path, store: ExpertStore, scratch: Path) -
     seconds: Seconds = {}
     try:
         for name, ram in budgets.items():
+            say(f"loading: {name}")
             evict(checkpoints.weight_files(checkpoint))
             with Process() as process:
                 stages = process.call("load_stages", checkpoint=str(checkpoint), ram=ram, store=str(root))
@@ -141,6 +142,7 @@ def _ours(report: Report, checkpoint: Path, store: ExpertStore, scratch: Path) -
 
 
 def _raw(checkpoint: Path, store: ExpertStore, plan: Plan, scratch: Path) -> Seconds:
+    say("plain loops")
     files = checkpoints.weight_files(checkpoint)
     shards = store.shard_paths
     unwritten = checkpoints.weights_nbytes(checkpoint) - plan.expert_nbytes

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import checkpoints
 from benchmarks.equality import gate_same_bits
-from benchmarks.harness import Report, Row
+from benchmarks.harness import Report, Row, say
 from benchmarks.machine import memory_status, reset_peak
 from benchmarks.peers import Process
 from benchmarks.scratch import scratch_directory
@@ -54,6 +54,7 @@ def run(work: Path, shape: checkpoints.Shape, scale: MemoryScale) -> Report:
             ram = max(round(share * nbytes), minimum)
             store = scratch / "stores"
             for load in ("first", "later"):
+                say(f"peak of the {load} load with {ram / 1e6:.0f} MB")
                 with Process() as process:
                     peak = process.call(
                         "peak_memory",
