@@ -17,7 +17,7 @@ from cpu_kernels.activation_kernel import ACTIVATION_ALIASES, ACTIVATION_CODES
 from cpu_kernels.expert_mlp_kernel import rows_task
 from cpu_kernels.isa import isa_of_format
 from cpu_kernels.simd import Elements
-from cpu_kernels.threads import ThreadPool, shared_pool
+from cpu_kernels.threads import Pool, shared_pool
 from formats.bundle import BundleLayout
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -44,7 +44,7 @@ def expert_mlp(
     out: npt.NDArray[np.float32],
     pair_rows: IntArray,
     *,
-    threads: ThreadPool | int | None = None,
+    threads: Pool | int | None = None,
 ) -> None:
     """Compute the experts of P (token, expert) pairs that are sorted by expert.
 
@@ -84,7 +84,7 @@ def expert_up(
     x: npt.NDArray[Any],
     out: npt.NDArray[np.float32],
     *,
-    threads: ThreadPool | int | None = None,
+    threads: Pool | int | None = None,
 ) -> None:
     """out[p] = gate_e x_p + gate_bias_e | up_e x_p + up_bias_e for each pair p of expert e, not activated.
 
@@ -105,7 +105,7 @@ def expert_down(
     out: npt.NDArray[np.float32],
     pair_rows: IntArray,
     *,
-    threads: ThreadPool | int | None = None,
+    threads: Pool | int | None = None,
 ) -> None:
     """out[pair_rows[p]] = down_e h[p] + down_bias_e for each pair p of expert e.
 
@@ -212,7 +212,7 @@ def _run(
     x: npt.NDArray[Any],
     out: npt.NDArray[np.float32],
     pair_rows: IntArray,
-    threads: ThreadPool | int | None,
+    threads: Pool | int | None,
     *,
     up: bool,
     down: bool,
@@ -229,7 +229,7 @@ def _run(
     experts, pairs = len(bundles), len(pair_tokens)
     offsets = _index("pair_offsets", pair_offsets, experts + 1)
     tokens, rows = _index("pair_tokens", pair_tokens), _index("pair_rows", pair_rows, pairs)
-    pool = threads if isinstance(threads, ThreadPool) else shared_pool(threads)
+    pool = shared_pool(threads) if threads is None or isinstance(threads, int) else threads
     nbytes = 8 * jobs.workspace_words(experts, pairs)
     if up and down:
         nbytes += pairs * (4 * up_columns + dtype.itemsize * layout.intermediate)

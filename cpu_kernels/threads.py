@@ -23,7 +23,7 @@ import weakref
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,19 @@ def default_threads() -> int:
     if granted is not None:
         cpus = min(cpus, max(1, int(granted)))
     return min(cpus, MAX_THREADS)
+
+
+class Pool(Protocol):
+    """Threads that run the chunks of compiled tasks."""
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute, the calling one included."""
+        ...
+
+    def run(self, phases: npt.NDArray[np.int64]) -> None:
+        """Run phases [n, 3] of (task, job, chunks); see `ThreadPool.run`."""
+        ...
 
 
 class ThreadPool:

@@ -111,7 +111,7 @@ def _pause(typingctx: Any) -> tuple[Any, _Codegen]:
 
 
 @intrinsic
-def _call_task(typingctx: Any, task: Any, job: Any, chunk: Any) -> tuple[Any, _Codegen]:
+def call_task(typingctx: Any, task: Any, job: Any, chunk: Any) -> tuple[Any, _Codegen]:
     """Call the function void(int64 job, int64 chunk) at an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -140,7 +140,7 @@ def _drain(state):
         if left == 0:
             return last
         if _compare_and_swap(state + 8 * TICKET, ticket, ticket - 1):
-            _call_task(fields[TASK], fields[JOB], fields[CHUNKS] - left)
+            call_task(fields[TASK], fields[JOB], fields[CHUNKS] - left)
             last = _atomic_decrement(state + 8 * PENDING) == 1
 
 
@@ -148,7 +148,7 @@ def _drain(state):
 def _run_phase(state, workers, task, job, chunks):
     if workers == 0 or chunks <= 1:
         for chunk in range(chunks):
-            _call_task(task, job, chunk)
+            call_task(task, job, chunk)
         return
     fields = carray(int64_pointer(state), (WORKERS,))
     fields[TASK] = task

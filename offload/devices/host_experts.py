@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from cpu_kernels.expert_mlp import expert_down, expert_mlp, expert_up
 from formats.bundle import BundleLayout
 from offload.devices.base import ExpertBatch
+from offload.devices.host_threads import kernel_pool
 from offload.moe.gate import apply_gate
 from offload.moe.layer import ExpertsLayer
 
@@ -72,12 +73,15 @@ def _run_few(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out:
             layer.activation,
             out.numpy(),
             batch.rows,
+            threads=kernel_pool(),
         )
         return
     projected = torch.empty(len(batch.tokens), layer.layout.intermediate * (2 if layer.layout.has_gate else 1))
-    expert_up(batch.addresses, layer.layout, batch.offsets, batch.tokens, inputs, projected.numpy())
+    pool = kernel_pool()
+    expert_up(batch.addresses, layer.layout, batch.offsets, batch.tokens, inputs, projected.numpy(), threads=pool)
     gated = apply_gate(layer.module, projected.to(layer.dtype), has_gate=layer.layout.has_gate)
-    expert_down(batch.addresses, layer.layout, batch.offsets, _elements(gated.contiguous()), out.numpy(), batch.rows)
+    inputs = _elements(gated.contiguous())
+    expert_down(batch.addresses, layer.layout, batch.offsets, inputs, out.numpy(), batch.rows, threads=pool)
 
 
 def _elements(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
