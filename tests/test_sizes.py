@@ -94,5 +94,5 @@ def test_sizes_for_people(nbytes: int, text: str) -> None:
 
 @given(st.integers(1, 2**50))
 def test_what_is_written_is_read_back(nbytes: int) -> None:
-    # Two decimals of at least 1.00 are off by half a percent at most.
-    assert parse_size(format_size(nbytes), "ram") == pytest.approx(nbytes, rel=0.005)
+    # Two decimals of at least 1.00 are off by half a percent at most, and a byte may be cut off.
+    assert parse_size(format_size(nbytes), "ram") == pytest.approx(nbytes, rel=0.005, abs=nbytes * 0.005 + 1)

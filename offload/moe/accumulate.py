@@ -58,8 +58,9 @@ class PairAccumulator(Accumulator):
 
     def result(self) -> torch.Tensor:
         """One small matrix product per token."""
-        tokens, top_k = self._routing.weights.shape
-        return torch.bmm(self._routing.weights[:, None, :], self._outputs.view(tokens, top_k, -1))[:, 0]
+        # Without tokens, -1 in a view could mean any length.
+        outputs = self._outputs.view(*self._routing.weights.shape, self._outputs.shape[1])
+        return torch.bmm(self._routing.weights[:, None, :], outputs)[:, 0]
 
 
 class OrderedAccumulator(Accumulator):

@@ -21,7 +21,7 @@ class Routing:
         offsets: int64 [n + 1]; the pairs of experts[i] are offsets[i] to offsets[i + 1].
         rows: int64 [pairs]; the row of each pair, by expert, then ascending.
         tokens: int64 [pairs]; the token of each pair.
-        weights: fp32 [T, k]; what each pair's output is multiplied with; 0 for dropped pairs.
+        weights: fp32 [T, k], contiguous; what each pair's output is multiplied with; 0 for dropped pairs.
         dropped_rows: int64; rows of pairs that are not computed: weight 0, or an expert id out of range.
     """
 
@@ -59,7 +59,7 @@ def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_count: 
     """
     top_k = top_k_index.shape[-1]
     ids = top_k_index.reshape(-1).numpy(force=True).astype(np.int64, copy=False)
-    weights = top_k_weights.detach().reshape(-1, top_k).to(torch.float32)
+    weights = top_k_weights.detach().reshape(-1, top_k).to(torch.float32).contiguous()
     flat_weights = weights.reshape(-1).numpy(force=True)
     order = np.argsort(ids, kind="stable")
     dropped = (flat_weights == 0) | (ids >= expert_count) | (ids < 0)

@@ -87,6 +87,7 @@ class _Queue:
         self.renew_locks()
 
     def renew_locks(self) -> None:
+        # Taken by `with lock`, never `with condition`: an interrupt can leave a condition's lock taken.
         self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)
         self.done = threading.Condition(self.lock)
@@ -96,7 +97,7 @@ class _Queue:
             heapq.heappush(self.heap, (ticket.urgency.value, next(self.sequence), ticket, chunk))
 
     def close(self) -> None:
-        with self.work:
+        with self.lock:
             self.closed = True
             self.heap.clear()
             for ticket in list(self.unfinished):
@@ -126,7 +127,7 @@ class _Queue:
 
 def _serve(queue: _Queue) -> None:
     while True:
-        with queue.work:
+        with queue.lock:
             while not queue.closed and (queue.held or not queue.heap):
                 queue.work.wait()
             if queue.closed:
@@ -138,12 +139,12 @@ def _serve(queue: _Queue) -> None:
             ticket.in_flight += 1
             queue.reading += 1
         error = _read_chunk(queue, ticket, chunk)
-        with queue.work:
+        with queue.lock:
             ticket.unread -= 1
             queue.note_error(ticket, error)
             whole = ticket.unread == 0 and ticket.error is None and not ticket.cancelled
         error = _check(queue, ticket) if whole else None
-        with queue.work:
+        with queue.lock:
             ticket.in_flight -= 1
             queue.reading -= 1
             queue.note_error(ticket, error)
@@ -216,7 +217,7 @@ class ReadEngine:
         queue = self._queue
         chunks = max(1, -(-len(request.out) // queue.chunk_nbytes))
         ticket = Ticket(request, chunks, urgency)
-        with queue.work:
+        with queue.lock:
             if queue.closed:
                 raise ClosedError("the model's runtime was closed; load the model again")
             if not queue.threads:
@@ -241,7 +242,7 @@ class ReadEngine:
     def promote(self, ticket: Ticket) -> None:
         """Serve a queued read before all that are only wanted soon."""
         queue = self._queue
-        with queue.work:
+        with queue.lock:
             if ticket.urgency is not Urgency.NOW:
                 ticket.urgency = Urgency.NOW
                 queue.push(ticket)
@@ -249,7 +250,7 @@ class ReadEngine:
     def cancel(self, ticket: Ticket) -> None:
         """Drop what is not being read yet; the ticket finishes once running chunks have come in."""
         queue = self._queue
-        with queue.work:
+        with queue.lock:
             if not ticket.finished:
                 ticket.cancelled = True
                 ticket.unclaimed.clear()
@@ -258,7 +259,7 @@ class ReadEngine:
     def cancel_all(self) -> None:
         """Cancel every read and return when none writes any more."""
         queue = self._queue
-        with queue.work:
+        with queue.lock:
             for ticket in list(queue.unfinished):
                 ticket.cancelled = True
                 ticket.unclaimed.clear()
@@ -269,14 +270,14 @@ class ReadEngine:
     def wait_any(self, tickets: Iterable[Ticket]) -> None:
         """Return when at least one of the tickets is finished, whatever its outcome."""
         waiting = tuple(tickets)
-        with self._queue.done:
+        with self._queue.lock:
             while not any(ticket.finished for ticket in waiting):
                 self._queue.done.wait()
 
     def wait_all(self, tickets: Iterable[Ticket]) -> None:
         """Return when all of the tickets are finished."""
         waiting = tuple(tickets)
-        with self._queue.done:
+        with self._queue.lock:
             while not all(ticket.finished for ticket in waiting):
                 self._queue.done.wait()
 
