@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload.errors import InvalidArgumentError
@@ -41,6 +41,7 @@ def test_no_digit_is_lost() -> None:
     assert parse_size("4.35GB", "ram") == 4_350_000_000
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6), st.sampled_from(["KiB", "MiB", "GiB", "TiB", "KB", "MB", "GB", "TB", "B", ""]))
 def test_case_of_the_unit_does_not_matter(number: int, unit: str) -> None:
     assert parse_size(f"{number}{unit.upper()}", "ram") == parse_size(f"{number} {unit.lower()}", "ram")
@@ -92,7 +93,8 @@ def test_sizes_for_people(nbytes: int, text: str) -> None:
     assert format_size(nbytes) == text
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**50))
 def test_what_is_written_is_read_back(nbytes: int) -> None:
     # Two decimals of at least 1.00 are off by half a percent at most, and a byte may be cut off.
-    assert parse_size(format_size(nbytes), "ram") == pytest.approx(nbytes, rel=0.005, abs=nbytes * 0.005 + 1)
+    assert parse_size(format_size(nbytes), "ram") == pytest.approx(nbytes, abs=nbytes * 0.005 + 1)

@@ -45,7 +45,7 @@ class PairAccumulator(Accumulator):
 
     def __init__(self, routing: Routing, hidden: int) -> None:
         self._routing = routing
-        self._outputs = torch.empty(routing.weights.numel(), hidden, dtype=torch.float32)
+        self._outputs = torch.empty(routing.weights.numel(), hidden, dtype=torch.float32, device="cpu")
         if routing.dropped_rows.size:
             self._outputs[torch.from_numpy(routing.dropped_rows)] = 0.0
 
@@ -70,15 +70,15 @@ class OrderedAccumulator(Accumulator):
 
     def __init__(self, routing: Routing, hidden: int) -> None:
         self._routing = routing
-        self._sum = torch.zeros(routing.weights.shape[0], hidden, dtype=torch.float32)
-        self._scratch = torch.empty(0, hidden, dtype=torch.float32)
+        self._sum = torch.zeros(routing.weights.shape[0], hidden, dtype=torch.float32, device="cpu")
+        self._scratch = torch.empty(0, hidden, dtype=torch.float32, device="cpu")
         self._done = 0
 
     def target(self, pairs: Ints | slice) -> tuple[torch.Tensor, Ints]:
         """A scratch buffer, used again for the next expert."""
         count = len(self._routing.rows[pairs])
         if self._scratch.shape[0] < count:
-            self._scratch = torch.empty(count, self._sum.shape[1], dtype=torch.float32)
+            self._scratch = torch.empty(count, self._sum.shape[1], dtype=torch.float32, device="cpu")
         return self._scratch, np.arange(count)
 
     def added(self, pairs: Ints | slice) -> None:

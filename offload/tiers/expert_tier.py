@@ -117,6 +117,8 @@ class ExpertTier:
         Raises:
             ClosedError: the engine was closed.
         """
+        if not keys:
+            return 0
         for ahead in self._tickets.keys() - set(keys):
             # A read ahead that is done holds its slot no longer than others do.
             self._settle(ahead, carry_error=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.bundle import (
@@ -36,6 +36,7 @@ def test_every_format_has_its_element_size() -> None:
         assert element.nbytes(1000) == 1000 * ELEMENT_NBYTES[name]
 
 
+@settings(deadline=None)
 @given(layouts)
 def test_components_are_those_that_the_expert_has_in_order(layout: BundleLayout) -> None:
     h, i = layout.hidden, layout.intermediate
@@ -53,6 +54,7 @@ def test_components_are_those_that_the_expert_has_in_order(layout: BundleLayout)
         assert component.nbytes == count * ELEMENT_NBYTES[layout.format]
 
 
+@settings(deadline=None)
 @given(layouts)
 def test_components_lie_apart_inside_and_aligned(layout: BundleLayout) -> None:
     parts = list(layout.components.values())
@@ -83,6 +85,7 @@ def test_a_known_layout() -> None:
     assert layout.nbytes == 4096
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**60), st.integers(1, 2**20))
 def test_round_up_is_the_least_multiple(value: int, multiple: int) -> None:
     rounded = round_up(value, multiple)

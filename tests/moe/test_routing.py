@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload.moe.routing import Routing, route
@@ -38,6 +38,7 @@ def check(routing: Routing, ids: list[list[int]], weights: list[list[float]], ex
         assert array.dtype == np.int64
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 5).flatmap(
         lambda top_k: st.tuples(

@@ -122,6 +122,15 @@ def test_hidden_states_in_any_layout(make_rig: MakeRig, accumulator: str) -> Non
     assert torch.equal(rig.step(0, hidden, index.int(), weights), expected)
 
 
+def test_the_default_device_does_not_matter(make_rig: MakeRig, accumulator: str) -> None:
+    rig = make_rig()
+    inputs = rig.inputs(20, top_k=2)
+    expected = rig.step(0, *inputs)
+    with torch.device("meta"):
+        found = rig.step(0, *inputs)
+    assert torch.equal(found, expected)
+
+
 def test_inputs_are_left_alone(make_rig: MakeRig, accumulator: str) -> None:
     rig = make_rig()
     inputs = rig.inputs(20, top_k=2)

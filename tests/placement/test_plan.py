@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
@@ -37,6 +37,7 @@ def without(*path: str) -> str:
     return json.dumps(data)
 
 
+@settings(deadline=None)
 @given(specs, workloads)
 def test_a_plan_comes_back(model: ModelSpec, workload: Workload) -> None:
     plan = make_plan(model, workload, 1 << 60)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.model_spec import ModelSpec
@@ -22,6 +22,7 @@ def least(model: ModelSpec, workload: Workload) -> int:
     return caught.value.minimum_ram_nbytes
 
 
+@settings(deadline=None)
 @given(specs, workloads, extras)
 def test_a_plan_holds_its_budget(model: ModelSpec, workload: Workload, extra: int) -> None:
     budget = least(model, workload) + extra
@@ -42,6 +43,7 @@ def test_a_plan_holds_its_budget(model: ModelSpec, workload: Workload, extra: in
         assert budget - plan.peak_ram_nbytes < plan.slot_nbytes
 
 
+@settings(deadline=None)
 @given(specs, workloads)
 def test_the_least_budget_is_the_least(model: ModelSpec, workload: Workload) -> None:
     minimum = least(model, workload)
@@ -53,6 +55,7 @@ def test_the_least_budget_is_the_least(model: ModelSpec, workload: Workload) -> 
     assert caught.value.minimum_ram_nbytes == minimum
 
 
+@settings(deadline=None)
 @given(specs, workloads, extras, extras)
 def test_more_memory_is_never_fewer_slots(model: ModelSpec, workload: Workload, one: int, other: int) -> None:
     minimum = least(model, workload)
@@ -60,12 +63,14 @@ def test_more_memory_is_never_fewer_slots(model: ModelSpec, workload: Workload, 
     assert small.ram_slots <= large.ram_slots
 
 
+@settings(deadline=None)
 @given(specs, workloads, extras)
 def test_planning_is_deterministic(model: ModelSpec, workload: Workload, extra: int) -> None:
     budget = least(model, workload) + extra
     assert make_plan(model, workload, budget) == make_plan(model, workload, budget)
 
 
+@settings(deadline=None)
 @given(specs, workloads)
 def test_enough_memory_holds_all_experts(model: ModelSpec, workload: Workload) -> None:
     plan = make_plan(model, workload, 1 << 60)
@@ -73,12 +78,14 @@ def test_enough_memory_holds_all_experts(model: ModelSpec, workload: Workload) -
     assert plan.resident_fraction == 1.0
 
 
+@settings(deadline=None)
 @given(specs, workloads)
 def test_loading_fits_into_what_running_has(model: ModelSpec, workload: Workload) -> None:
     ram = fixed_ram(model, workload)
     assert ram.kv_nbytes + ram.activation_nbytes >= model.load_scratch_nbytes
 
 
+@settings(deadline=None)
 @given(specs, st.integers(1, 64), st.integers(1, 4096), st.integers(0, 1 << 20), st.booleans(), st.data())
 def test_a_larger_pass_never_needs_less(
     model: ModelSpec, batch: int, tokens: int, past: int, all_logits: bool, data: st.DataObject
@@ -91,6 +98,7 @@ def test_a_larger_pass_never_needs_less(
     assert pass_nbytes(model, batch, tokens, past, all_logits=True) >= needed
 
 
+@settings(deadline=None)
 @given(specs, workloads, st.data())
 def test_a_pass_within_the_workload_needs_no_more_than_planned(
     model: ModelSpec, workload: Workload, data: st.DataObject
@@ -102,6 +110,7 @@ def test_a_pass_within_the_workload_needs_no_more_than_planned(
     assert pass_nbytes(model, batch, tokens, past, all_logits=False) <= ram.kv_nbytes + ram.activation_nbytes
 
 
+@settings(deadline=None)
 @given(sizes)
 def test_one_expert_needs_one_slot(dense: int) -> None:
     model = spec(dense_nbytes=dense, experts=(experts(0, 1, 1, 64, 96),))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload.devices.base import Slab
@@ -27,6 +27,7 @@ class CountingDevice(HostDevice):
         return super().allocate(nbytes)
 
 
+@settings(deadline=None)
 @given(pages=st.integers(1, 9), count=st.integers(1, 40), slab_pages=st.integers(1, 30))
 def test_slots_are_aligned_and_lie_apart(pages: int, count: int, slab_pages: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
