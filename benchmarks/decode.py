@@ -103,8 +103,8 @@ def run(work: Path, shape: checkpoints.Shape, scale: DecodeScale) -> Report:
         {"limit": f"matrix product of 2048, {shape.dtype}", "GB/s": None, "GFLOP/s": limits["gemm"] / 1e9},
     ]
     report.notes += [
-        "Weights are random, and what is decoded is random tokens, not the greedy choice, which soon repeats itself: "
-        "routing is nearly uniform over the experts, and no cache can predict it. Hit rates of trained models differ.",
+        "Weights and tokens are random, scaled so that routing follows the token: it is nearly uniform over the "
+        "experts, and no cache can predict it. Trained models route less evenly and hit more often.",
         "Decoding goes on with one sequence from turn to turn. Both sides run the same loop: a forward pass of one "
         "token with a DynamicCache, then argmax.",
     ]

@@ -23,7 +23,7 @@ def test_measures() -> None:
 )
 def test_logits_that_are_not_close_fail(found: np.ndarray) -> None:
     gate_close(Report("x"), "logits", EXPECTED * 1.005, EXPECTED, relative_rms, 0.01)
-    with pytest.raises(GateError, match="tolerance 1.0e-02"):
+    with pytest.raises(GateError, match=r"tolerance 1\.0e-02"):
         gate_close(Report("x"), "logits", found, EXPECTED, relative_rms, 0.01)
 
 
