@@ -4,8 +4,8 @@ torch's CPU operators run on a team of OpenMP threads that wait in a loop for mi
 another pool would have to take their cores back from them by the scheduler's time slices, several times a layer;
 the same team takes the next region in about a microsecond. So where torch's runtime is known, kernels join it.
 
-The number of threads is the runtime's: `torch.set_num_threads` holds for kernels too. In a forked child only one
-thread works, as for the runtime's other regions: set it before computing.
+The number of threads is the runtime's: `torch.set_num_threads` holds for kernels too. The runtime does not survive a
+fork: a child must use a `ThreadPool`.
 """
 
 from __future__ import annotations

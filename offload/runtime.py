@@ -26,7 +26,7 @@ from offload.tiers.expert_tier import ExpertTier, TierCounters
 from offload.tiers.transfer import ReadEngine, ReadRequest
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
-from placement.planner import MINIMUM_SLOTS, pass_nbytes
+from placement.planner import MINIMUM_SLOTS, kv_nbytes, pass_nbytes
 from prefetch.policies.base import CachePolicy
 
 
@@ -63,9 +63,12 @@ class Runtime:
         arena = Arena(device, plan.slot_nbytes, plan.ram_slots)
         self.tier = ExpertTier(arena, policy, engine, self._locate, self._bundle_nbytes)
         self.closed = False
+        self._released = False
         self._lock = threading.RLock()
+        self._caches: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self.reset_stats()
-        _RUNTIMES.add(self)
+        with _runtimes_lock:
+            _RUNTIMES.add(self)
 
     # --- where experts are -----------------------------------------------------------------------------------
 
@@ -92,7 +95,12 @@ class Runtime:
 
         Raises:
             ClosedError: after `close()`.
+            UnsupportedOperationError: gradients are asked for.
         """
+        if hidden.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedOperationError(
+                "an offloaded model computes no gradients: its experts are not parameters; use torch.no_grad()"
+            )
         with self._lock, torch.no_grad():
             self._check_open()
             before = perf_counter()
@@ -119,7 +127,9 @@ class Runtime:
         finally:
             progress.finish()
 
-    def make_room(self, batch: int, tokens: int, past_tokens: int, *, all_logits: bool) -> None:
+    def make_room(
+        self, batch: int, tokens: int, past_tokens: int, *, all_logits: bool, cache: object | None = None
+    ) -> None:
         """Before a forward pass: let expert slots go, or take them back, so that the budget holds.
 
         Args:
@@ -127,6 +137,7 @@ class Runtime:
             tokens: new tokens of each.
             past_tokens: tokens of each that are cached already.
             all_logits: the pass computes logits for every token, not only the last.
+            cache: the KV cache that the pass extends; caches of other sequences that are alive count too.
 
         Raises:
             DoesNotFitError: even with the fewest slots the pass needs more than the budget.
@@ -135,6 +146,10 @@ class Runtime:
         self._check_open()
         plan = self.plan
         needed = pass_nbytes(self.spec, batch, tokens, past_tokens, all_logits=all_logits)
+        with self._lock:
+            needed += sum(nbytes for other, nbytes in self._caches.items() if other is not cache)
+            if cache is not None:
+                self._caches[cache] = kv_nbytes(self.spec, batch, past_tokens + tokens)
         reserved = plan.ram.kv_nbytes + plan.ram.activation_nbytes
         room = plan.ram_budget_nbytes - plan.ram.dense_nbytes - max(needed, reserved)
         slots = min(plan.ram_slots, room // plan.slot_nbytes)
@@ -205,11 +220,12 @@ class Runtime:
     def close(self) -> None:
         """Stop the readers and free the slots. May be called again."""
         with self._lock:
-            if self.closed:
+            if self._released:
                 return
             self.closed = True
             self.tier.engine.close()
             self.tier.release_memory()
+            self._released = True
 
     def _check_open(self) -> None:
         if self.closed:
@@ -234,19 +250,22 @@ class Runtime:
 
 
 _RUNTIMES: weakref.WeakSet[Runtime] = weakref.WeakSet()
+_runtimes_lock = threading.Lock()
 _held_for_fork: list[Runtime] = []
 
 
 def _before_fork() -> None:
     """A child copied in the middle of a step would have half a step in its slot table."""
-    _held_for_fork[:] = list(_RUNTIMES)
-    for runtime in _held_for_fork:
+    _runtimes_lock.acquire()
+    for runtime in list(_RUNTIMES):
         runtime._lock.acquire()
+        _held_for_fork.append(runtime)
 
 
 def _after_fork() -> None:
     while _held_for_fork:
         _held_for_fork.pop()._lock.release()
+    _runtimes_lock.release()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -102,8 +102,6 @@ def test_parent_and_forked_children_generate_the_same(tight: tuple[Path, int], s
     expected = greedy(model, ids)
 
     def check() -> None:
-        # libgomp does not survive a fork with more than one thread; PyTorch's own workers do the same.
-        torch.set_num_threads(1)
         assert torch.equal(greedy(model, ids), expected)
         model.offload.check()
 
@@ -126,7 +124,6 @@ def test_a_fork_while_another_thread_generates(tight: tuple[Path, int], store_ro
             assert torch.equal(greedy(model, ids), expected)
 
     def check() -> None:
-        torch.set_num_threads(1)
         model.offload.check()
         assert torch.equal(greedy(model, ids), expected)
 

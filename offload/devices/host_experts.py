@@ -17,8 +17,11 @@ from offload.devices.host_threads import kernel_pool
 from offload.moe.gate import apply_gate
 from offload.moe.layer import ExpertsLayer
 
-FEW_TOKENS = 8
-"""Up to here an expert is bound by reading its weights, which the kernel does at memory bandwidth."""
+FEW_TOKENS = 128
+"""Up to here the kernel is faster: it reads weights once at memory bandwidth, and computes while it waits for them.
+
+docs/performance.md has the measurement.
+"""
 
 
 _ROW_STEP = 16
@@ -38,7 +41,16 @@ def run_experts(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, o
         pairs = slice(int(batch.offsets[index]), int(batch.offsets[index + 1]))
         tokens = torch.from_numpy(batch.tokens[pairs])
         result = _run_many(layer, int(batch.addresses[index]), _gather(hidden, tokens))
-        out.index_copy_(0, torch.from_numpy(batch.rows[pairs]), result[: len(tokens)].to(torch.float32))
+        _store(result[: len(tokens)], batch.rows[pairs], out)
+
+
+def _store(result: torch.Tensor, rows: npt.NDArray[np.int64], out: torch.Tensor) -> None:
+    """Result to rows of `out`, in one pass where these lie side by side; rows are ascending."""
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows):
+        out[first : last + 1].copy_(result)
+    else:
+        out.index_copy_(0, torch.from_numpy(rows), result.to(torch.float32))
 
 
 def _gather(hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -76,7 +88,8 @@ def _run_few(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out:
             threads=kernel_pool(),
         )
         return
-    projected = torch.empty(len(batch.tokens), layer.layout.intermediate * (2 if layer.layout.has_gate else 1))
+    width = layer.layout.intermediate * (2 if layer.layout.has_gate else 1)
+    projected = torch.empty(len(batch.tokens), width, dtype=torch.float32, device="cpu")
     pool = kernel_pool()
     expert_up(batch.addresses, layer.layout, batch.offsets, batch.tokens, inputs, projected.numpy(), threads=pool)
     gated = apply_gate(layer.module, projected.to(layer.dtype), has_gate=layer.layout.has_gate)

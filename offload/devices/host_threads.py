@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -16,14 +17,18 @@ class SlowThreadsWarning(UserWarning):
     """Kernels have threads of their own beside torch's."""
 
 
-@cache
 def kernel_pool() -> Pool:
     """The team of torch's own OpenMP runtime, so that the two do not take cores from each other.
 
     The number of threads is torch's (`torch.set_num_threads`, OMP_NUM_THREADS), at most what OFFLOAD_CPU_THREADS says
-    where it is set. Where torch has no GNU OpenMP runtime, a pool of the kernels' own, with a warning.
+    where it is set. Where torch has no GNU OpenMP runtime, a pool of the kernels' own, with a warning. In a forked
+    child too: there a team of the parent's runtime would wait for threads that the child does not have.
     """
-    # torch starts its runtime with its first parallel region; until then the library is only mapped.
+    return shared_pool(None) if _forked else _torchs_team()
+
+
+@cache
+def _torchs_team() -> Pool:
     for library in _loaded_runtimes():
         try:
             return openmp_pool(library, default_threads())
@@ -43,6 +48,22 @@ def _loaded_runtimes() -> list[Path]:
     mapped = {Path(line.split(maxsplit=5)[5].rstrip()) for line in _maps() if "libgomp" in line}
     own = Path(torch.__file__).parent
     return sorted(mapped, key=lambda path: (own not in path.parents, str(path)))
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    """GNU OpenMP hangs in the first parallel region of a forked child; with one thread torch has none.
+
+    PyTorch does the same in the workers that it forks itself.
+    """
+    global _forked
+    _forked = True
+    torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def _maps() -> list[str]:

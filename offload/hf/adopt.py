@@ -43,7 +43,7 @@ def _watch_passes(model: PreTrainedModel, runtime: Runtime) -> None:
         past = kwargs.get("past_key_values")
         past_tokens = int(past.get_seq_length()) if past is not None else 0
         all_logits = not kwargs.get("logits_to_keep", 0)
-        runtime.make_room(batch, tokens, past_tokens, all_logits=all_logits)
+        runtime.make_room(batch, tokens, past_tokens, all_logits=all_logits, cache=past)
         started.at = perf_counter()
 
     def after(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:

@@ -66,7 +66,8 @@ def _recording_step(name: str, top_k: dict[str, int]) -> Step:
 def _cache_nbytes(skeleton: PreTrainedModel, tokens: int) -> int:
     cache = DynamicCache(config=skeleton.config)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with torch.no_grad():
+    # A default device that the user set would decide where meta kernels make their results.
+    with torch.no_grad(), torch.device("meta"):
         skeleton(input_ids=ids, past_key_values=cache, use_cache=True)
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
 

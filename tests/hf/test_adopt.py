@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedModel, Qwen3MoeForCausalLM, TextIteratorStreamer, pipeline
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen3MoeForCausalLM,
+    TextIteratorStreamer,
+    pipeline,
+)
 
 import offload
 from offload.errors import ClosedError, DoesNotFitError, UnsupportedOperationError
@@ -231,3 +238,26 @@ def test_after_close_the_model_says_so(directory: Path, store_root: Path) -> Non
         greedy(loaded, prompt(), 2)
     with pytest.raises(ClosedError):
         loaded(prompt())
+
+
+def test_gradients_are_refused(model: PreTrainedModel) -> None:
+    embeds = model.get_input_embeddings()(prompt()).detach().requires_grad_()
+    with pytest.raises(UnsupportedOperationError, match="gradients"):
+        model(inputs_embeds=embeds)
+    with torch.no_grad():
+        model(inputs_embeds=embeds)
+
+
+def test_caches_that_are_alive_count(directory: Path, store_root: Path) -> None:
+    plan = offload.plan(directory, ram="1GiB", context=16)
+    loaded = offload.load(directory, ram=plan.peak_ram_nbytes, nvme=store_root, context=16)
+    kept = [
+        loaded(prompt(tokens=16), use_cache=True, past_key_values=DynamicCache(config=loaded.config)) for _ in range(4)
+    ]
+    loaded(prompt(tokens=4))
+    fewer = loaded.offload.stats().slots
+    assert fewer < plan.expert_count
+    del kept
+    loaded(prompt(tokens=4))
+    assert loaded.offload.stats().slots == plan.expert_count
+    loaded.offload.close()
