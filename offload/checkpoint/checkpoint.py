@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
@@ -97,6 +97,11 @@ class Checkpoint:
             raise InvalidArgumentError(f"a buffer of {buffer.nbytes} bytes for a span of {span.nbytes}")
         with self._descriptor(span.file) as descriptor:
             read_exactly(descriptor, buffer.cast("B"), span.offset, span.file, drop_cache=drop_cache)
+
+    def will_need(self, span: TensorSpan) -> None:
+        """Let the system begin to read a span into its page cache; returns at once, and fails at the read if at all."""
+        with self._descriptor(span.file) as descriptor, suppress(OSError):
+            os.posix_fadvise(descriptor, span.offset, span.nbytes, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointChangedError if a file was replaced, rewritten or removed since the checkpoint was opened."""

@@ -13,7 +13,7 @@ from tests.moe.rig import Rig
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that torch hands out unwritten is full of NaN."""
     empty = torch.empty
-    # torch lists the functions that a default device applies to once, at the first use of one: not with ours among them.
+    # torch lists the functions that a default device applies to at the first use of one: not with ours among them.
     with torch.device("meta"):
         torch.zeros(1)
 
