@@ -12,9 +12,11 @@ from time import perf_counter
 from benchmarks import checkpoints
 from benchmarks.equality import GATED_BUNDLES, gate_same_bits, stored_and_converted
 from benchmarks.harness import Report, Spread, interleave, ratios
-from benchmarks.raw_io import Block, aligned_buffer, blocks_of, read_blocks
+from benchmarks.raw_io import Block, blocks_of, read_blocks
+from offload.devices.host import HostDevice
 from offload.preparation import PreparedCheckpoint
 from offload.store import ExpertStore, convert
+from offload.tiers.arena import Arena
 from offload.tiers.disk import ShardReader
 from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
 from placement.plan import Plan
@@ -65,7 +67,11 @@ class EngineReads:
         reader = ShardReader(store.shard_paths, lambda index, direct: store.open_shard(index, direct=direct))
         self._engine = ReadEngine(reader, threads=plan.reader_threads, chunk_nbytes=plan.read_chunk_nbytes)
         self._store = store
-        self._slots = [aligned_buffer(plan.slot_nbytes) for _ in range(in_flight)]
+        arena = Arena(HostDevice(), plan.slot_nbytes, in_flight + 1)
+        views = [arena.view(slot, plan.slot_nbytes) for slot in range(in_flight)]
+        for view in views:
+            view[:] = 0
+        self._slots = [memoryview(view) for view in views]  # type: ignore[arg-type]
 
     def _submit(self, bundle: tuple[int, int], slot: memoryview) -> Ticket:
         location = self._store.location(*bundle)

@@ -85,7 +85,7 @@ def run(work: Path, shape: checkpoints.Shape, scale: LoadScale) -> Report:
 
 _RAW_OF = {
     "first": "read and write overlapped",
-    "later, all resident": "read store and dense weights",
+    "later, all resident": "read store and dense weights into new memory",
     "later, partly resident": "read dense weights",
 }
 
@@ -159,7 +159,10 @@ def _raw(checkpoint: Path, store: ExpertStore, plan: Plan, scratch: Path) -> Sec
     everything = [*blocks_of(shards, COPY_BLOCK_NBYTES), *moved]
     return {
         **copies,
-        "read store and dense weights": read_blocks([*shards, *files], everything, plan.reader_threads),
+        "read store and dense weights into new memory": read_blocks(
+            [*shards, *files], everything, plan.reader_threads, keep=True
+        ),
+        "read store and dense weights into one buffer": read_blocks([*shards, *files], everything, plan.reader_threads),
         "read dense weights": read_blocks(files, dense, plan.reader_threads),
     }
 

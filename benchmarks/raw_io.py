@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import mmap
 import os
 import queue
@@ -12,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
+
 PAGE_NBYTES = 4096
+HUGE_PAGE_NBYTES = 2 << 20
 COPY_BLOCK_NBYTES = 16 << 20
 
 
@@ -25,31 +30,46 @@ class Block:
     nbytes: int
 
 
-def aligned_buffer(nbytes: int) -> memoryview:
-    """Page-aligned anonymous memory, huge pages where possible, touched."""
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    view = memoryview(memory)
-    view[::PAGE_NBYTES] = bytes(len(view[::PAGE_NBYTES]))
-    return view
+def aligned_buffer(nbytes: int, *, touched: bool = True) -> memoryview:
+    """Anonymous memory that starts with a huge page: direct reads into small pages run at half the speed."""
+    memory = mmap.mmap(-1, page_up(nbytes) + 2 * HUGE_PAGE_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    view = np.frombuffer(memory, dtype=np.uint8)
+    start = -view.ctypes.data % HUGE_PAGE_NBYTES
+    if touched:
+        view[start : start + nbytes : PAGE_NBYTES] = 0
+    return memoryview(view[start : start + page_up(nbytes)])  # type: ignore[arg-type]
 
 
-def read_blocks(paths: Sequence[Path], blocks: Iterable[Block], threads: int) -> float:
-    """Seconds in which threads read all blocks with O_DIRECT, each thread into a buffer of its own."""
+def read_blocks(paths: Sequence[Path], blocks: Iterable[Block], threads: int, *, keep: bool = False) -> float:
+    """Seconds in which threads read all blocks with O_DIRECT.
+
+    Args:
+        paths: the files.
+        blocks: of them, read in this order.
+        threads: reads in flight.
+        keep: every block into memory of its own, which is new, as a loader has to; otherwise each thread reads into
+            the same buffer again and again.
+    """
     work = list(blocks)
-    largest = page_up(max(block.nbytes for block in work))
-    buffers = [aligned_buffer(largest) for _ in range(threads)]
     fds = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
-    shared = iter(work)
+    largest = page_up(max(block.nbytes for block in work))
+    sizes = [page_up(block.nbytes) if keep else 0 for block in work]
+    starts = list(itertools.accumulate(sizes, initial=0))
+    kept = aligned_buffer(max(starts[-1], 1), touched=False)
+    buffers = [aligned_buffer(largest) for _ in range(threads)]
+    shared = iter(zip(work, starts, strict=False))
     lock = threading.Lock()
 
     def read(buffer: memoryview) -> None:
         while True:
             with lock:
-                block = next(shared, None)
+                block, start = next(shared, (None, 0))
             if block is None:
                 return
-            read_block(fds[block.file], block, buffer)
+            target = kept[start : start + page_up(block.nbytes)] if keep else buffer
+            read_block(fds[block.file], block, target)
 
     try:
         with ThreadPoolExecutor(threads) as pool:

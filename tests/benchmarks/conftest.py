@@ -10,13 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import checkpoints
+from benchmarks.memory import TINY as TINY
 from benchmarks.peers import Process
 from benchmarks.worker import Worker
-
-TINY = checkpoints.Shape(
-    layers=2, hidden=64, experts=8, expert_intermediate=32, top_k=2, heads=4, kv_heads=2, head_dim=16, vocab=128
-)
 
 
 @pytest.fixture(scope="session")
