@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 DEMO_MODEL := examples/tiny_moe/model
 DEMO_RAM ?= 56MiB
-DEMO_PROMPT ?= "def read_lines(path):\n"
+DEMO_PROMPT ?= class FileReader:
 
 .PHONY: demo test lint bench setup clean
 
@@ -21,7 +21,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/offload plan $(DEMO_MODEL) --ram $(DEMO_RAM) --context 512
-	$(BIN)/offload run $(DEMO_MODEL) --ram $(DEMO_RAM) --context 512 --nvme .demo-store -n 200 --echo --prompt $(DEMO_PROMPT)
+	$(BIN)/offload run $(DEMO_MODEL) --ram $(DEMO_RAM) --context 512 --nvme .demo-store -n 160 --echo --temperature 0.7 --top-p 0.9 --seed 3 \
+		--prompt "$(DEMO_PROMPT)"
 
 test: setup
 	$(BIN)/python -m pytest
