@@ -66,14 +66,15 @@ def test_bf16_equals_transformers_up_to_near_ties(
     reference = reference_model(directory, torch.bfloat16, "grouped_mm")
     exact = reference_model(directory, torch.float32)
     ids = prompt(seed=3)
+    # Many tokens, because each that nearly ties in a router is a matter of luck.
+    probe = prompt(batch=16, tokens=40, seed=7)
     outputs = []
-    for ram in (_minimum_ram(directory, context=40), "1GiB"):
-        model = offload.load(directory, ram=ram, nvme=store_root, context=40)
+    for ram in (_minimum_ram(directory, context=64, batch=16), "1GiB"):
+        model = offload.load(directory, ram=ram, nvme=store_root, context=40, batch=16)
         assert model.dtype is torch.bfloat16
         outputs.append(greedy(model, ids))
-        forced = outputs[-1]
-        assert_as_near_to_fp32(logits(model, forced), logits(reference, forced), logits(exact, forced))
-        assert_same_up_to_near_ties(forced, reference, exact, ids.shape[1])
+        assert_as_near_to_fp32(logits(model, probe), logits(reference, probe), logits(exact, probe))
+        assert_same_up_to_near_ties(outputs[-1], reference, exact, ids.shape[1])
         model.offload.close()
     assert torch.equal(outputs[0], outputs[1]), "tokens depend on the budget"
 
