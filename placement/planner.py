@@ -17,7 +17,9 @@ _SAMPLING_COPIES = 3
 """generate() holds the last logits in the model's dtype, in fp32, and once more while it samples."""
 
 _ALLOCATOR_NBYTES = 32 << 20
-"""What allocators and compiled kernels of libraries keep beside what is asked of them."""
+_ALLOCATOR_SHARE_OF_DENSE = 4
+"""What allocators and compiled kernels of libraries keep beside what is asked of them: the first for any model, and one
+part in so many of the dense weights, which is what loading them was seen to leave behind at most."""
 
 _PAIR_BUFFER_NBYTES = 16 << 20
 _PAIR_BUFFER_COPIES = 2
@@ -72,6 +74,7 @@ def fixed_ram(spec: ModelSpec, workload: Workload) -> RamUse:
     tokens_at_once = min(workload.context_tokens, workload.prefill_chunk_tokens)
     kv = _page_up(kv_nbytes(spec, workload.batch, workload.context_tokens))
     activations = activation_nbytes(spec, workload.batch, tokens_at_once, all_logits=False)
+    activations += spec.dense_nbytes // _ALLOCATOR_SHARE_OF_DENSE
     return RamUse(
         dense_nbytes=spec.dense_nbytes,
         kv_nbytes=kv,
