@@ -61,7 +61,8 @@ def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: b
     top_k = max(layer.top_k for layer in spec.experts)
     pairs = min(_PAIR_BUFFER_NBYTES, batch * tokens * top_k * spec.hidden_size * 4)
     step = pairs * _PAIR_BUFFER_COPIES
-    return batch * tokens * spec.activation_nbytes_per_token + logits + step + _ALLOCATOR_NBYTES
+    kept = _ALLOCATOR_NBYTES + spec.dense_nbytes // _ALLOCATOR_SHARE_OF_DENSE
+    return batch * tokens * spec.activation_nbytes_per_token + logits + step + kept
 
 
 def pass_nbytes(spec: ModelSpec, batch: int, tokens: int, past_tokens: int, *, all_logits: bool) -> int:
@@ -74,7 +75,6 @@ def fixed_ram(spec: ModelSpec, workload: Workload) -> RamUse:
     tokens_at_once = min(workload.context_tokens, workload.prefill_chunk_tokens)
     kv = _page_up(kv_nbytes(spec, workload.batch, workload.context_tokens))
     activations = activation_nbytes(spec, workload.batch, tokens_at_once, all_logits=False)
-    activations += spec.dense_nbytes // _ALLOCATOR_SHARE_OF_DENSE
     return RamUse(
         dense_nbytes=spec.dense_nbytes,
         kv_nbytes=kv,
