@@ -83,3 +83,7 @@ class ClosedError(OffloadError, RuntimeError):
 
 class UnsupportedOperationError(OffloadError, NotImplementedError):
     """An operation of a transformers model that cannot mean anything on an offloaded one."""
+
+
+class SlowReadWarning(UserWarning):
+    """Reads do not go the fast way; the message says why."""

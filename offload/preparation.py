@@ -68,7 +68,7 @@ class PreparedCheckpoint:
         """Read the dense weights into the skeleton."""
         progress.start(sum(span.nbytes for span in self.dense.values()), "loading dense weights")
         try:
-            tensors = lazy_state_dict(self.checkpoint, self.dense, drop_cache=True, on_read=progress.advance)
+            tensors = lazy_state_dict(self.checkpoint, self.dense, once=True, on_read=progress.advance)
             load_dense(self.skeleton, tensors, self.skeleton.dtype, str(self.checkpoint.directory))
         finally:
             progress.finish()
@@ -137,7 +137,7 @@ def prepare_checkpoint(
         mapped = map_checkpoint(skeleton, checkpoint.tensors)
         compute = skeleton.dtype
         bundles = CheckpointBundleSource(
-            checkpoint, mapped.experts, compute, FORMAT_OF_DTYPE[compute], str(name), drop_cache=True
+            checkpoint, mapped.experts, compute, FORMAT_OF_DTYPE[compute], str(name), once=True
         )
         context = _context(request, skeleton)
         casts = _any_cast(mapped.experts, compute)

@@ -17,16 +17,14 @@ from offload.errors import InvalidArgumentError
 from offload.store.source import ExpertGroup
 from placement.tensors import ComponentSource, TensorSpan
 
-_READ_AHEAD_NBYTES = 32 << 20
-
 _FORMAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class CheckpointBundleSource:
-    """A checkpoint's experts as bundles, one at a time; implements `offload.store.source.BundleSource`.
+    """A checkpoint's experts as bundles; implements `offload.store.source.BundleSource`.
 
     Filling a bundle needs no more memory than one expert in its stored dtype besides the bundle itself, and with
-    `drop_cache` up to 32 MiB of the page cache.
+    `once` the buffer of a `DirectReader`.
     """
 
     def __init__(
@@ -37,7 +35,7 @@ class CheckpointBundleSource:
         format: str,
         name: str,
         *,
-        drop_cache: bool = False,
+        once: bool = False,
     ) -> None:
         """Describe the bundles; nothing is read.
 
@@ -47,7 +45,7 @@ class CheckpointBundleSource:
             dtype: of the weights in the running model; stored weights are cast to it as transformers casts them.
             format: of the bundles; holds exactly the values of `dtype`.
             name: what the user called the model.
-            drop_cache: give the pages that were read back to the system, where every expert is read once.
+            once: every expert is read once: keep what is read out of the page cache.
 
         Raises:
             InvalidArgumentError: the format is unknown or does not hold `dtype`.
@@ -60,11 +58,10 @@ class CheckpointBundleSource:
         self._checkpoint = checkpoint
         self._mapped = tuple(mapped)
         self._dtype = dtype
-        self._drop_cache = drop_cache
+        self._once = once
         self._name = name
         self._groups = tuple(_group(experts, format) for experts in self._mapped)
         self._identity = _identity(checkpoint.identity, self._groups)
-        self._asked: set[TensorSpan] = set()
 
     @property
     def identity(self) -> str:
@@ -96,7 +93,6 @@ class CheckpointBundleSource:
         if out.shape != (layout.nbytes,) or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise InvalidArgumentError(f"a bundle of {layout.nbytes} bytes into {out.dtype} {out.shape}")
         sources = self._mapped[group_index].sources[expert]
-        self._read_ahead(group_index, expert)
         # Interleaved gate and up lie in the same bytes, which are read once.
         kept: dict[TensorSpan, torch.Tensor] = {}
         shared = {source.span for source in sources.values() if _uses(source.span, sources) > 1}
@@ -106,18 +102,6 @@ class CheckpointBundleSource:
             end = component.offset + component.nbytes
             self._fill(component, sources[component.name], out[component.offset : end], kept, shared)
         out[end:] = 0
-
-    def _read_ahead(self, group_index: int, expert: int) -> None:
-        """Have the experts behind this one on their way, where each is read once: one read alone leaves a disk idle."""
-        if not self._drop_cache:
-            return
-        layer = self._mapped[group_index].sources
-        nbytes = self._groups[group_index].layout.nbytes
-        for ahead in layer[expert + 1 : expert + 1 + max(1, _READ_AHEAD_NBYTES // nbytes)]:
-            for span in {source.span for source in ahead.values()} - self._asked:
-                self._checkpoint.will_need(span)
-                self._asked.add(span)
-        self._asked.difference_update(source.span for source in layer[expert].values())
 
     def check_unchanged(self) -> None:
         """Raise CheckpointChangedError if a file is no longer what `identity` was taken from."""
@@ -133,11 +117,11 @@ class CheckpointBundleSource:
     ) -> None:
         span = source.span
         if span.nbytes == out.nbytes and not source.transposed and TORCH_DTYPES[span.dtype] is self._dtype:
-            self._checkpoint.read_into(span, out.data, drop_cache=self._drop_cache)
+            self._checkpoint.read_into(span, out.data, once=self._once)
             return
         stored = kept.get(span)
         if stored is None:
-            stored = self._checkpoint.read(span, drop_cache=self._drop_cache)
+            stored = self._checkpoint.read(span, once=self._once)
         if span in shared:
             kept[span] = stored
         target = torch.from_numpy(out).view(self._dtype).view(component.shape)

@@ -6,12 +6,13 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
 import torch
 
+from offload.checkpoint.direct import DirectReader
 from offload.checkpoint.dtypes import TORCH_DTYPES
 from offload.checkpoint.files import FileIdentity, open_regular, read_exactly
 from offload.checkpoint.headers import FileHeader
@@ -48,6 +49,7 @@ class Checkpoint:
         self.identity = _identity(headers)
         self._files = {header.path: header.identity for header in headers.values()}
         self._descriptors: dict[str, int] = {}
+        self._direct = DirectReader()
         self._readers = 0
         self._closed = False
         self._condition = threading.Condition()
@@ -68,12 +70,12 @@ class Checkpoint:
             )
         return cls(path, read_files(path))
 
-    def read(self, span: TensorSpan, *, drop_cache: bool = False) -> torch.Tensor:
+    def read(self, span: TensorSpan, *, once: bool = False) -> torch.Tensor:
         """Read a tensor, or any part of one, into fresh memory.
 
         Args:
             span: of a file of this checkpoint.
-            drop_cache: give the pages back to the system, for bytes that are read once.
+            once: the bytes will not be read again: keep them out of the page cache.
 
         Returns:
             a contiguous CPU tensor of the span's shape and dtype.
@@ -88,20 +90,18 @@ class Checkpoint:
             raise mismatch(span.file, expected="a dtype that torch has", found=span.dtype, fix="convert the checkpoint")
         stored = torch.empty(span.nbytes, dtype=torch.uint8)
         if span.nbytes:
-            self.read_into(span, stored.numpy().data, drop_cache=drop_cache)
+            self.read_into(span, stored.numpy().data, once=once)
         return stored.view(dtype).reshape(span.shape)
 
-    def read_into(self, span: TensorSpan, buffer: memoryview, *, drop_cache: bool = False) -> None:
+    def read_into(self, span: TensorSpan, buffer: memoryview, *, once: bool = False) -> None:
         """Read a span's bytes into memory of the caller's: as `read`, `buffer` being span.nbytes writable bytes."""
         if buffer.nbytes != span.nbytes:
             raise InvalidArgumentError(f"a buffer of {buffer.nbytes} bytes for a span of {span.nbytes}")
         with self._descriptor(span.file) as descriptor:
-            read_exactly(descriptor, buffer.cast("B"), span.offset, span.file, drop_cache=drop_cache)
-
-    def will_need(self, span: TensorSpan) -> None:
-        """Let the system begin to read a span into its page cache; returns at once, and fails at the read if at all."""
-        with self._descriptor(span.file) as descriptor, suppress(OSError):
-            os.posix_fadvise(descriptor, span.offset, span.nbytes, os.POSIX_FADV_WILLNEED)
+            if once:
+                self._direct.read(descriptor, buffer.cast("B"), span.offset, span.file)
+            else:
+                read_exactly(descriptor, buffer.cast("B"), span.offset, span.file)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointChangedError if a file was replaced, rewritten or removed since the checkpoint was opened."""
@@ -120,6 +120,7 @@ class Checkpoint:
             self._condition.wait_for(lambda: self._readers == 0)
             descriptors = list(self._descriptors.values())
             self._descriptors.clear()
+        self._direct.close()
         for descriptor in descriptors:
             os.close(descriptor)
 

@@ -92,7 +92,7 @@ def map_checkpoint(skeleton: PreTrainedModel, tensors: Mapping[str, TensorSpan])
     return CheckpointMap(experts, dense, unused)
 
 
-def read_component(checkpoint: Checkpoint, source: ComponentSource, *, drop_cache: bool = False) -> torch.Tensor:
+def read_component(checkpoint: Checkpoint, source: ComponentSource, *, once: bool = False) -> torch.Tensor:
     """Read one component of one expert.
 
     Returns:
@@ -101,7 +101,7 @@ def read_component(checkpoint: Checkpoint, source: ComponentSource, *, drop_cach
     Raises:
         CheckpointChangedError, StorageError: see `Checkpoint.read`.
     """
-    return pick_component(checkpoint.read(source.span, drop_cache=drop_cache), source).contiguous()
+    return pick_component(checkpoint.read(source.span, once=once), source).contiguous()
 
 
 def pick_component(stored: torch.Tensor, source: ComponentSource) -> torch.Tensor:

@@ -72,7 +72,7 @@ def read_exactly(
     done = 0
     while done < len(buffer):
         chunk = buffer[done : done + CHUNK_BYTES]
-        count = _read_some(descriptor, chunk, offset + done, path)
+        count = read_some(descriptor, chunk, offset + done, path)
         if count == 0:
             raise CheckpointChangedError(
                 f"{os.fspath(path)}: expected {len(buffer)} bytes at offset {offset}, found the end of the file after "
@@ -96,7 +96,12 @@ def read_small(path: str | os.PathLike[str], limit_bytes: int) -> bytes:
         os.close(descriptor)
 
 
-def _read_some(descriptor: int, buffer: memoryview, offset: int, path: str | os.PathLike[str]) -> int:
+def read_some(descriptor: int, buffer: memoryview, offset: int, path: str | os.PathLike[str]) -> int:
+    """Bytes that arrived at the front of `buffer`, 0 at the file's end; errors that may pass are retried.
+
+    Raises:
+        StorageError: the device reports an error and keeps reporting it.
+    """
     for attempt in range(READ_ATTEMPTS):
         try:
             return os.preadv(descriptor, [buffer], offset)

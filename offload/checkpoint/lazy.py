@@ -24,7 +24,7 @@ class LazyTensor:
         checkpoint: Checkpoint,
         span: TensorSpan,
         *,
-        drop_cache: bool = False,
+        once: bool = False,
         on_read: Callable[[int], None] | None = None,
     ) -> None:
         """Describe a tensor; nothing is read.
@@ -32,16 +32,16 @@ class LazyTensor:
         Args:
             checkpoint: must stay open while it is indexed.
             span: where it lies.
-            drop_cache: give the pages that were read back to the system.
+            once: keep what is read out of the page cache.
             on_read: told the bytes of each read, from the thread that reads.
         """
         self._checkpoint = checkpoint
-        self._drop_cache = drop_cache
+        self._once = once
         self._on_read = on_read
         self.span = span
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = self._checkpoint.read(self.span, drop_cache=self._drop_cache)
+        tensor = self._checkpoint.read(self.span, once=self._once)
         if self._on_read is not None:
             self._on_read(self.span.nbytes)
         # The read is fresh memory already, and for `...` torch would only make a second object of it.
@@ -73,8 +73,8 @@ def lazy_state_dict(
     checkpoint: Checkpoint,
     spans: Mapping[str, TensorSpan],
     *,
-    drop_cache: bool = False,
+    once: bool = False,
     on_read: Callable[[int], None] | None = None,
 ) -> dict[str, LazyTensor]:
     """A state dict of spans, such as `CheckpointMap.dense`, none of them read yet."""
-    return {key: LazyTensor(checkpoint, span, drop_cache=drop_cache, on_read=on_read) for key, span in spans.items()}
+    return {key: LazyTensor(checkpoint, span, once=once, on_read=on_read) for key, span in spans.items()}

@@ -10,7 +10,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +97,11 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
 
 def aligned_buffer(nbytes: int) -> Bytes:
     """uint8 [nbytes] of zeros that starts at a page: what O_DIRECT asks for."""
-    return np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A transfer of one huge page is one piece for the disk, of small pages one each: half the speed.
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)
 
 
 def write_all(fd: int, data: Bytes, offset: int) -> None:

@@ -28,7 +28,7 @@ class ExpertGroup:
 
 
 class BundleSource(Protocol):
-    """A model's experts, one at a time."""
+    """A model's experts, each by itself."""
 
     @property
     def identity(self) -> str:
@@ -46,7 +46,7 @@ class BundleSource(Protocol):
         ...
 
     def fill_bundle(self, group_index: int, expert: int, out: npt.NDArray[np.uint8]) -> None:
-        """Write one expert's bundle.
+        """Write one expert's bundle; called from several threads at once.
 
         Args:
             group_index: index into `groups`.

@@ -1,13 +1,13 @@
-"""Experts into shards: one thread fills a buffer while another writes the one before."""
+"""Experts into shards: several threads fill buffers while another writes the one before."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,13 @@ import xxhash
 from offload.store import files
 from offload.store.names import shard_file
 from offload.store.progress import Progress
-from offload.store.shards import Chunk, Shard, chunks
+from offload.store.shards import Bundle, Chunk, Shard, chunks
 from offload.store.source import BundleSource, ExpertGroup
 
-BUFFERS = 2
+BUFFERS = 3
 CHUNK_NBYTES = 16 * 1024**2
+# Disks are idle between the reads of one thread.
+FILLERS = 4
 # Where O_DIRECT is refused: how much may lie dirty in the page cache before it is written out and dropped.
 DIRTY_NBYTES = 256 * 1024**2
 
@@ -42,7 +44,7 @@ def write_shards(source: BundleSource, shards: Sequence[Shard], directory: Path,
     """Write all shards and make their bytes durable.
 
     Args:
-        source: filled from in the calling thread, each expert once, in order.
+        source: filled from in FILLERS threads, each expert once, started in order.
         shards: planned from the source's groups.
         directory: exists and holds none of the shards.
         progress: advanced by the bytes of bundles as they are written.
@@ -57,36 +59,54 @@ def write_shards(source: BundleSource, shards: Sequence[Shard], directory: Path,
     buffer_nbytes = _buffer_nbytes(source.groups)
     buffers = [files.aligned_buffer(buffer_nbytes) for _ in range(BUFFERS)]
     writer = ShardWriter(directory, shards)
+    fillers = ThreadPoolExecutor(FILLERS, thread_name_prefix="store-filler")
+    writers = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
     pending: deque[tuple[int, Future[None]]] = deque()
+    checksums: list[int] = []
+
+    def fill(bundle: Bundle, out: files.Bytes) -> int:
+        source.fill_bundle(bundle.group, bundle.expert, out)
+        return xxhash.xxh3_64_intdigest(out.data)
+
+    def start(chunk: Chunk, buffer: files.Bytes) -> list[Future[int]]:
+        ends = itertools.accumulate(bundle.nbytes for bundle in chunk.bundles)
+        return [
+            fillers.submit(fill, bundle, buffer[end - bundle.nbytes : end])
+            for bundle, end in zip(chunk.bundles, ends, strict=True)
+        ]
+
+    def write(chunk: Chunk, buffer: files.Bytes, filled: list[Future[int]]) -> None:
+        checksums.extend(future.result() for future in filled)
+        writer.write(chunk, buffer)
 
     def wait() -> None:
         nbytes, future = pending.popleft()
         future.result()
         progress.advance(nbytes)
 
-    # The pool is left first: its thread is done with the writer before the writer closes.
-    with closing(writer), ThreadPoolExecutor(1, thread_name_prefix="store-writer") as pool:
+    try:
         for index, chunk in enumerate(chunks(shards, buffer_nbytes)):
             if len(pending) == BUFFERS:
                 wait()
             # Chunks are written in order, so the buffer that came back last is the next in turn.
             buffer = buffers[index % BUFFERS][: chunk.nbytes]
-            done = 0
-            for bundle in chunk.bundles:
-                source.fill_bundle(bundle.group, bundle.expert, buffer[done : done + bundle.nbytes])
-                done += bundle.nbytes
-            pending.append((chunk.nbytes, pool.submit(writer.write, chunk, buffer)))
+            pending.append((chunk.nbytes, writers.submit(write, chunk, buffer, start(chunk, buffer))))
         while pending:
             wait()
-        pool.submit(writer.finish_shard).result()
-    return writer.checksums
+        writers.submit(writer.finish_shard).result()
+    finally:
+        # Nobody may be left who fills a buffer, or who writes to a shard that is closed; a writer waits for fillers,
+        # so theirs are not cancelled before it has ended.
+        writers.shutdown(cancel_futures=True)
+        fillers.shutdown(cancel_futures=True)
+        writer.close()
+    return checksums
 
 
 class ShardWriter:
     """Writes the chunks of a plan in order; only one thread uses it at a time."""
 
     def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:
-        self.checksums: list[int] = []
         self._directory = directory
         self._shards = shards
         self._index = -1
@@ -101,10 +121,6 @@ class ShardWriter:
             self._index = chunk.shard
             with files.storage_errors("writing", self._path):
                 self._open()
-        done = 0
-        for bundle in chunk.bundles:
-            self.checksums.append(xxhash.xxh3_64_intdigest(buffer.data[done : done + bundle.nbytes]))
-            done += bundle.nbytes
         with files.storage_errors("writing", self._path):
             self._write(buffer, chunk.offset)
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from offload.errors import ClosedError, StorageError, StoreCorruptError
+from offload.errors import ClosedError, SlowReadWarning, StorageError, StoreCorruptError
 
 READ_ATTEMPTS = 4
 _RETRY_PAUSE_S = 0.002
@@ -18,10 +18,6 @@ _RETRIED = {errno.EIO, errno.EINTR, errno.EAGAIN, errno.ENOMEM}
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
 OpenShard = Callable[[int, bool], int]
-
-
-class SlowReadWarning(UserWarning):
-    """Reads do not go the fast way; the message says why."""
 
 
 class ShardReader:

@@ -22,13 +22,13 @@ def source_of(saved, format="bf16", **options):
     return CheckpointBundleSource(checkpoint, mapped, DTYPES[format], format, "tiny", **options), checkpoint
 
 
-@pytest.mark.parametrize("drop_cache", [False, True])
+@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("format", DTYPES)
 @pytest.mark.parametrize("original", [True, False], ids=["hub-format", "transformers-format"])
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "granitemoe"])
-def test_bundle_holds_the_weights_and_zeros(save_tiny, model_type, original, format, drop_cache):
+def test_bundle_holds_the_weights_and_zeros(save_tiny, model_type, original, format, once):
     saved = save_tiny(model_type, original=original, sharded=True)
-    source, checkpoint = source_of(saved, format, drop_cache=drop_cache)
+    source, checkpoint = source_of(saved, format, once=once)
     with checkpoint:
         for number, group in enumerate(source.groups):
             module = saved.model.get_submodule(group.module)

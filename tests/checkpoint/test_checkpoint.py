@@ -39,8 +39,8 @@ def directory(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("drop_cache", [False, True])
-def test_reads_what_was_written(directory, drop_cache):
+@pytest.mark.parametrize("once", [False, True])
+def test_reads_what_was_written(directory, once):
     with Checkpoint.open(directory) as checkpoint:
         expected = {}
         for shard in sorted(directory.glob("*.safetensors")):
@@ -48,7 +48,7 @@ def test_reads_what_was_written(directory, drop_cache):
         assert set(checkpoint.tensors) == set(expected)
         assert checkpoint.nbytes == sum(tensor.nbytes for tensor in expected.values())
         for name, tensor in expected.items():
-            read = checkpoint.read(checkpoint.tensors[name], drop_cache=drop_cache)
+            read = checkpoint.read(checkpoint.tensors[name], once=once)
             assert read.dtype == tensor.dtype and torch.equal(read, tensor)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload.errors import ClosedError, StorageError, StoreCorruptError
+from offload.errors import ClosedError, SlowReadWarning, StorageError, StoreCorruptError
 from offload.tiers import disk
-from offload.tiers.disk import READ_ATTEMPTS, ShardReader, SlowReadWarning
+from offload.tiers.disk import READ_ATTEMPTS, ShardReader
 from tests.tiers.readers import Bytes, random_bytes
 
 PAGE = 4096
