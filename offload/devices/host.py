@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from formats.bundle import round_up
+from formats.packed import round_up
 from offload.devices.base import Device, ExpertBatch, Slab
 from offload.devices.host_experts import run_experts
 from offload.errors import DoesNotFitError

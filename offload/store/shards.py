@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from formats.bundle import BUNDLE_ALIGNMENT_BYTES, round_up
+from formats.bundle import BUNDLE_ALIGNMENT_BYTES
+from formats.packed import round_up
 from offload.errors import InvalidArgumentError
 from offload.store.source import ExpertGroup
 
