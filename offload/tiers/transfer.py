@@ -74,14 +74,16 @@ class Ticket:
 class _Queue:
     """What reader threads share; holds no reference to the engine, so that an engine can be collected."""
 
-    def __init__(self, reader: ShardReader, chunk_nbytes: int) -> None:
+    def __init__(self, reader: ShardReader, chunk_nbytes: int, most_reading: int) -> None:
         self.reader = reader
         self.chunk_nbytes = chunk_nbytes
+        self.most_reading = most_reading
         self.heap: list[tuple[int, int, Ticket, int]] = []
         self.sequence = itertools.count()
         self.unfinished: set[Ticket] = set()
         self.threads: list[threading.Thread] = []
         self.reading = 0
+        self.busy = 0
         self.held = False
         self.closed = False
         self.renew_locks()
@@ -128,7 +130,7 @@ class _Queue:
 def _serve(queue: _Queue) -> None:
     while True:
         with queue.lock:
-            while not queue.closed and (queue.held or not queue.heap):
+            while not queue.closed and (queue.held or not queue.heap or queue.reading == queue.most_reading):
                 queue.work.wait()
             if queue.closed:
                 return
@@ -138,15 +140,19 @@ def _serve(queue: _Queue) -> None:
             ticket.unclaimed.discard(chunk)
             ticket.in_flight += 1
             queue.reading += 1
+            queue.busy += 1
         error = _read_chunk(queue, ticket, chunk)
         with queue.lock:
             ticket.unread -= 1
+            queue.reading -= 1
+            # Another thread reads while this one checks.
+            queue.work.notify()
             queue.note_error(ticket, error)
             whole = ticket.unread == 0 and ticket.error is None and not ticket.cancelled
         error = _check(queue, ticket) if whole else None
         with queue.lock:
             ticket.in_flight -= 1
-            queue.reading -= 1
+            queue.busy -= 1
             queue.note_error(ticket, error)
             queue.finish_if_idle(ticket)
             if queue.held:
@@ -190,12 +196,12 @@ class ReadEngine:
 
         Args:
             reader: the open shards; closed with the engine.
-            threads: reads in flight.
+            threads: reads in flight. One thread more than that, so that none is missing while a bundle is checked.
             chunk_nbytes: a multiple of 4 KiB.
         """
         if threads < 1 or chunk_nbytes < 4096 or chunk_nbytes % 4096:
             raise ValueError(f"{threads} reader threads with chunks of {chunk_nbytes} bytes: need >= 1, whole pages")
-        self._queue = _Queue(reader, chunk_nbytes)
+        self._queue = _Queue(reader, chunk_nbytes, threads)
         self._thread_count = threads
         self._finalizer = weakref.finalize(self, self._queue.close_soon)
         self._finalizer.atexit = False
@@ -228,7 +234,7 @@ class ReadEngine:
         return ticket
 
     def _start(self) -> None:
-        for index in range(self._thread_count):
+        for index in range(self._thread_count + 1):
             thread = threading.Thread(target=_serve, args=(self._queue,), name=f"offload-reader-{index}", daemon=True)
             try:
                 thread.start()
@@ -310,7 +316,7 @@ class ReadEngine:
         queue = self._queue
         queue.lock.acquire()
         queue.held = True
-        while queue.reading:
+        while queue.busy:
             queue.done.wait()
 
     def let_go(self) -> None:
