@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import cache
 from typing import Any
 
@@ -18,6 +17,7 @@ from cpu_kernels.expert_mlp_kernel import rows_task
 from cpu_kernels.isa import isa_of_format
 from cpu_kernels.simd import Elements
 from cpu_kernels.threads import Pool, shared_pool
+from cpu_kernels.workspace import workspace
 from formats.bundle import BundleLayout
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -28,10 +28,6 @@ INPUT_DTYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
 }
 _FLOAT32 = np.dtype(np.float32)
-
-_LARGEST_KEPT_WORKSPACE_BYTES = 64 << 20
-_CACHE_LINE_BYTES = 64
-_thread = threading.local()
 
 
 def expert_mlp(
@@ -187,19 +183,6 @@ def _index(name: str, array: IntArray, length: int | None = None) -> npt.NDArray
     return np.ascontiguousarray(array, np.int64)
 
 
-def _workspace(nbytes: int) -> npt.NDArray[np.int64]:
-    """At least `nbytes` of scratch, aligned to a cache line; the same memory for every call of a thread."""
-    kept: npt.NDArray[np.int64] | None = getattr(_thread, "workspace", None)
-    if kept is not None and kept.nbytes >= nbytes:
-        return kept
-    storage = np.empty(nbytes + nbytes // 2 + _CACHE_LINE_BYTES, np.uint8)
-    start = -storage.ctypes.data % _CACHE_LINE_BYTES
-    workspace = storage[start : start + (len(storage) - start) // 8 * 8].view(np.int64)
-    if workspace.nbytes <= _LARGEST_KEPT_WORKSPACE_BYTES:
-        _thread.workspace = workspace
-    return workspace
-
-
 def _address(array: npt.NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
@@ -233,16 +216,16 @@ def _run(
     nbytes = 8 * jobs.workspace_words(experts, pairs)
     if up and down:
         nbytes += pairs * (4 * up_columns + dtype.itemsize * layout.intermediate)
-    workspace = _workspace(nbytes)
+    scratch = workspace(nbytes)
     status = jobs.prepare(
-        workspace, shape, _task(layout.format), bundles, offsets,
+        scratch, shape, _task(layout.format), bundles, offsets,
         tokens, _address(x), x.strides[0], x.shape[0],
         rows, _address(out), out.strides[0], out.shape[0],
         up, down, activation, pool.threads,
     )  # fmt: skip
     if status != jobs.FINE:
         raise ValueError(_complaint(status, x, out, pairs, up=up))
-    phases = workspace[jobs.PHASES : jobs.PHASES + (6 if up and down else 3)].reshape(-1, 3)
+    phases = scratch[jobs.PHASES : jobs.PHASES + (6 if up and down else 3)].reshape(-1, 3)
     pool.run(phases)
 
 

@@ -1,9 +1,17 @@
 """Which instructions the kernels use, chosen when a kernel is first compiled.
 
-`generic` is portable LLVM vector code and compiles for every CPU that Numba supports. `avx512_bf16` multiplies
-bf16 pairs with VDPBF16PS; it concerns the bf16 format alone.
+ISAs are levels in the order of ISAS. A kernel's operation has code for some of them and takes the best that the CPU
+has and that is not above the chosen level. `generic` is portable LLVM vector code for every CPU that Numba supports.
 
-The environment variable OFFLOAD_CPU_ISA forces one of them. What a CPU has is read from Numba's own target, so
+    level         dot products of bytes (packed formats)              dot products of bf16
+    generic       widened to 32 bits                                  widened to fp32
+    neon_dot      SDOT of Armv8.2                                     as generic
+    avx2          VPMADDUBSW for 4 bits, VPMADDWD for 8 (exact)       as generic
+    avx2_vnni     VPDPBUSD on 256 bits (AVX-VNNI, or AVX-512 VL)      as generic
+    avx512_vnni   VPDPBUSD on 512 bits                                as generic
+    avx512_bf16   as avx512_vnni                                      VDPBF16PS
+
+The environment variable OFFLOAD_CPU_ISA forces a level. What a CPU has is read from Numba's own target, so
 that NUMBA_CPU_NAME and NUMBA_CPU_FEATURES, which restrict the compiler, restrict the choice as well.
 """
 
@@ -16,13 +24,28 @@ from typing import Literal, get_args
 
 from numba.core.registry import cpu_target
 
-Isa = Literal["generic", "avx512_bf16"]
+Isa = Literal["generic", "neon_dot", "avx2", "avx2_vnni", "avx512_vnni", "avx512_bf16"]
 ISAS: tuple[Isa, ...] = get_args(Isa)
 ISA_VARIABLE = "OFFLOAD_CPU_ISA"
 
-_REQUIRED_FEATURES: dict[Isa, tuple[str, ...]] = {
-    "generic": (),
-    "avx512_bf16": ("avx512f", "avx512bw", "avx512bf16"),
+# Any one of the sets will do.
+_REQUIRED_FEATURES: dict[Isa, tuple[tuple[str, ...], ...]] = {
+    "generic": ((),),
+    "neon_dot": (("neon", "dotprod"),),
+    "avx2": (("avx2",),),
+    "avx2_vnni": (("avx2", "avxvnni"), ("avx2", "avx512vl", "avx512vnni")),
+    "avx512_vnni": (("avx512f", "avx512bw", "avx512vnni"),),
+    "avx512_bf16": (("avx512f", "avx512bw", "avx512bf16"),),
+}
+
+_BF16_DOT: tuple[Isa, ...] = ("generic", "avx512_bf16")
+_BYTE_DOT: tuple[Isa, ...] = ("generic", "neon_dot", "avx2", "avx2_vnni", "avx512_vnni")
+# Formats that are not named have generic code only.
+_ISAS_OF_FORMAT: dict[str, tuple[Isa, ...]] = {
+    "bf16": _BF16_DOT,
+    "int8": _BYTE_DOT,
+    "int4": _BYTE_DOT,
+    "mxfp4": _BYTE_DOT,
 }
 
 
@@ -35,11 +58,11 @@ def cpu_features() -> frozenset[str]:
 
 def supports(isa: Isa) -> bool:
     """Whether kernels compiled for `isa` run here."""
-    return cpu_features().issuperset(_REQUIRED_FEATURES[isa])
+    return any(cpu_features().issuperset(required) for required in _REQUIRED_FEATURES[isa])
 
 
 def choose_isa(forced: str | None = None) -> Isa:
-    """The ISA to compile for: `forced`, else OFFLOAD_CPU_ISA, else the best that this CPU has.
+    """The level to compile for: `forced`, else OFFLOAD_CPU_ISA, else the best that this CPU has.
 
     Raises:
         ValueError: the forced name is not one of ISAS, or this CPU lacks its instructions.
@@ -51,20 +74,28 @@ def choose_isa(forced: str | None = None) -> Isa:
     for isa in ISAS:
         if isa == name:
             if not supports(isa):
-                missing = ", ".join(sorted(set(_REQUIRED_FEATURES[isa]) - cpu_features()))
+                missing = ", ".join(sorted(set(_REQUIRED_FEATURES[isa][-1]) - cpu_features()))
                 raise ValueError(f"{source}={name}: this CPU, or the features Numba may use, lacks {missing}")
             return isa
     raise ValueError(f"{source}={name!r} is unknown; choose one of {', '.join(ISAS)}")
 
 
 def isa_of_format(format: str) -> Isa:
-    """The ISA that kernels of an element format are compiled for.
+    """The ISA that kernels of an element or packed format are compiled for.
 
     Raises:
         ValueError: the environment forces an ISA that is not there, or this CPU cannot convert the format.
     """
-    chosen = choose_isa()
-    # Without the instruction LLVM calls a function of a compiler's run-time library and, lacking it, ends the process.
-    if format == "fp16" and platform.machine() in ("x86_64", "AMD64") and "f16c" not in cpu_features():
+    level = ISAS.index(choose_isa())
+    if format == "fp16" and not converts_fp16():
         raise ValueError("format fp16: this CPU, or the features Numba may use, lacks f16c; convert to bf16 or fp32")
-    return chosen if format == "bf16" else "generic"
+    known = _ISAS_OF_FORMAT.get(format, ("generic",))
+    return next(isa for isa in reversed(known) if ISAS.index(isa) <= level and supports(isa))
+
+
+def converts_fp16() -> bool:
+    """Whether kernels may convert fp16.
+
+    Without the instruction LLVM calls a function of a compiler's run-time library and, lacking it, ends the process.
+    """
+    return platform.machine() not in ("x86_64", "AMD64") or "f16c" in cpu_features()
