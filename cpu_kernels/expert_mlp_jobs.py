@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from cpu_kernels.jit import entry, inner
+from cpu_kernels.row_blocks import GROUP_ROWS
 
 # Fields of a job. "Rows" are tables of int64 with the address of one row for every pair.
 (
@@ -21,9 +22,6 @@ from cpu_kernels.jit import entry, inner
     ACTIVATION,
     JOB_FIELDS,
 ) = range(13)
-
-# Weight rows that are read together where many tokens pass.
-GROUP_ROWS = 4
 
 # Fields of a shape: what the jobs need of a BundleLayout.
 (

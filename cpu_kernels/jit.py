@@ -21,6 +21,9 @@ def c_function(name: str, result: Any, *arguments: Any) -> Any:
 # Compiled into whatever calls it.
 inner: Any = njit(error_model="numpy", nogil=True)
 
+# Likewise; a product and its addition may be one instruction with one rounding.
+inner_fused: Any = njit(error_model="numpy", nogil=True, fastmath={"contract"})
+
 
 def entry(signature: str | None = None) -> Any:
     """Decorator of a function that Python calls; compiled at once where it has a signature, else at its first call."""

@@ -36,6 +36,7 @@ class OpenMpPool:
             AttributeError: it is not a GNU OpenMP runtime.
         """
         from cpu_kernels import openmp_kernel as kernel
+        from cpu_kernels.launch import Launcher, launcher_address
 
         loaded = ctypes.CDLL(str(library))
         self._max_threads = loaded.omp_get_max_threads
@@ -45,6 +46,12 @@ class OpenMpPool:
         self._body = kernel.body_address()
         self._run_team = kernel.run_team
         self._kernel = kernel
+        self._state = np.zeros(kernel.STATE_WORDS, np.int64)
+        self._state[kernel.PARALLEL] = self._parallel
+        self._state[kernel.BODY] = self._body
+        self._state[kernel.MAX_THREADS] = _address(loaded, "omp_get_max_threads")
+        self._state[kernel.MOST_THREADS] = most_threads
+        self.launcher = Launcher(launcher_address(kernel.launch_team), self._state.ctypes.data)
 
     @property
     def threads(self) -> int:

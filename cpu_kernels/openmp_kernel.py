@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import cfunc, types
 
-from cpu_kernels.jit import carray, entry, intrinsic
+from cpu_kernels.jit import carray, entry, inner, intrinsic
 from cpu_kernels.simd import int64_pointer
 from cpu_kernels.threads_kernel import call_task
 
@@ -78,6 +79,41 @@ def _team_body(data):
             _call_barrier(barrier)
 
 
+# What a launcher's state holds.
+PARALLEL, BODY, MAX_THREADS, MOST_THREADS, STATE_WORDS = range(5)
+
+
+@intrinsic
+def _call_max_threads(typingctx: Any, function: Any) -> tuple[Any, _Codegen]:
+    """Call int omp_get_max_threads(void) at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function = builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer())
+        return builder.sext(builder.call(function, []), _I64)
+
+    return types.int64(types.int64), codegen
+
+
+@inner
+def _parallel(parallel, body, data, threads):
+    # Numba frees an array after its last use; as an argument it lives until this returns.
+    _call_parallel(parallel, body, data.ctypes.data, threads)
+
+
+def launch_team(state, task, job, chunks):
+    """A launcher (see `launch.py`) for a team of the calling thread."""
+    fields = carray(int64_pointer(state), (STATE_WORDS,))
+    data = np.empty(FIRST_PHASE + PHASE_WORDS, np.int64)
+    data[BARRIER] = 0
+    data[PHASES] = 1
+    data[FIRST_PHASE] = task
+    data[FIRST_PHASE + 1] = job
+    data[FIRST_PHASE + 2] = chunks
+    data[FIRST_PHASE + 3] = 0
+    threads = min(_call_max_threads(fields[MAX_THREADS]), fields[MOST_THREADS], chunks)
+    _parallel(fields[PARALLEL], fields[BODY], data, threads)
+
+
 def body_address() -> int:
     """Address of the team's body void(int64 data)."""
     compiled: Any = cfunc(types.void(types.int64), cache=True, error_model="numpy")(_team_body)
@@ -87,4 +123,4 @@ def body_address() -> int:
 @entry("void(int64, int64, int64[::1], int64)")
 def run_team(parallel: int, body: int, data: Any, threads: int) -> None:
     """Run the body with a team of so many threads, the caller's own included; returns when all are done."""
-    _call_parallel(parallel, body, data.ctypes.data, threads)
+    _parallel(parallel, body, data, threads)

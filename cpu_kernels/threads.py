@@ -31,6 +31,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cpu_kernels.launch import Launcher
+
 THREADS_VARIABLE = "OFFLOAD_CPU_THREADS"
 MAX_THREADS = 1024
 DEFAULT_SPIN_US = 20.0
@@ -86,6 +88,11 @@ class Pool(Protocol):
         """Run phases [n, 3] of (task, job, chunks); see `ThreadPool.run`."""
         ...
 
+    @property
+    def launcher(self) -> Launcher:
+        """What compiled code starts the threads with; valid while the pool is."""
+        ...
+
 
 class ThreadPool:
     """A number of threads, the caller's own included, that run the chunks of compiled tasks.
@@ -123,6 +130,7 @@ class ThreadPool:
         self._workers: list[threading.Thread] = []
         self._state: npt.NDArray[np.int64] | None = None
         self._address = 0
+        self._launcher: Launcher | None = None
 
     def run(self, phases: npt.NDArray[np.int64]) -> None:
         """Run phases one after the other; all chunks of one are done before the next begins.
@@ -140,6 +148,22 @@ class ThreadPool:
             if self._state is None:
                 self._start()
             self._run_phases(self._address, self.threads - 1, phases)
+
+    @property
+    def launcher(self) -> Launcher:
+        """What compiled code starts the threads with, for one phase at a time.
+
+        Raises:
+            RuntimeError: the pool was closed.
+        """
+        if self._launcher is None:
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("this ThreadPool was closed")
+                if self._state is None:
+                    self._start()
+                self._launcher = _launcher(self._address)
+        return self._launcher
 
     def _start(self) -> None:
         from cpu_kernels import threads_kernel as kernel
@@ -167,6 +191,7 @@ class ThreadPool:
         """Stop the workers and wait for them; later calls do nothing."""
         with self._lock:
             self._closed = True
+            self._launcher = None
             if self._state is None:
                 return
             from cpu_kernels import threads_kernel as kernel
@@ -189,6 +214,20 @@ class ThreadPool:
 def shared_pool(threads: int | None = None) -> ThreadPool:
     """The process's pool of this many threads; None for `default_threads()` as it is at the first call."""
     return ThreadPool(threads)
+
+
+def _launcher(state: int) -> Launcher:
+    from cpu_kernels.launch import Launcher
+
+    return Launcher(_launch_phase_address(), state)
+
+
+@cache
+def _launch_phase_address() -> int:
+    from cpu_kernels import threads_kernel as kernel
+    from cpu_kernels.launch import launcher_address
+
+    return launcher_address(kernel.launch_phase)
 
 
 @cache

@@ -32,6 +32,8 @@ CHUNKS = 34
 STOP = 48
 SPINS = 49  # turns of a waiting loop before a thread sleeps
 FINISHED = 64  # semaphore: posted when the last chunk was finished by another thread than the caller
+CALLER = 72  # semaphore: held by the one caller whose phases run
+WORKER_COUNT = 76
 WORKERS = 80
 WORKER_STRIDE = 32
 ASLEEP = 0
@@ -182,15 +184,26 @@ def _has_news(state):
 def initialise(state: int, workers: int) -> None:
     """Make the semaphores of a zeroed state."""
     _sem_init(state + 8 * FINISHED, 0, 0)
+    _sem_init(state + 8 * CALLER, 0, 1)
+    carray(int64_pointer(state), (WORKERS,))[WORKER_COUNT] = workers
     for worker in range(workers):
         _sem_init(state + 8 * (WORKERS + worker * WORKER_STRIDE + DOORBELL), 0, 0)
 
 
 @entry("void(int64, int64, int64[:, ::1])")
 def run_phases(state: int, workers: int, phases: Any) -> None:
-    """Run phases [n, 3] of (task address, job address, chunks), each to its end before the next; one caller only."""
+    """Run phases [n, 3] of (task address, job address, chunks), each to its end before the next."""
+    _wait(state + 8 * CALLER)
     for phase in range(phases.shape[0]):
         _run_phase(state, workers, phases[phase, 0], phases[phase, 1], phases[phase, 2])
+    _sem_post(state + 8 * CALLER)
+
+
+def launch_phase(state, task, job, chunks):
+    """A launcher (see `launch.py`) for the workers of a state."""
+    _wait(state + 8 * CALLER)
+    _run_phase(state, carray(int64_pointer(state), (WORKERS,))[WORKER_COUNT], task, job, chunks)
+    _sem_post(state + 8 * CALLER)
 
 
 @entry("void(int64, int64)")
@@ -216,7 +229,8 @@ def work_until_stopped(state: int, worker: int) -> None:
 
 @entry("void(int64, int64)")
 def stop(state: int, workers: int) -> None:
-    """Let all workers return; no phase may be running."""
+    """Let all workers return, once no phase is running."""
+    _wait(state + 8 * CALLER)
     _atomic_exchange(state + 8 * STOP, 1)
     for worker in range(workers):
         _ring(state + 8 * (WORKERS + worker * WORKER_STRIDE))
