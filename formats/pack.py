@@ -18,7 +18,7 @@ Errors of a single weight w, with the chosen scale s:
     fp8_e4m3  at most max(|w| / 16, s / 1024), times 1 + 2^-20
 
 Groups whose a is below SMALLEST_MAGNITUDE become zero, so that no scale is denormal: CPUs and GPUs disagree about
-those. A weight that is not finite, or not below LARGEST_MAGNITUDE, is refused.
+those. The code of zero has no sign. A weight that is not finite, or not below LARGEST_MAGNITUDE, is refused.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from formats.packed import TILE_ROWS, MatrixLayout
+from formats.packed import (
+    E4M3_MAX,
+    INT4_DIVISORS,
+    INT8_DIVISORS,
+    LARGEST_MAGNITUDE,
+    SMALLEST_MAGNITUDE,
+    TILE_ROWS,
+    MatrixLayout,
+)
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-
-SMALLEST_MAGNITUDE = 2.0**-117
-LARGEST_MAGNITUDE = 2.0**127
-
-INT8_DIVISORS = (127.0, 126.5, 127.5, 128.0)
-INT4_DIVISORS = (-8.0, -6.75, -7.0, -7.25, -7.5, -7.75, -8.25, -8.5, -8.75)
-E4M3_MAX = 448.0
 
 _E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
@@ -170,7 +171,7 @@ def _nearest(scaled: Float32, format: str) -> tuple[Float32, Bytes]:
         half = np.float32(0.5)
         code = np.minimum(np.rint(magnitude * 2), np.rint(magnitude) + 2)
         code = np.minimum(np.minimum(code, np.rint(magnitude * half) + 4), 7).astype(np.uint8)
-        return np.copysign(_E2M1_VALUES[code], scaled), code | (np.signbit(scaled).astype(np.uint8) << 3)
+        return np.copysign(_E2M1_VALUES[code], scaled), code | ((scaled < 0) & (code > 0)).astype(np.uint8) << 3
     low, high, offset = (-127, 127, 128) if format == "int8" else (-8, 7, 8)
     value = np.minimum(np.maximum(np.rint(scaled), np.float32(low)), np.float32(high))
     return value, (value.astype(np.int32) + offset).astype(np.uint8)
@@ -205,11 +206,13 @@ def _nearest_e4m3(scaled: Float32) -> Bytes:
     normal = ((magnitude + np.uint32(0x7FFFF) + ((magnitude >> 20) & 1)) >> 20) - np.uint32(120 << 3)
     denormal = np.rint(magnitude.view(np.float32) * np.float32(512)).astype(np.uint32, copy=False)
     code = np.where(magnitude >= np.uint32(121 << 23), normal, denormal)
-    signed: Bytes = (code | (bits >> 24 & np.uint32(0x80))).astype(np.uint8)
+    sign = ((scaled < 0) & (code > 0)).astype(np.uint8)
+    signed: Bytes = np.bitwise_or(code.astype(np.uint8), np.left_shift(sign, 7), dtype=np.uint8)
     return signed
 
 
 def _tile_codes(codes: Bytes, layout: MatrixLayout) -> Bytes:
+    steps: npt.NDArray[Any]
     if layout.packed.bits == 8:
         steps = codes.reshape(-1, TILE_ROWS, layout.padded_columns // 4, 4)
     else:
@@ -220,10 +223,9 @@ def _tile_codes(codes: Bytes, layout: MatrixLayout) -> Bytes:
 
 def _untile_codes(codes: Bytes, layout: MatrixLayout) -> Bytes:
     """[N_p, K_p] codes, one a byte."""
-    steps: npt.NDArray[Any] = codes.reshape(layout.padded_rows // TILE_ROWS, -1, TILE_ROWS, 4).transpose(0, 2, 1, 3)
-    if layout.packed.bits == 4:
-        steps = np.stack([steps & 15, steps >> 4], axis=3)
-    return np.ascontiguousarray(steps).reshape(layout.padded_rows, layout.padded_columns)
+    steps = codes.reshape(layout.padded_rows // TILE_ROWS, -1, TILE_ROWS, 4).transpose(0, 2, 1, 3)
+    halves: list[npt.NDArray[Any]] = [steps & 15, steps >> 4] if layout.packed.bits == 4 else [steps]
+    return np.stack(halves, axis=3).reshape(layout.padded_rows, layout.padded_columns).astype(np.uint8)
 
 
 def _scale_values(scales: Bytes, layout: MatrixLayout) -> Float32:

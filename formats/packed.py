@@ -37,6 +37,13 @@ STEP_BYTES = 64
 COLUMN_BLOCK = 64
 BLOCK_ROWS = 128
 
+# Bounds on what is packed, and the scales that packing tries: the largest magnitude divided by each of these.
+SMALLEST_MAGNITUDE = 2.0**-117
+LARGEST_MAGNITUDE = 2.0**127
+INT8_DIVISORS = (127.0, 126.5, 127.5, 128.0)
+INT4_DIVISORS = (-8.0, -6.75, -7.0, -7.25, -7.5, -7.75, -8.25, -8.5, -8.75)
+E4M3_MAX = 448.0
+
 
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below `value`."""
