@@ -15,11 +15,11 @@ from rich.console import Console
 if TYPE_CHECKING:
     from benchmarks.harness import Report
 
-NAMES = ("disk", "decode", "load", "step", "memory")
+NAMES = ("disk", "decode", "load", "step", "memory", "formats", "quality", "kernels")
 
 
 def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
-    from benchmarks import checkpoints, decode, disk, load, memory, step
+    from benchmarks import checkpoints, decode, disk, formats, kernels, load, memory, quality, step
 
     shape = checkpoints.QUICK if quick else checkpoints.FULL
     return {
@@ -28,6 +28,9 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "load": lambda work: load.run(work, shape, load.QUICK if quick else load.FULL),
         "step": lambda work: step.run(work, shape, step.QUICK if quick else step.FULL),
         "memory": lambda work: memory.run(work, shape, memory.QUICK if quick else memory.FULL),
+        "formats": lambda work: formats.run(formats.QUICK if quick else formats.FULL),
+        "quality": lambda work: quality.run(work, quality.QUICK if quick else quality.FULL),
+        "kernels": lambda work: kernels.run(kernels.QUICK if quick else kernels.FULL),
     }
 
 

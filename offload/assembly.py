@@ -42,8 +42,9 @@ def _layers(model: PreTrainedModel, prepared: Prepared) -> list[ExpertsLayer]:
     first_key = 0
     for experts in prepared.spec.experts:
         module = model.get_submodule(experts.module)
-        dtype = DTYPE_OF_FORMAT[experts.layout.format]
-        activation = recognise_gate(module, has_gate=experts.layout.has_gate)
-        layers.append(ExpertsLayer(experts.module, first_key, experts.count, experts.layout, dtype, module, activation))
+        layout = experts.layout
+        dtype = DTYPE_OF_FORMAT[prepared.spec.dtype if layout.is_packed else layout.format]
+        activation = recognise_gate(module, has_gate=layout.has_gate)
+        layers.append(ExpertsLayer(experts.module, first_key, experts.count, layout, dtype, module, activation))
         first_key += experts.count
     return layers

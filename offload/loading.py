@@ -32,6 +32,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    quant: str | Mapping[str, str | None] | None = None,
     progress: bool | None = None,
 ) -> PreTrainedModel:
     """A transformers model whose experts lie on disk and, as far as the budget goes, in RAM.
@@ -54,6 +55,8 @@ def load(
         revision: of a Hub repository.
         trust_remote_code: allow a checkpoint to bring modeling code.
         attn_implementation: transformers' name of one; None for its own choice.
+        quant: packed formats: "int8", "int4", "mxfp4" or "fp8_e4m3" for the whole model, or some of {"experts": ...,
+            "dense": ..., "lm_head": ...}. "int4" and "mxfp4" alone keep the output layer in int8. None rounds nothing.
         progress: show bars; None where stderr is a terminal and HF_HUB_DISABLE_PROGRESS_BARS is not set.
 
     Raises:
@@ -61,8 +64,9 @@ def load(
         InvalidArgumentError, CheckpointError, UnsupportedModelError, StoreError, StorageError: see `offload.errors`.
     """
     request = make_request(
-        ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory
-    )
+        ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
+        quant=quant,
+    )  # fmt: skip
     prepared = _prepare(
         model, request, checkpoint, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
@@ -84,6 +88,7 @@ def plan(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    quant: str | Mapping[str, str | None] | None = None,
 ) -> Plan:
     """What `load` would do with the same arguments, from headers alone; downloads nothing.
 
@@ -92,8 +97,9 @@ def plan(
         As `load`, before anything is read.
     """
     request = make_request(
-        ram=ram, nvme=None, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory
-    )
+        ram=ram, nvme=None, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
+        quant=quant,
+    )  # fmt: skip
     from offload.preparation import prepare_checkpoint
 
     prepared = prepare_checkpoint(

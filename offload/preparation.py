@@ -22,6 +22,7 @@ from offload.hf.dense import load_dense
 from offload.hf.dtypes import FORMAT_OF_DTYPE, resolve_dtype
 from offload.hf.experts_interface import experts_modules, remove_expert_weights, use_offload_experts
 from offload.hf.model_source import ModelBundleSource
+from offload.hf.quantise import linears_to_quantise, put_back, quantise_loaded, readable_alone, take_out
 from offload.hf.skeleton import make_skeleton, read_config
 from offload.hf.spec import build_spec
 from offload.request import DEFAULT_CONTEXT_TOKENS, Request
@@ -63,13 +64,24 @@ class PreparedCheckpoint:
     checkpoint: Checkpoint
     skeleton: PreTrainedModel
     dense: dict[str, TensorSpan]
+    renamed: dict[str, str]
+    formats: dict[str, str]
+    alone: list[str]
 
     def finish(self, progress: Progress) -> PreTrainedModel:
-        """Read the dense weights into the skeleton."""
+        """Read the dense weights into the skeleton; those that are quantised one at a time, packed as they come."""
         progress.start(sum(span.nbytes for span in self.dense.values()), "loading dense weights")
         try:
             tensors = lazy_state_dict(self.checkpoint, self.dense, once=True, on_read=progress.advance)
-            load_dense(self.skeleton, tensors, self.skeleton.dtype, str(self.checkpoint.directory))
+            taken = take_out(self.skeleton, self.formats, self.alone)
+            keys = {parameter: self.renamed[parameter] for layer in taken for parameter in layer.parameters}
+            alone = set(keys.values())
+            dtype = self.skeleton.dtype
+            shared = {key: tensor for key, tensor in tensors.items() if key not in alone}
+            load_dense(self.skeleton, shared, dtype, str(self.checkpoint.directory))
+            put_back(self.skeleton, taken, lambda parameter: tensors[keys[parameter]][...])
+            left = {name: format for name, format in self.formats.items() if name not in self.alone}
+            quantise_loaded(self.skeleton, left)
         finally:
             progress.finish()
         self.checkpoint.check_unchanged()
@@ -85,12 +97,14 @@ class PreparedModel:
     plan: Plan
     bundles: BundleSource
     model: PreTrainedModel
+    formats: dict[str, str]
 
     def finish(self, progress: Progress) -> PreTrainedModel:
         """Free the experts' parameters; the rest stays as it is."""
         for _, module in experts_modules(self.model):
             remove_expert_weights(module)
         use_offload_experts(self.model)
+        quantise_loaded(self.model, self.formats)
         self.model.eval().requires_grad_(False)
         return self.model
 
@@ -136,14 +150,22 @@ def prepare_checkpoint(
             _adopt_generation_config(skeleton, directory)
         mapped = map_checkpoint(skeleton, checkpoint.tensors)
         compute = skeleton.dtype
+        quantisation = request.quantisation
         bundles = CheckpointBundleSource(
-            checkpoint, mapped.experts, compute, FORMAT_OF_DTYPE[compute], str(name), once=True
+            checkpoint, mapped.experts, compute, quantisation.experts or FORMAT_OF_DTYPE[compute], str(name), once=True
         )
+        formats = linears_to_quantise(skeleton, quantisation)
+        alone = readable_alone(skeleton, formats, mapped.renamed)
         context = _context(request, skeleton)
         casts = _any_cast(mapped.experts, compute)
-        spec = build_spec(skeleton, bundles.groups, name=str(name), context_tokens=context, casts=casts)
+        spec = build_spec(
+            skeleton, bundles.groups, name=str(name), context_tokens=context, casts=casts, formats=formats, alone=alone,
+            quantisation=quantisation,
+        )  # fmt: skip
         plan = _plan(spec, request, context)
-        return PreparedCheckpoint(spec, plan, bundles, checkpoint, skeleton, mapped.dense)
+        return PreparedCheckpoint(
+            spec, plan, bundles, checkpoint, skeleton, mapped.dense, mapped.renamed, formats, alone
+        )
     except BaseException:
         checkpoint.close()
         raise
@@ -163,11 +185,16 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
             "or one on meta together with checkpoint="
         )
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
-    bundles = ModelBundleSource(model, name)
+    quantisation = request.quantisation
+    bundles = ModelBundleSource(model, name, quantisation.experts)
     skeleton = make_skeleton(model.config, model.dtype)
+    formats = linears_to_quantise(skeleton, quantisation)
     context = _context(request, skeleton)
-    spec = build_spec(skeleton, bundles.groups, name=name, context_tokens=context, casts=False)
-    return PreparedModel(spec, _plan(spec, request, context), bundles, model)
+    spec = build_spec(
+        skeleton, bundles.groups, name=name, context_tokens=context, casts=False, formats=formats, alone=[*formats],
+        quantisation=quantisation,
+    )  # fmt: skip
+    return PreparedModel(spec, _plan(spec, request, context), bundles, model, formats)
 
 
 def _plan(spec: ModelSpec, request: Request, context: int) -> Plan:

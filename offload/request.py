@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload.errors import InvalidArgumentError
+from offload.quantisation import Quantisation, make_quantisation
 from offload.sizes import parse_size
 from profiler.memory import available_ram_nbytes
 
@@ -27,6 +28,7 @@ class Request:
         context_tokens: longest sequence, None for the default.
         batch: sequences at once.
         prefill_chunk_tokens: see `Workload`.
+        quantisation: packed formats.
     """
 
     ram_nbytes: int
@@ -34,6 +36,7 @@ class Request:
     context_tokens: int | None
     batch: int
     prefill_chunk_tokens: int
+    quantisation: Quantisation
 
 
 def make_request(
@@ -44,6 +47,7 @@ def make_request(
     batch: int,
     prefill_chunk: int,
     max_memory: Mapping[str | int, int | str] | None,
+    quant: str | Mapping[str, str | None] | None = None,
 ) -> Request:
     """Check and resolve a user's arguments.
 
@@ -54,6 +58,7 @@ def make_request(
         batch: sequences.
         prefill_chunk: tokens.
         max_memory: accelerate's spelling: {"cpu": size}.
+        quant: see `make_quantisation`.
 
     Raises:
         InvalidArgumentError: naming the argument, what it may be and what it was.
@@ -68,7 +73,7 @@ def make_request(
         _check_count("context", context)
     _check_count("batch", batch)
     _check_count("prefill_chunk", prefill_chunk)
-    return Request(ram_nbytes, store_root(nvme), context, batch, prefill_chunk)
+    return Request(ram_nbytes, store_root(nvme), context, batch, prefill_chunk, make_quantisation(quant))
 
 
 def store_root(nvme: str | os.PathLike[str] | None) -> Path:

@@ -39,6 +39,8 @@ class ModelSpec:
         name: what the user called the model: a path or a Hub id.
         model_type: transformers' name of the architecture.
         dtype: name of the element format in which the model computes: "bf16", "fp16" or "fp32".
+        dense_format: name of the format that the decoder's linear layers are kept in, experts not counted.
+        head_format: name of the format of the output layer.
         vocab_size: entries of the output vocabulary.
         hidden_size: width of the residual stream.
         layer_count: decoder layers, MoE or not.
@@ -55,6 +57,8 @@ class ModelSpec:
     name: str
     model_type: str
     dtype: str
+    dense_format: str
+    head_format: str
     vocab_size: int
     hidden_size: int
     layer_count: int

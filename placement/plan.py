@@ -45,7 +45,9 @@ class Plan:
     Attributes:
         model: what the user called the model.
         model_type: transformers' name of the architecture.
-        format: element format of the experts, in the store and in every tier.
+        format: format of the experts, in the store and in every tier.
+        dense_format: format of the decoder's other linear layers.
+        head_format: format of the output layer.
         workload: what the plan was made for.
         dense_tier: where dense weights live.
         kv_tier: where the KV cache lives.
@@ -67,6 +69,8 @@ class Plan:
     model: str
     model_type: str
     format: str
+    dense_format: str
+    head_format: str
     workload: Workload
     dense_tier: Tier
     kv_tier: Tier

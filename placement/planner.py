@@ -112,6 +112,8 @@ def make_plan(spec: ModelSpec, workload: Workload, ram_budget_nbytes: int) -> Pl
         model=spec.name,
         model_type=spec.model_type,
         format=spec.experts[0].layout.format,
+        dense_format=spec.dense_format,
+        head_format=spec.head_format,
         workload=workload,
         dense_tier="ram",
         kv_tier="ram",

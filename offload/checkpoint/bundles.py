@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from formats.bundle import BundleLayout, Component
+from formats.bundle import MATRICES, BundleLayout, Component
+from formats.packed import PACKED_FORMATS
 from offload.checkpoint.checkpoint import Checkpoint
 from offload.checkpoint.dtypes import TORCH_DTYPES
 from offload.checkpoint.experts import MappedExperts, pick_component
 from offload.errors import InvalidArgumentError
+from offload.packing import PACKING_VERSION, pack_tensor
 from offload.store.source import ExpertGroup
 from placement.tensors import ComponentSource, TensorSpan
 
@@ -23,8 +25,9 @@ _FORMAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.f
 class CheckpointBundleSource:
     """A checkpoint's experts as bundles; implements `offload.store.source.BundleSource`.
 
-    Filling a bundle needs no more memory than one expert in its stored dtype besides the bundle itself, and with
-    `once` the buffer of a `DirectReader`.
+    Matrices of packed formats are packed from the stored weights, whatever the model computes in. Filling a bundle
+    needs no more memory than one expert in its stored dtype besides the bundle itself, and with `once` the buffer of a
+    `DirectReader`.
     """
 
     def __init__(
@@ -43,21 +46,21 @@ class CheckpointBundleSource:
             checkpoint: must stay open while bundles are filled.
             mapped: the MoE layers, as `map_checkpoint` gives them.
             dtype: of the weights in the running model; stored weights are cast to it as transformers casts them.
-            format: of the bundles; holds exactly the values of `dtype`.
+            format: of the bundles: packed, or one that holds exactly the values of `dtype`.
             name: what the user called the model.
             once: every expert is read once: keep what is read out of the page cache.
 
         Raises:
             InvalidArgumentError: the format is unknown or does not hold `dtype`.
         """
-        if _FORMAT_DTYPES.get(format) is not dtype:
+        if format not in PACKED_FORMATS and _FORMAT_DTYPES.get(format) is not dtype:
             raise InvalidArgumentError(
                 f"bundles of format {format!r} from weights in {dtype}: expected one of "
-                f"{', '.join(f'{known} for {held}' for known, held in _FORMAT_DTYPES.items())}"
+                f"{', '.join(f'{known} for {held}' for known, held in _FORMAT_DTYPES.items())}, or for any "
+                f"{', '.join(PACKED_FORMATS)}"
             )
         self._checkpoint = checkpoint
         self._mapped = tuple(mapped)
-        self._dtype = dtype
         self._once = once
         self._name = name
         self._groups = tuple(_group(experts, format) for experts in self._mapped)
@@ -88,6 +91,7 @@ class CheckpointBundleSource:
 
         Raises:
             CheckpointChangedError, StorageError: see `Checkpoint.read`.
+            CheckpointError: a weight is not finite and cannot be packed.
         """
         layout = self._groups[group_index].layout
         if out.shape != (layout.nbytes,) or out.dtype != np.uint8 or not out.flags.c_contiguous:
@@ -96,12 +100,21 @@ class CheckpointBundleSource:
         # Interleaved gate and up lie in the same bytes, which are read once.
         kept: dict[TensorSpan, torch.Tensor] = {}
         shared = {source.span for source in sources.values() if _uses(source.span, sources) > 1}
+        parts = {}
         end = 0
         for component in layout.components.values():
             out[end : component.offset] = 0
             end = component.offset + component.nbytes
-            self._fill(component, sources[component.name], out[component.offset : end], kept, shared)
+            parts[component.name] = out[component.offset : end]
         out[end:] = 0
+        for name, source in sources.items():
+            if layout.is_packed and name in MATRICES:
+                weights = pick_component(self._stored(source.span, kept, shared), source)
+                what = f"{source.span.file}: {name} of expert {expert} of {self._groups[group_index].module}"
+                pack_tensor(weights, layout.matrix(name), parts[name], parts[f"{name}_scale"], what)
+            else:
+                dtype = _FORMAT_DTYPES[layout.bias_element.name]
+                self._fill(layout.components[name], source, parts[name], dtype, kept, shared)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointChangedError if a file is no longer what `identity` was taken from."""
@@ -112,20 +125,24 @@ class CheckpointBundleSource:
         component: Component,
         source: ComponentSource,
         out: npt.NDArray[np.uint8],
+        dtype: torch.dtype,
         kept: dict[TensorSpan, torch.Tensor],
         shared: set[TensorSpan],
     ) -> None:
         span = source.span
-        if span.nbytes == out.nbytes and not source.transposed and TORCH_DTYPES[span.dtype] is self._dtype:
+        if span.nbytes == out.nbytes and not source.transposed and TORCH_DTYPES[span.dtype] is dtype:
             self._checkpoint.read_into(span, out.data, once=self._once)
             return
+        target = torch.from_numpy(out).view(dtype).view(component.shape)
+        target.copy_(pick_component(self._stored(span, kept, shared), source))
+
+    def _stored(self, span: TensorSpan, kept: dict[TensorSpan, torch.Tensor], shared: set[TensorSpan]) -> torch.Tensor:
         stored = kept.get(span)
         if stored is None:
             stored = self._checkpoint.read(span, once=self._once)
         if span in shared:
             kept[span] = stored
-        target = torch.from_numpy(out).view(self._dtype).view(component.shape)
-        target.copy_(pick_component(stored, source))
+        return stored
 
 
 def _group(experts: MappedExperts, format: str) -> ExpertGroup:
@@ -145,4 +162,6 @@ def _identity(checkpoint_identity: str, groups: Sequence[ExpertGroup]) -> str:
             f"\0{group.module}\0{group.count}\0{layout.format}\0{layout.hidden}\0{layout.intermediate}"
             f"\0{layout.has_gate}\0{layout.has_bias}".encode()
         )
+        if layout.is_packed:
+            digest.update(f"\0packing {PACKING_VERSION}\0{layout.nbytes}".encode())
     return digest.hexdigest()

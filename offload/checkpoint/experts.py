@@ -56,12 +56,14 @@ class CheckpointMap:
     Attributes:
         experts: the MoE layers in the order of the model's modules.
         dense: tensors that make the other parameters and buffers, by the checkpoint's key.
+        renamed: the key in `dense` of every parameter and buffer that is one stored tensor as it is, by its name.
         unused: tensors that the model has no place for, such as layers for multi-token prediction.
     """
 
     experts: tuple[MappedExperts, ...]
     dense: dict[str, TensorSpan]
     unused: dict[str, TensorSpan] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 def map_checkpoint(skeleton: PreTrainedModel, tensors: Mapping[str, TensorSpan]) -> CheckpointMap:
@@ -81,15 +83,18 @@ def map_checkpoint(skeleton: PreTrainedModel, tensors: Mapping[str, TensorSpan])
     parameters = {f"{module.path}.{name}" for module in modules for name in module.shapes}
     dense: dict[str, TensorSpan] = {}
     unused: dict[str, TensorSpan] = {}
+    renamed: dict[str, str] = {}
     for key in map_keys(skeleton, tensors):
         if key.target in parameters:
             by_target[key.target].append(key)
         else:
             (dense if key.known else unused)[key.key] = tensors[key.key]
+            if key.known and key.conversion is None:
+                renamed[key.target] = key.key
             if not key.known:
                 _refuse_stray(key, modules, tensors[key.key])
     experts = tuple(_map_module(module, by_target, tensors) for module in modules)
-    return CheckpointMap(experts, dense, unused)
+    return CheckpointMap(experts, dense, unused, renamed)
 
 
 def read_component(checkpoint: Checkpoint, source: ComponentSource, *, once: bool = False) -> torch.Tensor:

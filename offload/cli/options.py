@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from offload.errors import InvalidArgumentError
+from offload.quantisation import make_quantisation, parse_quantisation
 from offload.sizes import parse_size
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -25,6 +26,33 @@ class Size(click.ParamType[int]):
             return parse_size(value, param.name if param and param.name else self.name)
         except InvalidArgumentError as error:
             self.fail(str(error), param, ctx)
+
+
+class Quant(click.ParamType[Any]):
+    """Packed formats; becomes what `offload.load` takes as `quant`."""
+
+    name = "quant"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The formats of `value`; a usage error where it is none."""
+        try:
+            quant = parse_quantisation(value) if isinstance(value, str) else value
+            make_quantisation(quant)
+        except InvalidArgumentError as error:
+            self.fail(str(error), param, ctx)
+        return quant
+
+
+def quant_option(*, required: bool = False) -> Callable[[_Command], _Command]:
+    """--quant."""
+    return click.option(
+        "--quant",
+        type=Quant(),
+        required=required,
+        metavar="FORMAT",
+        help="Quantise: int8, int4, mxfp4 or fp8_e4m3, or by part, as experts=int4,dense=int8,lm_head=int8."
+        + ("" if required else "  [default: as the checkpoint is]"),
+    )
 
 
 nvme_option = click.option(
@@ -63,6 +91,7 @@ _MODEL_OPTIONS = (
         show_default=True,
         help="In which to compute; auto is the checkpoint's own.",
     ),
+    quant_option(),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository."),
     click.option("--trust-remote-code", is_flag=True, help="Allow the checkpoint to bring modeling code."),
 )

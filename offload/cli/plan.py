@@ -61,6 +61,7 @@ def _plan(
     nvme: Path | None,
     context: int | None,
     dtype: str,
+    quant: str | dict[str, str | None] | None,
     revision: str | None,
     trust_remote_code: bool,
 ) -> None:
@@ -70,8 +71,9 @@ def _plan(
     from offload.request import PREFILL_CHUNK_TOKENS, make_request
 
     request = make_request(
-        ram=ram, nvme=nvme, context=context, batch=1, prefill_chunk=PREFILL_CHUNK_TOKENS, max_memory=None
-    )
+        ram=ram, nvme=nvme, context=context, batch=1, prefill_chunk=PREFILL_CHUNK_TOKENS, max_memory=None,
+        quant=quant,
+    )  # fmt: skip
     try:
         with quiet_transformers():
             prepared = prepare_checkpoint(
@@ -140,7 +142,8 @@ def _write(plan: Plan, disk: Disk, *, given: bool) -> None:
     add_row(uses, f"all {plan.expert_count} experts", plan.expert_home, format_size(plan.expert_nbytes))
     source = "" if given else ", nine tenths of what is available"
     write(
-        f"{plan.model}: {plan.model_type}, experts in {plan.format}\n",
+        f"{plan.model}: {plan.model_type}, experts in {plan.format}, other linear layers in {plan.dense_format}, "
+        f"output layer in {plan.head_format}\n",
         uses,
         "",
         facts(

@@ -44,6 +44,7 @@ class Settings:
     nvme: Path | None
     context: int | None
     dtype: str
+    quant: str | dict[str, str | None] | None
     revision: str | None
     trust_remote_code: bool
     as_json: bool
@@ -145,6 +146,7 @@ def _run(settings: Settings, prompt: str) -> None:
             ram=settings.ram,
             nvme=settings.nvme,
             dtype=settings.dtype,
+            quant=settings.quant,
             context=settings.context,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,

@@ -1,4 +1,4 @@
-"""Experts on the CPU: the Numba kernel for few tokens, torch's matrix products for many."""
+"""Experts on the CPU: the Numba kernels, and torch's matrix products for many tokens of formats that are not packed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from cpu_kernels.expert_mlp import expert_down, expert_mlp, expert_up
+from cpu_kernels.packed_expert_mlp import packed_expert_down, packed_expert_mlp, packed_expert_up
+from cpu_kernels.wide_linear import linear_many, multiplies_natively
 from formats.bundle import BundleLayout
 from offload.devices.base import ExpertBatch
 from offload.devices.host_threads import kernel_pool
@@ -20,23 +21,28 @@ from offload.moe.layer import ExpertsLayer
 FEW_TOKENS = 128
 """Up to here the kernel is faster: it reads weights once at memory bandwidth, and computes while it waits for them.
 
-docs/performance.md has the measurement.
+docs/performance.md has the measurement, of this and the next.
 """
 
+FEW_TOKENS_WIDENED = 64
+"""Likewise where torch has no matrix product for the format: both compute in fp32 then, and torch does so better."""
 
 _ROW_STEP = 16
 _FINE_STEPS = 8
 
 
 def run_experts(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
-    """See `Device.run_experts`. Which way an expert goes depends on its number of tokens alone."""
+    """See `Device.run_experts`. Which way an expert goes depends on its format and number of tokens alone."""
+    if layer.layout.is_packed:
+        _run_kernel(layer, batch, hidden, out)
+        return
     counts = batch.offsets[1:] - batch.offsets[:-1]
-    few = counts <= FEW_TOKENS
+    few = counts <= (FEW_TOKENS if multiplies_natively(layer.dtype) else FEW_TOKENS_WIDENED)
     if few.all():
-        _run_few(layer, batch, hidden, out)
+        _run_kernel(layer, batch, hidden, out)
         return
     if few.any():
-        _run_few(layer, _select(batch, np.flatnonzero(few)), hidden, out)
+        _run_kernel(layer, _select(batch, np.flatnonzero(few)), hidden, out)
     for index in np.flatnonzero(~few):
         pairs = slice(int(batch.offsets[index]), int(batch.offsets[index + 1]))
         tokens = torch.from_numpy(batch.tokens[pairs])
@@ -73,10 +79,11 @@ def _select(batch: ExpertBatch, indices: npt.NDArray[np.intp]) -> ExpertBatch:
     return ExpertBatch(batch.addresses[indices], offsets, batch.tokens[pairs], batch.rows[pairs])
 
 
-def _run_few(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+def _run_kernel(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+    packed = layer.layout.is_packed
     inputs = _elements(hidden)
     if layer.activation is not None:
-        expert_mlp(
+        (packed_expert_mlp if packed else expert_mlp)(
             batch.addresses,
             layer.layout,
             batch.offsets,
@@ -91,10 +98,11 @@ def _run_few(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out:
     width = layer.layout.intermediate * (2 if layer.layout.has_gate else 1)
     projected = torch.empty(len(batch.tokens), width, dtype=torch.float32, device="cpu")
     pool = kernel_pool()
-    expert_up(batch.addresses, layer.layout, batch.offsets, batch.tokens, inputs, projected.numpy(), threads=pool)
+    up, down = (packed_expert_up, packed_expert_down) if packed else (expert_up, expert_down)
+    up(batch.addresses, layer.layout, batch.offsets, batch.tokens, inputs, projected.numpy(), threads=pool)
     gated = apply_gate(layer.module, projected.to(layer.dtype), has_gate=layer.layout.has_gate)
     inputs = _elements(gated.contiguous())
-    expert_down(batch.addresses, layer.layout, batch.offsets, inputs, out.numpy(), batch.rows, threads=pool)
+    down(batch.addresses, layer.layout, batch.offsets, inputs, out.numpy(), batch.rows, threads=pool)
 
 
 def _elements(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
@@ -106,8 +114,8 @@ def _elements(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
 
 def _run_many(layer: ExpertsLayer, address: int, rows: torch.Tensor) -> torch.Tensor:
     into, down, into_bias, down_bias = _weights(address, layer.layout, layer.dtype)
-    gated = apply_gate(layer.module, F.linear(rows, into, into_bias), has_gate=layer.layout.has_gate)
-    return F.linear(gated, down, down_bias)
+    gated = apply_gate(layer.module, linear_many(rows, into, into_bias), has_gate=layer.layout.has_gate)
+    return linear_many(gated, down, down_bias)
 
 
 @lru_cache(maxsize=4096)

@@ -10,18 +10,24 @@ import torch
 import xxhash
 from transformers import PreTrainedModel
 
-from formats.bundle import BundleLayout
+from formats.bundle import MATRICES, BundleLayout
 from offload.errors import UnsupportedModelError
-from offload.hf.dtypes import FORMAT_OF_DTYPE
+from offload.hf.dtypes import DTYPE_OF_FORMAT, FORMAT_OF_DTYPE
 from offload.hf.experts_interface import experts_modules
+from offload.packing import PACKING_VERSION, pack_tensor
 from offload.store.source import ExpertGroup
 
 
 class ModelBundleSource:
     """The experts of a transformers model with its weights loaded. Reads its parameters, changes nothing."""
 
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
+    def __init__(self, model: PreTrainedModel, name: str, format: str | None = None) -> None:
         """Look at the experts' shapes and digest their weights.
+
+        Args:
+            model: with its weights.
+            name: what the user called it.
+            format: packed format of the bundles; None for the parameters' own dtype.
 
         Raises:
             UnsupportedModelError: no experts, or experts of a kind that bundles do not hold.
@@ -32,8 +38,12 @@ class ModelBundleSource:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no routed experts that transformers' experts interface dispatches"
             )
-        self.groups: Sequence[ExpertGroup] = tuple(_group(name, module) for name, module in self._modules.items())
+        self.groups: Sequence[ExpertGroup] = tuple(
+            _group(path, module, format) for path, module in self._modules.items()
+        )
         digest = xxhash.xxh3_128()
+        if format is not None:
+            digest.update(f"packing {PACKING_VERSION}".encode())
         for path, module in self._modules.items():
             for key, parameter in module.named_parameters():
                 digest.update(f"{path}.{key} {parameter.dtype} {tuple(parameter.shape)}".encode())
@@ -45,9 +55,17 @@ class ModelBundleSource:
         group = self.groups[group_index]
         parts = _components(self._modules[group.module], expert)
         out[:] = 0
-        for component in group.layout.components.values():
-            end = component.offset + component.nbytes
-            out[component.offset : end] = _memory(parts[component.name].contiguous())
+        layout = group.layout
+        places = {
+            name: out[component.offset : component.offset + component.nbytes]
+            for name, component in layout.components.items()
+        }
+        for name, part in parts.items():
+            if layout.is_packed and name in MATRICES:
+                what = f"{name} of expert {expert} of {group.module}"
+                pack_tensor(part, layout.matrix(name), places[name], places[f"{name}_scale"], what)
+            else:
+                places[name][:] = _memory(part.to(DTYPE_OF_FORMAT[layout.bias_element.name]).contiguous())
 
     def check_unchanged(self) -> None:
         """Memory of this process: nobody else changes it."""
@@ -57,7 +75,7 @@ def _memory(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     return tensor.view(torch.uint8).reshape(-1).numpy()
 
 
-def _group(name: str, module: torch.nn.Module) -> ExpertGroup:
+def _group(name: str, module: torch.nn.Module, format: str | None) -> ExpertGroup:
     if getattr(module, "has_post_expert_norm", False):
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) has a norm inside the experts: not supported yet"
@@ -70,7 +88,7 @@ def _group(name: str, module: torch.nn.Module) -> ExpertGroup:
     count, rows, columns = down.shape
     hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
     layout = BundleLayout(
-        hidden, intermediate, FORMAT_OF_DTYPE[down.dtype], bool(module.has_gate), bool(module.has_bias)
+        hidden, intermediate, format or FORMAT_OF_DTYPE[down.dtype], bool(module.has_gate), bool(module.has_bias)
     )
     return ExpertGroup(name, count, layout)
 

@@ -101,16 +101,21 @@ def dense_weights(skeleton: PreTrainedModel, dtype: torch.dtype) -> dict[str, in
     return sizes
 
 
-def activation_nbytes_per_token(skeleton: PreTrainedModel, expert_count: int, context_tokens: int) -> int:
+def activation_nbytes_per_token(
+    skeleton: PreTrainedModel, expert_count: int, context_tokens: int, *, quantised: bool = False
+) -> int:
     """Most bytes that one new token of a forward pass keeps alive at once, from the widths of the model's layers.
 
     At the widest point a layer holds the residual stream, its norm in fp32 with two temporaries, the inputs and
     outputs of a projection in a few layouts, the router's probabilities and the experts' sum in fp32. Attention that
-    materialises its scores ("eager") adds heads x context values in three copies.
+    materialises its scores ("eager") adds heads x context values in three copies. A quantised layer holds its input in
+    int8 with scales and its output in fp32 besides.
     """
     config = skeleton.config.get_text_config()
     element = skeleton.dtype.itemsize
     nbytes: int = 12 * config.hidden_size * 4 + 6 * _widest(skeleton) * element + 16 * expert_count
+    if quantised:
+        nbytes += 6 * _widest(skeleton)
     if skeleton.config._attn_implementation == "eager":
         nbytes += config.num_attention_heads * context_tokens * (2 * element + 4)
     return nbytes

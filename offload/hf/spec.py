@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from offload.hf.dtypes import FORMAT_OF_DTYPE
 from offload.hf.experts_interface import experts_modules, remove_expert_weights, use_offload_experts
+from offload.hf.quantise import parameters_of, quantised_nbytes
 from offload.hf.sizes import activation_nbytes_per_token, attention_nbytes_per_token, dense_weights, measure_on_meta
+from offload.quantisation import Quantisation
 from offload.store.source import ExpertGroup
 from placement.model_spec import ExpertsSpec, ModelSpec
 
@@ -18,7 +20,15 @@ _LOADER_THREADS = 4
 
 
 def build_spec(
-    skeleton: PreTrainedModel, groups: Sequence[ExpertGroup], *, name: str, context_tokens: int, casts: bool
+    skeleton: PreTrainedModel,
+    groups: Sequence[ExpertGroup],
+    *,
+    name: str,
+    context_tokens: int,
+    casts: bool,
+    formats: Mapping[str, str],
+    alone: Sequence[str],
+    quantisation: Quantisation,
 ) -> ModelSpec:
     """Take the experts off the skeleton and measure what is left.
 
@@ -28,6 +38,9 @@ def build_spec(
         name: what the user called the model.
         context_tokens: longest sequence that will run.
         casts: True where weights are stored in another dtype than the model computes in.
+        formats: packed formats of linear layers, by path.
+        alone: those of them that are read one at a time; the others are loaded whole before they are packed.
+        quantisation: what was asked for.
     """
     dtype: torch.dtype = skeleton.dtype
     for _, module in experts_modules(skeleton):
@@ -35,21 +48,27 @@ def build_spec(
     use_offload_experts(skeleton)
     run = measure_on_meta(skeleton)
     dense = dense_weights(skeleton, dtype)
+    largest = max(dense.values()) * (1 + _LOADER_THREADS if casts else 1)
+    originals = {name: sum(dense.pop(own, 0) for own in parameters_of(skeleton, name)) for name in formats}
+    dense |= quantised_nbytes(skeleton, formats)
+    whole = sum(nbytes for name, nbytes in originals.items() if name not in alone)
     config = skeleton.config.get_text_config()
     return ModelSpec(
         name=name,
         model_type=skeleton.config.model_type,
         dtype=FORMAT_OF_DTYPE[dtype],
+        dense_format=quantisation.dense or FORMAT_OF_DTYPE[dtype],
+        head_format=quantisation.lm_head or FORMAT_OF_DTYPE[dtype],
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         layer_count=config.num_hidden_layers,
         max_context_tokens=getattr(config, "max_position_embeddings", None) or context_tokens,
         dense_nbytes=sum(dense.values()),
-        load_scratch_nbytes=max(dense.values()) * (1 + _LOADER_THREADS if casts else 1),
+        load_scratch_nbytes=largest + whole,
         kv_nbytes_per_token=run.kv_nbytes_per_token,
         kv_fixed_nbytes=run.kv_fixed_nbytes,
         activation_nbytes_per_token=activation_nbytes_per_token(
-            skeleton, max(group.count for group in groups), context_tokens
+            skeleton, max(group.count for group in groups), context_tokens, quantised=bool(formats)
         ),
         attention_nbytes_per_token=attention_nbytes_per_token(skeleton),
         experts=tuple(

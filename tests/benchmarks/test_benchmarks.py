@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import benchmarks.__main__ as cli
-from benchmarks import decode, disk, load, memory, step
+from benchmarks import decode, disk, formats, kernels, load, memory, quality, step
 from benchmarks.checkpoints import budget_for, ensure_checkpoint, plan_for, weight_files
 from benchmarks.harness import GateError, Report, Spread
 from benchmarks.peers import PeerError, Process
@@ -33,6 +33,9 @@ RUNS: dict[str, Callable[[Path], Report]] = {
     "load": lambda work: load.run(work, TINY, load.LoadScale(rounds=2)),
     "step": lambda work: step.run(work, TINY, step.StepScale(rounds=2, tokens=(1, 3))),
     "memory": lambda work: memory.run(work, TINY, memory.MemoryScale(budgets=(0.5,), prompt_tokens=9, new_tokens=3)),
+    "formats": lambda work: formats.run(formats.FormatsScale(rows=40, columns=256, rounds=2)),
+    "quality": lambda work: quality.run(work, quality.QualityScale(1, ("bf16", "int4"))),
+    "kernels": lambda work: kernels.run(kernels.QUICK),
 }
 
 EXPECTED_ROWS = {
@@ -46,6 +49,9 @@ EXPECTED_ROWS = {
     "load": {"Loading": 3, "Stages of loading, seconds": 3, "Plain loops, seconds": 5},
     "step": {"A MoE layer, microseconds": 2},
     "memory": {"Peak memory": 3},
+    "formats": {"RMS error over RMS of the weights": 6, "Packing on one core": 4},
+    "quality": {"Perplexity": 2},
+    "kernels": {"Linear, N=64 K=128": 20, "2 experts, hidden 128, intermediate 64, tokens each": 12},
 }
 
 

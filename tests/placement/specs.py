@@ -20,6 +20,8 @@ def spec(**changed: Any) -> ModelSpec:
         "name": "toy",
         "model_type": "toy_moe",
         "dtype": "bf16",
+        "dense_format": "bf16",
+        "head_format": "bf16",
         "vocab_size": 1000,
         "hidden_size": 64,
         "layer_count": 4,

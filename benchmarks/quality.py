@@ -1,0 +1,120 @@
+"""Perplexity of the trained example model on held-out text in every format, through the runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import offload
+from benchmarks.harness import Report, say
+from examples.tiny_moe.corpus import encode, read_documents
+from offload.runtime import Runtime
+
+MODEL = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "model"
+WINDOW_TOKENS = 512
+BATCH = 8
+
+SAME_PERCENT = 0.1
+"""How far the runtime's perplexity without quantisation may be from transformers': bf16 in another order."""
+
+_TARGETS_PERCENT = {"int8": 0.1, "int4": 2.0}
+
+Quant = str | dict[str, str | None] | None
+
+SETTINGS: dict[str, Quant] = {
+    "bf16": None,
+    "int8": "int8",
+    "int4": "int4",
+    "mxfp4": "mxfp4",
+    "fp8_e4m3": "fp8_e4m3",
+    "int4, experts only": {"experts": "int4"},
+    "int4, dense only": {"dense": "int4"},
+    "int4, output layer only": {"lm_head": "int4"},
+    "int4 everywhere": {"experts": "int4", "dense": "int4", "lm_head": "int4"},
+    "mxfp4, experts only": {"experts": "mxfp4"},
+}
+
+
+@dataclass(frozen=True)
+class QualityScale:
+    """How much is read: windows of held-out text, and which of SETTINGS."""
+
+    windows: int
+    settings: tuple[str, ...] = tuple(SETTINGS)
+
+
+FULL = QualityScale(windows=184)
+QUICK = QualityScale(windows=8, settings=("bf16", "int8", "int4"))
+
+
+def run(work: Path, scale: QualityScale) -> Report:
+    """Gate the model without quantisation on transformers, then compare formats with it."""
+    report = Report("quality")
+    tokens = encode([document for document in read_documents() if document.held_out], _tokenizer())
+    windows = _windows(tokens, scale.windows)
+    say("perplexity by transformers")
+    reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
+    expected = _perplexity(reference, windows)
+    base = math.nan
+    for name in scale.settings:
+        say(f"perplexity in {name}")
+        model = offload.load(
+            MODEL, ram="2GiB", nvme=work / "quality-store", context=WINDOW_TOKENS, batch=BATCH, quant=SETTINGS[name],
+            progress=False,
+        )  # fmt: skip
+        with cast("Runtime", model.offload) as runtime:
+            found = _perplexity(model, windows)
+            plan = runtime.plan
+        if SETTINGS[name] is None:
+            base = found
+            difference = 100 * abs(base / expected - 1)
+            detail = f"{base:.4f} and {expected:.4f}, {difference:.3f} % apart, tolerance {SAME_PERCENT} %"
+            report.gate("perplexity without quantisation: runtime = transformers", difference <= SAME_PERCENT, detail)
+        change = 100 * (found / base - 1)
+        report.tables.setdefault("Perplexity", []).append(
+            {
+                "quant": name,
+                "experts": plan.format,
+                "dense": plan.dense_format,
+                "lm_head": plan.head_format,
+                "perplexity": round(found, 4),
+                "change %": round(change, 3),
+                "expert MB": round(plan.expert_nbytes / 1e6, 2),
+                "dense MB": round(plan.ram.dense_nbytes / 1e6, 2),
+            }
+        )
+        if name in _TARGETS_PERCENT:
+            report.target(f"perplexity in {name} over bf16, change in %", change, "at most", _TARGETS_PERCENT[name])
+    report.notes.append(
+        f"{windows.shape[0] * WINDOW_TOKENS} tokens of held-out text of examples/tiny_moe in windows of "
+        f"{WINDOW_TOKENS}; a trained model of 11 M parameters with tied embeddings, hidden 256, "
+        "16 experts of 128, top-4"
+    )
+    return report
+
+
+def _tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def _windows(tokens: npt.NDArray[np.int64], count: int) -> torch.Tensor:
+    starts = range(0, len(tokens) - WINDOW_TOKENS, WINDOW_TOKENS)[:count]
+    return torch.from_numpy(np.stack([tokens[start : start + WINDOW_TOKENS + 1] for start in starts]))
+
+
+@torch.no_grad()
+def _perplexity(model: Callable[..., Any], windows: torch.Tensor) -> float:
+    loss = 0.0
+    for batch in windows.split(BATCH):
+        logits = model(batch[:, :-1], use_cache=False).logits.float()
+        loss += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(loss / windows[:, 1:].numel())

@@ -1,0 +1,142 @@
+"""Which of a model's linear layers are quantised, what they take, and putting them in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from formats.packed import TILE_ROWS, MatrixLayout
+from offload.errors import CheckpointError
+from offload.hf.quantised_linear import QuantisedLinear
+from offload.quantisation import Quantisation
+
+_ROUTING = re.compile(r"(^|\.)([a-z0-9_]*router|[a-z0-9_]*gate)(\.|$)")
+"""Modules that decide or weight: `gate`, `router`, `shared_expert_gate` and what is below them, not `gate_proj`."""
+
+
+def linears_to_quantise(model: PreTrainedModel, quantisation: Quantisation) -> dict[str, str]:
+    """The format of every linear layer that is quantised, by path, in the order of modules.
+
+    Routers and gates stay as they are, and so does what has fewer outputs than a tile has rows: a few bytes, which
+    decide much.
+    """
+    head = model.get_output_embeddings()
+    chosen = {}
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear:
+            continue
+        format = quantisation.lm_head if module is head else quantisation.dense
+        if format is None or (module is not head and (module.out_features < TILE_ROWS or _ROUTING.search(name))):
+            continue
+        chosen[name] = format
+    return chosen
+
+
+def quantised_nbytes(model: PreTrainedModel, formats: Mapping[str, str]) -> dict[str, int]:
+    """Bytes of each quantised layer's codes, scales and bias, by path."""
+    sizes = {}
+    for name, format in formats.items():
+        linear = _linear(model, name)
+        bias = 0 if linear.bias is None else 4 * linear.out_features
+        sizes[name] = MatrixLayout(linear.out_features, linear.in_features, format).nbytes + bias
+    return sizes
+
+
+def parameters_of(model: PreTrainedModel, name: str) -> list[str]:
+    """Names of a linear layer's parameters."""
+    return [f"{name}.{own}" for own, _ in model.get_submodule(name).named_parameters()]
+
+
+def readable_alone(model: PreTrainedModel, formats: Mapping[str, str], stored: Iterable[str]) -> list[str]:
+    """The layers whose parameters are each one tensor of the checkpoint and belong to no other module.
+
+    Args:
+        model: skeleton.
+        formats: by path of the layers.
+        stored: parameters that the checkpoint has as they are.
+    """
+    own = set(stored) - set(model.all_tied_weights_keys) - set(model.all_tied_weights_keys.values())
+    return [name for name in formats if own.issuperset(parameters_of(model, name))]
+
+
+@dataclass(frozen=True)
+class TakenOut:
+    """A layer that is not in its model for the time being.
+
+    Attributes:
+        name: its path.
+        format: what it is to be packed in.
+        shape: (N, K).
+        has_bias: whether it has one.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, int]
+    has_bias: bool
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of its parameters."""
+        return [f"{self.name}.weight", *([f"{self.name}.bias"] if self.has_bias else [])]
+
+
+def take_out(model: PreTrainedModel, formats: Mapping[str, str], names: Iterable[str]) -> list[TakenOut]:
+    """Leave places without parameters, so that transformers loads the others and misses nothing."""
+    taken = []
+    for name in names:
+        linear = _linear(model, name)
+        shape = (linear.out_features, linear.in_features)
+        taken.append(TakenOut(name, formats[name], shape, linear.bias is not None))
+        place = nn.Identity()
+        place._is_hf_initialized = True  # type: ignore[assignment]
+        model.set_submodule(name, place)
+    return taken
+
+
+def put_back(model: PreTrainedModel, taken: Iterable[TakenOut], read: Callable[[str], torch.Tensor]) -> None:
+    """Read, pack and put in place one layer after the other.
+
+    Args:
+        model: with the places that `take_out` left.
+        taken: what it gave.
+        read: the tensor of a parameter.
+
+    Raises:
+        CheckpointError: a weight is of another shape or not finite.
+    """
+    for layer in taken:
+        weight = read(f"{layer.name}.weight")
+        bias = read(f"{layer.name}.bias") if layer.has_bias else None
+        shapes = [tuple(weight.shape), *([] if bias is None else [tuple(bias.shape)])]
+        expected = [layer.shape, *([] if bias is None else [layer.shape[:1]])]
+        if shapes != expected:
+            raise CheckpointError(f"{layer.name}: expected weights of shape {expected}, found {shapes}")
+        _put(model, layer.name, weight, bias, layer.format)
+
+
+def quantise_loaded(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
+    """Replace layers whose weights are in memory, one after the other; weights that others share stay.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+    """
+    for name, format in formats.items():
+        linear = _linear(model, name)
+        _put(model, name, linear.weight, linear.bias, format)
+
+
+def _put(model: PreTrainedModel, name: str, weight: torch.Tensor, bias: torch.Tensor | None, format: str) -> None:
+    model.set_submodule(name, QuantisedLinear(weight, bias, format, name).eval())
+
+
+def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
+    linear = model.get_submodule(name)
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{name}: expected a linear layer, found {type(linear).__name__}")
+    return linear
