@@ -27,7 +27,7 @@ INPUT_DTYPES: dict[str, np.dtype[Any]] = {
     "fp16": np.dtype(np.float16),
     "fp32": np.dtype(np.float32),
 }
-_FLOAT32 = np.dtype(np.float32)
+FLOAT32 = np.dtype(np.float32)
 
 
 def expert_mlp(
@@ -169,21 +169,21 @@ def _task(format: str) -> int:
     return rows_task(Elements(format, isa_of_format(format)))
 
 
-def _check_matrix(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any], columns: int) -> None:
+def check_matrix(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any], columns: int) -> None:
     if array.dtype != dtype or array.ndim != 2 or array.shape[1] != columns:
         raise ValueError(f"{name}: expected {dtype.name} [rows, {columns}], found {array.dtype.name} {array.shape}")
     if array.strides[1] != dtype.itemsize and array.size and columns > 1:
         raise ValueError(f"{name}: the elements of a row must be contiguous, found strides {array.strides}")
 
 
-def _index(name: str, array: IntArray, length: int | None = None) -> npt.NDArray[np.int64]:
+def index_array(name: str, array: IntArray, length: int | None = None) -> npt.NDArray[np.int64]:
     if array.ndim != 1 or array.dtype.kind not in "iu" or (length is not None and len(array) != length):
         expected = "n" if length is None else length
         raise ValueError(f"{name}: expected integers [{expected}], found {array.dtype.name} {array.shape}")
     return np.ascontiguousarray(array, np.int64)
 
 
-def _address(array: npt.NDArray[Any]) -> int:
+def address_of(array: npt.NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
@@ -204,14 +204,14 @@ def _run(
     shape = _shape(layout)
     up_columns = layout.intermediate * (1 + layout.has_gate)
     dtype = INPUT_DTYPES[layout.format]
-    _check_matrix("x" if up else "h", x, dtype, layout.hidden if up else layout.intermediate)
-    _check_matrix("out", out, _FLOAT32, layout.hidden if down else up_columns)
+    check_matrix("x" if up else "h", x, dtype, layout.hidden if up else layout.intermediate)
+    check_matrix("out", out, FLOAT32, layout.hidden if down else up_columns)
     if not out.flags.writeable:
         raise ValueError("out: the array is read-only")
-    bundles = _index("bundles", bundles)
+    bundles = index_array("bundles", bundles)
     experts, pairs = len(bundles), len(pair_tokens)
-    offsets = _index("pair_offsets", pair_offsets, experts + 1)
-    tokens, rows = _index("pair_tokens", pair_tokens), _index("pair_rows", pair_rows, pairs)
+    offsets = index_array("pair_offsets", pair_offsets, experts + 1)
+    tokens, rows = index_array("pair_tokens", pair_tokens), index_array("pair_rows", pair_rows, pairs)
     pool = shared_pool(threads) if threads is None or isinstance(threads, int) else threads
     nbytes = 8 * jobs.workspace_words(experts, pairs)
     if up and down:
@@ -219,17 +219,17 @@ def _run(
     scratch = workspace(nbytes)
     status = jobs.prepare(
         scratch, shape, _task(layout.format), bundles, offsets,
-        tokens, _address(x), x.strides[0], x.shape[0],
-        rows, _address(out), out.strides[0], out.shape[0],
+        tokens, address_of(x), x.strides[0], x.shape[0],
+        rows, address_of(out), out.strides[0], out.shape[0],
         up, down, activation, pool.threads,
     )  # fmt: skip
     if status != jobs.FINE:
-        raise ValueError(_complaint(status, x, out, pairs, up=up))
+        raise ValueError(complaint(status, x, out, pairs, up=up))
     phases = scratch[jobs.PHASES : jobs.PHASES + (6 if up and down else 3)].reshape(-1, 3)
     pool.run(phases)
 
 
-def _complaint(status: int, x: npt.NDArray[Any], out: npt.NDArray[Any], pairs: int, *, up: bool) -> str:
+def complaint(status: int, x: npt.NDArray[Any], out: npt.NDArray[Any], pairs: int, *, up: bool) -> str:
     if status == jobs.BAD_OFFSETS:
         return f"pair_offsets: expected to rise from 0 to the number of pairs, {pairs}"
     if status == jobs.BAD_TOKEN:

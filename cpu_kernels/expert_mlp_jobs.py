@@ -57,8 +57,11 @@ def workspace_words(experts: int, pairs: int) -> int:
 
 
 @inner
-def _fill_experts(workspace, bundles, offsets, pairs):
-    """Enter the experts that have pairs; returns how many, or -1 if the offsets do not partition the pairs."""
+def fill_experts(table, bundles, offsets, pairs):
+    """Enter (bundle, first pair, end) of each expert that has pairs in a table of 3 n words.
+
+    Returns how many there are, or -1 if the offsets do not partition the pairs.
+    """
     experts = len(bundles)
     if offsets[0] != 0 or offsets[experts] != pairs:
         return -1
@@ -68,14 +71,13 @@ def _fill_experts(workspace, bundles, offsets, pairs):
         if first > end or first < 0 or end > pairs:
             return -1
         if first < end:
-            entry = TABLES + 3 * active
-            workspace[entry], workspace[entry + 1], workspace[entry + 2] = bundles[expert], first, end
+            table[3 * active], table[3 * active + 1], table[3 * active + 2] = bundles[expert], first, end
             active += 1
     return active
 
 
 @inner
-def _fill_rows(table, base, row_bytes, index, rows):
+def fill_rows(table, base, row_bytes, index, rows):
     """table[p] = address of row index[p]; returns whether all are rows that exist."""
     for p in range(len(index)):
         if index[p] < 0 or index[p] >= rows:
@@ -85,7 +87,7 @@ def _fill_rows(table, base, row_bytes, index, rows):
 
 
 @inner
-def _fill_consecutive(table, base, row_bytes):
+def fill_consecutive(table, base, row_bytes):
     for p in range(len(table)):
         table[p] = base + row_bytes * p
 
@@ -163,14 +165,14 @@ def prepare(
     up, down: which projections to run. activation: its code. threads: how many will share the work.
     """
     pairs = len(tokens)
-    active = _fill_experts(workspace, bundles, offsets, pairs)
+    active = fill_experts(workspace[TABLES : TABLES + 3 * len(bundles)], bundles, offsets, pairs)
     if active < 0:
         return BAD_OFFSETS
     tables = TABLES + 3 * len(bundles)
     base = workspace.ctypes.data
-    if not _fill_rows(workspace[tables : tables + pairs], x_address, x_row_bytes, tokens, x_rows):
+    if not fill_rows(workspace[tables : tables + pairs], x_address, x_row_bytes, tokens, x_rows):
         return BAD_TOKEN
-    if not _fill_rows(workspace[tables + pairs : tables + 2 * pairs], out_address, out_row_bytes, rows, out_rows):
+    if not fill_rows(workspace[tables + pairs : tables + 2 * pairs], out_address, out_row_bytes, rows, out_rows):
         return BAD_ROW
     inputs = base + 8 * tables
     outputs = inputs + 8 * pairs
@@ -179,9 +181,9 @@ def prepare(
         sums_row_bytes = 4 * shape[INTERMEDIATE] * (1 + shape[GATED])
         sums = base + 8 * words
         hidden = sums + pairs * sums_row_bytes
-        _fill_consecutive(workspace[tables + 2 * pairs : tables + 3 * pairs], sums, sums_row_bytes)
+        fill_consecutive(workspace[tables + 2 * pairs : tables + 3 * pairs], sums, sums_row_bytes)
         hidden_row_bytes = shape[INTERMEDIATE] * shape[ELEMENT_BYTES]
-        _fill_consecutive(workspace[tables + 3 * pairs : tables + 4 * pairs], hidden, hidden_row_bytes)
+        fill_consecutive(workspace[tables + 3 * pairs : tables + 4 * pairs], hidden, hidden_row_bytes)
         between = inputs + 24 * pairs
         _fill_up_job(workspace, shape, task, active, inputs, inputs + 16 * pairs, between, activation, threads)
         _fill_down_job(workspace, shape, 1, task, active, between, outputs, threads)

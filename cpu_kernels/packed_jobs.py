@@ -6,6 +6,15 @@ from __future__ import annotations
 from cpu_kernels import activation_quantisation_kernel as quantisation
 from cpu_kernels import packed_kernel as kernel
 from cpu_kernels.activation_quantisation_kernel import block_nbytes
+from cpu_kernels.expert_mlp_jobs import (
+    BAD_OFFSETS,
+    BAD_ROW,
+    BAD_TOKEN,
+    FINE,
+    fill_consecutive,
+    fill_experts,
+    fill_rows,
+)
 from cpu_kernels.jit import entry, inner
 from cpu_kernels.launch import launch
 from formats.packed import COLUMN_BLOCK, TILE_ROWS
@@ -75,7 +84,7 @@ def run_linear(
     out_row_bytes,
     workspace,
 ):
-    """out [tokens, rows] = x [tokens, columns] times packed weights, plus bias.
+    """Compute out [tokens, rows] = x [tokens, columns] times packed weights, plus bias.
 
     launcher, state: of the pool, whose threads are `threads`. tasks: addresses of quantisation and of the format's
     task. kind: of activation blocks. tile_bytes_of_block: bytes of codes of a block. element, output: numbers of the
@@ -118,3 +127,145 @@ def linear_words(tokens: int, rows: int, activations_nbytes: int, own_sums: bool
     tables = quantisation.JOB_FIELDS + kernel.JOB_FIELDS + 3 + 3 * tokens
     sums = (tokens * rows + 1) // 2 if own_sums else 0
     return -(-tables // 8) * 8 + -(-activations_nbytes // 8) + sums
+
+
+# Fields of a shape: what the jobs need of a packed BundleLayout.
+(
+    HIDDEN,
+    INTERMEDIATE,
+    MATRICES,
+    UP_CODES,
+    UP_CODES_STRIDE,
+    UP_SCALES,
+    UP_SCALES_STRIDE,
+    UP_BIAS,  # 0: no biases
+    DOWN_CODES,
+    DOWN_SCALES,
+    DOWN_BIAS,
+    KIND,  # of activation blocks
+    CODES_NBYTES,  # of a block
+    SHAPE_FIELDS,
+) = range(14)
+
+# Where the tables of an expert call lie in the workspace, in words of 8 bytes.
+_QUANTISE_JOB = 0
+_UP_JOB = _QUANTISE_JOB + quantisation.JOB_FIELDS
+_DOWN_JOB = _UP_JOB + kernel.JOB_FIELDS
+PHASES = _DOWN_JOB + kernel.JOB_FIELDS
+_TABLES = PHASES + 9
+
+
+@inner
+def _table_words(experts, pairs):
+    return (_TABLES + 3 * experts + 4 * pairs + 7) // 8 * 8
+
+
+def expert_words(experts: int, pairs: int, activations_nbytes: int, sums_nbytes: int, hidden_nbytes: int) -> int:
+    """Words of 8 bytes that `prepare_experts` needs; the bytes of all rows of each kind."""
+    nbytes = activations_nbytes + sums_nbytes + hidden_nbytes
+    return (_TABLES + 3 * experts + 4 * pairs + 7) // 8 * 8 + -(-nbytes // 8) + 2
+
+
+@inner
+def _fill_matrix_job(job, experts, rows, columns, matrices, inputs, sums, outputs, output):
+    job[kernel.EXPERTS] = experts
+    job[kernel.ROWS] = rows
+    job[kernel.BLOCKS] = blocks_of(columns)
+    job[kernel.MATRICES] = matrices
+    job[kernel.INPUT_ROWS] = inputs
+    job[kernel.SUM_ROWS] = sums
+    job[kernel.OUTPUT_ROWS] = outputs
+    job[kernel.OUTPUT] = output
+
+
+@inner
+def _fill_phase(workspace, phase, task, job, chunks):
+    workspace[PHASES + 3 * phase] = task
+    workspace[PHASES + 3 * phase + 1] = workspace.ctypes.data + 8 * job
+    workspace[PHASES + 3 * phase + 2] = chunks
+
+
+@entry()
+def prepare_experts(
+    workspace,
+    shape,
+    tasks,
+    element,
+    bundles,
+    offsets,
+    tokens,
+    x_address,
+    x_row_bytes,
+    x_rows,
+    rows,
+    out_address,
+    out_row_bytes,
+    out_rows,
+    up,
+    down,
+    activation,
+    threads,
+):
+    """Fill the workspace for the projections asked for; returns what was wrong (expert_mlp_jobs.FINE if nothing).
+
+    The phases are quantisation of x, then each projection. Arguments as for `expert_mlp_jobs.prepare`, but
+    workspace: `expert_words`; shape: int64 [SHAPE_FIELDS] of this module; tasks: addresses of quantisation and of the
+    format's task; element: number of x's type.
+    """
+    pairs, experts = len(tokens), len(bundles)
+    base = workspace.ctypes.data
+    active = fill_experts(workspace[_TABLES : _TABLES + 3 * experts], bundles, offsets, pairs)
+    if active < 0:
+        return BAD_OFFSETS
+    matrices = shape[MATRICES]
+    x_columns = shape[HIDDEN] if up else shape[INTERMEDIATE]
+    row_nbytes = blocks_of(x_columns) * block_nbytes(shape[KIND])
+    hidden_nbytes = blocks_of(shape[INTERMEDIATE]) * block_nbytes(shape[KIND])
+    sums_nbytes = 4 * shape[INTERMEDIATE] * (matrices + 1)
+    activations = base + 8 * _table_words(experts, pairs)
+    hidden = activations + x_rows * row_nbytes
+    sums = hidden + pairs * hidden_nbytes
+    table = _TABLES + 3 * experts
+    if not fill_rows(workspace[table : table + pairs], activations, row_nbytes, tokens, x_rows):
+        return BAD_TOKEN
+    if not fill_rows(workspace[table + pairs : table + 2 * pairs], out_address, out_row_bytes, rows, out_rows):
+        return BAD_ROW
+    inputs = base + 8 * table
+    outputs, between, sum_rows = inputs + 8 * pairs, inputs + 16 * pairs, inputs + 24 * pairs
+    quantise = workspace[_QUANTISE_JOB : _QUANTISE_JOB + quantisation.JOB_FIELDS]
+    chunks = fill_quantisation(quantise, shape[KIND], element, x_address, x_row_bytes, x_rows, x_columns, activations)
+    _fill_phase(workspace, 0, tasks[0], _QUANTISE_JOB, chunks)
+    phase = 1
+    if up:
+        job = workspace[_UP_JOB : _UP_JOB + kernel.JOB_FIELDS]
+        _fill_matrix_job(
+            job, base + 8 * _TABLES, shape[INTERMEDIATE], shape[HIDDEN], matrices, inputs, outputs, outputs, kernel.SUMS
+        )
+        job[kernel.CODES], job[kernel.CODES_STRIDE] = shape[UP_CODES], shape[UP_CODES_STRIDE]
+        job[kernel.SCALES], job[kernel.SCALES_STRIDE] = shape[UP_SCALES], shape[UP_SCALES_STRIDE]
+        job[kernel.BIAS], job[kernel.BIAS_STRIDE] = shape[UP_BIAS], 4 * shape[INTERMEDIATE]
+        if down:
+            job[kernel.OUTPUT] = kernel.HIDDEN
+            job[kernel.ACTIVATION] = activation
+            job[kernel.SUM_ROWS], job[kernel.OUTPUT_ROWS] = sum_rows, between
+            fill_consecutive(workspace[table + 2 * pairs : table + 3 * pairs], hidden, hidden_nbytes)
+            fill_consecutive(workspace[table + 3 * pairs : table + 4 * pairs], sums, sums_nbytes)
+        tile_nbytes = matrices * blocks_of(shape[HIDDEN]) * shape[CODES_NBYTES]
+        chunks = split_tiles(job, active, tile_nbytes, kernel.TILES_PER_BLOCK, threads)
+        _fill_phase(workspace, phase, tasks[1], _UP_JOB, chunks)
+        phase += 1
+    if down:
+        job = workspace[_DOWN_JOB : _DOWN_JOB + kernel.JOB_FIELDS]
+        down_inputs = between if up else inputs
+        _fill_matrix_job(
+            job, base + 8 * _TABLES, shape[HIDDEN], shape[INTERMEDIATE], 1, down_inputs, outputs, outputs, kernel.SUMS
+        )
+        job[kernel.CODES], job[kernel.SCALES], job[kernel.BIAS] = (
+            shape[DOWN_CODES],
+            shape[DOWN_SCALES],
+            shape[DOWN_BIAS],
+        )
+        tile_nbytes = blocks_of(shape[INTERMEDIATE]) * shape[CODES_NBYTES]
+        chunks = split_tiles(job, active, tile_nbytes, 1, threads)
+        _fill_phase(workspace, phase, tasks[1], _DOWN_JOB, chunks)
+    return FINE

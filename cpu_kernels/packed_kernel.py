@@ -25,7 +25,7 @@ from cpu_kernels.packed_tiles import (
     prefetch_codes,
     scales_nbytes,
 )
-from cpu_kernels.simd import Elements, element_pointer, float32_pointer, float32_to_element, int64_pointer
+from cpu_kernels.simd import element_pointer, float32_pointer, float32_to_element, int64_pointer
 from formats.packed import BLOCK_ROWS, COLUMN_BLOCK, TILE_ROWS
 
 # Fields of a job. Tables of rows hold an int64 address for every pair.

@@ -74,7 +74,9 @@ def packed_linear(
     bias: torch.Tensor | None = None,
     pool: Pool | None = None,
 ) -> None:
-    """out = round(q(x) W^T + bias): q rounds to int8 in groups of 64 columns, for fp8_e4m3 not at all; sums are fp32.
+    """Compute out = round(q(x) W^T + bias).
+
+    q rounds to int8 in groups of 64 columns (`activation_quantisation_kernel`), for fp8_e4m3 not at all. Sums are fp32.
 
     The bits of a token's row depend neither on the number of threads, nor on the ISA, nor on the other tokens. Where
     x is not finite in a group of 64 columns, the token's row is NaN.

@@ -12,8 +12,8 @@ so every ISA and every number of tokens gives the same bits. How a block of acti
     acc[n, t] = fma(sum over the 64 columns in ascending order by fma, weight_scale, acc[n, t]).
 
 `madd_bytes` (AVX2, 4 bits) adds pairs of products in 16 bits: VPMADDUBSW of codes to `largest` with activations to 127
-gives at most 254 `largest`, of which 8 (int4, 15) or 5 (mxfp4, 24) can be added before they are widened. With 8-bit codes
-it would saturate, so `madd_words` widens codes to 16 bits instead.
+gives at most 254 `largest`, of which 8 (int4, 15) or 5 (mxfp4, 24) can be added before they are widened. With 8-bit
+codes it would saturate, so `madd_words` widens codes to 16 bits instead.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def _sums_by_madd_words(builder: Any, code: PackedCode, codes: Any, inputs: Sequ
 
 
 def integer_sums(builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], steps: range) -> list[Any]:
-    """For each token the sums of code * x_code over some steps of a block, <16 x i32>, not yet corrected by the offset."""
+    """For each token the sums of code * x_code over some steps of a block, <16 x i32>, the offset not yet corrected."""
     if code.isa != "avx2":
         return _sums_by_bytes(builder, code, codes, inputs, steps)
     if code.packed.bits == 4:

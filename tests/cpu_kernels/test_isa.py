@@ -24,7 +24,7 @@ def test_the_environment_and_the_argument_force_an_isa(monkeypatch: pytest.Monke
 def test_unknown_and_missing_isas_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isa, "cpu_features", lambda: frozenset({"avx512f"}))
     monkeypatch.setenv(isa.ISA_VARIABLE, "sse9")
-    with pytest.raises(ValueError, match="OFFLOAD_CPU_ISA='sse9' is unknown; choose one of generic, avx512_bf16"):
+    with pytest.raises(ValueError, match="OFFLOAD_CPU_ISA='sse9' is unknown; choose one of generic, neon_dot, avx2, "):
         isa.choose_isa()
     monkeypatch.setenv(isa.ISA_VARIABLE, "avx512_bf16")
     with pytest.raises(ValueError, match="lacks avx512bf16, avx512bw"):
@@ -42,3 +42,35 @@ def test_fp16_is_refused_where_it_cannot_be_converted(monkeypatch: pytest.Monkey
     monkeypatch.setattr(isa.platform, "machine", lambda: "x86_64")
     with pytest.raises(ValueError, match="lacks f16c"):
         isa.isa_of_format("fp16")
+
+
+X86 = {"avx2": {"avx2"}, "avx512_vnni": {"avx2", "avx512f", "avx512bw", "avx512vl", "avx512vnni"}}
+X86["avx512_bf16"] = X86["avx512_vnni"] | {"avx512bf16"}
+
+
+@pytest.mark.parametrize(
+    ("features", "forced", "bf16", "int4"),
+    [
+        (set(), None, "generic", "generic"),
+        ({"neon", "dotprod"}, None, "generic", "neon_dot"),
+        ({"avx2"}, None, "generic", "avx2"),
+        ({"avx2", "avxvnni"}, None, "generic", "avx2_vnni"),
+        ({"avx512f", "avx512bw", "avx512vnni", "avx2", "avx512vl"}, None, "generic", "avx512_vnni"),
+        (X86["avx512_bf16"], None, "avx512_bf16", "avx512_vnni"),
+        (X86["avx512_bf16"], "avx512_vnni", "generic", "avx512_vnni"),
+        (X86["avx512_bf16"], "avx2_vnni", "generic", "avx2_vnni"),
+        (X86["avx512_bf16"], "avx2", "generic", "avx2"),
+        (X86["avx512_bf16"], "generic", "generic", "generic"),
+        ({"avx512f", "avx512bw", "avx512bf16"}, None, "avx512_bf16", "generic"),
+    ],
+)
+def test_each_operation_takes_the_best_up_to_the_level(
+    monkeypatch: pytest.MonkeyPatch, features: set[str], forced: str | None, bf16: str, int4: str
+) -> None:
+    monkeypatch.setattr(isa, "cpu_features", lambda: frozenset(features))
+    monkeypatch.delenv(isa.ISA_VARIABLE, raising=False)
+    if forced:
+        monkeypatch.setenv(isa.ISA_VARIABLE, forced)
+    assert isa.isa_of_format("bf16") == bf16
+    assert isa.isa_of_format("int4") == int4
+    assert isa.isa_of_format("fp8_e4m3") == "generic"
