@@ -52,7 +52,7 @@ class QualityScale:
     settings: tuple[str, ...] = tuple(SETTINGS)
 
 
-FULL = QualityScale(windows=184)
+FULL = QualityScale(windows=48)
 QUICK = QualityScale(windows=8, settings=("bf16", "int8", "int4"))
 
 

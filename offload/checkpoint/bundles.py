@@ -53,7 +53,8 @@ class CheckpointBundleSource:
         Raises:
             InvalidArgumentError: the format is unknown or does not hold `dtype`.
         """
-        if format not in PACKED_FORMATS and _FORMAT_DTYPES.get(format) is not dtype:
+        holds = dtype in _FORMAT_DTYPES.values() if format in PACKED_FORMATS else _FORMAT_DTYPES.get(format) is dtype
+        if not holds:
             raise InvalidArgumentError(
                 f"bundles of format {format!r} from weights in {dtype}: expected one of "
                 f"{', '.join(f'{known} for {held}' for known, held in _FORMAT_DTYPES.items())}, or for any "
