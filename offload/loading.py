@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from offload.errors import InvalidArgumentError
@@ -33,6 +33,7 @@ def load(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     quant: str | Mapping[str, str | None] | None = None,
+    fused: bool | Iterable[str] = True,
     progress: bool | None = None,
 ) -> PreTrainedModel:
     """A transformers model whose experts lie on disk and, as far as the budget goes, in RAM.
@@ -57,6 +58,8 @@ def load(
         attn_implementation: transformers' name of one; None for its own choice.
         quant: packed formats: "int8", "int4", "mxfp4" or "fp8_e4m3" for the whole model, or some of {"experts": ...,
             "dense": ..., "lm_head": ...}. "int4" and "mxfp4" alone keep the output layer in int8. None rounds nothing.
+        fused: which chains of small operations kernels compute in one: some of "attention", "kv_cache", "linear",
+            "rms_norm", "rotary", or all, or none. Equal up to rounding; `stats().fused` says how often each applies.
         progress: show bars; None where stderr is a terminal and HF_HUB_DISABLE_PROGRESS_BARS is not set.
 
     Raises:
@@ -65,7 +68,7 @@ def load(
     """
     request = make_request(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
-        quant=quant,
+        fused=fused, quant=quant,
     )  # fmt: skip
     prepared = _prepare(
         model, request, checkpoint, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
@@ -73,7 +76,7 @@ def load(
     )  # fmt: skip
     from offload.assembly import assemble
 
-    return assemble(prepared, request.store_root, progress_bar(progress))
+    return assemble(prepared, request.store_root, progress_bar(progress), request.fused)
 
 
 def plan(

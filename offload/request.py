@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from profiler.memory import available_ram_nbytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
 PREFILL_CHUNK_TOKENS = 1024
+
+FUSED_KINDS = ("attention", "kv_cache", "linear", "rms_norm", "rotary")
+"""What `offload.hf.fused` computes with kernels of its own."""
 
 _RAM_KEPT_FREE = 0.1
 
@@ -28,6 +31,7 @@ class Request:
         context_tokens: longest sequence, None for the default.
         batch: sequences at once.
         prefill_chunk_tokens: see `Workload`.
+        fused: names of FUSED_KINDS.
         quantisation: packed formats.
     """
 
@@ -36,6 +40,7 @@ class Request:
     context_tokens: int | None
     batch: int
     prefill_chunk_tokens: int
+    fused: frozenset[str]
     quantisation: Quantisation
 
 
@@ -47,6 +52,7 @@ def make_request(
     batch: int,
     prefill_chunk: int,
     max_memory: Mapping[str | int, int | str] | None,
+    fused: bool | Iterable[str] = True,
     quant: str | Mapping[str, str | None] | None = None,
 ) -> Request:
     """Check and resolve a user's arguments.
@@ -58,6 +64,7 @@ def make_request(
         batch: sequences.
         prefill_chunk: tokens.
         max_memory: accelerate's spelling: {"cpu": size}.
+        fused: names of FUSED_KINDS, True for all and False for none.
         quant: see `make_quantisation`.
 
     Raises:
@@ -73,7 +80,9 @@ def make_request(
         _check_count("context", context)
     _check_count("batch", batch)
     _check_count("prefill_chunk", prefill_chunk)
-    return Request(ram_nbytes, store_root(nvme), context, batch, prefill_chunk, make_quantisation(quant))
+    return Request(
+        ram_nbytes, store_root(nvme), context, batch, prefill_chunk, _fused_kinds(fused), make_quantisation(quant)
+    )
 
 
 def store_root(nvme: str | os.PathLike[str] | None) -> Path:
@@ -101,6 +110,15 @@ def store_root(nvme: str | os.PathLike[str] | None) -> Path:
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise InvalidArgumentError(f"{name}={value!r}: expected a positive whole number")
+
+
+def _fused_kinds(fused: object) -> frozenset[str]:
+    if isinstance(fused, bool):
+        return frozenset(FUSED_KINDS if fused else ())
+    named = list(fused) if isinstance(fused, Iterable) and not isinstance(fused, str) else None
+    if named is None or not all(name in FUSED_KINDS for name in named):
+        raise InvalidArgumentError(f"fused={fused!r}: expected True, False or some of {', '.join(FUSED_KINDS)}")
+    return frozenset(named)
 
 
 def _from_max_memory(max_memory: object, ram: int | str | None) -> int:

@@ -62,6 +62,7 @@ class Runtime:
         engine = ReadEngine(reader, threads=plan.reader_threads, chunk_nbytes=plan.read_chunk_nbytes)
         arena = Arena(device, plan.slot_nbytes, plan.ram_slots)
         self.tier = ExpertTier(arena, policy, engine, self._locate, self._bundle_nbytes)
+        self.fused: dict[str, int] = {}
         self.closed = False
         self._released = False
         self._lock = threading.RLock()
@@ -208,6 +209,7 @@ class Runtime:
             decode_s=passes.decode_s,
             slots=self.tier.table.usable_slots,
             slots_planned=self.plan.ram_slots,
+            fused=dict(self.fused),
         )
 
     def check(self) -> None:

@@ -27,6 +27,7 @@ class Statistics:
         decode_s: seconds of these passes.
         slots: expert slots in use now.
         slots_planned: expert slots of the plan.
+        fused: modules that a kernel computes, by kind; a kind that is switched off is not there.
     """
 
     hits: int
@@ -44,6 +45,7 @@ class Statistics:
     decode_s: float
     slots: int
     slots_planned: int
+    fused: dict[str, int]
 
     @property
     def hit_rate(self) -> float:
@@ -61,7 +63,7 @@ class Statistics:
         """Prefill speed; 0 where nothing was prefilled."""
         return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
 
-    def as_dict(self) -> dict[str, int | float | bool]:
+    def as_dict(self) -> dict[str, int | float | bool | dict[str, int]]:
         """All figures, the derived ones too."""
         return {
             **asdict(self),

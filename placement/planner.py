@@ -25,6 +25,8 @@ _PAIR_BUFFER_NBYTES = 16 << 20
 _PAIR_BUFFER_COPIES = 2
 """The MoE step keeps at most so many bytes of expert outputs, and once more while it weights and sums them."""
 
+_KV_ROOM_TOKENS = 64
+"""A cache that grows in place has room for a multiple of so many tokens."""
 
 _STORE_RECORD_NBYTES = 512
 _STORE_SLACK_NBYTES = 2 << 20
@@ -47,8 +49,9 @@ def kv_nbytes(spec: ModelSpec, batch: int, tokens: int) -> int:
     """Bytes of the cache of `batch` sequences of `tokens` tokens, at its peak.
 
     DynamicCache concatenates, and attention may repeat keys and values for every query head: for a moment one layer
-    has both.
+    has both. A cache that grows in place has room for some tokens more.
     """
+    tokens = -(-tokens // _KV_ROOM_TOKENS) * _KV_ROOM_TOKENS
     cached = batch * (tokens * spec.kv_nbytes_per_token + spec.kv_fixed_nbytes)
     return cached + cached // max(spec.layer_count, 1) + batch * tokens * spec.attention_nbytes_per_token
 

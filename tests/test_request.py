@@ -9,10 +9,10 @@ import pytest
 
 from offload import request
 from offload.errors import InvalidArgumentError
-from offload.request import Request, make_request, store_root
+from offload.request import FUSED_KINDS, make_request, store_root
 
 
-def make(**changed: Any) -> Request:
+def make(**changed: Any) -> request.Request:
     arguments: dict[str, Any] = {
         "ram": "1GiB", "nvme": "/somewhere", "context": None, "batch": 1, "prefill_chunk": 1024, "max_memory": None,
     }  # fmt: skip
@@ -21,7 +21,21 @@ def make(**changed: Any) -> Request:
 
 def test_a_request_is_resolved() -> None:
     made = make(ram="2GB", nvme=Path("/disk/x"), context=77, batch=3, prefill_chunk=5)
-    assert made == Request(2 * 10**9, Path("/disk/x"), 77, 3, 5)
+    found = (made.ram_nbytes, made.store_root, made.context_tokens, made.batch, made.prefill_chunk_tokens)
+    assert found == (2 * 10**9, Path("/disk/x"), 77, 3, 5)
+    assert made.fused == set(FUSED_KINDS)
+
+
+def test_kinds_are_switched_by_name() -> None:
+    assert make(fused=True).fused == set(FUSED_KINDS)
+    assert make(fused=False).fused == make(fused=()).fused == frozenset()
+    assert make(fused=["linear", "rotary"]).fused == {"linear", "rotary"}
+
+
+@pytest.mark.parametrize("fused", ["linear", ["linear", "other"], None, 1, [["linear"]], {"": 1}])
+def test_other_kinds_are_refused(fused: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"fused=.*expected True, False or some of attention, kv_cache"):
+        make(fused=fused)
 
 
 def test_without_ram_a_tenth_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 import numpy as np
 import torch
 
+from cpu_kernels.weighted_sum import weighted_sum
+from offload.devices.host_threads import kernel_pool
 from offload.moe.routing import Ints, Routing
 
 PAIR_BUFFER_NBYTES = 16 << 20
@@ -57,10 +59,8 @@ class PairAccumulator(Accumulator):
         """Nothing to do: each pair has a row of its own."""
 
     def result(self) -> torch.Tensor:
-        """One small matrix product per token."""
-        # Without tokens, -1 in a view could mean any length.
-        outputs = self._outputs.view(*self._routing.weights.shape, self._outputs.shape[1])
-        return torch.bmm(self._routing.weights[:, None, :], outputs)[:, 0]
+        """Summed over k in its order."""
+        return weighted_sum(self._outputs, self._routing.weights, kernel_pool())
 
 
 class OrderedAccumulator(Accumulator):

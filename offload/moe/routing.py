@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cpu_kernels import routing_kernel as kernel
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -59,18 +61,15 @@ def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_count: 
     """
     top_k = top_k_index.shape[-1]
     ids = top_k_index.reshape(-1).numpy(force=True).astype(np.int64, copy=False)
-    weights = top_k_weights.detach().reshape(-1, top_k).to(torch.float32).contiguous()
-    flat_weights = weights.reshape(-1).numpy(force=True)
-    order = np.argsort(ids, kind="stable")
-    dropped = (flat_weights == 0) | (ids >= expert_count) | (ids < 0)
-    dropped_rows = np.flatnonzero(dropped)
-    if dropped_rows.size:
-        order = order[~dropped[order]]
-        weights = weights.masked_fill(torch.from_numpy(dropped).view(-1, top_k), 0.0)
-    sorted_ids = ids[order]
-    changes = np.empty(sorted_ids.size, dtype=np.bool_)
-    changes[:1] = True
-    np.not_equal(sorted_ids[1:], sorted_ids[:-1], out=changes[1:])
-    starts = np.flatnonzero(changes)
-    offsets = np.append(starts, sorted_ids.size)
-    return Routing(sorted_ids[starts].tolist(), offsets, order, order // top_k, weights, dropped_rows)
+    # A copy: weights of dropped pairs are cleared.
+    weights = top_k_weights.detach().reshape(-1, top_k).to("cpu", torch.float32, copy=True).contiguous()
+    table = np.empty((kernel.TABLE_ROWS, len(ids) + 1), dtype=np.int64)
+    experts, pairs, dropped = kernel.group_pairs(ids, weights.view(-1).numpy(), expert_count, top_k, table)
+    return Routing(
+        table[kernel.EXPERTS, :experts].tolist(),
+        table[kernel.OFFSETS, : experts + 1],
+        table[kernel.ROWS, :pairs],
+        table[kernel.TOKENS, :pairs],
+        weights,
+        table[kernel.DROPPED, :dropped],
+    )

@@ -1,0 +1,38 @@
+"""Kernels in place of chains of small tensor operations, by kind; each kind can be switched off by its name.
+
+A kind replaces what it recognises by its behaviour, in any family, and leaves the rest as it is. At run time what a
+kernel does not take (many tokens, gradients, masks, other layouts) goes the way that it would go without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from transformers import PreTrainedModel
+
+from offload.hf.fused.attention import fuse_attention
+from offload.hf.fused.kv_cache import fuse_kv_cache
+from offload.hf.fused.linear import fuse_linears
+from offload.hf.fused.rms_norm import fuse_rms_norms
+from offload.hf.fused.rotary import fuse_rotary
+
+_FUSE: dict[str, Callable[[PreTrainedModel], int]] = {
+    "linear": fuse_linears,
+    "rms_norm": fuse_rms_norms,
+    "rotary": fuse_rotary,
+    "attention": fuse_attention,
+    "kv_cache": fuse_kv_cache,
+}
+
+
+def fuse(model: PreTrainedModel, kinds: Iterable[str]) -> dict[str, int]:
+    """Let the kernels of some kinds compute what they recognise in a model; parameters keep their names and places.
+
+    Args:
+        model: with its weights.
+        kinds: names of `offload.request.FUSED_KINDS`.
+
+    Returns:
+        How many modules each kind computes; for the cache, how many models.
+    """
+    return {kind: _FUSE[kind](model) for kind in sorted(kinds)}

@@ -1,0 +1,94 @@
+"""A growing layer holds what `DynamicLayer` holds, whatever is done with it, and never writes over another's past."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from offload.hf.fused.kv_cache import ROOM_TOKENS, GrowingLayer
+
+
+def _states(tokens: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    # As projections give them: not contiguous.
+    return torch.randn(batch, tokens, 3, 4).transpose(1, 2), torch.randn(batch, tokens, 3, 5).transpose(1, 2)
+
+
+OPERATIONS = ["one", "one", "one", "many", "crop", "reorder", "select", "repeat", "reset"]
+
+
+def _apply(layer: DynamicLayer, operation: str, batch: int, removed: int) -> None:
+    if operation == "crop":
+        layer.crop(-removed)
+    elif operation == "reorder":
+        layer.reorder_cache(torch.arange(batch - 1, -1, -1))
+    elif operation == "select":
+        layer.batch_select_indices(torch.arange(max(1, batch - 1)))
+    elif operation == "repeat" and batch < 4:
+        layer.batch_repeat_interleave(2)
+    elif operation == "reset":
+        layer.reset()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_equals_concatenation_under_random_operations(seed: int) -> None:
+    torch.manual_seed(seed)
+    generator = random.Random(seed)
+    plain, growing = DynamicLayer(), GrowingLayer()
+    for _ in range(120):
+        operation = generator.choice(OPERATIONS)
+        tokens = plain.get_seq_length()
+        batch = plain.keys.shape[0] if tokens else 2
+        if operation in ("one", "many"):
+            states = _states(1 if operation == "one" else generator.randint(2, 90), batch)
+            for found, expected in zip(growing.update(*states), plain.update(*states), strict=True):
+                assert torch.equal(found, expected)
+        elif tokens:
+            for layer in (plain, growing):
+                _apply(layer, operation, batch, min(3, tokens - 1))
+        assert growing.get_seq_length() == plain.get_seq_length()
+
+
+def test_a_token_is_written_in_place() -> None:
+    layer = GrowingLayer()
+    layer.update(*_states(5))
+    before = layer.keys.data_ptr()
+    for _ in range(ROOM_TOKENS - 5):
+        layer.update(*_states(1))
+    assert layer.keys.data_ptr() == before
+    layer.update(*_states(1))
+    assert layer.keys.data_ptr() != before
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_go_their_own_ways(copied: object) -> None:
+    first = GrowingLayer()
+    first.update(*_states(5))
+    second = copied(first)  # type: ignore[operator]
+    ones, twos = (torch.full((2, 3, 1, 4), value) for value in (1.0, 2.0))
+    values = torch.zeros(2, 3, 1, 5)
+    first.update(ones, values)
+    second.update(twos, values)
+    assert (first.keys[:, :, -1] == 1).all() and (second.keys[:, :, -1] == 2).all()
+
+
+def test_a_state_that_is_put_back_is_not_written_over() -> None:
+    layer = GrowingLayer()
+    layer.update(*_states(5))
+    kept = layer.keys, layer.values
+    layer.update(*_states(3))
+    longer = layer.keys.clone(), layer.keys
+    layer.keys, layer.values = kept
+    layer.update(*_states(2))
+    assert torch.equal(longer[1], longer[0])
+
+
+def test_gradients_go_the_way_of_the_original() -> None:
+    layer = GrowingLayer()
+    keys, values = _states(2)
+    layer.update(keys.requires_grad_(), values)
+    layer.update(keys, values)[0].sum().backward()
+    assert keys.grad is not None and (keys.grad == 2).all()
