@@ -15,11 +15,11 @@ from rich.console import Console
 if TYPE_CHECKING:
     from benchmarks.harness import Report
 
-NAMES = ("disk", "decode", "load", "step", "memory", "formats", "quality", "kernels")
+NAMES = ("disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp")
 
 
 def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
-    from benchmarks import checkpoints, decode, disk, formats, kernels, load, memory, quality, step
+    from benchmarks import checkpoints, decode, disk, formats, kernels, llama_cpp, load, memory, quality, step
 
     shape = checkpoints.QUICK if quick else checkpoints.FULL
     return {
@@ -31,6 +31,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "formats": lambda work: formats.run(formats.QUICK if quick else formats.FULL),
         "quality": lambda work: quality.run(work, quality.QUICK if quick else quality.FULL),
         "kernels": lambda work: kernels.run(kernels.QUICK if quick else kernels.FULL),
+        "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
     }
 
 

@@ -16,6 +16,7 @@ from functools import cache
 
 import numpy as np
 
+from cpu_kernels.activation_quantisation_simd import ROUND, largest_bits, store_bytes, store_words
 from cpu_kernels.jit import carray, inner, task_address
 from cpu_kernels.packed_simd import BLOCK_NBYTES, CODE_NBYTES, source_stamp
 from cpu_kernels.packed_tiles import bits_of_float32, int8_pointer, int16_pointer, int32_pointer
@@ -56,8 +57,7 @@ _INFINITY_BITS = np.int32(0x7F800000)
 _MAGNITUDE_BITS = np.int32(0x7FFFFFFF)
 _LARGEST_CODE = np.float32(127)
 _SMALLEST_SCALE = np.float32(2.0**-126)
-# Added to a number below 2**22 and taken away again, it rounds to the nearest integer, ties to even.
-_ROUND = np.float32(1.5 * 2**23)
+_ROUND = np.float32(ROUND)
 _NAN_BITS = np.int32(0x7FC00000)
 
 
@@ -83,9 +83,12 @@ def quantise_block(kind, elements, x_address, count, block_address):
             copy[i] = np.float32(0)
         return
     largest = np.int32(0)
-    for i in range(count):
-        bits = bits_of_float32(element_to_float32(elements, x[i])) & _MAGNITUDE_BITS
-        largest = bits if bits > largest else largest
+    if count == COLUMN_BLOCK:
+        largest = largest_bits(elements, x_address)
+    else:
+        for i in range(count):
+            bits = bits_of_float32(element_to_float32(elements, x[i])) & _MAGNITUDE_BITS
+            largest = bits if bits > largest else largest
     finite = largest < _INFINITY_BITS
     scale = float32_from_bits(np.int32(largest)) / _LARGEST_CODE
     inverse = np.float32(1) / scale if finite and scale >= _SMALLEST_SCALE else np.float32(0)
@@ -101,6 +104,12 @@ def quantise_block(kind, elements, x_address, count, block_address):
         sums[1] = 0
         if not finite or inverse == np.float32(0):
             return
+    if count == COLUMN_BLOCK:
+        if kind == _BYTES:
+            store_bytes(elements, x_address, inverse, block_address, tail + 4)
+        else:
+            store_words(elements, x_address, inverse, block_address, tail + 4)
+        return
     for half in range(2):
         first = 32 * half
         end = min(count, first + 32)

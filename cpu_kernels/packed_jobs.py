@@ -20,7 +20,7 @@ from cpu_kernels.launch import launch
 from formats.packed import COLUMN_BLOCK, TILE_ROWS
 
 # A chunk should be long against the claim of it (0.1 us) and short against a phase.
-_CHUNK_BYTES = 256 << 10
+_CHUNK_BYTES = 128 << 10
 _CHUNKS_PER_THREAD = 8
 # Below this, starting a region of threads takes longer than what a second thread saves.
 _ONE_THREAD_BYTES = 64 << 10
