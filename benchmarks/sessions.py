@@ -27,6 +27,7 @@ class ModelOptions:
         ram: budget in bytes; transformers alone has none.
         store: directory of the expert store for ours, of the offloaded weights for accelerate.
         context: longest sequence in tokens.
+        quant: packed format of ours.
     """
 
     kind: Kind
@@ -34,6 +35,7 @@ class ModelOptions:
     ram: int = 0
     store: str = ""
     context: int = 1024
+    quant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,12 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
         import offload
 
         ours: PreTrainedModel = offload.load(
-            options.checkpoint, ram=options.ram, nvme=options.store, context=options.context, progress=False
+            options.checkpoint,
+            ram=options.ram,
+            nvme=options.store,
+            context=options.context,
+            quant=options.quant,
+            progress=False,
         )
         return ours
     placed: dict[str, Any] = {}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from cpu_kernels.linear import MOST_TOKENS, linear
+from cpu_kernels.wide_linear import linear_many, multiplies_natively
 from offload.devices.host_threads import kernel_pool
 from offload.hf.dtypes import FORMAT_OF_DTYPE
 from offload.hf.fused.conditions import is_plain, is_weight
@@ -40,13 +41,12 @@ def _with_kernel(forward: Any) -> Callable[..., Any] | None:
 
 
 class _Functional:
-    """`torch.nn.functional` for one forward, its `linear` computed by the kernel where that takes it."""
+    """`torch.nn.functional` for one forward, its `linear` computed by a kernel where one takes it."""
 
     @staticmethod
     def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if _is_taken(weight, input) and (bias is None or is_weight(bias, input)):
-            return linear(input, weight, bias, kernel_pool())
-        return F.linear(input, weight, bias)
+        found = _computed(input, weight, bias)
+        return F.linear(input, weight, bias) if found is None else found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(F, name)
@@ -54,16 +54,14 @@ class _Functional:
 
 def _forward(self: Fused, input: torch.Tensor) -> torch.Tensor:
     parameters = self._parameters
-    weight = parameters.get("weight")
-    if _is_taken(weight, input):
-        return linear(input, weight, parameters["bias"], kernel_pool())
-    return self.plain.forward(self, input)  # type: ignore[no-any-return]
+    found = _computed(input, parameters.get("weight"), parameters["bias"])
+    return self.plain.forward(self, input) if found is None else found
 
 
-def _is_taken(weight: torch.Tensor | None, input: torch.Tensor) -> TypeGuard[torch.Tensor]:
-    return (
-        is_plain(input)
-        and is_weight(weight, input)
-        and input.numel() <= MOST_TOKENS * input.shape[-1]
-        and input.is_contiguous()
-    )
+def _computed(input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The layer's output, None where torch should compute it."""
+    if not is_plain(input) or not is_weight(weight, input) or (bias is not None and not is_weight(bias, input)):
+        return None
+    if input.numel() <= MOST_TOKENS * input.shape[-1] and input.is_contiguous():
+        return linear(input, weight, bias, kernel_pool())
+    return None if multiplies_natively(input.dtype) else linear_many(input, weight, bias)
