@@ -44,7 +44,7 @@ class KernelScale:
         many_tokens: numbers of tokens at which arithmetic counts.
         shapes: (rows, columns) of linear layers.
         expert: (hidden, intermediate).
-        experts: how many a call of the expert kernel has.
+        experts: how many a call of the expert kernel has; 0: it is not measured.
         flops: work of one turn at many tokens.
         rounds: repeats.
     """
@@ -59,7 +59,7 @@ class KernelScale:
     rounds: int
 
 
-FULL = KernelScale(1100 << 20, (1, 2, 4, 8), (32, 64, 128, 512), ((1536, 2048), (2048, 768)), (2048, 768), 8, 2e10, 5)
+FULL = KernelScale(1100 << 20, (1, 2, 4, 8), (32, 64, 128, 512), ((1536, 2048), (2048, 768)), (2048, 768), 8, 1e10, 3)
 QUICK = KernelScale(1 << 20, (1, 2), (8,), ((64, 128),), (128, 64), 2, 1e6, 2)
 
 
@@ -96,10 +96,11 @@ def run(scale: KernelScale) -> Report:
             _measure(
                 report, f"Linear, N={rows} K={columns}", partial(_linears, rows, columns, pool, scale), stream, scale, 1
             )
-        say("experts")
-        hidden, intermediate = scale.expert
-        title = f"{scale.experts} experts, hidden {hidden}, intermediate {intermediate}, tokens each"
-        _measure(report, title, partial(_experts, pool, scale), stream, scale, scale.experts)
+        if scale.experts:
+            say("experts")
+            hidden, intermediate = scale.expert
+            title = f"{scale.experts} experts, hidden {hidden}, intermediate {intermediate}, tokens each"
+            _measure(report, title, partial(_experts, pool, scale), stream, scale, scale.experts)
     names = ", ".join(f"{name} {isa_of_format(name)}" for name in ("bf16", *PACKED))
     report.notes.append(f"Instructions: {names}. Threads: {pool.threads}.")
     report.notes.append(
