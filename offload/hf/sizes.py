@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from offload.errors import UnsupportedModelError
 from offload.hf.experts_interface import Step, attach_step, detach_step, experts_modules
+from offload.hf.layer_kinds import alike_layers, one_of_each_kind
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
     """Run the skeleton on the meta device for two lengths and read what its cache holds.
 
     Works for every family alike: grouped heads, latents, sliding windows (counted as if they grew), linear
-    attention. The skeleton's experts must dispatch to the offload implementation.
+    attention. The skeleton's experts must dispatch to the offload implementation. Of layers that are alike one runs:
+    an operation on meta takes longer than many on weights.
 
     Raises:
         UnsupportedModelError: the model cannot run on meta.
@@ -42,8 +44,9 @@ def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
     for name, module in experts_modules(skeleton):
         attach_step(module, _recording_step(name, top_k))
     lengths = (2, 3)
+    alike = alike_layers(skeleton)
     try:
-        nbytes = [_cache_nbytes(skeleton, length) for length in lengths]
+        nbytes = [_cache_nbytes(skeleton, length, alike) for length in lengths]
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
             f"{type(skeleton).__name__} cannot be measured without weights ({type(error).__name__}: {error})"
@@ -51,6 +54,9 @@ def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
     finally:
         for _, module in experts_modules(skeleton):
             detach_step(module)
+    for first, names in alike.items():
+        found = {path.removeprefix(first): count for path, count in top_k.items() if path.startswith(f"{first}.")}
+        top_k |= {name + rest: count for name in names for rest, count in found.items()}
     per_token = nbytes[1] - nbytes[0]
     return RunSizes(per_token, nbytes[0] - lengths[0] * per_token, top_k)
 
@@ -63,13 +69,21 @@ def _recording_step(name: str, top_k: dict[str, int]) -> Step:
     return step
 
 
-def _cache_nbytes(skeleton: PreTrainedModel, tokens: int) -> int:
+def _cache_nbytes(skeleton: PreTrainedModel, tokens: int, alike: dict[str, list[str]]) -> int:
     cache = DynamicCache(config=skeleton.config)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     # A default device that the user set would decide where meta kernels make their results.
-    with torch.no_grad(), torch.device("meta"):
+    with torch.no_grad(), torch.device("meta"), one_of_each_kind(skeleton, alike):
         skeleton(input_ids=ids, past_key_values=cache, use_cache=True)
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
+    # How many layers each one that ran stands for; those that did not run may hold something all the same.
+    copies: dict[int, int] = {}
+    for first, names in alike.items():
+        copies |= {int(name.rpartition(".")[2]): len(names) if name == first else 0 for name in names}
+    return sum(
+        copies.get(index, 1) * t.numel() * t.element_size()
+        for index, layer in enumerate(cache.layers)
+        for t in _tensors(vars(layer))
+    )
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
