@@ -15,11 +15,11 @@ from rich.console import Console
 if TYPE_CHECKING:
     from benchmarks.harness import Report
 
-NAMES = ("disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp")
+NAMES = ("disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead")
 
 
 def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
-    from benchmarks import checkpoints, decode, disk, formats, kernels, llama_cpp, load, memory, quality, step
+    from benchmarks import checkpoints, decode, disk, formats, kernels, llama_cpp, load, memory, overhead, quality, step
 
     shape = checkpoints.QUICK if quick else checkpoints.FULL
     return {
@@ -31,6 +31,9 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "formats": lambda work: formats.run(formats.QUICK if quick else formats.FULL),
         "quality": lambda work: quality.run(work, quality.QUICK if quick else quality.FULL),
         "kernels": lambda work: kernels.run(kernels.QUICK if quick else kernels.FULL),
+        "overhead": lambda work: overhead.run(
+            work, shape if quick else overhead.LAYER_OF_30B, overhead.QUICK if quick else overhead.FULL
+        ),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
     }
 

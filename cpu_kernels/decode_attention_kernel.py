@@ -14,7 +14,7 @@ import numpy as np
 
 from cpu_kernels.activation_kernel import exp_float32
 from cpu_kernels.jit import carray, entry, inner, inner_fused, task_address
-from cpu_kernels.launch import launch
+from cpu_kernels.launch import launch, run_inline
 from cpu_kernels.row_blocks import multiply_rows
 from cpu_kernels.simd import (
     Elements,
@@ -49,6 +49,8 @@ from cpu_kernels.threads_kernel import call_task
 ) = range(19)
 
 _RUN_TOKENS = 256
+# Below this, starting a region of threads takes longer than what a second thread saves.
+_ONE_THREAD_ELEMENTS = 1 << 15
 _FOUR = 4
 
 
@@ -231,5 +233,9 @@ def run_decode_attention(
     job[SCALE : SCALE + 1].view(np.float32)[0] = scale
     job[PARTS] = job.ctypes.data + 8 * (JOB_FIELDS + heads)
     job[OUT] = out
-    launch(launcher, state, task, job, batch * kv_heads * runs)
+    chunks = batch * kv_heads * runs
+    if batch * kv_heads * tokens * (key_width + value_width) <= _ONE_THREAD_ELEMENTS:
+        run_inline(task, job, chunks)
+    else:
+        launch(launcher, state, task, job, chunks)
     _finish(ending, job, heads)

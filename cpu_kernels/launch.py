@@ -50,6 +50,13 @@ def _call_launcher(typingctx: Any, function: Any, state: Any, task: Any, job: An
 
 
 @inner
+def run_inline(task, job, chunks):
+    """As `launch`, all of it on the calling thread."""
+    for chunk in range(chunks):
+        call_task(task, job.ctypes.data, chunk)
+
+
+@inner
 def launch(function, state, task, job, chunks):
     """Run all chunks of a task: on the calling thread where there is but one, else on the launcher's threads.
 
