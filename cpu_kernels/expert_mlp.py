@@ -170,6 +170,7 @@ def _task(format: str) -> int:
 
 
 def check_matrix(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any], columns: int) -> None:
+    """Raise ValueError unless `array` is [rows, columns] of `dtype` with contiguous rows."""
     if array.dtype != dtype or array.ndim != 2 or array.shape[1] != columns:
         raise ValueError(f"{name}: expected {dtype.name} [rows, {columns}], found {array.dtype.name} {array.shape}")
     if array.strides[1] != dtype.itemsize and array.size and columns > 1:
@@ -177,6 +178,7 @@ def check_matrix(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any], colum
 
 
 def index_array(name: str, array: IntArray, length: int | None = None) -> npt.NDArray[np.int64]:
+    """`array` as contiguous int64; ValueError unless it holds integers, `length` of them where that is given."""
     if array.ndim != 1 or array.dtype.kind not in "iu" or (length is not None and len(array) != length):
         expected = "n" if length is None else length
         raise ValueError(f"{name}: expected integers [{expected}], found {array.dtype.name} {array.shape}")
@@ -184,6 +186,7 @@ def index_array(name: str, array: IntArray, length: int | None = None) -> npt.ND
 
 
 def address_of(array: npt.NDArray[Any]) -> int:
+    """Address of the first element."""
     return int(array.__array_interface__["data"][0])
 
 
@@ -230,6 +233,7 @@ def _run(
 
 
 def complaint(status: int, x: npt.NDArray[Any], out: npt.NDArray[Any], pairs: int, *, up: bool) -> str:
+    """What was wrong with a call, from the status that the preparation of its jobs returned."""
     if status == jobs.BAD_OFFSETS:
         return f"pair_offsets: expected to rise from 0 to the number of pairs, {pairs}"
     if status == jobs.BAD_TOKEN:

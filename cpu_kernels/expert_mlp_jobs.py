@@ -88,6 +88,7 @@ def fill_rows(table, base, row_bytes, index, rows):
 
 @inner
 def fill_consecutive(table, base, row_bytes):
+    """table[p] = address of row p."""
     for p in range(len(table)):
         table[p] = base + row_bytes * p
 
