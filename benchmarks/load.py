@@ -172,6 +172,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self.seconds: Seconds = {}
+        self._ends: Seconds = {}
         self._task = ""
         self._begin = 0.0
 
@@ -182,18 +183,24 @@ class _Clock:
         pass
 
     def finish(self) -> None:
-        self.seconds[self._task] = perf_counter() - self._begin
+        self._ends[self._task] = perf_counter()
+        self.seconds[self._task] = self._ends[self._task] - self._begin
 
     def of(self, word: str) -> float:
         """Seconds of the tasks whose description has a word."""
         return sum(seconds for task, seconds in self.seconds.items() if word in task.lower().split())
+
+    def end_of(self, word: str) -> float:
+        """When the last of these tasks ended; 0 if there was none."""
+        return max((end for task, end in self._ends.items() if word in task.lower().split()), default=0.0)
 
 
 def load_stages(checkpoint: str, ram: int, store: str) -> Seconds:
     """Load as `offload.load` does and say where the time went; in a fresh process.
 
     Returns:
-        Seconds of `STAGES`: headers and plan; conversion; dense weights; reading all experts; whatever else.
+        Seconds of `STAGES`: headers and plan; conversion, with dense weights as far as they load beside it; dense
+        weights after it; reading all experts; whatever else.
     """
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401 - imports are not timed
 
@@ -202,24 +209,25 @@ def load_stages(checkpoint: str, ram: int, store: str) -> Seconds:
     begin = perf_counter()
     prepared = checkpoints.prepare(Path(checkpoint), ram, _CONTEXT_TOKENS, Path(store))
     planned = perf_counter()
-    finish, dense = prepared.finish, 0.0
+    finish = prepared.finish
+    clock = _Clock()
+    dense = (0.0, 0.0)
 
     def timed_finish(progress: Progress) -> PreTrainedModel:
         nonlocal dense
         before = perf_counter()
         model = finish(progress)
-        dense = perf_counter() - before
+        dense = (before, perf_counter())
         return model
 
     prepared.finish = timed_finish  # type: ignore[method-assign]
-    clock = _Clock()
     model: Any = assemble(prepared, Path(store), clock)
     end = perf_counter()
     model.offload.close()
     stages = {
         "plan": planned - begin,
         "convert": clock.of("converting"),
-        "dense": dense,
+        "dense": max(0.0, dense[1] - max(dense[0], clock.end_of("converting"))),
         "preload": clock.of("experts"),
     }
     return {**stages, "rest": end - begin - sum(stages.values())}

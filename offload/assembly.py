@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -16,8 +17,10 @@ from offload.moe.layer import ExpertsLayer
 from offload.preparation import Prepared
 from offload.request import FUSED_KINDS
 from offload.runtime import Runtime
-from offload.store.convert import convert
-from offload.store.progress import Progress
+from offload.store.convert import convert, find_store
+from offload.store.progress import NoProgress, Progress
+from offload.store.store import ExpertStore
+from offload.store.writer import conversion_nbytes
 from prefetch.policies.lru import LruPolicy
 
 
@@ -34,8 +37,10 @@ def assemble(
         progress: told of what takes time.
         fused: kinds of modules that kernels compute.
     """
-    store = convert(prepared.bundles, store_root, progress=progress)
-    model = prepared.finish(progress)
+    try:
+        store, model = _store_and_model(prepared, store_root, progress)
+    finally:
+        prepared.close()
     device = HostDevice()
     runtime = Runtime(prepared.plan, prepared.spec, store, _layers(model, prepared), device, LruPolicy())
     try:
@@ -47,6 +52,23 @@ def assemble(
         runtime.close()
         raise
     return model
+
+
+def _store_and_model(prepared: Prepared, store_root: Path, progress: Progress) -> tuple[ExpertStore, PreTrainedModel]:
+    """Convert and load dense weights; both at once where the plan has the memory, for the disk waits for neither."""
+    store = find_store(prepared.bundles, store_root)
+    if store is not None:
+        return store, prepared.finish(progress)
+    ram = prepared.plan.ram
+    beside_dense = ram.total_nbytes - ram.dense_nbytes - prepared.spec.load_scratch_nbytes
+    if not prepared.finishes_beside_conversion or beside_dense < conversion_nbytes(prepared.bundles.groups):
+        store = convert(prepared.bundles, store_root, progress=progress, memory_nbytes=ram.total_nbytes)
+        return store, prepared.finish(progress)
+    # Only the conversion, which takes longer, shows a bar; it stays on this thread, where an interrupt arrives.
+    with ThreadPoolExecutor(1, thread_name_prefix="dense-loader") as loader:
+        finished = loader.submit(prepared.finish, NoProgress())
+        store = convert(prepared.bundles, store_root, progress=progress)
+        return store, finished.result()
 
 
 def _layers(model: PreTrainedModel, prepared: Prepared) -> list[ExpertsLayer]:

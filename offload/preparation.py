@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -43,14 +43,20 @@ class Prepared(Protocol):
         spec: its sizes.
         plan: where everything goes.
         bundles: its experts, to be converted.
+        finishes_beside_conversion: whether `finish` may run, on another thread, while the experts are converted.
     """
 
     spec: ModelSpec
     plan: Plan
     bundles: BundleSource
+    finishes_beside_conversion: ClassVar[bool]
 
     def finish(self, progress: Progress) -> PreTrainedModel:
-        """The model with its dense weights in place and its experts' parameters gone; call once, after converting."""
+        """The model with its dense weights in place and its experts' parameters gone; call once."""
+        ...
+
+    def close(self) -> None:
+        """Close its files; call when nothing is converted or read any more."""
         ...
 
 
@@ -67,6 +73,7 @@ class PreparedCheckpoint:
     renamed: dict[str, str]
     formats: dict[str, str]
     alone: list[str]
+    finishes_beside_conversion: ClassVar[bool] = True
 
     def finish(self, progress: Progress) -> PreTrainedModel:
         """Read the dense weights into the skeleton; those that are quantised one at a time, packed as they come."""
@@ -85,8 +92,11 @@ class PreparedCheckpoint:
         finally:
             progress.finish()
         self.checkpoint.check_unchanged()
-        self.checkpoint.close()
         return self.skeleton
+
+    def close(self) -> None:
+        """Close the checkpoint."""
+        self.checkpoint.close()
 
 
 @dataclass
@@ -98,6 +108,10 @@ class PreparedModel:
     bundles: BundleSource
     model: PreTrainedModel
     formats: dict[str, str]
+    finishes_beside_conversion: ClassVar[bool] = False
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
     def finish(self, progress: Progress) -> PreTrainedModel:
         """Free the experts' parameters; the rest stays as it is."""

@@ -10,7 +10,7 @@ import copy
 import importlib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,8 +101,13 @@ def map_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> list[MappedKey]:
     state = skeleton.state_dict()
     prefix = skeleton.base_model_prefix
     rename: Callable[..., tuple[str, str | None]] = private["rename_source_key"]
+    siblings = _Siblings()
     mapped = []
     for key in sorted(keys, key=private["dot_natural_key"]):
+        known = siblings.find(key)
+        if known is not None:
+            mapped.append(known)
+            continue
         target, source = rename(key, renamings, converters, prefix, state)
         if target not in state and key in state:
             target, source = rename(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
@@ -111,7 +116,44 @@ def map_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> list[MappedKey]:
             continue
         expert = _expert_id(source, _renamed(key, renamings)) if "*" in source else None
         mapped.append(MappedKey(key, target, target in state, source, conversions[source], expert))
+        siblings.add(mapped[-1])
     return mapped
+
+
+class _Siblings:
+    """Keys that differ in the expert id alone go to the same parameter.
+
+    transformers matches each key against every pattern of its mapping; a large model has a hundred thousand keys. Once
+    two experts of a layer agree, the others of that layer are not matched any more.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, str], MappedKey] = {}
+        self._settled: dict[tuple[str, str], MappedKey] = {}
+
+    def add(self, mapped: MappedKey) -> None:
+        """Learn from a key that was matched."""
+        around, number = _around_last_number(mapped.key)
+        if mapped.expert is None or number != str(mapped.expert):
+            return
+        first = self._first.setdefault(around, mapped)
+        if first is not mapped and replace(mapped, key=first.key, expert=first.expert) == first:
+            self._settled[around] = mapped
+
+    def find(self, key: str) -> MappedKey | None:
+        """Where the key goes, if two of its siblings went the same way."""
+        around, number = _around_last_number(key)
+        sibling = self._settled.get(around)
+        return None if sibling is None else replace(sibling, key=key, expert=int(number))
+
+
+def _around_last_number(key: str) -> tuple[tuple[str, str], str]:
+    """The text before and after the last part of a dotted name that is a number, and that number."""
+    parts = key.split(".")
+    for index in range(len(parts) - 1, -1, -1):
+        if parts[index].isdecimal():
+            return (".".join(parts[:index]), ".".join(parts[index + 1 :])), parts[index]
+    return (key, ""), ""
 
 
 def is_experts_module(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from offload.store.shards import SHARD_NBYTES
 from offload.store.source import BundleSource, ExpertGroup
 from offload.store.store import ExpertStore, Location
 from offload.store.verify import StoreProblem, verify
-from offload.store.writer import conversion_buffer_nbytes
+from offload.store.writer import conversion_nbytes
 
 __all__ = [
     "SHARD_NBYTES",
@@ -19,7 +19,7 @@ __all__ = [
     "Progress",
     "StoreInfo",
     "StoreProblem",
-    "conversion_buffer_nbytes",
+    "conversion_nbytes",
     "convert",
     "find",
     "list_stores",

@@ -21,7 +21,7 @@ from offload.store.progress import NoProgress, Progress
 from offload.store.shards import SHARD_NBYTES, Shard, check_groups, plan_shards
 from offload.store.source import BundleSource
 from offload.store.store import ExpertStore
-from offload.store.writer import write_shards
+from offload.store.writer import fitting_chunk_nbytes, write_shards
 
 # Manifest and the file system's own records, for each bundle and for the store.
 _RECORD_NBYTES = 128
@@ -35,10 +35,11 @@ def convert(
     progress: Progress | None = None,
     timeout_seconds: float | None = None,
     shard_nbytes: int = SHARD_NBYTES,
+    memory_nbytes: int | None = None,
 ) -> ExpertStore:
     """The store of a source: the one that is there, or a new one.
 
-    Experts pass through `conversion_buffer_nbytes(source.groups)` bytes of memory. Of several processes that ask for
+    Experts pass through at most `conversion_nbytes(source.groups)` bytes of memory. Of several processes that ask for
     the same store, one writes it and the others wait. A process killed at any point leaves no store; what it left is
     removed by the next conversion under this root.
 
@@ -48,6 +49,7 @@ def convert(
         progress: told the bytes of bundles written.
         timeout_seconds: how long to wait for another process that is writing the store; None is for ever.
         shard_nbytes: the most bytes of bundles in one shard; a larger bundle has a shard of its own.
+        memory_nbytes: what the conversion may take of host memory, as far as its largest bundle allows.
 
     Raises:
         DoesNotFitError: too little free disk; `minimum_disk_bytes` says how much there must be.
@@ -80,10 +82,21 @@ def convert(
                 waiting = False
                 shown.finish()
             found = _found(source, directory, element_format)
-            return found or _convert_locked(source, directory, key, shown, shard_nbytes)
+            return found or _convert_locked(source, directory, key, shown, shard_nbytes, memory_nbytes)
     finally:
         if waiting:
             shown.finish()
+
+
+def find_store(source: BundleSource, root: str | os.PathLike[str]) -> ExpertStore | None:
+    """The store of a source that `convert` would return at once; None if it would have to be written.
+
+    Raises:
+        StoreCorruptError: the store is there, and damaged.
+        StorageError, InvalidArgumentError: see `convert`.
+    """
+    check_groups(tuple(source.groups))
+    return _found(source, root_directory(root, create=False), source.groups[0].layout.format)
 
 
 def _found(source: BundleSource, root: Path, element_format: str) -> ExpertStore | None:
@@ -96,7 +109,9 @@ def _found(source: BundleSource, root: Path, element_format: str) -> ExpertStore
     return store
 
 
-def _convert_locked(source: BundleSource, root: Path, key: str, progress: Progress, shard_nbytes: int) -> ExpertStore:
+def _convert_locked(
+    source: BundleSource, root: Path, key: str, progress: Progress, shard_nbytes: int, memory_nbytes: int | None
+) -> ExpertStore:
     groups = tuple(source.groups)
     element_format = groups[0].layout.format
     # A path that is not UTF-8 has lone surrogates, which JSON readers refuse.
@@ -113,7 +128,7 @@ def _convert_locked(source: BundleSource, root: Path, key: str, progress: Progre
             files.write_file(partial / names.MARKER_FILE, marker.encode("ascii"))
         progress.start(sum(group.count * group.layout.nbytes for group in groups), f"converting {name}")
         try:
-            checksums = write_shards(source, shards, partial, progress)
+            checksums = write_shards(source, shards, partial, progress, fitting_chunk_nbytes(groups, memory_nbytes))
         finally:
             progress.finish()
         source.check_unchanged()

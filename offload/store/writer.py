@@ -20,27 +20,43 @@ from offload.store.shards import Bundle, Chunk, Shard, chunks
 from offload.store.source import BundleSource, ExpertGroup
 
 BUFFERS = 3
-CHUNK_NBYTES = 16 * 1024**2
+CHUNK_NBYTES = 32 * 1024**2
 # Disks are idle between the reads of one thread.
-FILLERS = 4
+FILLERS = 6
+_SOURCE_SHARE_OF_BUNDLE = 8
+_SOURCE_NBYTES = 4 * 1024**2
 # Where O_DIRECT is refused: how much may lie dirty in the page cache before it is written out and dropped.
 DIRTY_NBYTES = 256 * 1024**2
 
 
-def conversion_buffer_nbytes(groups: Sequence[ExpertGroup]) -> int:
-    """Bytes of host memory in which a conversion keeps experts: BUFFERS times 16 MiB or the largest bundle.
+def conversion_nbytes(groups: Sequence[ExpertGroup], chunk_nbytes: int | None = None) -> int:
+    """Bytes of host memory that a conversion takes at most: buffers, and what its source needs in each thread.
 
-    What the source itself needs to fill one bundle is not counted, nor the header of one shard.
+    A source has the stored expert, up to eight times the size of its bundle, and a copy of what it reads. The header
+    of one shard is not counted.
+
+    Args:
+        groups: the source's.
+        chunk_nbytes: of one buffer; None for the size with which the disk is not waited for.
     """
-    return BUFFERS * _buffer_nbytes(groups)
+    largest = max(group.layout.nbytes for group in groups)
+    source_nbytes = FILLERS * (_SOURCE_SHARE_OF_BUNDLE * largest + _SOURCE_NBYTES)
+    return BUFFERS * (chunk_nbytes or fitting_chunk_nbytes(groups, None)) + source_nbytes
 
 
-def _buffer_nbytes(groups: Sequence[ExpertGroup]) -> int:
-    total = sum(group.count * group.layout.nbytes for group in groups)
-    return max(min(CHUNK_NBYTES, total), max(group.layout.nbytes for group in groups))
+def fitting_chunk_nbytes(groups: Sequence[ExpertGroup], memory_nbytes: int | None) -> int:
+    """Bytes of one buffer: 32 MiB, or as much as the memory allows, and at least the largest bundle."""
+    largest = max(group.layout.nbytes for group in groups)
+    chunk_nbytes = min(CHUNK_NBYTES, sum(group.count * group.layout.nbytes for group in groups))
+    if memory_nbytes is not None:
+        spare_nbytes = memory_nbytes - conversion_nbytes(groups, largest)
+        chunk_nbytes = min(chunk_nbytes, largest + spare_nbytes // BUFFERS)
+    return max(chunk_nbytes, largest)
 
 
-def write_shards(source: BundleSource, shards: Sequence[Shard], directory: Path, progress: Progress) -> list[int]:
+def write_shards(
+    source: BundleSource, shards: Sequence[Shard], directory: Path, progress: Progress, buffer_nbytes: int
+) -> list[int]:
     """Write all shards and make their bytes durable.
 
     Args:
@@ -48,6 +64,7 @@ def write_shards(source: BundleSource, shards: Sequence[Shard], directory: Path,
         shards: planned from the source's groups.
         directory: exists and holds none of the shards.
         progress: advanced by the bytes of bundles as they are written.
+        buffer_nbytes: of each of BUFFERS buffers; no bundle is larger.
 
     Returns:
         xxh3_64 of every bundle, in order.
@@ -56,7 +73,6 @@ def write_shards(source: BundleSource, shards: Sequence[Shard], directory: Path,
         StorageError: writing failed.
         Exception: whatever the source raises.
     """
-    buffer_nbytes = _buffer_nbytes(source.groups)
     buffers = [files.aligned_buffer(buffer_nbytes) for _ in range(BUFFERS)]
     writer = ShardWriter(directory, shards)
     fillers = ThreadPoolExecutor(FILLERS, thread_name_prefix="store-filler")

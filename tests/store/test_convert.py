@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from formats.bundle import BundleLayout
 from offload.errors import CheckpointChangedError, InvalidArgumentError, StoreCorruptError
-from offload.store import ExpertGroup, ExpertStore, conversion_buffer_nbytes, convert, files, find, writer
+from offload.store import ExpertGroup, ExpertStore, conversion_nbytes, convert, files, find, writer
 from offload.store.shards import Shard, chunks, plan_shards
 from tests.store.faults import Calls
 from tests.store.sources import (
@@ -176,7 +176,11 @@ def test_progress_adds_up(tmp_path: Path) -> None:
     assert sum(event[1] for event in progress.events[1:-1]) == total
 
 
-def test_experts_pass_through_the_stated_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("memory_nbytes", "chunk_nbytes"),
+    [(None, writer.CHUNK_NBYTES), (1 << 40, writer.CHUNK_NBYTES), (400 << 20, (88 << 20) // 3), (0, 6 << 20)],
+)
+def test_experts_pass_through_the_stated_memory(tmp_path: Path, memory_nbytes: int | None, chunk_nbytes: int) -> None:
     spans = set()
 
     class Watched(SeededSource):
@@ -186,10 +190,17 @@ def test_experts_pass_through_the_stated_memory(tmp_path: Path) -> None:
             super().fill_bundle(group_index, expert, out)
 
     source = Watched(groups=[ExpertGroup("experts", 40, BundleLayout(1024, 512, "fp32"))])
-    converted(tmp_path, source)
-    assert sum(group.count * group.layout.nbytes for group in source.groups) > 10 * 16 * 1024**2
-    assert conversion_buffer_nbytes(source.groups) == writer.BUFFERS * 16 * 1024**2
-    assert sum(stop - start for start, stop in spans) <= conversion_buffer_nbytes(source.groups)
+    assert source.groups[0].layout.nbytes == 6 << 20
+    fitting = writer.fitting_chunk_nbytes(source.groups, memory_nbytes)
+    assert 0 <= chunk_nbytes - fitting < writer.BUFFERS
+    convert(source, tmp_path, memory_nbytes=memory_nbytes)
+    used = sum(stop - start for start, stop in spans)
+    assert used <= writer.BUFFERS * chunk_nbytes
+    assert used <= conversion_nbytes(source.groups)
+    if memory_nbytes:
+        assert (
+            conversion_nbytes(source.groups, writer.fitting_chunk_nbytes(source.groups, memory_nbytes)) <= memory_nbytes
+        )
 
 
 @pytest.mark.parametrize("refused", ["open", "write"])
