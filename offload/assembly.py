@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from offload.devices.host import HostDevice
+from offload.errors import UnsupportedOperationError
 from offload.hf.adopt import adopt
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.hf.fused import fuse
@@ -21,6 +22,7 @@ from offload.store.convert import convert, find_store
 from offload.store.progress import NoProgress, Progress
 from offload.store.store import ExpertStore
 from offload.store.writer import conversion_nbytes
+from placement.plan import Plan
 from prefetch.policies.lru import LruPolicy
 
 
@@ -36,8 +38,12 @@ def assemble(
         store_root: directory of stores.
         progress: told of what takes time.
         fused: kinds of modules that kernels compute.
+
+    Raises:
+        UnsupportedOperationError: the plan puts something into VRAM, which this runtime does not execute yet.
     """
     try:
+        _refuse_vram(prepared.plan)
         store, model = _store_and_model(prepared, store_root, progress)
     finally:
         prepared.close()
@@ -52,6 +58,14 @@ def assemble(
         runtime.close()
         raise
     return model
+
+
+def _refuse_vram(plan: Plan) -> None:
+    if plan.vram is not None:
+        raise UnsupportedOperationError(
+            f"the plan of {plan.model} puts weights into VRAM, which this version plans and does not run yet; "
+            "load with ram= and nvme= alone"
+        )
 
 
 def _store_and_model(prepared: Prepared, store_root: Path, progress: Progress) -> tuple[ExpertStore, PreTrainedModel]:

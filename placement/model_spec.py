@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from formats.bundle import BundleLayout
+from formats.elements import ELEMENT_FORMATS
+from formats.packed import MatrixLayout
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,56 @@ class ExpertsSpec:
 
 
 @dataclass(frozen=True)
+class LinearSpec:
+    """Linear layers of one shape in one decoder layer, or the output layer.
+
+    Attributes:
+        rows: outputs.
+        columns: inputs.
+        format: of the weights, as they are kept.
+        count: layers of this shape.
+    """
+
+    rows: int
+    columns: int
+    format: str
+    count: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Weights of all of them."""
+        return self.rows * self.columns * self.count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of their weights, biases not counted."""
+        if self.format in ELEMENT_FORMATS:
+            return ELEMENT_FORMATS[self.format].nbytes(self.weights)
+        return self.count * MatrixLayout(self.rows, self.columns, self.format).nbytes
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer, its routed experts not counted.
+
+    Attributes:
+        dense_nbytes: bytes of its weights and buffers.
+        linears: every linear layer: projections, shared experts, router.
+        kv_nbytes_per_token: growth of one sequence's cache with a token.
+        attention_values: products of queries with keys and of weights with values, for one new and one cached token.
+        window_tokens: how far back attention looks, None for all.
+        experts: index into `ModelSpec.experts`, None for a layer without.
+    """
+
+    dense_nbytes: int
+    linears: tuple[LinearSpec, ...]
+    kv_nbytes_per_token: int
+    attention_values: int
+    window_tokens: int | None
+    experts: int | None
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model by its sizes.
 
@@ -52,6 +104,9 @@ class ModelSpec:
         activation_nbytes_per_token: bytes of activations alive at once for one new token of a forward pass, at most.
         attention_nbytes_per_token: bytes that attention holds beside for one cached token, at most.
         experts: one entry for each MoE layer.
+        layers: one entry for each decoder layer; empty where sizes are enough and speed is not asked for.
+        head: the output layer, None where `layers` is empty.
+        head_is_shared: the output layer's weights are the embedding's, and no bytes of their own.
     """
 
     name: str
@@ -70,6 +125,9 @@ class ModelSpec:
     activation_nbytes_per_token: int
     attention_nbytes_per_token: int
     experts: tuple[ExpertsSpec, ...]
+    layers: tuple[LayerSpec, ...] = ()
+    head: LinearSpec | None = None
+    head_is_shared: bool = False
 
     @property
     def expert_count(self) -> int:

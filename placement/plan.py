@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Literal
 
+from placement.prediction import Prediction
+from placement.records import from_json, to_json
 from placement.workload import Workload
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 Tier = Literal["vram", "ram", "nvme"]
 
@@ -33,6 +34,55 @@ class RamUse:
     def total_nbytes(self) -> int:
         """All of it."""
         return self.dense_nbytes + self.kv_nbytes + self.activation_nbytes + self.slot_nbytes
+
+
+@dataclass(frozen=True)
+class VramUse:
+    """An accelerator's memory by purpose, in bytes.
+
+    Attributes:
+        dense_nbytes: dense weights of layers, and the output layer.
+        kv_nbytes: KV cache of layers.
+        activation_nbytes: activations of the largest forward pass, and two slots through which experts are copied.
+        slot_nbytes: expert slots.
+    """
+
+    dense_nbytes: int
+    kv_nbytes: int
+    activation_nbytes: int
+    slot_nbytes: int
+
+    @property
+    def total_nbytes(self) -> int:
+        """All of it."""
+        return self.dense_nbytes + self.kv_nbytes + self.activation_nbytes + self.slot_nbytes
+
+
+@dataclass(frozen=True)
+class VramPlan:
+    """What lives in an accelerator's memory. The runtime does not execute this yet, and refuses a plan that has it.
+
+    Attributes:
+        dense_layers: decoder layers whose dense weights are there, ascending.
+        kv_layers: those of them whose KV cache is there.
+        head: whether the output layer is.
+        slots: expert slots.
+        use: memory by purpose.
+        budget_nbytes: what the user allowed.
+    """
+
+    dense_layers: tuple[int, ...]
+    kv_layers: tuple[int, ...]
+    head: bool
+    slots: int
+    use: VramUse
+    budget_nbytes: int
+
+    def __post_init__(self) -> None:
+        if self.use.total_nbytes > self.budget_nbytes:
+            raise ValueError(f"{self.use.total_nbytes} bytes of VRAM planned, above the budget of {self.budget_nbytes}")
+        if self.slots < 0 or not set(self.kv_layers) <= set(self.dense_layers):
+            raise ValueError("a plan for VRAM with a negative number of slots, or KV cache without its layer")
 
 
 @dataclass(frozen=True)
@@ -64,6 +114,8 @@ class Plan:
         kv_nbytes_per_token: growth of one sequence's cache.
         read_chunk_nbytes: expert reads are cut into pieces of this size, so that an urgent one overtakes.
         reader_threads: reads in flight.
+        vram: what lives in an accelerator's memory, None for a plan without.
+        prediction: expected speed by term, None where no hardware profile was given.
     """
 
     model: str
@@ -87,6 +139,8 @@ class Plan:
     kv_nbytes_per_token: int
     read_chunk_nbytes: int
     reader_threads: int
+    vram: VramPlan | None = None
+    prediction: Prediction | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.ram_slots <= self.expert_count:
@@ -108,7 +162,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON, with its version."""
-        return json.dumps({"version": PLAN_VERSION, **asdict(self)}, indent=2)
+        return to_json(self, PLAN_VERSION)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -118,29 +172,4 @@ class Plan:
             ValueError: not JSON, another version, fields that are missing, unknown or of another type, or figures
                 that contradict each other.
         """
-        try:
-            data = json.loads(text)
-        except RecursionError:
-            data = None
-        version = data.pop("version", None) if isinstance(data, dict) else None
-        if not isinstance(data, dict) or type(version) is not int or version != PLAN_VERSION:
-            raise ValueError(f"not a plan of version {PLAN_VERSION}")
-        data["workload"] = _record(Workload, data.get("workload"))
-        data["ram"] = _record(RamUse, data.get("ram"))
-        return _record(cls, data)
-
-
-_Record = TypeVar("_Record")
-
-
-def _record(kind: type[_Record], data: Any) -> _Record:
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    if not isinstance(data, dict) or set(data) != names:
-        found = sorted(data) if isinstance(data, dict) else data
-        raise ValueError(f"{kind.__name__} of a plan needs exactly the fields {sorted(names)}, found {found}")
-    for name, expected in get_type_hints(kind).items():
-        value = data[name]
-        choices = get_args(expected)
-        if value not in choices if choices else type(value) is not expected:
-            raise ValueError(f"{name} of a plan: expected {choices or expected.__name__}, found {value!r}")
-    return kind(**data)
+        return from_json(cls, text, PLAN_VERSION, "plan")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from placement.hardware_profile import HardwareProfile
+from placement.homes import Homes
 from placement.model_spec import ModelSpec
 from placement.plan import Plan, RamUse
+from placement.predict import Routing, predict
+from placement.prediction import Prediction
 from placement.workload import Workload
 
 MINIMUM_SLOTS = 2
@@ -56,15 +60,18 @@ def kv_nbytes(spec: ModelSpec, batch: int, tokens: int) -> int:
     return cached + cached // max(spec.layer_count, 1) + batch * tokens * spec.attention_nbytes_per_token
 
 
-def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: bool) -> int:
-    """Bytes of activations of a forward pass of `batch` x `tokens` new tokens, logits included."""
+def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: bool, host: bool = True) -> int:
+    """Bytes of activations of a forward pass of `batch` x `tokens` new tokens, logits included.
+
+    On the host with what its allocators keep.
+    """
     logits = batch * spec.vocab_size * 4 * _SAMPLING_COPIES
     if all_logits:
         logits += batch * tokens * spec.vocab_size * 4
     top_k = max(layer.top_k for layer in spec.experts)
     pairs = min(_PAIR_BUFFER_NBYTES, batch * tokens * top_k * spec.hidden_size * 4)
     step = pairs * _PAIR_BUFFER_COPIES
-    kept = _ALLOCATOR_NBYTES + spec.dense_nbytes // _ALLOCATOR_SHARE_OF_DENSE
+    kept = _ALLOCATOR_NBYTES + spec.dense_nbytes // _ALLOCATOR_SHARE_OF_DENSE if host else 0
     return batch * tokens * spec.activation_nbytes_per_token + logits + step + kept
 
 
@@ -87,16 +94,25 @@ def fixed_ram(spec: ModelSpec, workload: Workload) -> RamUse:
     )
 
 
-def make_plan(spec: ModelSpec, workload: Workload, ram_budget_nbytes: int) -> Plan:
-    """The plan for a machine without an accelerator.
+def make_plan(
+    spec: ModelSpec,
+    workload: Workload,
+    ram_budget_nbytes: int,
+    profile: HardwareProfile | None = None,
+    routing: Routing | None = None,
+) -> Plan:
+    """The plan for a machine without an accelerator: what the runtime executes.
 
     Args:
         spec: the model by its sizes.
         workload: what will run.
         ram_budget_nbytes: bound on all that the runtime holds in host memory.
+        profile: the machine, for the prediction; None makes none.
+        routing: what is known of the experts' popularity, for the prediction.
 
     Raises:
         PlanInfeasibleError: the budget is below what dense weights, KV, activations and two expert slots need.
+        ValueError: `profile` cannot predict this spec.
     """
     fixed = fixed_ram(spec, workload)
     slot_nbytes = spec.bundle_nbytes
@@ -133,7 +149,16 @@ def make_plan(spec: ModelSpec, workload: Workload, ram_budget_nbytes: int) -> Pl
         kv_nbytes_per_token=spec.kv_nbytes_per_token,
         read_chunk_nbytes=READ_CHUNK_NBYTES,
         reader_threads=READER_THREADS,
+        prediction=predicted(spec, profile, slots, workload, routing) if profile else None,
     )
+
+
+def predicted(
+    spec: ModelSpec, profile: HardwareProfile, ram_slots: int, workload: Workload, routing: Routing | None = None
+) -> Prediction:
+    """What is expected of a plan with so many slots in RAM and nothing on an accelerator."""
+    homes = Homes((), (), False, 0, ram_slots, READ_CHUNK_NBYTES, READER_THREADS)
+    return predict(spec, profile, homes, workload, routing)
 
 
 def _page_up(nbytes: int) -> int:

@@ -1,0 +1,264 @@
+"""Seconds of one layer's routed experts, for every number of slots at once.
+
+Experts in VRAM run on the accelerator, others on the CPU in place or, where that ends sooner, on the accelerator
+after a copy. All devices, the link and the disk work at the same time; the layer ends when the last of them does.
+Experts that come from disk are computed as they arrive.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from placement.hardware_profile import Disk, HardwareProfile
+from placement.homes import Homes
+from placement.model_spec import ExpertsSpec
+from placement.routing import FloatArray, LayerDemand
+
+IntArray = npt.NDArray[np.int64]
+
+_MOST_EXACT = 16
+"""Up to so many experts of a layer, all outcomes of the caches are weighted; beyond, their means stand for them."""
+
+_SHARES: FloatArray = np.linspace(0.0, 1.0, 65)[:, None]
+"""Of the experts outside VRAM, what is tried as copied to the accelerator where means are computed with."""
+
+
+@dataclass(frozen=True)
+class ExpertCost:
+    """One MoE layer, expected; each an array by number of slots.
+
+    Attributes:
+        cpu_s: along the critical path, on the CPU.
+        gpu_s: likewise on the accelerator.
+        link_s: waiting for copies.
+        disk_s: waiting for reads.
+        cpu_busy_s: work of the CPU.
+        gpu_busy_s: work of the accelerator.
+        link_busy_s: work of the link.
+        disk_busy_s: work of the disk.
+        copied: experts copied to the accelerator.
+    """
+
+    cpu_s: FloatArray
+    gpu_s: FloatArray
+    link_s: FloatArray
+    disk_s: FloatArray
+    cpu_busy_s: FloatArray
+    gpu_busy_s: FloatArray
+    link_busy_s: FloatArray
+    disk_busy_s: FloatArray
+    copied: FloatArray
+
+    @property
+    def total_s(self) -> FloatArray:
+        """The layer."""
+        return self.cpu_s + self.gpu_s + self.link_s + self.disk_s
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """How experts come from disk."""
+
+    disk: Disk | None
+    chunk_nbytes: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Speeds:
+    """Seconds of one expert, and of what comes with it."""
+
+    distinct: float
+    cpu_s: float
+    cpu_call_s: float
+    gpu_s: float
+    gpu_call_s: float
+    copy_s: float
+    crossing_s: float
+    nbytes: float
+
+
+def expert_weights(experts: ExpertsSpec) -> int:
+    """Weights of one expert."""
+    layout = experts.layout
+    return (3 if layout.has_gate else 2) * layout.hidden * layout.intermediate
+
+
+def expert_cost(
+    experts: ExpertsSpec,
+    profile: HardwareProfile,
+    homes: Homes,
+    need: LayerDemand,
+    rows: int,
+    in_vram: FloatArray,
+    in_ram: FloatArray,
+    *,
+    on_gpu: bool,
+) -> ExpertCost:
+    """The cost of one MoE layer.
+
+    Args:
+        experts: of the layer.
+        profile: the machine.
+        homes: how reads are made; its slots are not looked at.
+        need: experts and tokens.
+        rows: tokens of the pass.
+        in_vram: share of the needed experts found in VRAM, by number of slots.
+        in_ram: likewise in RAM; the others are read.
+        on_gpu: the layer around runs on the accelerator, so its activations are there.
+    """
+    speeds = _speeds(experts, profile, need, rows, on_gpu=on_gpu)
+    distinct = round(need.distinct)
+    if distinct > _MOST_EXACT or abs(distinct - need.distinct) > 1e-9:
+        reads = _Reads(profile.disk, homes.read_chunk_nbytes, homes.reader_threads)
+        return _mean(reads, profile.gpu is not None, speeds, in_vram, in_ram)
+    return _expected(profile, homes, speeds, distinct, in_vram, in_ram)
+
+
+def _mean(reads: _Reads, has_gpu: bool, speeds: _Speeds, in_vram: FloatArray, in_ram: FloatArray) -> ExpertCost:
+    """The cost of as many experts of each sort as are expected; passes of many tokens find all or nothing."""
+    sorts, where = np.unique(np.stack([in_vram, in_ram]), axis=1, return_inverse=True)
+    hits = speeds.distinct * sorts[0]
+    misses = speeds.distinct * np.clip(1 - sorts[0] - sorts[1], 0.0, 1.0)
+    cost = _best(reads, has_gpu, speeds, hits, misses, (speeds.distinct - hits) * _SHARES)
+    return ExpertCost(*(getattr(cost, field.name)[where.reshape(-1)] for field in fields(ExpertCost)))
+
+
+def _expected(
+    profile: HardwareProfile, homes: Homes, speeds: _Speeds, distinct: int, in_vram: FloatArray, in_ram: FloatArray
+) -> ExpertCost:
+    """The mean over all outcomes of `distinct` independent lookups."""
+    reads_needed = bool((1 - in_vram - in_ram > 1e-12).any())
+    reads = _Reads(profile.disk if reads_needed else None, homes.read_chunk_nbytes, homes.reader_threads)
+    hits, misses, ways, costs = _all_outcomes(reads, profile.gpu is not None, speeds, distinct, reads_needed)
+    missing = np.clip(1 - in_vram - in_ram, 0.0, 1.0)
+    # Powers by columns of a small table: 0, 1, ... distinct.
+    powers = np.arange(distinct + 1)
+    found, lost, kept = (share[:, None] ** powers for share in (in_vram, missing, np.clip(in_ram, 0.0, 1.0)))
+    probability = ways * found[:, hits] * lost[:, misses] * kept[:, distinct - hits - misses]
+    return ExpertCost(*(probability @ getattr(costs, field.name) for field in fields(ExpertCost)))
+
+
+@lru_cache(maxsize=512)
+def _all_outcomes(
+    reads: _Reads, has_gpu: bool, speeds: _Speeds, distinct: int, missing: bool
+) -> tuple[IntArray, IntArray, FloatArray, ExpertCost]:
+    """(experts in VRAM, experts to be read, ways in which that can be, costs) of every outcome."""
+    outcomes = [(h, m) for h in range(distinct + 1) for m in range(distinct - h + 1 if missing else 1)]
+    hits, misses = np.array(outcomes, dtype=np.int64).T
+    whole = np.arange(distinct + 1, dtype=np.float64)[:, None]
+    costs = _best(reads, has_gpu, speeds, hits * 1.0, misses * 1.0, np.minimum(whole, distinct - hits))
+    ways = np.array([float(math.comb(distinct, h) * math.comb(distinct - h, m)) for h, m in outcomes])
+    return hits, misses, ways, costs
+
+
+def _best(
+    reads: _Reads, has_gpu: bool, speeds: _Speeds, hits: FloatArray, misses: FloatArray, copied: FloatArray
+) -> ExpertCost:
+    """The cost with the best number of experts copied to the accelerator.
+
+    Args:
+        reads: how experts come from disk.
+        has_gpu: whether there is an accelerator.
+        speeds: of one expert.
+        hits: [n] experts in VRAM.
+        misses: [n] experts to be read.
+        copied: [choices, n] what may be tried.
+    """
+    host = speeds.distinct - hits
+    if not has_gpu:
+        copied = np.zeros((1, len(hits)))
+    disk, first = _disk_s(reads, speeds.nbytes, misses)
+    tried = _outcomes(speeds, hits[None, :], misses[None, :], host[None, :], copied, disk[None, :], first[None, :])
+    best = np.argmin(tried.total_s, axis=0)
+    columns = np.arange(len(hits))
+    return ExpertCost(
+        *(np.broadcast_to(getattr(tried, f.name), copied.shape)[best, columns] for f in fields(ExpertCost))
+    )
+
+
+def _outcomes(
+    speeds: _Speeds,
+    hits: FloatArray,
+    misses: FloatArray,
+    host: FloatArray,
+    copied: FloatArray,
+    disk: FloatArray,
+    first: FloatArray,
+) -> ExpertCost:
+    """Costs [choices, n] where `copied` of the `host` experts that are not in VRAM go to the accelerator.
+
+    The last expert to arrive from disk is still to be computed, and after the first one come all that follow.
+    """
+    c, g, p = speeds.cpu_s, speeds.gpu_s, speeds.copy_s
+    on_cpu, on_gpu = host - copied, hits + copied
+    # Resident experts share a call; each that arrives has its own.
+    cpu = on_cpu * c + speeds.cpu_call_s * np.where(on_cpu > 0, 1 + np.minimum(misses, on_cpu), 0.0)
+    gpu = on_gpu * g + np.where(on_gpu > 0, speeds.gpu_call_s, 0.0)
+    link = copied * p + np.where(on_gpu > 0, speeds.crossing_s, 0.0)
+    last = np.where(on_cpu > 0, c + speeds.cpu_call_s, p + g)
+    late = np.minimum(misses, on_cpu) * c
+    after = np.where(misses > 0, np.maximum(disk + last, first + late), 0.0)
+    compute = np.maximum(cpu, gpu)
+    linked = np.maximum(link + np.where(copied > 0, g, 0.0), compute)
+    longer = cpu >= gpu
+    return ExpertCost(
+        cpu_s=np.where(longer, compute, 0.0),
+        gpu_s=np.where(longer, 0.0, compute),
+        link_s=linked - compute,
+        disk_s=np.maximum(linked, after) - linked,
+        cpu_busy_s=cpu,
+        gpu_busy_s=gpu,
+        link_busy_s=link,
+        disk_busy_s=disk,
+        copied=copied,
+    )
+
+
+def _disk_s(reads: _Reads, nbytes: float, misses: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """(seconds until all misses are read, until the first is); few reads do not keep the disk busy."""
+    if not misses.any():
+        return np.zeros_like(misses), np.zeros_like(misses)
+    if reads.disk is None:
+        raise ValueError("the hardware profile has no disk, and not every expert has a slot; profile the machine again")
+    block = int(min(nbytes, reads.chunk_nbytes))
+    pieces = math.ceil(nbytes / reads.chunk_nbytes)
+    most = max(1, math.ceil(reads.threads / pieces))
+    whole = np.zeros_like(misses)
+    for bundles in range(1, most + 1):
+        speed = reads.disk.overlapped_bytes_per_s(block, min(reads.threads, bundles * pieces))
+        # As many as can be in flight read at this speed, and more do in turn; never sooner than fewer.
+        count = np.minimum(misses, bundles) if bundles < most else misses
+        whole = np.maximum(whole, np.where(misses > bundles - 1, count * nbytes / speed, 0.0))
+    together = np.minimum(np.maximum(misses, 1.0), most)
+    first = whole * together / np.maximum(misses, 1.0)
+    latency = np.where(misses > 0, reads.disk.latency_s, 0.0)
+    return latency + whole, latency + first
+
+
+def _speeds(experts: ExpertsSpec, profile: HardwareProfile, need: LayerDemand, rows: int, *, on_gpu: bool) -> _Speeds:
+    layout = experts.layout
+    weights, tokens = expert_weights(experts), need.tokens_per_expert
+    cpu = profile.cpu.expert(layout.format)
+    c = weights * cpu.seconds_per_weight(tokens)
+    if profile.gpu is None or profile.to_gpu is None or profile.from_gpu is None:
+        return _Speeds(need.distinct, c, cpu.call_s, 0.0, 0.0, 0.0, 0.0, layout.nbytes)
+    gpu = profile.gpu.expert(layout.format)
+    activations = rows * layout.hidden * 2
+    # Activations cross between the layer around and the experts that run on the other side.
+    crossing = profile.to_gpu.seconds(activations) + profile.from_gpu.seconds(activations)
+    return _Speeds(
+        need.distinct,
+        c,
+        cpu.call_s + (crossing if on_gpu else 0.0),
+        weights * gpu.seconds_per_weight(tokens),
+        gpu.call_s,
+        profile.to_gpu.seconds(layout.nbytes),
+        0.0 if on_gpu else crossing,
+        layout.nbytes,
+    )

@@ -1,0 +1,252 @@
+"""What a machine has and how fast it is, measured or from datasheets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from placement.curves import TokenCurve
+from placement.records import from_json, to_json
+
+PROFILE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way for bytes.
+
+    Attributes:
+        latency_s: of one copy, whatever its size.
+        bytes_per_s: of large copies while nothing else runs.
+        overlapped_bytes_per_s: while the CPU's kernels read memory at full speed.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+    overlapped_bytes_per_s: float
+
+    def seconds(self, nbytes: float, copies: float = 1.0) -> float:
+        """Seconds of copies of `nbytes` together, beside working CPU kernels."""
+        return copies * self.latency_s + nbytes / self.overlapped_bytes_per_s
+
+
+@dataclass(frozen=True)
+class DiskPoint:
+    """One measurement: direct reads of `block_nbytes` at random places, `in_flight` at once."""
+
+    block_nbytes: int
+    in_flight: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The disk of the expert store.
+
+    Attributes:
+        points: by size and number in flight.
+        latency_s: of one read, from request to data, when the disk is idle.
+        overlapped_share: of these speeds that is left while the CPU's kernels run, 0 to 1.
+        free_nbytes: free bytes.
+    """
+
+    points: tuple[DiskPoint, ...]
+    latency_s: float
+    overlapped_share: float
+    free_nbytes: int
+
+    def __post_init__(self) -> None:
+        if not self.points or not 0 < self.overlapped_share <= 1:
+            raise ValueError("a disk needs measurements and a share above 0 and at most 1")
+
+    def bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
+        """Speed of reads alone.
+
+        Of the points with the nearest number in flight (by ratio), runs straight in the logarithm of the size and stays
+        level outside.
+        """
+        depth = min({point.in_flight for point in self.points}, key=lambda d: (abs(math.log(d / max(in_flight, 1))), d))
+        points = sorted((p.block_nbytes, p.bytes_per_s) for p in self.points if p.in_flight == depth)
+        if block_nbytes <= points[0][0]:
+            return points[0][1]
+        for (small, slow), (large, fast) in itertools.pairwise(points):
+            if block_nbytes <= large:
+                return slow + (fast - slow) * math.log(block_nbytes / small) / math.log(large / small)
+        return points[-1][1]
+
+    def overlapped_bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
+        """Speed of reads while the CPU's kernels run."""
+        return self.overlapped_share * self.bytes_per_s(block_nbytes, in_flight)
+
+
+@dataclass(frozen=True)
+class FormatCurve:
+    """The curve of one format."""
+
+    format: str
+    curve: TokenCurve
+
+
+@dataclass(frozen=True)
+class AttentionSpeed:
+    """Attention of new tokens to cached ones.
+
+    Attributes:
+        call_s: of a layer, whatever its size.
+        bytes_per_s: at which the cache is read for one new token of each sequence.
+        flops_per_s: for many new tokens; two for each product and sum of queries with keys and of weights with values.
+    """
+
+    call_s: float
+    bytes_per_s: float
+    flops_per_s: float
+
+    def seconds(self, kv_nbytes: float, flops: float, new_tokens: int) -> float:
+        """Seconds of one layer: bound by reading for one new token a sequence, else by whichever takes longer."""
+        read_s = kv_nbytes / self.bytes_per_s
+        return self.call_s + (read_s if new_tokens == 1 else max(read_s, flops / self.flops_per_s))
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """What a forward pass costs beside products, attention and reads.
+
+    Attributes:
+        pass_s: once a pass: masks, angles, hooks, choosing a token.
+        layer_s: in each layer: calls, norms, rotary angles, routing.
+        element_s: for each new token and entry of the residual stream in each layer.
+    """
+
+    pass_s: float
+    layer_s: float
+    element_s: float
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device that computes.
+
+    Attributes:
+        memory_nbytes: what it may use.
+        memory_bytes_per_s: at which it streams its memory.
+        experts: seconds of expert MLPs, by format.
+        linears: seconds of linear layers, by format.
+        attention: of one layer.
+        overheads: of a pass whose dense layers run here.
+    """
+
+    memory_nbytes: int
+    memory_bytes_per_s: float
+    experts: tuple[FormatCurve, ...]
+    linears: tuple[FormatCurve, ...]
+    attention: AttentionSpeed
+    overheads: Overheads
+
+    def expert(self, format: str) -> TokenCurve:
+        """The curve of expert MLPs in a format.
+
+        Raises:
+            ValueError: the profile has none.
+        """
+        return _curve(self.experts, format, "experts")
+
+    def linear(self, format: str) -> TokenCurve:
+        """The curve of linear layers in a format.
+
+        Raises:
+            ValueError: the profile has none.
+        """
+        return _curve(self.linears, format, "linear layers")
+
+    def scaled(self, factor: float) -> Compute:
+        """The device with memory `factor` times as fast, and all that waits for memory with it."""
+        return replace(
+            self,
+            memory_bytes_per_s=factor * self.memory_bytes_per_s,
+            experts=tuple(FormatCurve(one.format, one.curve.scaled(1 / factor)) for one in self.experts),
+            linears=tuple(FormatCurve(one.format, one.curve.scaled(1 / factor)) for one in self.linears),
+            attention=replace(self.attention, bytes_per_s=factor * self.attention.bytes_per_s),
+        )
+
+
+def _curve(curves: tuple[FormatCurve, ...], format: str, what: str) -> TokenCurve:
+    for known in curves:
+        if known.format == format:
+            return known.curve
+    raise ValueError(
+        f"the hardware profile has no curve of {what} in {format!r}, only {', '.join(c.format for c in curves)}; "
+        "profile the machine again"
+    )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a profile's figures come from.
+
+    Attributes:
+        kind: "measured" here, or from "datasheet"s and typical figures.
+        machine: processor, memory and accelerator, in words.
+        fingerprint: of what was measured; another one means that the profile is stale.
+        date: ISO 8601, UTC.
+        versions: of the libraries, as "name version".
+        notes: what a reader must know, such as figures that did not become stable.
+    """
+
+    kind: Literal["measured", "datasheet"]
+    machine: str
+    fingerprint: str
+    date: str
+    versions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """A machine. With an accelerator, `gpu`, `to_gpu` and `from_gpu` are all there.
+
+    Attributes:
+        name: in words.
+        cpu: the processor with host memory.
+        gpu: the accelerator with its memory.
+        to_gpu: copies of experts and activations from host memory.
+        from_gpu: copies of activations back.
+        pinned_nbytes: host memory that may be locked for copies.
+        disk: of the expert store; None where nothing was measured.
+        provenance: where all this comes from.
+    """
+
+    name: str
+    cpu: Compute
+    gpu: Compute | None
+    to_gpu: Link | None
+    from_gpu: Link | None
+    pinned_nbytes: int
+    disk: Disk | None
+    provenance: Provenance = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len({self.gpu is None, self.to_gpu is None, self.from_gpu is None}) != 1:
+            raise ValueError("a profile has an accelerator and both links to it, or none of them")
+
+    def with_memory_speed(self, bytes_per_s: float) -> HardwareProfile:
+        """The profile at another speed of host memory, as a probe just found it; see `Compute.scaled`."""
+        return replace(self, cpu=self.cpu.scaled(bytes_per_s / self.cpu.memory_bytes_per_s))
+
+    def without_gpu(self) -> HardwareProfile:
+        """The machine without its accelerator."""
+        return replace(self, gpu=None, to_gpu=None, from_gpu=None)
+
+    def to_json(self) -> str:
+        """The profile as JSON, with its version."""
+        return to_json(self, PROFILE_VERSION)
+
+    @classmethod
+    def from_json(cls, text: str) -> HardwareProfile:
+        """The profile that `to_json` wrote.
+
+        Raises:
+            ValueError: see `placement.records.from_json`.
+        """
+        return from_json(cls, text, PROFILE_VERSION, "hardware profile")

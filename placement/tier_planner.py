@@ -1,0 +1,266 @@
+"""Plans over VRAM, RAM and disk: the fastest for a workload that the budgets allow.
+
+Every choice of dense parts in VRAM (`dense_choices`) is combined with numbers of expert slots in VRAM; RAM takes as
+many slots as fit. What is tried depends on the model only, so a larger budget tries all that a smaller one did and
+more: it is never predicted slower. Numbers of slots are all tried up to VRAM_STEPS experts and in that many equal steps
+beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from placement.dense_choices import DenseChoice, Saving, dense_choices
+from placement.dense_cost import layer_cost, pass_cost
+from placement.expert_cost import IntArray, expert_cost
+from placement.hardware_profile import HardwareProfile
+from placement.homes import Homes
+from placement.layer_kinds import layer_kinds
+from placement.memory_use import ram_use, vram_use
+from placement.model_spec import ModelSpec
+from placement.passes import Pass, decode_pass, prefill_passes
+from placement.plan import Plan, VramPlan
+from placement.planner import MINIMUM_SLOTS, READ_CHUNK_NBYTES, READER_THREADS, PlanInfeasibleError, make_plan
+from placement.predict import Routing, predict
+from placement.routing import FloatArray, HitCurve
+from placement.workload import Workload
+
+VRAM_STEPS = 256
+RATE_POINTS = 2048
+
+_NOTHING = Homes((), (), False, 0, 0, READ_CHUNK_NBYTES, READER_THREADS)
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Passes of one kind, with hit rates for every number of slots from 0 to all experts."""
+
+    work: Pass
+    weight: float
+    rates: FloatArray
+
+
+def make_tiered_plan(
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
+    ram_budget_nbytes: int,
+    vram_budget_nbytes: int,
+    routing: Routing | None = None,
+) -> Plan:
+    """The plan with the least expected seconds for a prompt and its new tokens.
+
+    Args:
+        spec: with layers.
+        profile: the machine.
+        workload: what will run.
+        ram_budget_nbytes: bound on all that the runtime holds in host memory.
+        vram_budget_nbytes: bound on all that it holds in VRAM; 0, or a machine without an accelerator, gives what
+            `make_plan` does.
+        routing: what is known of the experts' popularity.
+
+    Raises:
+        PlanInfeasibleError: the budgets are too small; with the RAM that would do beside this VRAM.
+        ValueError: `profile` cannot predict this spec.
+    """
+    routing = Routing() if routing is None else routing
+    if profile.gpu is None or vram_budget_nbytes <= 0:
+        return make_plan(spec, workload, ram_budget_nbytes, profile, routing)
+    search = _Search(spec, profile, workload, routing)
+    best: tuple[float, Homes] | None = None
+    least = None
+    for choice in search.choices:
+        fixed = search.homes(choice)
+        ram, vram = ram_use(spec, workload, fixed), vram_use(spec, workload, fixed)
+        if vram.total_nbytes > vram_budget_nbytes:
+            continue
+        needed = ram.total_nbytes + min(MINIMUM_SLOTS, spec.expert_count) * spec.bundle_nbytes
+        least = needed if least is None else min(least, needed)
+        if needed > ram_budget_nbytes:
+            continue
+        ram_slots = min(spec.expert_count, (ram_budget_nbytes - ram.total_nbytes) // spec.bundle_nbytes)
+        for seconds, homes in search.best_slots(choice, fixed, ram_slots, vram_budget_nbytes):
+            if best is None or seconds < best[0]:
+                best = seconds, homes
+    if best is None:
+        minimum = least if least is not None else _without(spec, workload)
+        raise PlanInfeasibleError(
+            f"{spec.name} needs at least {minimum:,} bytes of RAM beside {vram_budget_nbytes:,} bytes of VRAM; "
+            f"the budget is {ram_budget_nbytes:,}",
+            minimum,
+        )
+    return _plan(spec, profile, workload, routing, best[1], ram_budget_nbytes, vram_budget_nbytes)
+
+
+class _Search:
+    """What all choices share: the phases of the workload and the costs of parts."""
+
+    def __init__(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, routing: Routing) -> None:
+        self.spec, self.profile, self.workload, self.routing = spec, profile, workload, routing
+        self.kinds = layer_kinds(spec)
+        works = [(decode_pass(workload), float(workload.new_tokens))]
+        works += [(work, float(work.count)) for work in prefill_passes(workload)]
+        self.phases = [
+            _Phase(work, weight, _all_rates(routing.hits(spec, work), spec.expert_count)) for work, weight in works
+        ]
+        self._dense: dict[tuple[int, bool, bool], float] = {}
+        step = -(-spec.expert_count // VRAM_STEPS)
+        self._vram_slots = np.arange(0, spec.expert_count + step, step).clip(max=spec.expert_count)
+        self.choices = dense_choices(spec, self._savings())
+
+    def homes(self, choice: DenseChoice, vram_slots: int = 0, ram_slots: int = 0) -> Homes:
+        """The homes of a choice with these slots."""
+        dense, kv = choice.layers(self.kinds)
+        return replace(
+            _NOTHING,
+            dense_in_vram=dense,
+            kv_in_vram=kv,
+            head_in_vram=choice.head,
+            vram_slots=vram_slots,
+            ram_slots=ram_slots,
+        )
+
+    def best_slots(
+        self, choice: DenseChoice, fixed: Homes, ram_slots: int, vram_budget_nbytes: int
+    ) -> Iterator[tuple[float, Homes]]:
+        """(seconds, homes) of the best number of slots in VRAM, and of none."""
+        spec = self.spec
+        one = vram_use(spec, self.workload, replace(fixed, vram_slots=1))
+        most = (vram_budget_nbytes - one.total_nbytes) // spec.bundle_nbytes + 1
+        slots = self._vram_slots[self._vram_slots <= max(0, most)]
+        if not fixed.uses_vram:
+            # Without a slot nothing is on the accelerator, and nothing is copied there.
+            slots = slots[1:]
+            alone = self._seconds(choice, np.zeros(1, np.int64), ram_slots, self.profile.without_gpu())
+            yield float(alone[0]), self.homes(choice, 0, min(ram_slots, spec.expert_count))
+        if len(slots):
+            seconds = self._seconds(choice, slots, ram_slots, self.profile)
+            index = int(np.argmin(seconds))
+            # Beside those in VRAM the others need no more slots than there are, but for those that reads pass through.
+            rest = max(spec.expert_count - int(slots[index]), min(MINIMUM_SLOTS, spec.expert_count))
+            yield float(seconds[index]), self.homes(choice, int(slots[index]), min(ram_slots, rest))
+
+    def _seconds(self, choice: DenseChoice, slots: IntArray, ram_slots: int, profile: HardwareProfile) -> FloatArray:
+        total = np.zeros(len(slots))
+        both = np.minimum(slots + ram_slots, self.spec.expert_count)
+        for number, phase in enumerate(self.phases):
+            head_s, overhead_s = pass_cost(self.spec, profile, self.homes(choice), phase.work)
+            total += phase.weight * (head_s + overhead_s)
+            in_vram = phase.rates[slots]
+            in_ram = np.maximum(phase.rates[both] - in_vram, 0.0)
+            for kind, (dense, kv) in enumerate(zip(choice.dense, choice.kv, strict=True)):
+                count = len(self.kinds[kind].indices)
+                for (vram, cached), times in (
+                    ((True, True), kv),
+                    ((True, False), dense - kv),
+                    ((False, False), count - dense),
+                ):
+                    if times:
+                        total += phase.weight * times * self._layer_s(number, kind, vram, cached)
+                total += phase.weight * self._experts_s(phase, kind, dense, in_vram, in_ram, profile)
+        return total
+
+    def _experts_s(
+        self, phase: _Phase, kind: int, dense: int, in_vram: FloatArray, in_ram: FloatArray, profile: HardwareProfile
+    ) -> FloatArray:
+        """Routed experts of all layers of a kind, of which `dense` are on the accelerator."""
+        experts = self.kinds[kind].experts
+        total = np.zeros(len(in_vram))
+        if experts is None:
+            return total
+        need = self.routing.demand(experts, phase.work)
+        for on_gpu, times in ((True, dense), (False, len(self.kinds[kind].indices) - dense)):
+            if times:
+                cost = expert_cost(experts, profile, _NOTHING, need, phase.work.rows, in_vram, in_ram, on_gpu=on_gpu)
+                total += times * cost.total_s
+        return total
+
+    def _layer_s(self, phase: int, kind: int, vram: bool, kv: bool) -> float:
+        key = (phase * len(self.kinds) + kind, vram, kv)
+        if key not in self._dense:
+            layer, work = self.kinds[kind].layer, self.phases[phase].work
+            cost = layer_cost(self.spec, layer, self.profile, work, dense_vram=vram, kv_vram=kv)
+            self._dense[key] = cost.total_s
+        return self._dense[key]
+
+    def _savings(self) -> list[Saving]:
+        """What each part saves over the whole workload, experts left where they are."""
+        savings = []
+        for kind in range(len(self.kinds)):
+            layer = self.kinds[kind].layer
+            for kv in (False, True):
+                seconds = sum(
+                    phase.weight * (self._layer_s(number, kind, False, False) - self._layer_s(number, kind, True, kv))
+                    for number, phase in enumerate(self.phases)
+                )
+                tokens = self.workload.batch * self.workload.context_tokens
+                nbytes = layer.dense_nbytes + (tokens * layer.kv_nbytes_per_token if kv else 0)
+                savings.append(Saving(kind, kv, seconds, nbytes))
+        if self.spec.head is not None:
+            seconds = sum(
+                phase.weight * (self._head_s(phase, False) - self._head_s(phase, True)) for phase in self.phases
+            )
+            savings.append(Saving(None, False, seconds, self.spec.head.nbytes))
+        return savings
+
+    def _head_s(self, phase: _Phase, vram: bool) -> float:
+        return pass_cost(self.spec, self.profile, replace(_NOTHING, head_in_vram=vram), phase.work)[0]
+
+
+def _all_rates(curve: HitCurve, experts: int) -> FloatArray:
+    """Hit rates of 0 to `experts` slots; of many, straight between RATE_POINTS of them."""
+    slots: FloatArray = np.arange(experts + 1).astype(np.float64)
+    if experts < RATE_POINTS:
+        return curve.rate(slots)
+    points: FloatArray = np.linspace(0.0, experts, RATE_POINTS).round()
+    return np.interp(slots, points, curve.rate(points))
+
+
+def _without(spec: ModelSpec, workload: Workload) -> int:
+    return ram_use(spec, workload, _NOTHING).total_nbytes + min(MINIMUM_SLOTS, spec.expert_count) * spec.bundle_nbytes
+
+
+def _plan(
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
+    routing: Routing,
+    homes: Homes,
+    ram_budget_nbytes: int,
+    vram_budget_nbytes: int,
+) -> Plan:
+    """The record of homes."""
+    ram, vram = ram_use(spec, workload, homes), vram_use(spec, workload, homes)
+    # All that does not depend on where things are is as in a plan without an accelerator and without bounds.
+    base = make_plan(spec, workload, 1 << 62)
+    on_gpu = None
+    if homes.uses_vram:
+        on_gpu = VramPlan(
+            homes.dense_in_vram, homes.kv_in_vram, homes.head_in_vram, homes.vram_slots, vram, vram_budget_nbytes
+        )
+    least = ram.total_nbytes - ram.slot_nbytes + min(MINIMUM_SLOTS, spec.expert_count) * spec.bundle_nbytes
+    return replace(
+        base,
+        dense_tier="vram" if len(homes.dense_in_vram) == len(spec.layers) else "ram",
+        kv_tier="vram" if len(homes.kv_in_vram) == len(spec.layers) else "ram",
+        ram_slots=homes.ram_slots,
+        ram=ram,
+        ram_budget_nbytes=ram_budget_nbytes,
+        minimum_ram_nbytes=least,
+        vram=on_gpu,
+        prediction=predict(spec, profile, homes, workload, routing),
+    )
+
+
+def fastest(plans: Sequence[Plan], workload: Workload) -> Plan:
+    """Of plans in several formats the one with the least expected seconds; of equals the first.
+
+    Raises:
+        ValueError: there are none, or one has no prediction.
+    """
+    if not plans or any(plan.prediction is None for plan in plans):
+        raise ValueError("choosing among plans needs a prediction of each")
+    return min(plans, key=lambda plan: plan.prediction.request_s(workload.new_tokens) if plan.prediction else 0.0)

@@ -1,0 +1,169 @@
+"""Plans over three tiers: within budgets, never slower with more, and as fast as trying everything."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from placement.hardware_profile import HardwareProfile
+from placement.homes import Homes
+from placement.memory_use import ram_use, vram_use
+from placement.model_spec import ModelSpec
+from placement.plan import Plan
+from placement.planner import READ_CHUNK_NBYTES, READER_THREADS, PlanInfeasibleError, make_plan
+from placement.predict import Routing, expected_s
+from placement.tier_planner import fastest, make_tiered_plan
+from placement.workload import Workload
+from tests.placement.machines import machine, machines, model
+
+WORK = Workload(512, prompt_tokens=200, new_tokens=50)
+# What every plan with something in VRAM takes there: activations, staging, workspace.
+SMALL = model(layers=2, experts=4, top_k=2)
+
+
+def fixed_vram(spec: ModelSpec) -> int:
+    return vram_use(spec, WORK, Homes((), (), True, 0, 0, READ_CHUNK_NBYTES, READER_THREADS)).activation_nbytes
+
+
+def least_ram(spec: ModelSpec) -> int:
+    with pytest.raises(PlanInfeasibleError) as caught:
+        make_plan(spec, WORK, 0)
+    return caught.value.minimum_ram_nbytes
+
+
+def request_s(plan: Plan) -> float:
+    assert plan.prediction is not None
+    return plan.prediction.request_s(plan.workload.new_tokens)
+
+
+def all_homes(spec: ModelSpec) -> Iterator[Homes]:
+    """Every subset of layers, of KV caches, the output layer, and every number of slots."""
+    layers = range(len(spec.layers))
+    for states in itertools.product(range(3), repeat=len(spec.layers)):
+        dense = tuple(i for i in layers if states[i] > 0)
+        kv = tuple(i for i in layers if states[i] > 1)
+        for head, vram, ram in itertools.product(
+            (False, True), range(spec.expert_count + 1), range(2, spec.expert_count + 1)
+        ):
+            yield Homes(dense, kv, head, vram, ram, READ_CHUNK_NBYTES, READER_THREADS)
+
+
+def brute_force(spec: ModelSpec, profile: HardwareProfile, ram: int, vram: int) -> float:
+    seconds = [
+        expected_s(spec, profile, homes, WORK)
+        for homes in all_homes(spec)
+        if ram_use(spec, WORK, homes).total_nbytes <= ram and vram_use(spec, WORK, homes).total_nbytes <= vram
+    ]
+    return min(seconds)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_as_fast_as_trying_everything(seed: int) -> None:
+    random_ = random.Random(seed)
+    spec = model(layers=2, experts=3, top_k=random_.choice((1, 2)), dense_layers=seed % 2)
+    profile = machine(link=random_.choice((1e9, 1e10, 6e10)), disk=random_.choice((5e8, 5e9)))
+    ram = least_ram(spec) + random_.randrange(spec.expert_nbytes)
+    vram = fixed_vram(spec) + random_.randrange(spec.dense_nbytes + spec.expert_nbytes)
+    plan = make_tiered_plan(spec, profile, WORK, ram, vram)
+    assert request_s(plan) <= 1.01 * brute_force(spec, profile, ram, vram)
+
+
+def test_the_greedy_order_is_close_to_all_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = model(layers=9, experts=16, top_k=4, dense_layers=2)
+    for link, extra in itertools.product((2e9, 3e10), (0.1, 0.3, 0.6, 0.9)):
+        budgets = least_ram(spec) + spec.expert_nbytes // 2, fixed_vram(spec) + int(extra * spec.dense_nbytes)
+        greedy = make_tiered_plan(spec, machine(link=link), WORK, *budgets)
+        with monkeypatch.context() as patch:
+            patch.setattr("placement.dense_choices.MOST_COMBINATIONS", 1 << 30)
+            everything = make_tiered_plan(spec, machine(link=link), WORK, *budgets)
+        assert request_s(greedy) <= 1.01 * request_s(everything)
+
+
+budgets = st.integers(0, 3 * SMALL.expert_nbytes)
+
+
+@settings(deadline=None, max_examples=40)
+@given(machines, budgets, budgets, st.floats(0, 1.5))
+def test_never_over_budget(profile: HardwareProfile, ram: int, vram: int, skew: float) -> None:
+    ram, vram = least_ram(SMALL) + ram, fixed_vram(SMALL) // 2 + vram
+    plan = make_tiered_plan(SMALL, profile, WORK, ram, vram, Routing.stated(skew))
+    assert plan.ram.total_nbytes <= ram
+    if plan.vram is not None:
+        assert profile.gpu is not None
+        assert plan.vram.use.total_nbytes <= vram == plan.vram.budget_nbytes
+        assert plan.vram.use.slot_nbytes == plan.vram.slots * plan.slot_nbytes
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan == make_tiered_plan(SMALL, profile, WORK, ram, vram, Routing.stated(skew))
+
+
+@settings(deadline=None, max_examples=40)
+@given(machines, budgets, budgets, budgets, st.booleans())
+def test_more_memory_is_never_slower(profile: HardwareProfile, ram: int, vram: int, more: int, in_ram: bool) -> None:
+    ram, vram = least_ram(SMALL) + ram, fixed_vram(SMALL) // 2 + vram
+    before = make_tiered_plan(SMALL, profile, WORK, ram, vram)
+    after = make_tiered_plan(SMALL, profile, WORK, ram + more * in_ram, vram + more * (not in_ram))
+    assert request_s(after) <= request_s(before) * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(["ram", "vram", "link", "disk"]), st.floats(1, 50), budgets, budgets)
+def test_a_faster_part_is_never_slower(part: str, times: float, ram: int, vram: int) -> None:
+    speeds = {"ram": 2e10, "vram": 3e11, "link": 1e10, "disk": 2e9}
+    faster = speeds | {part: times * speeds[part]}
+    ram, vram = least_ram(SMALL) + ram, fixed_vram(SMALL) // 2 + vram
+    before, after = (
+        make_tiered_plan(SMALL, machine(**one), WORK, ram, vram)  # type: ignore[arg-type]
+        for one in (speeds, faster)
+    )
+    assert request_s(after) <= request_s(before) * (1 + 1e-9)
+
+
+def test_without_an_accelerator_it_is_the_runtimes_plan() -> None:
+    ram = least_ram(SMALL) + 2 * SMALL.bundle_nbytes
+    for profile, vram in ((machine(gpu=False), 1 << 40), (machine(), 0)):
+        assert make_tiered_plan(SMALL, profile, WORK, ram, vram) == make_plan(SMALL, WORK, ram, profile)
+    plan = make_plan(SMALL, WORK, ram, machine(gpu=False))
+    assert replace(plan, prediction=None) == make_plan(SMALL, WORK, ram)
+
+
+def test_vram_makes_up_for_ram() -> None:
+    least = least_ram(SMALL)
+    with pytest.raises(PlanInfeasibleError) as caught:
+        make_tiered_plan(SMALL, machine(), WORK, 0, 1 << 40)
+    minimum = caught.value.minimum_ram_nbytes
+    assert minimum < least
+    assert make_tiered_plan(SMALL, machine(), WORK, minimum, 1 << 40).minimum_ram_nbytes == minimum
+    with pytest.raises(PlanInfeasibleError):
+        make_tiered_plan(SMALL, machine(), WORK, minimum - 1, 1 << 40)
+    with pytest.raises(PlanInfeasibleError) as caught:
+        make_tiered_plan(SMALL, machine(), WORK, 0, 1)
+    assert caught.value.minimum_ram_nbytes == least
+
+
+def test_enough_vram_holds_everything() -> None:
+    plan = make_tiered_plan(SMALL, machine(), WORK, 1 << 40, 1 << 40)
+    assert plan.vram is not None
+    assert (plan.dense_tier, plan.kv_tier, plan.vram.head) == ("vram", "vram", True)
+    assert plan.vram.slots == SMALL.expert_count
+    assert plan.prediction is not None
+    assert plan.prediction.decode.vram_hit_rate == pytest.approx(1.0)
+
+
+def test_the_fastest_of_several_formats() -> None:
+    plans = [make_plan(model(format=format), WORK, 1 << 34, machine(gpu=False)) for format in ("bf16", "int4", "bf16")]
+    assert fastest(plans, WORK) is plans[1]
+    with pytest.raises(ValueError, match="prediction"):
+        fastest([make_plan(SMALL, WORK, 1 << 34)], WORK)
+
+
+def test_a_large_model_is_planned() -> None:
+    spec = model(layers=61, experts=256, top_k=8, dense_layers=3, hidden=2048, intermediate=512)
+    plan = make_tiered_plan(spec, machine(), WORK, 40 << 30, 16 << 30)
+    assert plan.vram is not None
+    assert plan.vram.slots > 0
