@@ -18,23 +18,28 @@ def alike_layers(skeleton: PreTrainedModel) -> dict[str, list[str]]:
 
     Empty where the decoder's layers cannot be told from other modules.
     """
-    config = skeleton.config.get_text_config()
-    count = config.num_hidden_layers
+    found = decoder_layers(skeleton)
+    types = getattr(skeleton.config.get_text_config(), "layer_types", None)
+    first: dict[Hashable, str] = {}
+    alike: dict[str, list[str]] = {}
+    for index, (name, layer) in enumerate(found):
+        kind = (types[index] if types else None, _kind(layer))
+        alike.setdefault(first.setdefault(kind, name), []).append(name)
+    return alike
+
+
+def decoder_layers(skeleton: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """The decoder's layers in order, by path; none where they cannot be told from other modules."""
+    count = skeleton.config.get_text_config().num_hidden_layers
     lists = [
         (name, module)
         for name, module in skeleton.named_modules()
         if isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] == "layers" and len(module) == count
     ]
     if len(lists) != 1:
-        return {}
-    (path, layers), types = lists[0], getattr(config, "layer_types", None)
-    first: dict[Hashable, str] = {}
-    alike: dict[str, list[str]] = {}
-    for index, layer in enumerate(layers):
-        kind = (types[index] if types else None, _kind(layer))
-        name = f"{path}.{index}"
-        alike.setdefault(first.setdefault(kind, name), []).append(name)
-    return alike
+        return []
+    path, layers = lists[0]
+    return [(f"{path}.{index}", layer) for index, layer in enumerate(layers)]
 
 
 def _kind(layer: torch.nn.Module) -> Hashable:

@@ -39,7 +39,7 @@ class ModelBundleSource:
                 f"{type(model).__name__} has no routed experts that transformers' experts interface dispatches"
             )
         self.groups: Sequence[ExpertGroup] = tuple(
-            _group(path, module, format) for path, module in self._modules.items()
+            expert_group(path, module, format) for path, module in self._modules.items()
         )
         digest = xxhash.xxh3_128()
         if format is not None:
@@ -75,7 +75,17 @@ def _memory(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     return tensor.view(torch.uint8).reshape(-1).numpy()
 
 
-def _group(name: str, module: torch.nn.Module, format: str | None) -> ExpertGroup:
+def expert_group(name: str, module: torch.nn.Module, format: str | None) -> ExpertGroup:
+    """The layer's experts by the shapes of their parameters, which may be on meta.
+
+    Args:
+        name: path of the experts module.
+        module: with its parameters.
+        format: packed format of the bundles; None for the parameters' own dtype.
+
+    Raises:
+        UnsupportedModelError: experts of a kind that bundles do not hold.
+    """
     if getattr(module, "has_post_expert_norm", False):
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) has a norm inside the experts: not supported yet"

@@ -23,11 +23,13 @@ class RunSizes:
         kv_nbytes_per_token: bytes by which one sequence's cache grows with a token, all layers together.
         kv_fixed_nbytes: bytes of one sequence's cache that do not grow.
         top_k: experts per token, by path of the experts module.
+        kv_nbytes_per_token_by_layer: growth of each layer of the cache.
     """
 
     kv_nbytes_per_token: int
     kv_fixed_nbytes: int
     top_k: dict[str, int]
+    kv_nbytes_per_token_by_layer: tuple[int, ...]
 
 
 def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
@@ -46,7 +48,7 @@ def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
     lengths = (2, 3)
     alike = alike_layers(skeleton)
     try:
-        nbytes = [_cache_nbytes(skeleton, length, alike) for length in lengths]
+        short, long = (_cache_nbytes(skeleton, length, alike) for length in lengths)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
             f"{type(skeleton).__name__} cannot be measured without weights ({type(error).__name__}: {error})"
@@ -57,8 +59,8 @@ def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
     for first, names in alike.items():
         found = {path.removeprefix(first): count for path, count in top_k.items() if path.startswith(f"{first}.")}
         top_k |= {name + rest: count for name in names for rest, count in found.items()}
-    per_token = nbytes[1] - nbytes[0]
-    return RunSizes(per_token, nbytes[0] - lengths[0] * per_token, top_k)
+    by_layer = tuple(after - before for before, after in zip(short, long, strict=True))
+    return RunSizes(sum(by_layer), sum(short) - lengths[0] * sum(by_layer), top_k, by_layer)
 
 
 def _recording_step(name: str, top_k: dict[str, int]) -> Step:
@@ -69,21 +71,17 @@ def _recording_step(name: str, top_k: dict[str, int]) -> Step:
     return step
 
 
-def _cache_nbytes(skeleton: PreTrainedModel, tokens: int, alike: dict[str, list[str]]) -> int:
+def _cache_nbytes(skeleton: PreTrainedModel, tokens: int, alike: dict[str, list[str]]) -> list[int]:
+    """Bytes of each layer of the cache after a pass."""
     cache = DynamicCache(config=skeleton.config)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     # A default device that the user set would decide where meta kernels make their results.
     with torch.no_grad(), torch.device("meta"), one_of_each_kind(skeleton, alike):
         skeleton(input_ids=ids, past_key_values=cache, use_cache=True)
-    # How many layers each one that ran stands for; those that did not run may hold something all the same.
-    copies: dict[int, int] = {}
-    for first, names in alike.items():
-        copies |= {int(name.rpartition(".")[2]): len(names) if name == first else 0 for name in names}
-    return sum(
-        copies.get(index, 1) * t.numel() * t.element_size()
-        for index, layer in enumerate(cache.layers)
-        for t in _tensors(vars(layer))
-    )
+    # The layer that ran for each; those that did not run may hold something all the same.
+    ran = {int(name.rpartition(".")[2]): int(first.rpartition(".")[2]) for first in alike for name in alike[first]}
+    held = [sum(t.numel() * t.element_size() for t in _tensors(vars(layer))) for layer in cache.layers]
+    return [held[ran.get(index, index)] for index in range(max(len(held), *ran, 0) if ran else len(held))]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

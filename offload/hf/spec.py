@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from offload.hf.dtypes import FORMAT_OF_DTYPE
 from offload.hf.experts_interface import experts_modules, remove_expert_weights, use_offload_experts
+from offload.hf.layer_specs import head_spec, layer_specs
 from offload.hf.quantise import parameters_of, quantised_nbytes
 from offload.hf.sizes import activation_nbytes_per_token, attention_nbytes_per_token, dense_weights, measure_on_meta
 from offload.quantisation import Quantisation
@@ -53,6 +54,7 @@ def build_spec(
     dense |= quantised_nbytes(skeleton, formats)
     whole = sum(nbytes for name, nbytes in originals.items() if name not in alone)
     config = skeleton.config.get_text_config()
+    head, head_is_shared = head_spec(skeleton, formats)
     return ModelSpec(
         name=name,
         model_type=skeleton.config.model_type,
@@ -74,4 +76,7 @@ def build_spec(
         experts=tuple(
             ExpertsSpec(group.module, group.count, run.top_k[group.module], group.layout) for group in groups
         ),
+        layers=layer_specs(skeleton, groups, dense, run.kv_nbytes_per_token_by_layer, formats),
+        head=head,
+        head_is_shared=head_is_shared,
     )
