@@ -67,7 +67,8 @@ def test_records_and_planning_are_pure(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in MODULES if name(path).startswith("prefetch")], ids=name)
 def test_policies_know_no_tensors(path: Path) -> None:
-    assert not imported(path) & (FRAMEWORKS | INPUT_AND_OUTPUT)
+    # Their kernels are compiled; a model is nothing they know.
+    assert not imported(path) & ((FRAMEWORKS - {"numba"}) | INPUT_AND_OUTPUT)
 
 
 @pytest.mark.parametrize("module", ["offload", "offload.errors", "placement.planner", "profiler.memory"])

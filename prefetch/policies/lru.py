@@ -14,8 +14,8 @@ class LruPolicy(CachePolicy):
     def __init__(self) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()
 
-    def on_route(self, keys: Sequence[int]) -> None:
-        """Moves the resident ones of `keys` to the recent end, in the order given."""
+    def on_route(self, keys: Sequence[int], shares: Sequence[float] | None = None) -> None:
+        """Moves the resident ones of `keys` to the recent end, in the order given; a prefill counts as any use."""
         order = self._order
         for key in keys:
             if key in order:

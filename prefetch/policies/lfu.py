@@ -1,0 +1,34 @@
+"""Least frequently used, with decay: popularity that forgets."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from prefetch.policies.geometry import Geometry
+from prefetch.policies.valued import Floats, Ints, ValuedPolicy
+
+
+class LfuPolicy(ValuedPolicy):
+    """Value = cost x frequency; a use counts 1, and each decoded token of a layer multiplies what was by `decay`.
+
+    A prefill is one observation, weighted with the tokens' shares: it shows what is popular and no more.
+    """
+
+    def __init__(self, geometry: Geometry, decay: float = 0.98) -> None:
+        """Start with no uses.
+
+        Args:
+            geometry: the experts.
+            decay: between 0 (the last use only) and 1 (nothing is forgotten).
+        """
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay={decay}: expected 0 to 1")
+        super().__init__(geometry)
+        self.decay = decay
+        self.frequency: Floats = np.zeros(geometry.total)
+
+    def _observe(self, keys: Ints, shares: Floats | None) -> None:
+        _, first, end = self.layer_range(keys.tolist()[:1])
+        self.frequency[first:end] *= self.decay
+        self.frequency[keys] += 1.0 if shares is None else shares
+        np.multiply(self.frequency[first:end], self.geometry.relative_cost[first:end], out=self.values[first:end])

@@ -1,0 +1,83 @@
+"""Per-layer quotas over any policy that values experts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from prefetch.policies.base import CachePolicy, Scores
+from prefetch.policies.geometry import Geometry
+
+
+def shallow_first(geometry: Geometry, slots: int, whole_layers: int) -> tuple[int, ...]:
+    """Fate's shares: the first layers whole as far as slots go, the rest of the slots evenly over the other layers."""
+    quotas = [0] * geometry.layers
+    left = slots
+    for layer in range(min(whole_layers, geometry.layers)):
+        quotas[layer] = min(left, geometry.counts[layer])
+        left -= quotas[layer]
+    rest = range(min(whole_layers, geometry.layers), geometry.layers)
+    for place, layer in enumerate(rest):
+        quotas[layer] = left // len(rest) + (place < left % len(rest))
+    return tuple(quotas)
+
+
+class QuotaPolicy(CachePolicy):
+    """Evicts from a layer that holds more than its quota, the most above it first; within the layer the inner policy
+    says whom. Where no layer is above its quota, the inner policy chooses freely.
+    """
+
+    def __init__(self, inner: CachePolicy, geometry: Geometry, whole_layers: int = 0) -> None:
+        """Share slots out as `shallow_first` does.
+
+        Args:
+            inner: ranks experts.
+            geometry: the experts.
+            whole_layers: shallow layers that are kept whole; 0 shares evenly.
+        """
+        self.inner = inner
+        self.geometry = geometry
+        self.whole_layers = whole_layers
+        self.quotas = shallow_first(geometry, geometry.total, whole_layers)
+        self._resident: list[set[int]] = [set() for _ in geometry.counts]
+        self._layer_of = geometry.layer_of.tolist()
+
+    def on_resize(self, slots: int) -> None:
+        """Shares the slots out anew."""
+        self.quotas = shallow_first(self.geometry, slots, self.whole_layers)
+        self.inner.on_resize(slots)
+
+    def on_route(self, keys: Sequence[int], shares: Sequence[float] | None = None) -> None:
+        """For the inner policy."""
+        self.inner.on_route(keys, shares)
+
+    def on_scores(self, first_key: int, scores: Scores) -> None:
+        """For the inner policy."""
+        self.inner.on_scores(first_key, scores)
+
+    def on_forecast(self, first_key: int, probabilities: Scores) -> None:
+        """For the inner policy."""
+        self.inner.on_forecast(first_key, probabilities)
+
+    def on_insert(self, key: int) -> None:
+        """Counts towards its layer."""
+        self._resident[self._layer_of[key]].add(key)
+        self.inner.on_insert(key)
+
+    def on_evict(self, key: int) -> None:
+        """Does not count any more."""
+        self._resident[self._layer_of[key]].remove(key)
+        self.inner.on_evict(key)
+
+    def victim(self, pinned: Collection[int]) -> int | None:
+        """From the layer the furthest above its quota that has an unpinned key."""
+        above = [len(resident) - quota for resident, quota in zip(self._resident, self.quotas, strict=True)]
+        for layer in np.argsort(above, kind="stable")[::-1].tolist():
+            if above[layer] <= 0:
+                break
+            others = set().union(*(keys for other, keys in enumerate(self._resident) if other != layer))
+            found = self.inner.victim(others.union(pinned))
+            if found is not None:
+                return found
+        return self.inner.victim(pinned)
