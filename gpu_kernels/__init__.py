@@ -1,1 +1,1 @@
-"""Floor 1: Triton kernels. None yet: the GPU tier is not built, and nothing here pretends to be."""
+"""Triton kernels: experts and linear layers on the same bytes as the CPU's, combine, attention in parts."""

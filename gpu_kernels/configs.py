@@ -1,0 +1,84 @@
+"""Tile sizes: a few for each kind of product, the first of which is taken unless tuning found a better one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from formats.packed import PACKED_FORMATS
+from gpu_kernels.launch import Threads
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """How a (grouped) matrix product with weights is cut up.
+
+    Attributes:
+        tokens: rows of activations in a tile, at least 16.
+        rows: weight rows in a tile, a multiple of 16 that divides 128 or is 128.
+        columns: columns multiplied at a time.
+        scale_weights: see `weights_kernel.multiply_add`.
+        threads: of one program.
+    """
+
+    tokens: int
+    rows: int
+    columns: int
+    scale_weights: bool
+    threads: Threads
+
+
+@cache
+def product_configs(format: str, itemsize: int, *, few: bool) -> tuple[ProductConfig, ...]:
+    """The candidates for a weight format, best guess first.
+
+    Few tokens: memory-bound, so narrow tiles for many programs, and many loads under way. Many tokens: as large as
+    registers allow. Shared memory stays below the 99 KiB of consumer cards.
+
+    Args:
+        format: of the weights.
+        itemsize: bytes of an activation.
+        few: tiles of 16 tokens.
+    """
+    if few:
+        columns = _columns_of_few(format, itemsize)
+        return tuple(
+            ProductConfig(16, rows, columns, False, Threads(warps, stages))
+            for rows, warps, stages in ((32, 4, 4), (64, 4, 4), (32, 2, 5))
+        )
+    columns = 32 if itemsize == 4 and format != "int8" else 64
+    # (tokens, rows, warps, stages). Sums of blocks before they are scaled take registers as the sums themselves do.
+    sizes: tuple[tuple[int, int, int, int], ...]
+    if itemsize == 4:
+        sizes = ((32, 64, 8, 2), (64, 64, 8, 2))
+    elif format == "fp8_e4m3":
+        sizes = ((64, 64, 8, 3), (128, 64, 8, 3))
+    else:
+        sizes = ((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 3))
+    return tuple(
+        ProductConfig(tokens, rows, columns, format in PACKED_FORMATS, Threads(warps, stages))
+        for tokens, rows, warps, stages in sizes
+    )
+
+
+def _columns_of_few(format: str, itemsize: int) -> int:
+    """The columns of one scale, or of one tile where these are no limit."""
+    if format in ("int4", "mxfp4"):
+        return 32
+    if format in ("int8", "fp32"):
+        return 64
+    return 128 if itemsize == 2 else 64
+
+
+def splits_of(programs: int, steps: int, processors: int) -> int:
+    """Parts to cut the columns into so that two programs run on each processor; a power of two, at most 8.
+
+    Args:
+        programs: without splitting.
+        steps: iterations along the columns; each part has at least four.
+        processors: of the device.
+    """
+    splits = 1
+    while splits < 8 and programs * splits < 2 * processors and steps // (splits * 2) >= 4:
+        splits *= 2
+    return splits

@@ -1,0 +1,93 @@
+"""Quantised linear layers against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from formats.pack import pack_matrix
+from formats.packed import PACKED_FORMATS, MatrixLayout
+from gpu_kernels import linear as module
+from gpu_kernels.linear import FEW_TOKENS, packed_linear
+from gpu_kernels.linear_reference import packed_linear_reference
+from tests.assertions import assert_close
+from tests.gpu_kernels.bundles import POISON, tolerance_format
+
+FORMATS = tuple(PACKED_FORMATS)
+
+
+def guarded(payload: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy between poison."""
+    storage = torch.full((len(payload) + 256,), POISON, dtype=torch.uint8, device=device)
+    inner = storage[128 : 128 + len(payload)]
+    inner.copy_(torch.from_numpy(payload))
+    return inner
+
+
+def assert_linear(
+    tokens: int, rows: int, columns: int, format: str, dtype: torch.dtype, device: torch.device, *, bias: bool = False
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    codes, scales = pack_matrix(torch.randn(rows, columns, generator=generator).numpy(), format)
+    layout = MatrixLayout(rows, columns, format)
+    # Rows further apart than they are long, with poison between.
+    storage = torch.full((tokens, columns + 8), torch.nan, dtype=dtype)
+    x = storage[:, :columns].copy_(torch.randn(tokens, columns, generator=generator))
+    offset = torch.randn(rows, generator=generator) if bias else None
+    expected = packed_linear_reference(x, codes, scales, layout, offset, rounded=tokens > FEW_TOKENS)
+    on_device = storage.to(device)[:, :columns]
+    found = packed_linear(
+        on_device,
+        guarded(codes, device),
+        guarded(scales, device),
+        layout,
+        None if offset is None else offset.to(device),
+    )
+    assert found.dtype is dtype
+    assert_close(found, expected, tolerance_format(dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_few_tokens(format: str, dtype: torch.dtype, device: torch.device) -> None:
+    assert_linear(3, 72, 136, format, dtype, device, bias=True)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_many_tokens(format: str, device: torch.device) -> None:
+    assert_linear(FEW_TOKENS + 49, 72, 136, format, torch.bfloat16, device, bias=format == "int4")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_splits(format: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "splits_of", lambda *_: 4)
+    assert_linear(1, 40, 328, format, torch.bfloat16, device, bias=True)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 1, 1), (FEW_TOKENS, 16, 64), (2, 17, 65)])
+def test_edges(tokens: int, rows: int, columns: int, device: torch.device) -> None:
+    for format in FORMATS:
+        assert_linear(tokens, rows, columns, format, torch.float32, device)
+
+
+def test_no_tokens() -> None:
+    layout = MatrixLayout(16, 64, "int8")
+    codes, scales = (torch.zeros(size, dtype=torch.uint8) for size in (layout.codes_nbytes, layout.scales_nbytes))
+    assert packed_linear(torch.zeros(0, 64), codes, scales, layout).shape == (0, 16)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layout = MatrixLayout(16, 64, "int8")
+    codes, scales = (torch.zeros(size, dtype=torch.uint8) for size in (layout.codes_nbytes, layout.scales_nbytes))
+    x = torch.zeros(2, 64)
+    with pytest.raises(ValueError, match="x: expected"):
+        packed_linear(x[:, :32], codes, scales, layout)
+    with pytest.raises(ValueError, match="codes: expected"):
+        packed_linear(x, codes[1:], scales, layout)
+    with pytest.raises(ValueError, match="scales: expected"):
+        packed_linear(x, codes, scales.view(torch.int8), layout)
+    with pytest.raises(ValueError, match="bias: expected"):
+        packed_linear(x, codes, scales, layout, torch.zeros(15))
+    with pytest.raises(ValueError, match="must be on"):
+        packed_linear(x, codes.to("meta"), scales, layout)
