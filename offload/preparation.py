@@ -25,10 +25,12 @@ from offload.hf.model_source import ModelBundleSource
 from offload.hf.quantise import linears_to_quantise, put_back, quantise_loaded, readable_alone, take_out
 from offload.hf.skeleton import make_skeleton, read_config
 from offload.hf.spec import build_spec
+from offload.machine_profile import cached_profile
 from offload.request import DEFAULT_CONTEXT_TOKENS, Request
 from offload.sizes import format_size
 from offload.store.progress import Progress
 from offload.store.source import BundleSource
+from placement.hardware_profile import HardwareProfile
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import PlanInfeasibleError, make_plan
@@ -214,13 +216,22 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
 def _plan(spec: ModelSpec, request: Request, context: int) -> Plan:
     workload = Workload(context, request.batch, request.prefill_chunk_tokens)
     try:
-        return make_plan(spec, workload, request.ram_nbytes)
+        return make_plan(spec, workload, request.ram_nbytes, _profile(spec, request))
     except PlanInfeasibleError as error:
         minimum = error.minimum_ram_nbytes
         raise DoesNotFitError(
             f"{error}. Give ram={minimum} ({format_size(minimum)}) or more, or a shorter context than {context} tokens",
             minimum_ram_bytes=minimum,
         ) from error
+
+
+def _profile(spec: ModelSpec, request: Request) -> HardwareProfile | None:
+    """The machine as it was measured, where that can predict this model."""
+    if spec.head is None or not spec.layers:
+        return None
+    linears = {one.format for layer in spec.layers for one in layer.linears}
+    experts = {layer.layout.format for layer in spec.experts}
+    return cached_profile(request.store_root, {spec.head.format, *linears, *experts})
 
 
 def _context(request: Request, skeleton: PreTrainedModel) -> int:

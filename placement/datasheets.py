@@ -163,7 +163,9 @@ def _cpu(cpu: Cpu, ram_nbytes: int) -> Compute:
         memory_bytes_per_s=READ_SHARE * cpu.bytes_per_s,
         experts=curves(20e-6),
         linears=curves(10e-6),
-        attention=AttentionSpeed(30e-6, READ_SHARE * cpu.bytes_per_s, FLOPS_SHARE * cpu.bf16_flops_per_s),
+        attention=AttentionSpeed(
+            30e-6, READ_SHARE * cpu.bytes_per_s, FLOPS_SHARE * cpu.bf16_flops_per_s, FLOPS_SHARE * cpu.bf16_flops_per_s
+        ),
         overheads=Overheads(2e-3, 4e-4, 40 / cpu.bytes_per_s),
     )
 
@@ -181,7 +183,9 @@ def _gpu(gpu: Gpu) -> Compute:
         memory_bytes_per_s=READ_SHARE * gpu.bytes_per_s,
         experts=curves(10e-6),
         linears=curves(4e-6),
-        attention=AttentionSpeed(10e-6, READ_SHARE * gpu.bytes_per_s, FLOPS_SHARE * gpu.flops_per_s),
+        attention=AttentionSpeed(
+            10e-6, READ_SHARE * gpu.bytes_per_s, FLOPS_SHARE * gpu.flops_per_s, FLOPS_SHARE * gpu.flops_per_s
+        ),
         overheads=Overheads(5e-4, 6e-5, 40 / gpu.bytes_per_s),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -91,22 +92,24 @@ class FormatCurve:
 
 @dataclass(frozen=True)
 class AttentionSpeed:
-    """Attention of new tokens to cached ones.
+    """Attention of new tokens to cached ones; flops are two for each product and sum.
 
     Attributes:
         call_s: of a layer, whatever its size.
-        bytes_per_s: at which the cache is read for one new token of each sequence.
-        flops_per_s: for many new tokens; two for each product and sum of queries with keys and of weights with values.
+        bytes_per_s: at which the cache is read.
+        few_flops_per_s: for one new token of each sequence.
+        flops_per_s: for many new tokens.
     """
 
     call_s: float
     bytes_per_s: float
+    few_flops_per_s: float
     flops_per_s: float
 
     def seconds(self, kv_nbytes: float, flops: float, new_tokens: int) -> float:
-        """Seconds of one layer: bound by reading for one new token a sequence, else by whichever takes longer."""
-        read_s = kv_nbytes / self.bytes_per_s
-        return self.call_s + (read_s if new_tokens == 1 else max(read_s, flops / self.flops_per_s))
+        """Seconds of one layer: reading or computing, whichever takes longer."""
+        speed = self.few_flops_per_s if new_tokens == 1 else self.flops_per_s
+        return self.call_s + max(kv_nbytes / self.bytes_per_s, flops / speed)
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,11 @@ class HardwareProfile:
     def __post_init__(self) -> None:
         if len({self.gpu is None, self.to_gpu is None, self.from_gpu is None}) != 1:
             raise ValueError("a profile has an accelerator and both links to it, or none of them")
+
+    def knows(self, formats: Iterable[str]) -> bool:
+        """Whether there are curves of all these formats, of experts and of linear layers."""
+        both = {one.format for one in self.cpu.experts} & {one.format for one in self.cpu.linears}
+        return both.issuperset(formats)
 
     def with_memory_speed(self, bytes_per_s: float) -> HardwareProfile:
         """The profile at another speed of host memory, as a probe just found it; see `Compute.scaled`."""

@@ -1,4 +1,4 @@
-"""The command line: `offload run`, `offload plan`, `offload quantize` and `offload store`.
+"""The command line: `offload run`, `offload plan`, `offload profile`, `offload quantize` and `offload store`.
 
 Text and reports go to stdout, all else to stderr. Nothing here imports torch before a command needs it.
 """
@@ -14,6 +14,7 @@ import click
 from offload.cli.errors import EXIT_INTERRUPTED
 from offload.cli.options import example
 from offload.cli.plan import plan_command
+from offload.cli.profile import profile_command
 from offload.cli.quantize import quantize_command
 from offload.cli.run import run_command
 from offload.cli.store import store_commands
@@ -46,7 +47,7 @@ def cli() -> None:
     """Run Mixture-of-Experts models that do not fit in memory."""
 
 
-for _command in (run_command, plan_command, quantize_command, store_commands):
+for _command in (run_command, plan_command, profile_command, quantize_command, store_commands):
     cli.add_command(_command)
 
 

@@ -70,7 +70,7 @@ def machine(
             FormatCurve(name, roofline(bits, bytes_per_s, flops_per_s, call_s))
             for name, bits in zip(FORMATS, (16, 4.5), strict=True)
         )
-        attention = AttentionSpeed(call_s, bytes_per_s, flops_per_s)
+        attention = AttentionSpeed(call_s, bytes_per_s, flops_per_s, flops_per_s)
         return Compute(1 << 35, bytes_per_s, curves, curves, attention, Overheads(1e-3, 10 * call_s, 1e-11))
 
     copies = Link(1e-5, link, 0.7 * link) if gpu else None

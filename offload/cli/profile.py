@@ -1,0 +1,100 @@
+"""`offload profile`: measure this machine once, for predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from offload.cli.errors import exit_codes
+from offload.cli.options import example, json_option, nvme_option
+from offload.cli.output import add_row, facts, table, write
+from offload.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from placement.hardware_profile import Compute, Disk, HardwareProfile
+
+
+@click.command(
+    "profile",
+    short_help="Measure this machine, for predictions.",
+    epilog=example("offload profile", "offload profile --quick --nvme /fast/disk --json"),
+)
+@nvme_option
+@click.option("--quick", is_flag=True, help="In a few seconds: bf16, int8 and int4 alone, with fewer repeats.")
+@click.option("--again", is_flag=True, help="Measure even where a profile of this machine is cached.")
+@json_option
+def profile_command(nvme: Path | None, quick: bool, again: bool, as_json: bool) -> None:
+    """Measure memory, disk, kernels and overheads; `offload plan` then predicts speed.
+
+    The profile is cached and belongs to this machine, its libraries and the disk of the expert stores: when one of them
+    changes, it is measured again. Leave the machine alone meanwhile. The first time kernels are compiled, which takes
+    a few minutes.
+    """
+    with exit_codes(as_json=as_json):
+        _profile(nvme, quick=quick, again=again, as_json=as_json)
+
+
+def _profile(nvme: Path | None, *, quick: bool, again: bool, as_json: bool) -> None:
+    from offload.cli.libraries import quiet_transformers
+    from offload.machine_profile import cached_profile, machine_with, measure_profile, profiles_directory
+    from offload.request import store_root
+    from profiler.cache import profile_path
+
+    root = store_root(nvme)
+    profile = None if again else cached_profile(root)
+    path = profile_path(profiles_directory(), machine_with(root))
+    if profile is None:
+        with quiet_transformers():
+            profile, path = measure_profile(root, quick=quick, say=lambda what: click.echo(f"{what} ...", err=True))
+    if as_json:
+        click.echo(json.dumps(json.loads(profile.to_json()), indent=2))
+    else:
+        _write(profile, path)
+
+
+def _write(profile: HardwareProfile, path: Path) -> None:
+    origin = profile.provenance
+    memory, overheads = profile.cpu.memory_nbytes, profile.cpu.overheads
+    known = {
+        "machine": origin.machine,
+        "measured": f"{origin.date}, with {', '.join(origin.versions)}",
+        "kept in": str(path),
+        "memory": f"{format_size(memory)} available, read at {_speed(profile.cpu.memory_bytes_per_s)}",
+        **_disk(profile.disk),
+        "a pass": f"{overheads.pass_s * 1e3:.2f} ms and {overheads.layer_s * 1e6:.0f} us a layer beyond products, "
+        "attention and reads",
+        **({"note": "; ".join(origin.notes)} if origin.notes else {}),
+    }
+    write(facts(known), "", _kernels(profile.cpu))
+
+
+def _disk(disk: Disk | None) -> dict[str, str]:
+    if disk is None:
+        return {}
+    best = max(disk.points, key=lambda point: point.bytes_per_s)
+    return {
+        "disk": f"{_speed(best.bytes_per_s)} in reads of {format_size(best.block_nbytes)}, {best.in_flight} in flight; "
+        f"{disk.overlapped_share:.0%} of it beside working kernels; {disk.latency_s * 1e6:.0f} us for one small read"
+    }
+
+
+def _kernels(cpu: Compute) -> RenderableType:
+    made = table("format", "experts, 1 token", "experts, 128 tokens", "linear, 1 token", "linear, 128 tokens")
+    for one in cpu.experts:
+        both = (one.curve, cpu.linear(one.format))
+        cells = [
+            f"{2 * tokens / curve.seconds_per_weight(tokens) / 1e9:.1f} GFLOP/s"
+            for curve in both
+            for tokens in (1, 128)
+        ]
+        add_row(made, one.format, *cells)
+    return made
+
+
+def _speed(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.2f} GB/s"

@@ -1,0 +1,1 @@
+"""The runtime as the profiler measures it: its kernels, its reader and whole forward passes."""

@@ -1,0 +1,159 @@
+"""Calls of the runtime's kernels on weights that are not in the CPU's caches."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from formats.bundle import MATRICES, BundleLayout
+from formats.packed import PACKED_FORMATS
+from offload.devices.base import ExpertBatch
+from offload.devices.host import HostDevice
+from offload.hf.dtypes import DTYPE_OF_FORMAT
+from offload.hf.fused import fuse
+from offload.hf.fused.attention import _attend as attend
+from offload.hf.quantised_linear import QuantisedLinear
+from offload.moe.layer import ExpertsLayer
+from offload.packing import pack_tensor
+from profiler.subjects import Attention, Product
+
+HIDDEN, INTERMEDIATE = 2048, 768
+HEADS, KV_HEADS, HEAD_WIDTH = 32, 4, 128
+COLD_NBYTES = 256 << 20
+"""Calls take their weights from so many bytes in turn: more than caches hold."""
+
+
+class Gate(torch.nn.Module):
+    """What the runtime asks of an experts module: its gate."""
+
+    is_concatenated = True
+
+    def _apply_gate(self, projected: torch.Tensor) -> torch.Tensor:
+        gate, up = projected.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def compute_dtype(format: str) -> torch.dtype:
+    """In which a model with weights of this format computes here."""
+    return torch.bfloat16 if format in PACKED_FORMATS else DTYPE_OF_FORMAT[format]
+
+
+def random_bundle(layout: BundleLayout) -> npt.NDArray[np.uint8]:
+    """An expert of small random weights."""
+    out = np.zeros(layout.nbytes, np.uint8)
+    generator = torch.Generator().manual_seed(1)
+
+    def part(name: str) -> npt.NDArray[np.uint8]:
+        component = layout.components[name]
+        return out[component.offset : component.offset + component.nbytes]
+
+    for name in MATRICES:
+        weights = 0.02 * torch.randn(layout.shape(name), generator=generator)
+        if layout.is_packed:
+            pack_tensor(weights, layout.matrix(name), part(name), part(f"{name}_scale"), name)
+        else:
+            stored = weights.to(DTYPE_OF_FORMAT[layout.format])
+            part(name)[:] = stored.view(torch.uint8).reshape(-1).numpy()
+    return out
+
+
+class ExpertCalls:
+    """Experts of one layer as the MoE step calls the host device; all calls take the next of the same weights."""
+
+    def __init__(self, format: str) -> None:
+        self.format = format
+        self._layout = layout = BundleLayout(HIDDEN, INTERMEDIATE, format)
+        self._copies = max(8, COLD_NBYTES // layout.nbytes)
+        self._device = HostDevice()
+        self._slab = self._device.allocate(self._copies * layout.nbytes)
+        places = self._slab.bytes()[: self._copies * layout.nbytes].reshape(-1, layout.nbytes)
+        places[:] = random_bundle(layout)
+        self._next = 0
+        dtype = compute_dtype(format)
+        self._layer = ExpertsLayer("profile", 0, self._copies, layout, dtype, Gate(), "silu")
+
+    def product(self, count: int, tokens: int) -> Product:
+        """`count` experts with `tokens` tokens each."""
+        offsets = np.arange(count + 1, dtype=np.int64) * tokens
+        rows = np.arange(count * tokens, dtype=np.int64)
+        taken = np.tile(np.arange(tokens, dtype=np.int64), count)
+        hidden = torch.randn(tokens, HIDDEN).to(self._layer.dtype)
+        out = torch.empty(count * tokens, HIDDEN)
+
+        def call() -> None:
+            batch = ExpertBatch(self._addresses(count), offsets, taken, rows)
+            with torch.no_grad():
+                self._device.run_experts(self._layer, batch, hidden, out)
+
+        return Product(3 * HIDDEN * INTERMEDIATE * count, call)
+
+    def _addresses(self, count: int) -> npt.NDArray[np.intp]:
+        chosen = np.arange(self._next, self._next + count) % self._copies
+        self._next = int(chosen[-1] + 1) % self._copies
+        return (self._slab.address + chosen * self._layout.nbytes).astype(np.intp)
+
+
+class LinearCalls:
+    """Linear layers of `rows` outputs and HIDDEN inputs as a loaded model calls them, in turn."""
+
+    def __init__(self, format: str, rows: int) -> None:
+        self._dtype = dtype = compute_dtype(format)
+        self._rows = rows
+        first = _linear((0.02 * torch.randn(rows, HIDDEN)).to(dtype), format)
+        held = sum(t.nbytes for t in [*first.parameters(), *first.buffers()])
+        layers = [first, *(copy.deepcopy(first) for _ in range(min(63, COLD_NBYTES // held)))]
+        self._layers = torch.nn.ModuleList(layers).requires_grad_(False)
+        fuse(self._layers, ["linear"])  # type: ignore[arg-type]
+        self._turn: Iterator[Any] = itertools.cycle(self._layers)
+
+    def product(self, tokens: int) -> Product:
+        """A call with `tokens` tokens."""
+        x = torch.randn(1, tokens, HIDDEN).to(self._dtype)
+
+        def call() -> None:
+            with torch.no_grad():
+                next(self._turn)(x)
+
+        return Product(self._rows * HIDDEN, call)
+
+
+def _linear(weight: torch.Tensor, format: str) -> torch.nn.Module:
+    if format in PACKED_FORMATS:
+        return QuantisedLinear(weight, None, format, "profile")
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    return layer
+
+
+class _Attends(torch.nn.Module):
+    """What attention functions ask of an attention module."""
+
+    is_causal = True
+    num_key_value_groups = HEADS // KV_HEADS
+
+
+def attention_calls(new_tokens: int, cached_tokens: int) -> Attention:
+    """Attention of one layer with grouped heads in bf16, as a loaded model calls it."""
+    seen = cached_tokens + new_tokens
+    dtype = torch.bfloat16
+    query = torch.randn(1, HEADS, new_tokens, HEAD_WIDTH).to(dtype)
+    copies = max(1, min(64, COLD_NBYTES // (seen * KV_HEADS * HEAD_WIDTH * 4)))
+    caches = itertools.cycle(
+        [tuple(torch.randn(1, KV_HEADS, seen, HEAD_WIDTH).to(dtype) for _ in range(2)) for _ in range(copies)]
+    )
+    module = _Attends()
+
+    def run() -> None:
+        key, value = next(caches)
+        with torch.no_grad():
+            attend(module, query, key, value, None)
+
+    pairs = new_tokens * (cached_tokens + (new_tokens + 1) / 2)
+    return Attention(seen * KV_HEADS * HEAD_WIDTH * 4, 4.0 * HEADS * HEAD_WIDTH * pairs, run)

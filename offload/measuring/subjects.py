@@ -1,0 +1,84 @@
+"""The subjects that the profiler measures: this runtime's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from formats.elements import BF16, FP32
+from formats.packed import PACKED_FORMATS
+from offload.measuring.calibration import measure_overheads
+from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls
+from offload.measuring.reads import Scratch
+from placement.hardware_profile import HardwareProfile, Overheads
+from profiler.stream import stream_bytes_per_s
+from profiler.subjects import Attention, Product
+
+
+class RuntimeSubjects:
+    """See `profiler.subjects.Subjects`."""
+
+    formats: Sequence[str] = (BF16.name, FP32.name, *PACKED_FORMATS)
+
+    def __init__(self, scratch: Scratch, directory: Path, *, repeats: int) -> None:
+        """Measure with a scratch file that is there.
+
+        Args:
+            scratch: to be read.
+            directory: of experts for whole passes.
+            repeats: of whole passes.
+        """
+        self._scratch = scratch
+        self._directory = directory
+        self._repeats = repeats
+        # Weights of one format at a time: making them takes longer than measuring.
+        self._experts: ExpertCalls | None = None
+        self._linears: tuple[tuple[str, int], LinearCalls] | None = None
+
+    def experts(self, format: str, count: int, tokens: int) -> Product:
+        """See `Subjects`."""
+        return self._expert_calls(format).product(count, tokens)
+
+    def linear(self, format: str, rows: int, tokens: int) -> Product:
+        """See `Subjects`."""
+        if self._linears is None or self._linears[0] != (format, rows):
+            self._linears = (format, rows), LinearCalls(format, rows)
+        return self._linears[1].product(tokens)
+
+    def _expert_calls(self, format: str) -> ExpertCalls:
+        if self._experts is None or self._experts.format != format:
+            self._experts = None
+            self._experts = ExpertCalls(format)
+        return self._experts
+
+    def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
+        """See `Subjects`."""
+        return attention_calls(new_tokens, cached_tokens)
+
+    def stream(self) -> float:
+        """See `Subjects`."""
+        return stream_bytes_per_s()
+
+    def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
+        """See `Subjects`."""
+        return self._scratch.read(block_nbytes, in_flight, blocks)
+
+    def beside_kernels(self, call: Callable[[], float]) -> float:
+        """The call runs on a thread of its own, the kernels on this one until it returns."""
+        experts = self._expert_calls(BF16.name).product(8, 1)
+        found: list[float] = []
+        thread = threading.Thread(target=lambda: found.append(call()))
+        with torch.no_grad():
+            experts.run()
+            thread.start()
+            while thread.is_alive():
+                experts.run()
+        thread.join()
+        return found[0]
+
+    def overheads(self, profile: HardwareProfile) -> Overheads:
+        """See `Subjects`."""
+        return measure_overheads(profile, self._directory, self._repeats)

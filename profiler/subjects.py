@@ -1,0 +1,75 @@
+"""What is measured, handed in from the floor that runs it: the runtime's own kernels, reader and forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from placement.hardware_profile import HardwareProfile, Overheads
+
+
+@dataclass(frozen=True)
+class Product:
+    """Calls that multiply weights which are not in the CPU's caches.
+
+    Attributes:
+        weights: that one call multiplies.
+        run: one call; every call takes other weights.
+    """
+
+    weights: int
+    run: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Calls of one layer's attention.
+
+    Attributes:
+        kv_nbytes: cached keys and values that a call reads.
+        flops: of a call.
+        run: one call.
+    """
+
+    kv_nbytes: int
+    flops: float
+    run: Callable[[], object]
+
+
+class Subjects(Protocol):
+    """A runtime to measure.
+
+    Attributes:
+        formats: in which experts and linear layers are measured.
+    """
+
+    formats: Sequence[str]
+
+    def experts(self, format: str, count: int, tokens: int) -> Product:
+        """`count` experts of one layer, each with `tokens` tokens."""
+        ...
+
+    def linear(self, format: str, rows: int, tokens: int) -> Product:
+        """A linear layer of `rows` outputs."""
+        ...
+
+    def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
+        """One sequence's new tokens, which attend to cached ones and themselves."""
+        ...
+
+    def stream(self) -> float:
+        """Bytes per second at which all threads read memory once."""
+        ...
+
+    def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
+        """Seconds to read that many blocks from random places of the disk."""
+        ...
+
+    def beside_kernels(self, call: Callable[[], float]) -> float:
+        """What `call` returns while the CPU's kernels run."""
+        ...
+
+    def overheads(self, profile: HardwareProfile) -> Overheads:
+        """What whole forward passes take beyond what `profile`, whose overheads are zero, predicts of them."""
+        ...

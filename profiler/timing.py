@@ -1,0 +1,63 @@
+"""Seconds of a call on a machine that is shared: repeated until it stands still, or told that it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+STABLE_SPREAD = 0.05
+_FEWEST = 3
+_MOST = 200
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A call's time.
+
+    Attributes:
+        seconds: lower quartile of the repeats: others on the machine can only take time away.
+        spread: of the lower half of the repeats, as a share of it.
+        repeats: how many there were.
+    """
+
+    seconds: float
+    spread: float
+    repeats: int
+
+    @property
+    def stable(self) -> bool:
+        """Whether it can be relied on."""
+        return self.spread <= 2 * STABLE_SPREAD
+
+
+def measure(
+    call: Callable[[], object], *, budget_s: float, fewest: int = _FEWEST, clock: Callable[[], float] = perf_counter
+) -> Timing:
+    """Time a call until the lower half of its repeats lies within STABLE_SPREAD, or the budget is spent.
+
+    Args:
+        call: what is timed; called once before, so that it is compiled and its memory is there.
+        budget_s: seconds for all repeats; the fewest are made whatever they take.
+        fewest: repeats at least.
+        clock: seconds.
+    """
+    call()
+    found: list[float] = []
+    start = clock()
+    while len(found) < _MOST:
+        before = clock()
+        call()
+        found.append(clock() - before)
+        if len(found) >= fewest and (
+            clock() - start >= budget_s or (len(found) >= 2 * fewest and _spread(sorted(found)) <= STABLE_SPREAD)
+        ):
+            break
+    ordered = sorted(found)
+    return Timing(ordered[(len(ordered) - 1) // 4], _spread(ordered), len(ordered))
+
+
+def _spread(ordered: list[float]) -> float:
+    """Of the lower half, as a share of the lower quartile."""
+    low, middle = ordered[0], ordered[(len(ordered) - 1) // 2]
+    return (middle - low) / max(ordered[(len(ordered) - 1) // 4], 1e-12)

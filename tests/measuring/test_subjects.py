@@ -1,0 +1,94 @@
+"""What the profiler calls is the runtime, and computes and reads what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload.errors import StoreCorruptError
+from offload.measuring import calibration, kernels
+from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls
+from offload.measuring.reads import Scratch
+from offload.measuring.subjects import RuntimeSubjects
+from profiler.stream import stream_bytes_per_s
+from tests.placement.machines import machine
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HIDDEN": 128, "INTERMEDIATE": 64, "COLD_NBYTES": 1 << 20}.items():
+        monkeypatch.setattr(kernels, name, value)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8"])
+def test_experts_take_turns(format: str) -> None:
+    calls = ExpertCalls(format)
+    product = calls.product(3, 5)
+    assert product.weights == 3 * 3 * 128 * 64
+    first = calls._addresses(3)
+    product.run()
+    second = calls._addresses(3)
+    assert not set(first) & set(second)
+
+
+def test_linears_compute_what_a_linear_layer_does() -> None:
+    calls = LinearCalls("bf16", 32)
+    assert len({id(layer.weight) for layer in calls._layers}) == len(calls._layers) > 1
+    x = torch.randn(1, 1, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = calls._layers[0](x)
+    torch.testing.assert_close(found, x @ calls._layers[0].weight.T, atol=1e-2, rtol=1e-2)
+    assert calls.product(4).weights == 32 * 128
+    calls.product(4).run()
+
+
+def test_packed_linears_have_weights_of_their_own() -> None:
+    calls = LinearCalls("int8", 32)
+    addresses = {layer._weights.addresses for layer in calls._layers}
+    assert len(addresses) == len(calls._layers) > 1
+    calls.product(1).run()
+
+
+def test_attention_counts_its_flops() -> None:
+    work = attention_calls(1, 15)
+    assert work.kv_nbytes == 16 * kernels.KV_HEADS * kernels.HEAD_WIDTH * 4
+    assert work.flops == pytest.approx(4 * kernels.HEADS * kernels.HEAD_WIDTH * 16)
+    work.run()
+    prompt = attention_calls(8, 0)
+    assert prompt.flops == pytest.approx(4 * kernels.HEADS * kernels.HEAD_WIDTH * sum(range(1, 9)))
+    prompt.run()
+
+
+@pytest.mark.parametrize(("block", "depth"), [(4096, 1), (10_000, 2), (1 << 20, 4)])
+def test_reads_are_checked_and_leave_nothing(tmp_path: Path, block: int, depth: int) -> None:
+    with Scratch(tmp_path, 8 << 20) as scratch:
+        assert scratch.path.stat().st_size == 8 << 20
+        assert scratch.read(block, depth, 7) > 0
+        with open(scratch.path, "r+b") as file:
+            file.write(b"\xff" * (8 << 20))
+        with pytest.raises(StoreCorruptError, match="scratch"):
+            scratch.read(block, depth, 7)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_streamed() -> None:
+    assert 1e8 < stream_bytes_per_s(1 << 24, repeats=2) < 1e13
+
+
+def test_overheads_are_what_predictions_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 2, "moe_intermediate_size": 64, "head_dim": 32}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    monkeypatch.setattr(calibration, "_SIZES", calibration._SIZES | sizes)
+    monkeypatch.setattr(calibration, "PROMPT_TOKENS", 16)
+    with Scratch(tmp_path, 4 << 20) as scratch:
+        subjects = RuntimeSubjects(scratch, tmp_path, repeats=3)
+        profile = machine(gpu=False, ram=1e12, cpu_flops=1e15)
+        found = subjects.overheads(profile)
+        assert found.pass_s > 0
+        assert found.layer_s > 0
+        # A machine on which the parts alone take longer than the whole leaves nothing.
+        assert subjects.overheads(machine(gpu=False, ram=1e6, cpu_flops=1e6)).layer_s == 0
+        assert subjects.beside_kernels(lambda: 2.5) == 2.5
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,109 @@
+"""A machine whose every time is known gives back its profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from placement.curves import TokenCurve
+from placement.hardware_profile import HardwareProfile, Overheads
+from profiler import profile as measuring
+from profiler.machine import Machine
+from profiler.profile import FULL, QUICK, Effort, measure_machine
+from profiler.subjects import Attention, Product
+from profiler.timing import Timing
+
+MACHINE = Machine("made up", 4, 1 << 34, (), ("torch 1",), 7)
+TOKENS = FULL.tokens
+EXPERTS = {"bf16": TokenCurve(2e-5, TOKENS, tuple(1e-10 * t for t in TOKENS)), "int4": TokenCurve(3e-5, (1,), (2e-11,))}
+LINEARS = {"bf16": TokenCurve(1e-5, (1,), (9e-11,)), "int4": TokenCurve(4e-6, (1,), (3e-11,))}
+
+
+class Known:
+    """A runtime that takes the seconds that it is told."""
+
+    formats = ("bf16", "int4")
+
+    def __init__(self) -> None:
+        self.profile: HardwareProfile | None = None
+
+    def experts(self, format: str, count: int, tokens: int) -> Product:
+        return Product(count * 10**6, partial(EXPERTS[format].seconds, count * 10**6, tokens))
+
+    def linear(self, format: str, rows: int, tokens: int) -> Product:
+        return Product(rows * 1000, partial(LINEARS[format].seconds, rows * 1000, tokens))
+
+    def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
+        flops = 1e4 * new_tokens * (cached_tokens + new_tokens)
+        speed = 1e9 if new_tokens == 1 else 1e11
+        return Attention(1000 * (cached_tokens + new_tokens), flops, lambda: 5e-5 + flops / speed)
+
+    def stream(self) -> float:
+        return 2e10
+
+    def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
+        return 1e-4 + blocks * block_nbytes / (in_flight * 5e8)
+
+    def beside_kernels(self, call: Callable[[], float]) -> float:
+        return 1.25 * call()
+
+    def overheads(self, profile: HardwareProfile) -> Overheads:
+        self.profile = profile
+        return Overheads(1e-3, 2e-4, 3e-9)
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls return their seconds instead of taking them."""
+    monkeypatch.setattr(measuring, "measure", lambda call, **_: Timing(call(), 0.0, 3))
+
+
+def test_every_figure_comes_back() -> None:
+    subjects, said = Known(), []
+    found = measure_machine(subjects, MACHINE, 1 << 40, say=said.append)
+    assert found.cpu.expert("bf16").call_s == pytest.approx(2e-5, rel=1e-3)
+    for tokens in (1, 3, 32, 512, 2000):
+        assert found.cpu.expert("bf16").seconds_per_weight(tokens) == pytest.approx(1e-10 * tokens, rel=5e-3)
+    assert found.cpu.linear("int4").seconds(10**6, 1) == pytest.approx(LINEARS["int4"].seconds(10**6, 1), rel=1e-3)
+    assert found.cpu.expert("fp16") == found.cpu.expert("bf16")
+    attention = found.cpu.attention
+    assert (attention.call_s, attention.few_flops_per_s, attention.flops_per_s) == pytest.approx((5e-5, 1e9, 1e11))
+    assert found.disk is not None
+    assert found.disk.bytes_per_s(4 << 20, 4) == pytest.approx(2e9, rel=0.01)
+    assert found.disk.overlapped_share == pytest.approx(0.8)
+    assert found.disk.latency_s == pytest.approx(1e-4, rel=0.1)
+    assert found.cpu.overheads == Overheads(1e-3, 2e-4, 3e-9)
+    assert subjects.profile is not None
+    assert subjects.profile.cpu.overheads == Overheads(0, 0, 0), "overheads are what is left without any"
+    assert (found.provenance.kind, found.provenance.fingerprint) == ("measured", MACHINE.fingerprint)
+    assert found.provenance.notes == ()
+    assert found.gpu is None
+    assert len(said) == 6
+    assert HardwareProfile.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize("effort", [FULL, QUICK], ids=["full", "quick"])
+def test_quick_measures_less_of_the_same(effort: Effort) -> None:
+    found = measure_machine(Known(), MACHINE, 0, effort=effort)
+    assert found.knows(["bf16", "fp16", "int4"])
+    assert not found.knows(["bf16", "mxfp4"])
+    assert found.cpu.expert("int4").seconds_per_weight(1) == pytest.approx(2e-11, rel=0.05)
+
+
+def test_what_did_not_stand_still_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shaky(call: Callable[[], float], **_: Any) -> Timing:
+        return Timing(call(), 0.5, 3)
+
+    monkeypatch.setattr(measuring, "measure", shaky)
+    (note,) = measure_machine(Known(), MACHINE, 0).provenance.notes
+    assert "did not become stable" in note
+    assert "50%" in note
+
+
+def test_a_gpu_is_told() -> None:
+    machine = Machine("made up", 4, 1 << 34, ("a GPU 24 GiB",), (), 7)
+    (note,) = measure_machine(Known(), machine, 0).provenance.notes
+    assert "GPU" in note
