@@ -148,7 +148,8 @@ def _format(layout: BundleLayout) -> str:
 
 
 @cache
-def _shape(layout: BundleLayout) -> npt.NDArray[np.int64]:
+def shape_of_layout(layout: BundleLayout) -> npt.NDArray[np.int64]:
+    """What jobs need of a layout, int64 [SHAPE_FIELDS]; kept for the process."""
     components = layout.components
     first, first_bias = ("gate", "gate_bias") if layout.has_gate else ("up", "up_bias")
     shape = np.zeros(jobs.SHAPE_FIELDS, np.int64)
@@ -165,7 +166,8 @@ def _shape(layout: BundleLayout) -> npt.NDArray[np.int64]:
 
 
 @cache
-def _task(format: str) -> int:
+def task_of_format(format: str) -> int:
+    """Address of the compiled task of an element format."""
     return rows_task(Elements(format, isa_of_format(format)))
 
 
@@ -204,7 +206,7 @@ def _run(
     down: bool,
     activation: int = 0,
 ) -> None:
-    shape = _shape(layout)
+    shape = shape_of_layout(layout)
     up_columns = layout.intermediate * (1 + layout.has_gate)
     dtype = INPUT_DTYPES[layout.format]
     check_matrix("x" if up else "h", x, dtype, layout.hidden if up else layout.intermediate)
@@ -221,7 +223,7 @@ def _run(
         nbytes += pairs * (4 * up_columns + dtype.itemsize * layout.intermediate)
     scratch = workspace(nbytes)
     status = jobs.prepare(
-        scratch, shape, _task(layout.format), bundles, offsets,
+        scratch, shape, task_of_format(layout.format), bundles, offsets,
         tokens, address_of(x), x.strides[0], x.shape[0],
         rows, address_of(out), out.strides[0], out.shape[0],
         up, down, activation, pool.threads,

@@ -57,6 +57,15 @@ def run_inline(task, job, chunks):
 
 
 @inner
+def launch_at(function, state, task, job_address, chunks):
+    """As `launch`, for a job that the caller keeps alive."""
+    if chunks == 1:
+        call_task(task, job_address, 0)
+    else:
+        _call_launcher(function, state, task, job_address, chunks)
+
+
+@inner
 def launch(function, state, task, job, chunks):
     """Run all chunks of a task: on the calling thread where there is but one, else on the launcher's threads.
 

@@ -131,7 +131,8 @@ def compile_packed_kernels(format: str) -> None:
 
 
 @cache
-def _shape(layout: BundleLayout) -> npt.NDArray[np.int64]:
+def packed_shape_of_layout(layout: BundleLayout) -> npt.NDArray[np.int64]:
+    """What jobs need of a layout, int64 [SHAPE_FIELDS]; kept for the process."""
     if layout.format not in PACKED_FORMATS:
         raise ValueError(f"format {layout.format!r} is not packed; known: {', '.join(PACKED_FORMATS)}")
     parts = layout.components
@@ -169,7 +170,7 @@ def _run(
     down: bool,
     activation: int = 0,
 ) -> None:
-    shape = _shape(layout)
+    shape = packed_shape_of_layout(layout)
     element = _FORMAT_OF_DTYPE.get(x.dtype)
     if element is None or (element == "fp16" and not converts_fp16()):
         raise ValueError(f"x: expected one of {', '.join(INPUT_DTYPES)} that this CPU converts, found {x.dtype.name}")
@@ -184,9 +185,9 @@ def _run(
     offsets = index_array("pair_offsets", pair_offsets, experts + 1)
     tokens, rows = index_array("pair_tokens", pair_tokens), index_array("pair_rows", pair_rows, pairs)
     pool = shared_pool(threads) if threads is None or isinstance(threads, int) else threads
-    activations_nbytes = x.shape[0] * _row_nbytes(columns, layout.format)
+    activations_nbytes = x.shape[0] * row_nbytes(columns, layout.format)
     sums_nbytes = 4 * pairs * (up_columns + layout.intermediate) if up and down else 0
-    hidden_nbytes = pairs * _row_nbytes(layout.intermediate, layout.format)
+    hidden_nbytes = pairs * row_nbytes(layout.intermediate, layout.format)
     scratch = workspace(8 * packed_jobs.expert_words(experts, pairs, activations_nbytes, sums_nbytes, hidden_nbytes))
     status = packed_jobs.prepare_experts(
         scratch, shape, tasks_of_format(layout.format), ELEMENT_NUMBERS[element], bundles, offsets,
@@ -200,5 +201,6 @@ def _run(
     pool.run(scratch[packed_jobs.PHASES : packed_jobs.PHASES + 3 * phases].reshape(-1, 3))
 
 
-def _row_nbytes(columns: int, format: str) -> int:
+def row_nbytes(columns: int, format: str) -> int:
+    """Bytes of a token's activations as the kernels of a format take them."""
     return -(-columns // COLUMN_BLOCK) * BLOCK_NBYTES[code_of_format(format).activation]

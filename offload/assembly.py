@@ -51,7 +51,7 @@ def assemble(
     runtime = Runtime(prepared.plan, prepared.spec, store, _layers(model, prepared), device, LruPolicy())
     try:
         adopt(model, runtime)
-        runtime.fused = fuse(model, fused)
+        runtime.fused = fuse(model, fused, runtime)
         if prepared.plan.ram_slots == prepared.plan.expert_count:
             runtime.preload(progress)
     except BaseException:

@@ -15,7 +15,7 @@ from profiler.memory import available_ram_nbytes
 DEFAULT_CONTEXT_TOKENS = 4096
 PREFILL_CHUNK_TOKENS = 1024
 
-FUSED_KINDS = ("attention", "kv_cache", "linear", "rms_norm", "rotary")
+FUSED_KINDS = ("attention", "decoder", "kv_cache", "linear", "rms_norm", "rotary")
 """What `offload.hf.fused` computes with kernels of its own."""
 
 _RAM_KEPT_FREE = 0.1

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import NoReturn, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from offload.devices.base import Device
@@ -65,7 +67,7 @@ class Runtime:
         self.fused: dict[str, int] = {}
         self.closed = False
         self._released = False
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._caches: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self.reset_stats()
         with _runtimes_lock:
@@ -102,13 +104,27 @@ class Runtime:
             raise UnsupportedOperationError(
                 "an offloaded model computes no gradients: its experts are not parameters; use torch.no_grad()"
             )
-        with self._lock, torch.no_grad():
+        with self.lock, torch.no_grad():
             self._check_open()
             before = perf_counter()
             out = moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights)
             self._moe_s += perf_counter() - before
             self._moe_steps += 1
             return out
+
+    def addresses_of_all(self) -> npt.NDArray[np.int64] | None:
+        """Int64 [experts], where each expert's bundle lies; None unless all are in RAM. Call with the lock.
+
+        Raises:
+            ClosedError: after `close()`.
+        """
+        self._check_open()
+        return self.tier.addresses_of_all(self.plan.expert_count)
+
+    def note_taped(self, layer: ExpertsLayer, experts: list[int]) -> None:
+        """A tape has computed these experts of a layer, ascending, all of them in RAM. Call with the lock."""
+        self.tier.note_hits([layer.first_key + expert for expert in experts])
+        self._moe_steps += 1
 
     def preload(self, progress: Progress) -> None:
         """Read experts into all slots, in the order of their keys.
@@ -122,7 +138,7 @@ class Runtime:
         keys = range(min(self.tier.table.usable_slots, self.plan.expert_count))
         progress.start(sum(map(self._bundle_nbytes, keys)), "Loading experts")
         try:
-            with self._lock:
+            with self.lock:
                 self._check_open()
                 self.tier.fetch(keys, lambda key: progress.advance(self._bundle_nbytes(key)))
         finally:
@@ -147,7 +163,7 @@ class Runtime:
         self._check_open()
         plan = self.plan
         needed = pass_nbytes(self.spec, batch, tokens, past_tokens, all_logits=all_logits)
-        with self._lock:
+        with self.lock:
             needed += sum(nbytes for other, nbytes in self._caches.items() if other is not cache)
             if cache is not None:
                 self._caches[cache] = kv_nbytes(self.spec, batch, past_tokens + tokens)
@@ -164,7 +180,7 @@ class Runtime:
                 "take a shorter sequence or a smaller batch",
                 minimum_ram_bytes=minimum,
             )
-        with self._lock:
+        with self.lock:
             if slots != self.tier.table.usable_slots:
                 self.tier.resize(slots)
 
@@ -214,14 +230,14 @@ class Runtime:
 
     def check(self) -> None:
         """Prove that every slot, key and read is accounted for; see `ExpertTier.check`."""
-        with self._lock:
+        with self.lock:
             self.tier.check()
 
     # --- ending ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop the readers and free the slots. May be called again."""
-        with self._lock:
+        with self.lock:
             if self._released:
                 return
             self.closed = True
@@ -260,13 +276,13 @@ def _before_fork() -> None:
     """A child copied in the middle of a step would have half a step in its slot table."""
     _runtimes_lock.acquire()
     for runtime in list(_RUNTIMES):
-        runtime._lock.acquire()
+        runtime.lock.acquire()
         _held_for_fork.append(runtime)
 
 
 def _after_fork() -> None:
     while _held_for_fork:
-        _held_for_fork.pop()._lock.release()
+        _held_for_fork.pop().lock.release()
     _runtimes_lock.release()
 
 

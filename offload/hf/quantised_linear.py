@@ -24,6 +24,7 @@ class QuantisedLinear(nn.Module):
         codes: uint8 [layout.codes_nbytes].
         scales: uint8 [layout.scales_nbytes].
         bias: fp32 [N] or None.
+        weights: codes and scales as kernels take them.
     """
 
     codes: torch.Tensor
@@ -50,7 +51,7 @@ class QuantisedLinear(nn.Module):
         # A bias is added in fp32: rounded to the model's dtype it would be no smaller to speak of.
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone(), persistent=False)
         pack_tensor(weight, self.layout, self.codes.numpy(), self.scales.numpy(), name, kernel_pool())
-        self._weights = PackedWeights(self.codes, self.scales, self.layout)
+        self.weights = PackedWeights(self.codes, self.scales, self.layout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] to [..., N] in the dtype of x."""
@@ -60,7 +61,7 @@ class QuantisedLinear(nn.Module):
         pool = kernel_pool()
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
-            packed_linear(rows[part], self._weights, out[part], self.bias, pool)
+            packed_linear(rows[part], self.weights, out[part], self.bias, pool)
         return out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+import numpy as np
+import numpy.typing as npt
+
 from offload.tiers.arena import Arena
 from offload.tiers.slot_table import SlotState, SlotTable
 from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
@@ -62,6 +65,8 @@ class ExpertTier:
         self._locate = locate
         self._bundle_nbytes = bundle_nbytes
         self._tickets: dict[int, Ticket] = {}
+        self._all: npt.NDArray[np.int64] | None = None
+        self._all_version = -1
 
     # --- borrowing -------------------------------------------------------------------------------------------
 
@@ -95,6 +100,21 @@ class ExpertTier:
         if slot is None:
             raise KeyError(key)
         return slot
+
+    def addresses_of_all(self, count: int) -> npt.NDArray[np.int64] | None:
+        """Addresses of experts 0 to `count`, exclusively, if all are ready; the same array as long as none moves."""
+        if self._all_version != self.table.version:
+            ready = len(self.table) >= count and all(
+                self.table.state_of(key) is SlotState.READY for key in range(count)
+            )
+            self._all = np.array([self.address(key) for key in range(count)], np.int64) if ready else None
+            self._all_version = self.table.version
+        return self._all
+
+    def note_hits(self, keys: Sequence[int]) -> None:
+        """Count experts of one layer as routed to and found, where somebody used them without borrowing."""
+        self.policy.on_route(keys)
+        self.counters.hits += len(keys)
 
     def give_back(self, keys: Iterable[int]) -> None:
         """End the use of borrowed experts; they stay resident until the policy evicts them."""

@@ -22,7 +22,12 @@ class SlotState(Enum):
 
 
 class SlotTable:
-    """Slots of one tier and the expert keys that own them."""
+    """Slots of one tier and the expert keys that own them.
+
+    Attributes:
+        count: slots, retired ones included.
+        version: another number after every change of who has arrived, and where.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -32,6 +37,7 @@ class SlotTable:
         self._free = list(range(count - 1, -1, -1))
         self._retired: list[int] = []
         self._pinned: set[int] = set()
+        self.version = 0
 
     def slot_of(self, key: int) -> int | None:
         """The slot that `key` owns, whatever its state."""
@@ -57,6 +63,10 @@ class SlotTable:
         """Slots that are not retired."""
         return self.count - len(self._retired)
 
+    def __len__(self) -> int:
+        """Keys that own a slot."""
+        return len(self._slot)
+
     def __iter__(self) -> Iterator[int]:
         """Keys that own a slot."""
         return iter(self._slot)
@@ -75,6 +85,7 @@ class SlotTable:
     def finish_load(self, key: int) -> None:
         """Loading → ready."""
         self._move(key, SlotState.LOADING, SlotState.READY)
+        self.version += 1
         self._pinned.discard(key)
 
     def acquire(self, key: int) -> int:
@@ -93,6 +104,7 @@ class SlotTable:
         slot = self._slot.get(key)
         if slot is None or self._state[slot] not in (SlotState.READY, SlotState.LOADING):
             raise RuntimeError(f"expert {key} cannot be evicted: {self.state_of(key).value}")
+        self.version += 1
         del self._slot[key]
         self._pinned.discard(key)
         self._key[slot] = None
@@ -122,6 +134,7 @@ class SlotTable:
         Args:
             loaded: keys whose load has finished: they are ready; others that were loading are free.
         """
+        self.version += 1
         kept = (SlotState.READY, SlotState.IN_USE)
         self._slot.clear()
         self._free.clear()

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable
 from transformers import PreTrainedModel
 
 from offload.hf.fused.attention import fuse_attention
+from offload.hf.fused.decoder import fuse_decoders
 from offload.hf.fused.kv_cache import fuse_kv_cache
 from offload.hf.fused.linear import fuse_linears
 from offload.hf.fused.rms_norm import fuse_rms_norms
 from offload.hf.fused.rotary import fuse_rotary
+from offload.hf.fused.stack import ExpertsAtHand
 
 _FUSE: dict[str, Callable[[PreTrainedModel], int]] = {
     "linear": fuse_linears,
@@ -25,14 +27,23 @@ _FUSE: dict[str, Callable[[PreTrainedModel], int]] = {
 }
 
 
-def fuse(model: PreTrainedModel, kinds: Iterable[str]) -> dict[str, int]:
+DECODER = "decoder"
+
+
+def fuse(model: PreTrainedModel, kinds: Iterable[str], experts: ExpertsAtHand | None = None) -> dict[str, int]:
     """Let the kernels of some kinds compute what they recognise in a model; parameters keep their names and places.
 
     Args:
         model: with its weights.
         kinds: names of `offload.request.FUSED_KINDS`.
+        experts: the runtime, whose experts a decoder's tape computes while all are in memory.
 
     Returns:
         How many modules each kind computes; for the cache, how many models.
     """
-    return {kind: _FUSE[kind](model) for kind in sorted(kinds)}
+    wanted = set(kinds)
+    counts = {kind: function(model) for kind, function in _FUSE.items() if kind in wanted}
+    if DECODER in wanted:
+        # A tape has the bits of all the other kinds: without one of them it would not equal the layer's own code.
+        counts[DECODER] = fuse_decoders(model, experts) if wanted >= _FUSE.keys() else 0
+    return counts

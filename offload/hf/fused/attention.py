@@ -19,10 +19,10 @@ from offload.hf.fused.conditions import is_plain
 from offload.hf.fused.swap import rebind, swap
 
 _NAME = "ALL_ATTENTION_FUNCTIONS"
-_IMPLEMENTATION = "sdpa"
+IMPLEMENTATION = "sdpa"
 
 # What transformers' function does not ignore among what a model may tell it, and the kernel does not know.
-_TELLING = ("position_bias", "cache", "softcap", "output_attentions")
+TELLING = ("position_bias", "cache", "softcap", "output_attentions")
 
 
 def fuse_attention(model: PreTrainedModel) -> int:
@@ -47,7 +47,7 @@ def _with_kernel(forward: Any) -> Any:
 @cache
 def _interface() -> AttentionInterface:
     interface = AttentionInterface()
-    interface[_IMPLEMENTATION] = _attend
+    interface[IMPLEMENTATION] = _attend
     return interface
 
 
@@ -75,11 +75,11 @@ def _attend(
         and query.stride(3) == 1
         and key.stride()[2:] == (width, 1)
         and value.stride(3) == 1
-        and not any(named.get(name) is not None and named[name] is not False for name in _TELLING)
+        and not any(named.get(name) is not None and named[name] is not False for name in TELLING)
     ):
         scale = width**-0.5 if scaling is None else scaling
         return decode_attention(query, key, value, scale, kernel_pool()), None
-    sdpa = AttentionInterface._global_mapping[_IMPLEMENTATION]
+    sdpa = AttentionInterface._global_mapping[IMPLEMENTATION]
     found: tuple[torch.Tensor, torch.Tensor | None] = sdpa(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **named
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -10,6 +10,20 @@ from transformers.cache_utils import DynamicLayer
 
 ROOM_TOKENS = 64
 """Buffers hold a multiple of so many tokens; placement.planner counts them."""
+
+
+class Room(NamedTuple):
+    """Where the next token goes.
+
+    Attributes:
+        addresses: of the buffers of keys and values, [B, H, tokens, D] each, contiguous.
+        tokens: that they hold at most.
+        past: tokens that are there.
+    """
+
+    addresses: tuple[int, int]
+    tokens: int
+    past: int
 
 
 class GrowingLayer(DynamicLayer):
@@ -41,6 +55,38 @@ class GrowingLayer(DynamicLayer):
         super().crop(tokens_to_remove)
         if self.__dict__.get("_owner") == id(self):
             self._written = min(self._written, self.get_seq_length())
+
+    def room_for_one(self, batch: int, heads: int, width: int, dtype: torch.dtype) -> Room | None:
+        """Room for one more token of each sequence; None where `update` has to make some, or the shape is another."""
+        keys, values = self.keys, self.values
+        if not self.is_initialized or keys is None or values is None or keys.dim() != 4:
+            return None
+        past = keys.shape[2]
+        if not self._may_extend(past):
+            return None
+        key_buffer, value_buffer = self._buffers
+        if key_buffer is None or value_buffer is None:
+            return None
+        shape = (batch, heads, key_buffer.shape[2], width)
+        addresses = key_buffer.data_ptr(), value_buffer.data_ptr()
+        if (
+            past >= shape[2]
+            or key_buffer.shape != shape
+            or value_buffer.shape != shape
+            or key_buffer.dtype is not dtype
+            or value_buffer.dtype is not dtype
+            or addresses != (keys.data_ptr(), values.data_ptr())
+        ):
+            return None
+        return Room(addresses, shape[2], past)
+
+    def took_one(self) -> None:
+        """The room for one token has been written to."""
+        key_buffer, value_buffer = self._buffers
+        assert key_buffer is not None and value_buffer is not None
+        self._written += 1
+        self.keys = key_buffer.narrow(2, 0, self._written)
+        self.values = value_buffer.narrow(2, 0, self._written)
 
     def _may_extend(self, past: int) -> bool:
         """Whether the tensors end where this very layer last wrote."""

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -97,4 +98,13 @@ def _forward(form: Form, epsilon: str) -> Callable[..., torch.Tensor]:
             return rms_norm(hidden_states, weight, getattr(self, epsilon), form, kernel_pool())
         return self.plain.forward(self, hidden_states)  # type: ignore[no-any-return]
 
+    _FORMS_OF_FORWARDS[forward] = form, epsilon
     return forward
+
+
+_FORMS_OF_FORWARDS: dict[Any, tuple[Form, str]] = {}
+
+
+def known_form(module: torch.nn.Module) -> tuple[Form, str] | None:
+    """The form of a module that `fuse_rms_norms` recognised, and the attribute that holds its epsilon."""
+    return _FORMS_OF_FORWARDS.get(type(module).forward)

@@ -1,0 +1,197 @@
+"""The tape of a stack of decoder layers for a number of sequences, and what is patched at every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from cpu_kernels.tape import Choice, Spot, Tape
+from cpu_kernels.threads import Pool
+from offload.hf.fused.decoder_parts import DecoderParts, Norm
+from offload.hf.fused.kv_cache import Room
+from offload.hf.fused.moe_parts import MoeParts
+from offload.hf.quantised_linear import QuantisedLinear
+from offload.moe.layer import ExpertsLayer
+
+Addresses = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TapedMoe:
+    """A MoE block that the tape computes while all its experts are at hand.
+
+    Attributes:
+        parts: of the block.
+        layer: its experts.
+        addresses: int64 [E] of their bundles; filled by whoever plays the tape.
+    """
+
+    parts: MoeParts
+    layer: ExpertsLayer
+    addresses: Addresses
+
+
+@dataclass
+class _Scratch:
+    """Addresses that all layers share, each [batch, ...]."""
+
+    normed: int
+    projected: int
+    q: int
+    k: int
+    v: int
+    q_turned: int
+    k_turned: int
+    attended: int
+
+
+class StackTape:
+    """For each layer: norm → projections → norms, rotation → cache → attention → projection → sum → norm, and then
+    router → experts → sum where the MoE block is taped. One new token of each sequence.
+
+    Runs on the thread that made it. Holds addresses: whoever plays it has seen that the weights are where they were.
+
+    Attributes:
+        x: [batch, 1, hidden]; in: the first layer's input; out: the last layer's output.
+        residual: [batch, 1, hidden]; after a layer's attention: the residual stream.
+        normed: [batch, 1, hidden]; likewise: the input of its MLP.
+        choices: for each layer with a taped MoE block: its last choice; else None.
+        mlp_rows: for each layer: the row at which its attention is done.
+        end_rows: for each layer: the row at which it is done, if its MoE block is taped; else `mlp_rows`.
+        moe: for each layer, its taped MoE block or None.
+        addresses: of all experts, as they were last taken; None before.
+    """
+
+    def __init__(self, layers: Sequence[DecoderParts], moe: Sequence[TapedMoe | None], batch: int) -> None:
+        """Write the tape.
+
+        Args:
+            layers: parts of each, all of the same sizes.
+            moe: for each layer, its taped MoE block or None.
+            batch: sequences.
+        """
+        first = layers[0]
+        weight = first.before.module.get_parameter("weight")
+        hidden, width, heads, kv_heads = len(weight), first.width, first.heads, first.kv_heads
+        self._tape = Tape(weight.dtype)
+        self.moe = list(moe)
+        self.addresses: Addresses | None = None
+        self._batch, self._kv_heads, self._width = batch, kv_heads, width
+        self.x, self.residual, self.normed = (
+            self._tape.scratch(batch * hidden).view(batch, 1, hidden) for _ in range(3)
+        )
+        self._cos, self._sin = (self._tape.scratch(batch * first.angles).view(batch, 1, first.angles) for _ in range(2))
+        counts = (hidden, hidden, heads * width, kv_heads * width, kv_heads * width, heads * width, kv_heads * width)
+        scratch = _Scratch(*(self._tape.scratch(batch * n).data_ptr() for n in (*counts, heads * width)))
+        self._stores: list[tuple[list[Spot], list[Spot]]] = []
+        self._attentions: list[dict[str, Spot]] = []
+        self.mlp_rows: list[int] = []
+        self.end_rows: list[int] = []
+        self.choices: list[Choice | None] = []
+        for parts, taped in zip(layers, moe, strict=True):
+            self._attention_rows(parts, scratch)
+            self.mlp_rows.append(self._tape.rows)
+            self.choices.append(None if taped is None else self._moe_rows(taped))
+            self.end_rows.append(self._tape.rows)
+        self._words = self._tape.words
+        self._rooms: list[tuple[int, int] | None] = [None] * len(layers)
+        self._places = np.array([spot for spots, _ in self._stores for spot in spots]).T
+        self._tokens = np.array([spots["tokens"] for spots in self._attentions]).T
+        self._starts = np.zeros(2 * len(layers), np.int64)
+
+    def _attention_rows(self, parts: DecoderParts, at: _Scratch) -> None:
+        tape, batch = self._tape, self._batch
+        x, residual, normed = (tensor.data_ptr() for tensor in (self.x, self.residual, self.normed))
+        width, heads, kv_heads = parts.width, parts.heads, parts.kv_heads
+        _norm(tape, parts.before, x, batch, at.normed)
+        for module, out in ((parts.q, at.q), (parts.k, at.k), (parts.v, at.v)):
+            _linear(tape, module, at.normed, batch, out)
+        if parts.norms_first:
+            _norms(tape, parts, batch, at.q, at.k)
+        tape.rotary(
+            at.q, heads, at.k, kv_heads, batch, width, self._cos.data_ptr(), self._sin.data_ptr(), parts.angles,
+            at.q_turned, at.k_turned, shared_angles=parts.shared_angles,
+        )  # fmt: skip
+        if not parts.norms_first:
+            _norms(tape, parts, batch, at.q_turned, at.k_turned)
+        stores = [tape.store_rows(source, batch * kv_heads, width) for source in (at.k_turned, at.v)]
+        self._stores.append(([place for place, _ in stores], [stride for _, stride in stores]))
+        self._attentions.append(
+            tape.attention(at.q_turned, batch, kv_heads, heads // kv_heads, width, at.attended, parts.scale)
+        )
+        _linear(tape, parts.o, at.attended, batch, at.projected)
+        tape.add(x, at.projected, self.x.numel(), residual)
+        _norm(tape, parts.after, residual, batch, normed)
+
+    def _moe_rows(self, taped: TapedMoe) -> Choice:
+        tape, parts, batch = self._tape, taped.parts, self._batch
+        normed = self.normed.data_ptr()
+        logits = tape.scratch(batch * len(parts.weight)).data_ptr()
+        tape.linear(normed, parts.weight, None, batch, logits)
+        choice = tape.choose(
+            logits, len(parts.weight), batch, parts.top_k, renormalise=parts.renormalise, rounded=parts.rounded
+        )
+        assert taped.layer.activation is not None
+        sums = tape.experts(taped.layer.layout, taped.layer.activation, taped.addresses, choice, normed)
+        tape.add_sums(self.residual.data_ptr(), sums, self.x.numel(), self.x.data_ptr())
+        return choice
+
+    def take_addresses(self, addresses: Addresses) -> None:
+        """Where all experts lie, int64 by key."""
+        for taped in self.moe:
+            if taped is not None:
+                first = taped.layer.first_key
+                taped.addresses[:] = addresses[first : first + taped.layer.count]
+        self.addresses = addresses
+
+    def point_to(self, cos: torch.Tensor, sin: torch.Tensor, rooms: Sequence[Room]) -> None:
+        """Take the angles [batch or 1, 1, width of the angles], and where each layer's new key and value go."""
+        self._cos.copy_(cos)
+        self._sin.copy_(sin)
+        for index, room in enumerate(rooms):
+            if room.addresses != self._rooms[index]:
+                self._take_room(index, room)
+        past = rooms[0].past
+        self._words[self._places[0], self._places[1]] = self._starts + past * self._width * self.x.itemsize
+        self._words[self._tokens[0], self._tokens[1]] = past + 1
+
+    def _take_room(self, index: int, room: Room) -> None:
+        words, spots = self._words, self._attentions[index]
+        head = room.tokens * self._width
+        for name, value in zip(("keys", "values"), room.addresses, strict=True):
+            words[spots[name]] = value
+        for name in ("key", "value"):
+            words[spots[f"{name}_head"]] = head
+            words[spots[f"{name}_batch"]] = self._kv_heads * head
+        for stride in self._stores[index][1]:
+            words[stride] = head * self.x.itemsize
+        self._starts[2 * index : 2 * index + 2] = room.addresses
+        self._rooms[index] = room.addresses
+
+    def play(self, pool: Pool, first: int, end: int) -> int:
+        """See `Tape.play`."""
+        return self._tape.play(pool, first, end)
+
+
+def _norm(tape: Tape, norm: Norm, x: int, rows: int, out: int) -> None:
+    tape.rms_norm(x, norm.module.get_parameter("weight"), rows, out, norm.epsilon, norm.form)
+
+
+def _norms(tape: Tape, parts: DecoderParts, batch: int, q: int, k: int) -> None:
+    """Queries and keys [batch, heads, width] in place: a norm reads a row before it writes it."""
+    for norm, x, heads in ((parts.q_norm, q, parts.heads), (parts.k_norm, k, parts.kv_heads)):
+        if norm is not None:
+            columns = len(norm.module.get_parameter("weight"))
+            _norm(tape, norm, x, batch * heads * parts.width // columns, x)
+
+
+def _linear(tape: Tape, module: nn.Module, x: int, tokens: int, out: int) -> None:
+    if isinstance(module, QuantisedLinear):
+        tape.packed_linear(x, module.weights, module.bias, tokens, out)
+    else:
+        tape.linear(x, module.get_parameter("weight"), module._parameters["bias"], tokens, out)
