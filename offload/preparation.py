@@ -214,7 +214,7 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
 
 
 def _plan(spec: ModelSpec, request: Request, context: int) -> Plan:
-    workload = Workload(context, request.batch, request.prefill_chunk_tokens)
+    workload = Workload(context, request.batch, request.prefill_chunk_tokens, request.prompt_tokens)
     try:
         return make_plan(spec, workload, request.ram_nbytes, _profile(spec, request))
     except PlanInfeasibleError as error:

@@ -42,6 +42,8 @@ CONTENDED_SHARE = 0.75
 DISK_SHARE = 0.90
 """Of a drive's sequential peak that direct reads of megabytes, several in flight, reach."""
 
+DEFAULT_RAM_NBYTES = 64 * _GIB
+
 VRAM_KEPT = 0.92
 """Of the accelerator's memory that a program may use: the display, the driver and the context take the rest."""
 RAM_KEPT = 0.90
@@ -105,7 +107,7 @@ def datasheet(
     link: str | None = None,
     cpu: str = "ddr5-desktop",
     drive: str = "gen4",
-    ram_nbytes: int = 64 * _GIB,
+    ram_nbytes: int = DEFAULT_RAM_NBYTES,
     drive_nbytes: int = 2000 * 10**9,
 ) -> HardwareProfile:
     """A machine put together from datasheets.

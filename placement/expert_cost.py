@@ -24,6 +24,9 @@ IntArray = npt.NDArray[np.int64]
 _MOST_EXACT = 16
 """Up to so many experts of a layer, all outcomes of the caches are weighted; beyond, their means stand for them."""
 
+_NONE = 1e-6
+"""Fewer experts than this are rounding errors of means, and cost no call."""
+
 _SHARES: FloatArray = np.linspace(0.0, 1.0, 65)[:, None]
 """Of the experts outside VRAM, what is tried as copied to the accelerator where means are computed with."""
 
@@ -196,7 +199,7 @@ def _outcomes(
     The last expert to arrive from disk is still to be computed, and after the first one come all that follow.
     """
     c, g, p = speeds.cpu_s, speeds.gpu_s, speeds.copy_s
-    on_cpu, on_gpu = host - copied, hits + copied
+    on_cpu, on_gpu = np.where(host - copied > _NONE, host - copied, 0.0), hits + copied
     # Resident experts share a call; each that arrives has its own.
     cpu = on_cpu * c + speeds.cpu_call_s * np.where(on_cpu > 0, 1 + np.minimum(misses, on_cpu), 0.0)
     gpu = on_gpu * g + np.where(on_gpu > 0, speeds.gpu_call_s, 0.0)

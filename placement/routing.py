@@ -101,8 +101,9 @@ def pass_probabilities(count: int, top_k: int, tokens: int, popularity: Populari
 
 def demand(count: int, top_k: int, tokens: int, popularity: Popularity) -> LayerDemand:
     """What a pass of `tokens` tokens needs of a layer of `count` experts."""
-    distinct = sum(pass_probabilities(count, top_k, tokens, popularity))
-    return LayerDemand(distinct, float(tokens * min(top_k, count)))
+    each = min(top_k, count)
+    distinct = float(each) if tokens == 1 else sum(pass_probabilities(count, top_k, tokens, popularity))
+    return LayerDemand(distinct, float(tokens * each))
 
 
 class PopularityHits:
@@ -167,6 +168,30 @@ def popularity_hits(
 ) -> PopularityHits:
     """A `PopularityHits`, made once."""
     return PopularityHits(layers, tokens, popularity, batch)
+
+
+def residency(
+    layers: Sequence[tuple[int, int]], popularity: Popularity, slots: float, tokens: int = 1
+) -> list[FloatArray]:
+    """Probability of each layer's experts, by rank, to be among the `slots` that were needed last.
+
+    By the age at which as many distinct experts were seen as there are slots.
+
+    Args:
+        layers: (experts, top_k) of each MoE layer.
+        popularity: of the experts.
+        slots: of the cache.
+        tokens: of a pass.
+    """
+    q = [np.array(pass_probabilities(count, top_k, tokens, popularity)) for count, top_k in layers]
+    if slots >= sum(map(len, q)):
+        return [np.ones(len(one)) for one in q]
+    low, high = 0.0, _OLDEST_AGE
+    for _ in range(2 * _SOLVE_STEPS):
+        middle = (low + high) / 2
+        seen = sum(float((1 - (1 - one) ** middle).sum()) for one in q)
+        low, high = (middle, high) if seen < slots else (low, middle)
+    return [np.asarray(1 - (1 - one) ** low) for one in q]
 
 
 class MeasuredHits:

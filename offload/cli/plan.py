@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offload.cli.errors import exit_codes
-from offload.cli.options import example, json_option, model_options
+from offload.cli.options import Size, example, json_option, model_options
 from offload.cli.output import add_row, facts, table, write
 from offload.sizes import format_size
 
 if TYPE_CHECKING:
+    from offload.cli.plan_ahead import Ahead
     from placement.plan import Plan
 
 
@@ -40,21 +41,71 @@ class Disk:
     epilog=example(
         "offload plan ./Qwen3-30B-A3B --ram 16GiB",
         "offload plan ./Qwen3-30B-A3B --ram 16GiB --json",
+        "offload plan ./Mixtral-8x7B --gpu rtx4090 --machine-ram 64GiB --quant int4 --html report.html",
     ),
 )
 @model_options
 @json_option
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
+@click.option("--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the prompt.")
+@click.option("--gpu", metavar="NAME", help="Plan for this GPU by its datasheet, as rtx4090.")
+@click.option("--link", metavar="NAME", help="Its link, as pcie4.  [default: the GPU's own]")
+@click.option("--cpu", metavar="NAME", help="Plan for this class of processors, as ddr5-desktop.")
+@click.option("--drive", metavar="NAME", help="Plan for this class of drives, as gen4.")
+@click.option("--machine-ram", type=Size(), metavar="SIZE", help="Memory of the machine that is planned for.")
+@click.option(
+    "--vram", type=Size(), metavar="SIZE", help="Most memory of the GPU.  [default: all but what others need]"
+)
+@click.option("--skew", type=click.FloatRange(0, 10), help="Popularity of experts: rank^-SKEW.  [default: all alike]")
+@click.option("--what-if", multiple=True, metavar="CHANGE", help="Also with ram=+32GiB, nvme=gen5, gpu=rtx5090 ...")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a report.")
 def plan_command(as_json: bool, **options: Any) -> None:
-    """Show what `run` would put where for MODEL, a directory or a Hub id that was downloaded.
+    """Show what `run` would put where for MODEL, a directory or a Hub id that was downloaded, and how fast it would be.
 
-    Reads the checkpoint's headers, no weights; creates and changes nothing. Exit code 3 where it does not fit.
+    Reads the checkpoint's headers, no weights; creates and changes nothing. Exit code 3 where it does not fit. With the
+    options from --gpu on it plans for a machine of these parts, from the model's config.json alone.
     """
+    from offload.cli.plan_ahead import Ahead
+
+    names = ("gpu", "link", "cpu", "drive", "machine_ram", "vram", "skew", "what_if", "html")
+    ahead = Ahead(**{name: options.pop(name) for name in names})
+    batch, prompt = options.pop("batch"), options.pop("prompt")
     with exit_codes(as_json=as_json):
-        _plan(as_json=as_json, **options)
+        if ahead.asked:
+            _plan_ahead(ahead, batch, prompt, as_json=as_json, **options)
+        else:
+            _plan(batch=batch, prompt=prompt, as_json=as_json, **options)
+
+
+def _plan_ahead(
+    ahead: Ahead,
+    batch: int,
+    prompt: int,
+    *,
+    as_json: bool,
+    model: str,
+    ram: int | None,
+    nvme: Path | None,
+    context: int | None,
+    dtype: str,
+    quant: str | dict[str, str | None] | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> None:
+    from offload.cli.plan_ahead import make_rig, plan_ahead, read_spec
+    from offload.request import DEFAULT_CONTEXT_TOKENS, PREFILL_CHUNK_TOKENS, store_root
+    from placement.workload import Workload
+
+    tokens = context or DEFAULT_CONTEXT_TOKENS
+    spec = read_spec(model, revision, quant, dtype, tokens, trust_remote_code=trust_remote_code)
+    rig = make_rig(ahead, ram, store_root(nvme))
+    plan_ahead(spec, rig, Workload(tokens, batch, PREFILL_CHUNK_TOKENS, prompt), ahead, as_json=as_json)
 
 
 def _plan(
     *,
+    batch: int,
+    prompt: int,
     as_json: bool,
     model: str,
     ram: int | None,
@@ -71,8 +122,8 @@ def _plan(
     from offload.request import PREFILL_CHUNK_TOKENS, make_request
 
     request = make_request(
-        ram=ram, nvme=nvme, context=context, batch=1, prefill_chunk=PREFILL_CHUNK_TOKENS, max_memory=None,
-        quant=quant,
+        ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=PREFILL_CHUNK_TOKENS, max_memory=None,
+        quant=quant, prompt=prompt,
     )  # fmt: skip
     try:
         with quiet_transformers():
@@ -155,10 +206,23 @@ def _write(plan: Plan, disk: Disk, *, given: bool) -> None:
                 "KV cache": f"{format_size(plan.kv_nbytes_per_token)} per token",
                 "disk needed": f"{format_size(plan.disk_nbytes)}; {format_size(disk.free_nbytes)} free in {disk.root}",
                 "store": disk.store,
+                "expected": _expected(plan),
                 "on top of the peak": f"interpreter and libraries, about {format_size(_own_nbytes())}",
             }
         ),
     )
+
+
+def _expected(plan: Plan) -> str:
+    if plan.prediction is None:
+        return "unknown: run `offload profile` once, and speed is predicted"
+    parts = []
+    for name, one in (("decode", plan.prediction.decode), ("prefill", plan.prediction.prefill)):
+        slow, fast = one.tokens_per_s_range
+        terms = sorted(one.terms.as_dict().items(), key=lambda term: -term[1])[:3]
+        shares = ", ".join(f"{term} {seconds / one.seconds:.0%}" for term, seconds in terms)
+        parts.append(f"{name} {one.tokens_per_s:.2f} tokens/s ({slow:.2f} to {fast:.2f}; {shares})")
+    return f"{'; '.join(parts)}; {plan.prediction.routing}"
 
 
 def _own_nbytes() -> int:

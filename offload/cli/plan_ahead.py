@@ -1,0 +1,203 @@
+"""`offload plan` for machines and memory that the runtime does not use yet, or that are not here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from offload.cli.output import add_row, facts, table, write
+from offload.errors import DoesNotFitError, InvalidArgumentError
+from offload.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from placement.model_spec import ModelSpec
+    from placement.plan import Plan, RamUse, VramUse
+    from placement.prediction import PassPrediction
+    from placement.rig import Change, Rig
+    from placement.workload import Workload
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The options that plan ahead; see the help texts."""
+
+    gpu: str | None
+    link: str | None
+    cpu: str | None
+    drive: str | None
+    machine_ram: int | None
+    vram: int | None
+    skew: float | None
+    what_if: tuple[str, ...]
+    html: Path | None
+
+    @property
+    def asked(self) -> bool:
+        """Whether any of them was given."""
+        return any(value not in (None, ()) for value in vars(self).values())
+
+
+def read_spec(
+    model: str, revision: str | None, quant: Any, dtype: str, context: int, *, trust_remote_code: bool
+) -> ModelSpec:
+    """The model's record from its config: from a directory, or from the Hub's cache."""
+    import torch
+
+    from offload.checkpoint.locate import locate_checkpoint
+    from offload.cli.libraries import quiet_transformers
+    from offload.hf.config_spec import spec_of_config
+    from offload.hf.dtypes import resolve_dtype
+    from offload.hf.skeleton import read_config
+    from offload.quantisation import make_quantisation
+
+    directory = Path(model)
+    if not (directory / "config.json").is_file():
+        directory = locate_checkpoint(model, revision=revision, local_files_only=True)
+    with quiet_transformers():
+        config = read_config(directory, trust_remote_code=trust_remote_code)
+        named = config.dtype
+        stored = getattr(torch, named, None) if isinstance(named, str) else named
+        compute = resolve_dtype(dtype, stored, torch.bfloat16)
+        return spec_of_config(config, model, make_quantisation(quant), dtype=compute, context_tokens=context)
+
+
+def make_rig(ahead: Ahead, ram: int | None, root: Path) -> Rig:
+    """The machine of the options: from datasheets where a part is named, else as it was measured.
+
+    Raises:
+        InvalidArgumentError: an unknown part, or nothing measured and no part named.
+    """
+    from offload.machine_profile import cached_profile
+    from placement.datasheets import DEFAULT_RAM_NBYTES, datasheet
+    from placement.rig import Rig
+
+    named: dict[str, Any] = {
+        key: getattr(ahead, key) for key in ("gpu", "link", "cpu", "drive") if getattr(ahead, key) is not None
+    }
+    try:
+        if named or ahead.machine_ram is not None:
+            profile = datasheet(**named, ram_nbytes=ahead.machine_ram or DEFAULT_RAM_NBYTES)
+        else:
+            found = cached_profile(root)
+            if found is None:
+                raise InvalidArgumentError(
+                    "this machine was not measured: run `offload profile`, or name parts with --gpu, --cpu, --drive"
+                )
+            profile = found
+    except ValueError as error:
+        raise InvalidArgumentError(str(error)) from error
+    vram = profile.gpu.memory_nbytes if profile.gpu else 0
+    return Rig(profile, profile.cpu.memory_nbytes if ram is None else ram, vram if ahead.vram is None else ahead.vram)
+
+
+def changed(rig: Rig, text: str) -> Rig:
+    """The rig with a change such as "ram=+32GiB", "vram=16GiB" or "nvme=gen5"; several joined by commas.
+
+    Raises:
+        InvalidArgumentError: not such a change.
+    """
+    for entry in text.split(","):
+        part, equals, value = entry.strip().partition("=")
+        if not equals:
+            raise InvalidArgumentError(f"--what-if {text!r}: expected part=value, such as ram=+32GiB or nvme=gen5")
+        try:
+            if part in ("ram", "vram"):
+                nbytes = parse_size(value.removeprefix("+"), part)
+                before = rig.ram_nbytes if part == "ram" else rig.vram_nbytes
+                rig = rig.with_memory(**{part: before + nbytes if value.startswith("+") else nbytes})
+            else:
+                rig = rig.with_part(part, value)
+        except ValueError as error:
+            raise InvalidArgumentError(f"--what-if {text!r}: {error}") from error
+    return rig
+
+
+def plan_ahead(spec: ModelSpec, rig: Rig, workload: Workload, ahead: Ahead, *, as_json: bool) -> None:
+    """Plan, and write what came of it.
+
+    Raises:
+        DoesNotFitError: with the nearest thing that does.
+    """
+    from placement.planner import PlanInfeasibleError
+    from placement.predict import Routing
+    from placement.rig import cheapest_doubling, try_change
+
+    routing = None if ahead.skew is None else Routing.stated(ahead.skew)
+    try:
+        plan = rig.plan(spec, workload, routing)
+    except PlanInfeasibleError as error:
+        raise DoesNotFitError(
+            f"{error}. {nearest(spec, rig, workload)}", minimum_ram_bytes=error.minimum_ram_nbytes
+        ) from error
+    changes = [try_change(text, changed(rig, text), spec, workload, routing) for text in ahead.what_if]
+    if as_json:
+        click.echo(plan.to_json())
+    else:
+        doubling = cheapest_doubling(rig, plan, spec, routing)
+        write_report(spec, plan, rig, changes, doubling)
+    if ahead.html is not None:
+        from offload.report_html import write_html
+
+        write_html(ahead.html, spec, plan, rig, routing, changes)
+
+
+def nearest(spec: ModelSpec, rig: Rig, workload: Workload) -> str:
+    """What would fit: the longest context with these budgets."""
+    from placement.planner import PlanInfeasibleError
+
+    tokens = workload.context_tokens // 2
+    while tokens >= 64:
+        try:
+            rig.plan(spec, replace(workload, context_tokens=tokens))
+        except PlanInfeasibleError:
+            tokens //= 2
+            continue
+        return f"With --context {tokens} it fits"
+    return "No shorter context fits: give more RAM, or a smaller format with --quant"
+
+
+def write_report(
+    spec: ModelSpec, plan: Plan, rig: Rig, changes: list[Change], doubling: tuple[Change | None, Change]
+) -> None:
+    """The report on stdout."""
+    prediction = plan.prediction
+    assert prediction is not None
+    tiers = table("tier", "dense", "KV cache", "activations", "expert slots", "all", "budget")
+    uses: list[tuple[str, RamUse | VramUse, int, int]] = [("ram", plan.ram, plan.ram_slots, plan.ram_budget_nbytes)]
+    if plan.vram is not None:
+        uses.insert(0, ("vram", plan.vram.use, plan.vram.slots, plan.vram.budget_nbytes))
+    for name, use, slots, budget in uses:
+        sizes = [format_size(getattr(use, f"{part}_nbytes")) for part in ("dense", "kv", "activation")]
+        cells = [*sizes, f"{slots} of {plan.expert_count}: {format_size(use.slot_nbytes)}"]
+        add_row(tiers, name, *cells, format_size(use.total_nbytes), format_size(budget))
+    terms = table("", "tokens/s", "range", "binds", *prediction.decode.terms.as_dict(), "hits vram", "hits ram")
+    for name, one in (("decode", prediction.decode), ("prefill", prediction.prefill)):
+        add_row(terms, name, *_cells(one))
+    said = {
+        "machine": f"{prediction.profile} ({prediction.basis}: a prediction, nothing was run)",
+        "routing": prediction.routing,
+        "on disk": f"{format_size(plan.disk_nbytes)} for all {plan.expert_count} experts",
+        "twice as fast": _doubling(doubling),
+        **{f"what if {change.name}": f"{change.decode_tokens_per_s:.2f} tokens/s" for change in changes},
+    }
+    if plan.vram is not None:
+        said["note"] = "this version plans VRAM and does not run it yet: `offload.load` takes ram= and nvme= alone"
+    title = f"{plan.model}: {plan.model_type}, experts in {plan.format}, other linear layers in {plan.dense_format}\n"
+    write(title, tiers, "", terms, "", facts(said))
+
+
+def _cells(one: PassPrediction) -> list[str]:
+    slow, fast = one.tokens_per_s_range
+    share = [f"{seconds / one.seconds:.0%}" for seconds in one.terms.as_dict().values()]
+    hits = [f"{one.vram_hit_rate:.0%}", f"{one.ram_hit_rate:.0%}"]
+    return [f"{one.tokens_per_s:.2f}", f"{slow:.2f}-{fast:.2f}", one.binds, *share, *hits]
+
+
+def _doubling(found: tuple[Change | None, Change]) -> str:
+    doubling, best = found
+    if doubling is not None:
+        return f"{doubling.name}: {doubling.decode_tokens_per_s:.2f} tokens/s"
+    return f"no single change that was tried; the best is {best.name}: {best.decode_tokens_per_s:.2f} tokens/s"

@@ -1,0 +1,175 @@
+"""A plan as one HTML file that needs nothing else: figures by plotly, whose code is in it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.io import to_html
+
+from offload.sizes import format_size
+from placement.model_spec import ModelSpec
+from placement.plan import Plan
+from placement.predict import Routing
+from placement.prediction import Prediction
+from placement.rig import Change, Rig, sweep
+from placement.routing import residency
+
+_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d")
+_HOMES = ((0.0, "#d0d4da"), (0.5, "#f5b971"), (1.0, "#54a24b"))
+
+_BASIS = {"measured": "as it was measured", "datasheet": "from datasheets"}
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; color: #1b1f24; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #e3e6ea; }
+.note { color: #57606a; }
+"""
+
+
+def write_html(
+    file: Path, spec: ModelSpec, plan: Plan, rig: Rig, routing: Routing | None, changes: Sequence[Change]
+) -> None:
+    """Write the report.
+
+    Args:
+        file: overwritten.
+        spec: the model.
+        plan: with a prediction.
+        rig: what it was planned for.
+        routing: what is known of the experts' popularity.
+        changes: other rigs to show beside it.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: the plan has no prediction.
+    """
+    if plan.prediction is None:
+        raise ValueError("a report needs a plan with a prediction")
+    figures = [
+        ("Memory by tier", _tiers(plan)),
+        ("Seconds per token, and what they are spent on", _terms(plan.prediction)),
+        ("Where experts are most of the time", _homes(spec, plan, routing)),
+        *_curves(sweep(rig, plan, spec, routing)),
+    ]
+    parts = [
+        f"<h2>{html.escape(title)}</h2>{_figure(figure, first=n == 0)}" for n, (title, figure) in enumerate(figures)
+    ]
+    title = f"Plan of {plan.model}"
+    file.write_text(
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>{_summary(plan, plan.prediction)}"
+        f"{_speeds(plan.prediction, changes)}{''.join(parts)}</body></html>\n",
+        encoding="utf-8",
+    )
+
+
+def _summary(plan: Plan, prediction: Prediction) -> str:
+    sentences = [
+        f"{plan.model_type}, experts in {plan.format}, other linear layers in {plan.dense_format}; "
+        f"{plan.workload.batch} x {plan.workload.context_tokens} tokens of context, prompt of "
+        f"{plan.workload.prompt_tokens}.",
+        f"A prediction for {prediction.profile}, {_BASIS[prediction.basis]}; nothing was run. "
+        f"Routing: {prediction.routing}.",
+        f"All {plan.expert_count} experts lie on disk: {format_size(plan.disk_nbytes)}.",
+    ]
+    if plan.vram is not None:
+        sentences.append("This version plans VRAM and does not run it yet.")
+    return "".join(f'<p class="note">{html.escape(sentence)}</p>' for sentence in sentences)
+
+
+def _speeds(prediction: Prediction, changes: Sequence[Change]) -> str:
+    rows = []
+    for name, one in (("decode", prediction.decode), ("prefill", prediction.prefill)):
+        slow, fast = one.tokens_per_s_range
+        hits = f"{one.vram_hit_rate:.0%}", f"{one.ram_hit_rate:.0%}"
+        rows.append((name, f"{one.tokens_per_s:.2f}", f"{slow:.2f} to {fast:.2f}", one.binds, *hits))
+    for change in changes:
+        rows.append((f"decode, if {change.name}", f"{change.decode_tokens_per_s:.2f}", "", "", "", ""))
+    head = ("", "tokens/s", "range", "bound by", "found in VRAM", "found in RAM")
+    cells = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{''.join(cells)}</table>"
+
+
+def _tiers(plan: Plan) -> go.Figure:
+    uses: list[tuple[str, Any, int]] = [("RAM", plan.ram, plan.ram_budget_nbytes)]
+    if plan.vram is not None:
+        uses.append(("VRAM", plan.vram.use, plan.vram.budget_nbytes))
+    names = [f"{name}, {format_size(budget)} allowed" for name, _, budget in uses]
+    figure = go.Figure()
+    parts = (("dense weights", "dense"), ("KV cache", "kv"), ("activations", "activation"), ("expert slots", "slot"))
+    for (label, part), colour in zip(parts, _COLOURS, strict=False):
+        sizes = [getattr(use, f"{part}_nbytes") / (1 << 30) for _, use, _ in uses]
+        figure.add_bar(y=names, x=sizes, name=label, orientation="h", marker_color=colour)
+    free = [max(0.0, (budget - use.total_nbytes) / (1 << 30)) for _, use, budget in uses]
+    figure.add_bar(y=names, x=free, name="free", orientation="h", marker_color="#eceff2")
+    return figure.update_layout(barmode="stack", xaxis_title="GiB", height=130 + 70 * len(uses))
+
+
+def _terms(prediction: Prediction) -> go.Figure:
+    figure = go.Figure()
+    names = ["decode, a token", "prefill, a token"]
+    per_token = [
+        {term: seconds / one.tokens for term, seconds in one.terms.as_dict().items()}
+        for one in (prediction.decode, prediction.prefill)
+    ]
+    for term, colour in zip(per_token[0], _COLOURS, strict=True):
+        values = [1e3 * one[term] for one in per_token]
+        figure.add_bar(y=names, x=values, name=term.replace("_", " "), orientation="h", marker_color=colour)
+    return figure.update_layout(barmode="stack", xaxis_title="milliseconds", height=270)
+
+
+def _homes(spec: ModelSpec, plan: Plan, routing: Routing | None) -> go.Figure:
+    """A layer's experts by rank of popularity; the colour is the tier in which one is most of the time."""
+    routing = Routing() if routing is None else routing
+    layers = [(layer.count, min(layer.top_k, layer.count)) for layer in spec.experts]
+    slots = plan.vram.slots if plan.vram is not None else 0
+    vram = residency(layers, routing.popularity, slots) if slots else [np.zeros(count) for count, _ in layers]
+    cached = residency(layers, routing.popularity, slots + plan.ram_slots)
+    widest = max(count for count, _ in layers)
+    home = np.full((len(layers), widest), np.nan)
+    said = np.full((len(layers), widest), "", dtype=object)
+    for row, (there, either) in enumerate(zip(vram, cached, strict=True)):
+        here = np.maximum(either - there, 0.0)
+        disk = 1 - np.maximum(either, there)
+        home[row, : len(there)] = np.select([(there >= here) & (there >= disk), here >= disk], [1.0, 0.5], 0.0)
+        for rank, shares in enumerate(zip(there, here, disk, strict=True)):
+            said[row, rank] = "VRAM {:.0%}, RAM {:.0%}, disk alone {:.0%}".format(*shares)
+    bar = {"tickvals": [0, 0.5, 1], "ticktext": ["disk", "RAM", "VRAM"]}
+    figure = go.Figure(
+        go.Heatmap(z=home, text=said, colorscale=_HOMES, zmin=0, zmax=1, colorbar=bar, hovertemplate="%{text}")
+    )
+    height = 200 + 6 * len(layers)
+    return figure.update_layout(xaxis_title="expert, by rank of popularity", yaxis_title="MoE layer", height=height)
+
+
+def _curves(found: dict[str, list[tuple[int, float]]]) -> list[tuple[str, go.Figure]]:
+    made = []
+    for name, points in found.items():
+        if not points:
+            continue
+        scale, unit = (1, "tokens") if name == "context" else (1 << 30, "GiB")
+        figure = go.Figure(
+            go.Scatter(
+                x=[x / scale for x, _ in points], y=[y for _, y in points], mode="lines+markers",
+                line_color=_COLOURS[0],
+            )
+        )  # fmt: skip
+        label = "context" if name == "context" else name.upper()
+        figure.update_layout(xaxis_title=unit, yaxis_title="tokens/s", height=320)
+        made.append((f"Decode by {label}; 0 where it does not fit", figure))
+    return made
+
+
+def _figure(figure: go.Figure, *, first: bool) -> str:
+    figure.update_layout(
+        margin={"l": 20, "r": 20, "t": 20, "b": 40}, template="plotly_white", legend_traceorder="normal"
+    )
+    text: str = to_html(figure, include_plotlyjs=first, full_html=False, config={"displaylogo": False})
+    return text

@@ -1,0 +1,99 @@
+"""`offload plan` for machines from datasheets, and its report."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from placement.plan import Plan
+from tests.cli.conftest import Invoke
+
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
+MIXTRAL = CONFIGS / "mixtral-8x7b"
+DESKTOP = ("--gpu", "rtx4090", "--machine-ram", "64GiB", "--quant", "int4", "--context", "4096")
+
+
+def test_a_desktop_with_a_gpu(invoke: Invoke) -> None:
+    result = invoke("plan", MIXTRAL, *DESKTOP, "--what-if", "ram=+32GiB", "--what-if", "gpu=rtx5090,nvme=gen5")
+    assert (result.exit_code, result.stderr) == (0, "")
+    text = re.sub(r"\s+", " ", result.stdout)
+    for part in (
+        "rtx4090 (pcie4)", "datasheet: a prediction, nothing was run", "what if ram=+32GiB", "what if gpu=rtx5090,nvme",
+        "twice as fast", "equally popular", "does not run it yet", "of 256", "decode", "prefill",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def test_json_is_a_plan_within_the_budgets(invoke: Invoke) -> None:
+    result = invoke("plan", MIXTRAL, *DESKTOP, "--vram", "10GiB", "--ram", "20GiB", "--skew", "0.8", "--json")
+    plan = Plan.from_json(result.stdout)
+    assert plan.vram is not None
+    assert plan.vram.use.total_nbytes <= 10 << 30
+    assert plan.peak_ram_nbytes <= 20 << 30
+    assert plan.prediction is not None
+    assert plan.prediction.basis == "datasheet"
+    assert "rank^-0.8" in plan.prediction.routing
+
+
+def test_more_of_a_part_is_no_slower(invoke: Invoke) -> None:
+    speeds = []
+    for drive in ("sata", "gen3", "gen5"):
+        arguments = ["--cpu", "ddr5-desktop", "--drive", drive, "--ram", "12GiB", "--quant", "int4", "--json"]
+        plan = Plan.from_json(invoke("plan", MIXTRAL, *arguments).stdout)
+        assert plan.prediction is not None
+        assert plan.vram is None
+        speeds.append(plan.prediction.decode.tokens_per_s)
+    assert speeds == sorted(speeds)
+    assert speeds[2] > 4 * speeds[0]
+
+
+def test_what_does_not_fit_says_what_does(invoke: Invoke) -> None:
+    arguments = ["plan", MIXTRAL, "--cpu", "ddr5-desktop", "--context", "32768", "--ram", "8GiB"]
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (3, "")
+    tokens = re.search(r"With --context (\d+) it fits", result.stderr)
+    assert tokens
+    assert invoke(*arguments[:5], tokens[1], *arguments[6:]).exit_code == 0
+    result = invoke(*arguments[:6], "--ram", "1GiB", "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["error"]["minimum_ram_bytes"] > 1 << 30
+    assert "No shorter context fits" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "rtx9999"], "known: rtx3060"),
+        (["--drive", "tape"], "known: sata"),
+        (["--gpu", "rtx4090", "--what-if", "more"], "expected part=value"),
+        (["--gpu", "rtx4090", "--what-if", "ram=lots"], "ram="),
+        (["--gpu", "rtx4090", "--what-if", "disk=gen5"], "known: ram, vram, nvme"),
+        (["--cpu", "ddr5-desktop", "--what-if", "link=pcie5"], "needs a GPU"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_named(invoke: Invoke, arguments: list[str], said: str) -> None:
+    result = invoke("plan", MIXTRAL, "--quant", "int4", *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_a_machine_that_was_not_measured(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result = invoke("plan", MIXTRAL, "--skew", "1")
+    assert result.exit_code == 2
+    assert "offload profile" in result.stderr
+
+
+def test_the_report_stands_alone(invoke: Invoke, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    result = invoke("plan", MIXTRAL, *DESKTOP, "--html", file, "--what-if", "ram=+32GiB")
+    assert result.exit_code == 0, result.stderr
+    text = file.read_text()
+    for part in ("Memory by tier", "Where experts are", "Decode by RAM", "Decode by VRAM", "Decode by CONTEXT".title()):
+        assert part.lower() in text.lower(), part
+    assert "Plotly" in text
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", text), "nothing is fetched"
