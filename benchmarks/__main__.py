@@ -15,11 +15,27 @@ from rich.console import Console
 if TYPE_CHECKING:
     from benchmarks.harness import Report
 
-NAMES = ("disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead")
+NAMES = (
+    "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead",
+    "plan_accuracy",
+)  # fmt: skip
 
 
 def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
-    from benchmarks import checkpoints, decode, disk, formats, kernels, llama_cpp, load, memory, overhead, quality, step
+    from benchmarks import (
+        checkpoints,
+        decode,
+        disk,
+        formats,
+        kernels,
+        llama_cpp,
+        load,
+        memory,
+        overhead,
+        plan_accuracy,
+        quality,
+        step,
+    )
 
     shape = checkpoints.QUICK if quick else checkpoints.FULL
     return {
@@ -34,6 +50,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "overhead": lambda work: overhead.run(
             work, shape if quick else overhead.LAYER_OF_30B, overhead.QUICK if quick else overhead.FULL
         ),
+        "plan_accuracy": lambda work: plan_accuracy.run(work, plan_accuracy.QUICK if quick else plan_accuracy.FULL),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
     }
 
