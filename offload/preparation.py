@@ -214,9 +214,9 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
 
 
 def _plan(spec: ModelSpec, request: Request, context: int) -> Plan:
-    workload = Workload(context, request.batch, request.prefill_chunk_tokens, request.prompt_tokens)
+    workload = Workload(context, request.batch, request.prefill_chunk_tokens)
     try:
-        return make_plan(spec, workload, request.ram_nbytes, _profile(spec, request))
+        return make_plan(spec, workload, request.ram_nbytes, known_profile(spec, request))
     except PlanInfeasibleError as error:
         minimum = error.minimum_ram_nbytes
         raise DoesNotFitError(
@@ -225,7 +225,7 @@ def _plan(spec: ModelSpec, request: Request, context: int) -> Plan:
         ) from error
 
 
-def _profile(spec: ModelSpec, request: Request) -> HardwareProfile | None:
+def known_profile(spec: ModelSpec, request: Request) -> HardwareProfile | None:
     """The machine as it was measured, where that can predict this model."""
     if spec.head is None or not spec.layers:
         return None

@@ -14,7 +14,6 @@ from profiler.memory import available_ram_nbytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
 PREFILL_CHUNK_TOKENS = 1024
-DEFAULT_PROMPT_TOKENS = 512
 
 FUSED_KINDS = ("attention", "decoder", "kv_cache", "linear", "rms_norm", "rotary")
 """What `offload.hf.fused` computes with kernels of its own."""
@@ -34,7 +33,6 @@ class Request:
         prefill_chunk_tokens: see `Workload`.
         fused: names of FUSED_KINDS.
         quantisation: packed formats.
-        prompt_tokens: that predictions are made for.
     """
 
     ram_nbytes: int
@@ -44,7 +42,6 @@ class Request:
     prefill_chunk_tokens: int
     fused: frozenset[str]
     quantisation: Quantisation
-    prompt_tokens: int = DEFAULT_PROMPT_TOKENS
 
 
 def make_request(
@@ -57,7 +54,6 @@ def make_request(
     max_memory: Mapping[str | int, int | str] | None,
     fused: bool | Iterable[str] = True,
     quant: str | Mapping[str, str | None] | None = None,
-    prompt: int = DEFAULT_PROMPT_TOKENS,
 ) -> Request:
     """Check and resolve a user's arguments.
 
@@ -70,7 +66,6 @@ def make_request(
         max_memory: accelerate's spelling: {"cpu": size}.
         fused: names of FUSED_KINDS, True for all and False for none.
         quant: see `make_quantisation`.
-        prompt: tokens of the prompt that speed is predicted for.
 
     Raises:
         InvalidArgumentError: naming the argument, what it may be and what it was.
@@ -86,14 +81,7 @@ def make_request(
     _check_count("batch", batch)
     _check_count("prefill_chunk", prefill_chunk)
     return Request(
-        ram_nbytes,
-        store_root(nvme),
-        context,
-        batch,
-        prefill_chunk,
-        _fused_kinds(fused),
-        make_quantisation(quant),
-        prompt,
+        ram_nbytes, store_root(nvme), context, batch, prefill_chunk, _fused_kinds(fused), make_quantisation(quant)
     )
 
 

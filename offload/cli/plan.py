@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,12 +118,13 @@ def _plan(
 ) -> None:
     from offload.cli.libraries import quiet_transformers
     from offload.errors import CheckpointNotFoundError, DoesNotFitError
-    from offload.preparation import prepare_checkpoint
+    from offload.preparation import known_profile, prepare_checkpoint
     from offload.request import PREFILL_CHUNK_TOKENS, make_request
+    from placement.planner import make_plan
 
     request = make_request(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=PREFILL_CHUNK_TOKENS, max_memory=None,
-        quant=quant, prompt=prompt,
+        quant=quant,
     )  # fmt: skip
     try:
         with quiet_transformers():
@@ -139,6 +140,9 @@ def _plan(
         raise CheckpointNotFoundError(f"{error} `offload plan` downloads nothing.") from error
     prepared.checkpoint.close()
     made = prepared.plan
+    if prompt != made.workload.prompt_tokens:
+        workload = replace(made.workload, prompt_tokens=prompt)
+        made = make_plan(prepared.spec, workload, request.ram_nbytes, known_profile(prepared.spec, request))
     disk = _look_at_disk(request.store_root, prepared.bundles.identity, made)
     lacking = not disk.present and disk.free_nbytes < made.disk_nbytes
     if not as_json:
