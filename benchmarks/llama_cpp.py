@@ -48,7 +48,7 @@ class LlamaScale:
     rounds: int
 
 
-FULL = LlamaScale(prompts=(128, 512), new_tokens=32, rounds=3)
+FULL = LlamaScale(prompts=(128, 512), new_tokens=32, rounds=2)
 QUICK = LlamaScale(prompts=(32,), new_tokens=4, rounds=1)
 
 
