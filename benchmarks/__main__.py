@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead",
-    "plan_accuracy",
+    "large_model", "plan_accuracy",
 )  # fmt: skip
 
 
@@ -28,6 +28,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         disk,
         formats,
         kernels,
+        large_model,
         llama_cpp,
         load,
         memory,
@@ -51,6 +52,9 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
             work, shape if quick else overhead.LAYER_OF_30B, overhead.QUICK if quick else overhead.FULL
         ),
         "plan_accuracy": lambda work: plan_accuracy.run(work, plan_accuracy.QUICK if quick else plan_accuracy.FULL),
+        "large_model": lambda work: large_model.run(
+            work, shape if quick else large_model.LIKE_30B_A3B, large_model.QUICK if quick else large_model.FULL
+        ),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
     }
 
