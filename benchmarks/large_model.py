@@ -74,7 +74,7 @@ class RandomBundles:
 
     def __init__(self, shape: checkpoints.Shape, format: str, modules: Sequence[str]) -> None:
         layout = BundleLayout(shape.hidden, shape.expert_intermediate, format)
-        self.groups = tuple(ExpertGroup(module, shape.experts, layout) for module in modules)
+        self.groups: Sequence[ExpertGroup] = tuple(ExpertGroup(module, shape.experts, layout) for module in modules)
         self.name = f"random-{shape.name}"
         self.identity = hashlib.sha256(f"{self.name} {format}".encode()).hexdigest()
 
