@@ -33,7 +33,7 @@ from offload.hf.quantised_linear import QuantisedLinear
 from offload.hf.skeleton import make_skeleton
 from offload.hf.spec import build_spec
 from offload.quantisation import make_quantisation
-from offload.store import ExpertGroup, NoProgress, Progress
+from offload.store import BundleSource, ExpertGroup, NoProgress, Progress
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import make_plan
@@ -74,7 +74,7 @@ class RandomBundles:
 
     def __init__(self, shape: checkpoints.Shape, format: str, modules: Sequence[str]) -> None:
         layout = BundleLayout(shape.hidden, shape.expert_intermediate, format)
-        self.groups: Sequence[ExpertGroup] = tuple(ExpertGroup(module, shape.experts, layout) for module in modules)
+        self.groups = tuple(ExpertGroup(module, shape.experts, layout) for module in modules)
         self.name = f"random-{shape.name}"
         self.identity = hashlib.sha256(f"{self.name} {format}".encode()).hexdigest()
 
@@ -117,7 +117,7 @@ class PreparedRandom:
         self._skeleton = make_skeleton(shape.config(), torch.bfloat16)
         modules = [name for name, _ in experts_modules(self._skeleton)]
         assert quantisation.experts is not None
-        self.bundles = RandomBundles(shape, quantisation.experts, modules)
+        self.bundles: BundleSource = RandomBundles(shape, quantisation.experts, modules)
         self._formats = linears_to_quantise(self._skeleton, quantisation)
         self.spec: ModelSpec = build_spec(
             self._skeleton, self.bundles.groups, name=self.bundles.name, context_tokens=_CONTEXT_TOKENS, casts=False,
