@@ -101,6 +101,7 @@ class GrowingLayer(DynamicLayer):
             or total > buffer.shape[-2]
             or buffer.shape[0] != new.shape[0]
             or current.data_ptr() != buffer.data_ptr()
+            or (buffer.is_inference() and not torch.is_inference_mode_enabled())
         ):
             room = -(-total // ROOM_TOKENS) * ROOM_TOKENS
             buffer = new.new_empty(*new.shape[:-2], room, new.shape[-1])

@@ -201,7 +201,9 @@ class Stack:
         tapes: dict[int, StackTape] = self._local.__dict__.setdefault("tapes", {})
         tape = tapes.get(batch)
         if tape is None:
-            tape = tapes[batch] = StackTape(self._layers, self._taped(), batch)
+            # Tensors made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                tape = tapes[batch] = StackTape(self._layers, self._taped(), batch)
         if addresses is not None and addresses is not tape.addresses:
             tape.take_addresses(addresses)
         return tape

@@ -229,6 +229,24 @@ def test_what_a_tape_does_not_take_goes_the_own_way(what: str) -> None:
     assert torch.equal(*found)
 
 
+def test_inference_mode_comes_and_goes(rows: list[int]) -> None:
+    taped, plain = pair("qwen3_moe")
+    found = []
+    for model in (taped, plain):
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(prompt(), past_key_values=cache)
+            model(prompt()[:, :1], past_key_values=cache)
+        with torch.no_grad():
+            outs = [model(prompt()[:, i : i + 1], past_key_values=cache).logits for i in range(3)]
+            outs.append(model(prompt()[:, :3], past_key_values=cache).logits)
+        with torch.inference_mode():
+            outs.append(model(prompt()[:, :1], past_key_values=cache).logits)
+        found.append(torch.cat([out[:, -1] for out in outs]))
+    assert torch.equal(*found)
+    assert len(rows) >= 5
+
+
 def test_hidden_states_are_those_of_every_layer() -> None:
     taped, plain = pair("qwen3_moe")
     states = []
