@@ -18,7 +18,7 @@ from offload.devices.base import ExpertBatch
 from offload.devices.host import HostDevice
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.hf.fused import fuse
-from offload.hf.fused.attention import _attend as attend
+from offload.hf.fused.attention import attend
 from offload.hf.quantised_linear import QuantisedLinear
 from offload.moe.layer import ExpertsLayer
 from offload.packing import pack_tensor

@@ -47,11 +47,11 @@ def _with_kernel(forward: Any) -> Any:
 @cache
 def _interface() -> AttentionInterface:
     interface = AttentionInterface()
-    interface[IMPLEMENTATION] = _attend
+    interface[IMPLEMENTATION] = attend
     return interface
 
 
-def _attend(
+def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
