@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from offload.devices.host import HostDevice
+from offload.devices.host_accelerator import HostAccelerator
 from offload.errors import UnsupportedOperationError
 from offload.hf.adopt import adopt
 from offload.hf.dtypes import DTYPE_OF_FORMAT
@@ -16,7 +17,7 @@ from offload.hf.fused import fuse
 from offload.moe.gate import recognise_gate
 from offload.moe.layer import ExpertsLayer
 from offload.preparation import Prepared
-from offload.request import FUSED_KINDS
+from offload.request import FUSED_KINDS, AcceleratorRequest
 from offload.runtime import Runtime
 from offload.store.convert import convert, find_store
 from offload.store.progress import NoProgress, Progress
@@ -27,7 +28,11 @@ from prefetch.policies.lru import LruPolicy
 
 
 def assemble(
-    prepared: Prepared, store_root: Path, progress: Progress, fused: Iterable[str] = FUSED_KINDS
+    prepared: Prepared,
+    store_root: Path,
+    progress: Progress,
+    fused: Iterable[str] = FUSED_KINDS,
+    accelerator: AcceleratorRequest | None = None,
 ) -> PreTrainedModel:
     """Convert unless the store is there, load dense weights, start the runtime.
 
@@ -38,21 +43,23 @@ def assemble(
         store_root: directory of stores.
         progress: told of what takes time.
         fused: kinds of modules that kernels compute.
+        accelerator: what the plan's VRAM is, None for a plan without.
 
     Raises:
-        UnsupportedOperationError: the plan puts something into VRAM, which this runtime does not execute yet.
+        UnsupportedOperationError: the plan puts more into VRAM than experts, which this runtime does not execute yet.
     """
     try:
-        _refuse_vram(prepared.plan)
+        _check_vram(prepared.plan, accelerator)
         store, model = _store_and_model(prepared, store_root, progress)
     finally:
         prepared.close()
     device = HostDevice()
-    runtime = Runtime(prepared.plan, prepared.spec, store, _layers(model, prepared), device, LruPolicy())
+    above = None if accelerator is None else HostAccelerator(accelerator.vram_nbytes, accelerator.link)
+    runtime = Runtime(prepared.plan, prepared.spec, store, _layers(model, prepared), device, LruPolicy(), above)
     try:
         adopt(model, runtime)
         runtime.fused = fuse(model, fused, runtime)
-        if prepared.plan.ram_slots == prepared.plan.expert_count:
+        if above is not None or prepared.plan.ram_slots == prepared.plan.expert_count:
             runtime.preload(progress)
     except BaseException:
         runtime.close()
@@ -60,11 +67,12 @@ def assemble(
     return model
 
 
-def _refuse_vram(plan: Plan) -> None:
-    if plan.vram is not None:
+def _check_vram(plan: Plan, accelerator: AcceleratorRequest | None) -> None:
+    vram = plan.vram
+    if vram is not None and (accelerator is None or vram.dense_layers or vram.head):
         raise UnsupportedOperationError(
-            f"the plan of {plan.model} puts weights into VRAM, which this version plans and does not run yet; "
-            "load with ram= and nvme= alone"
+            f"the plan of {plan.model} puts dense weights or experts into a GPU's memory, which this version plans and "
+            'does not run yet; load with ram= and nvme= alone, or with device="host"'
         )
 
 

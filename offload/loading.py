@@ -34,6 +34,9 @@ def load(
     attn_implementation: str | None = None,
     quant: str | Mapping[str, str | None] | None = None,
     fused: bool | Iterable[str] = True,
+    device: str | None = None,
+    vram: int | str | None = None,
+    link: str | None = None,
     progress: bool | None = None,
 ) -> PreTrainedModel:
     """A transformers model whose experts lie on disk and, as far as the budget goes, in RAM.
@@ -60,6 +63,10 @@ def load(
             "dense": ..., "lm_head": ...}. "int4" and "mxfp4" alone keep the output layer in int8. None rounds nothing.
         fused: which chains of small operations kernels compute in one: some of "attention", "kv_cache", "linear",
             "rms_norm", "rotary", or all, or none. Equal up to rounding; `stats().fused` says how often each applies.
+        device: "host": the CPU, and with `vram` an accelerator that host memory plays, so that all three tiers run
+            without a GPU. Experts there are computed by the CPU kernels: outputs are the same, speed is not a GPU's.
+        vram: size of that accelerator's memory, which takes as much of the host's beside `ram`.
+        link: bytes per second to it, such as "25GB/s", which is the default.
         progress: show bars; None where stderr is a terminal and HF_HUB_DISABLE_PROGRESS_BARS is not set.
 
     Raises:
@@ -68,7 +75,7 @@ def load(
     """
     request = make_request(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
-        fused=fused, quant=quant,
+        fused=fused, quant=quant, device=device, vram=vram, link=link,
     )  # fmt: skip
     prepared = _prepare(
         model, request, checkpoint, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
@@ -76,7 +83,7 @@ def load(
     )  # fmt: skip
     from offload.assembly import assemble
 
-    return assemble(prepared, request.store_root, progress_bar(progress), request.fused)
+    return assemble(prepared, request.store_root, progress_bar(progress), request.fused, request.accelerator)
 
 
 def plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -32,7 +32,7 @@ from offload.store.progress import Progress
 from offload.store.source import BundleSource
 from placement.hardware_profile import HardwareProfile
 from placement.model_spec import ModelSpec
-from placement.plan import Plan
+from placement.plan import Plan, VramPlan, VramUse
 from placement.planner import PlanInfeasibleError, make_plan
 from placement.tensors import TensorSpan
 from placement.workload import Workload
@@ -216,13 +216,28 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
 def _plan(spec: ModelSpec, request: Request, context: int) -> Plan:
     workload = Workload(context, request.batch, request.prefill_chunk_tokens)
     try:
-        return make_plan(spec, workload, request.ram_nbytes, known_profile(spec, request))
+        plan = make_plan(spec, workload, request.ram_nbytes, known_profile(spec, request))
     except PlanInfeasibleError as error:
         minimum = error.minimum_ram_nbytes
         raise DoesNotFitError(
             f"{error}. Give ram={minimum} ({format_size(minimum)}) or more, or a shorter context than {context} tokens",
             minimum_ram_bytes=minimum,
         ) from error
+    return plan if request.accelerator is None else _with_vram(plan, request.accelerator.vram_nbytes)
+
+
+def _with_vram(plan: Plan, budget_nbytes: int) -> Plan:
+    """The plan with as many expert slots above as the budget holds; dense weights and KV cache stay in RAM.
+
+    Without a prediction: no profile was measured of an accelerator that the host plays.
+    """
+    slots = min(plan.expert_count, budget_nbytes // plan.slot_nbytes)
+    if slots < 1:
+        raise DoesNotFitError(
+            f"vram={budget_nbytes} does not hold one expert of {plan.model}: give vram={plan.slot_nbytes} or more"
+        )
+    use = VramUse(dense_nbytes=0, kv_nbytes=0, activation_nbytes=0, slot_nbytes=slots * plan.slot_nbytes)
+    return replace(plan, vram=VramPlan((), (), False, slots, use, budget_nbytes), prediction=None)
 
 
 def known_profile(spec: ModelSpec, request: Request) -> HardwareProfile | None:

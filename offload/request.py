@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from offload.devices.link import Link, parse_link
 from offload.errors import InvalidArgumentError
 from offload.quantisation import Quantisation, make_quantisation
 from offload.sizes import parse_size
@@ -18,7 +19,23 @@ PREFILL_CHUNK_TOKENS = 1024
 FUSED_KINDS = ("attention", "decoder", "kv_cache", "linear", "rms_norm", "rotary")
 """What `offload.hf.fused` computes with kernels of its own."""
 
+DEFAULT_LINK = "25GB/s"
+"""What PCIe 4.0 x16 carries of its nominal 31.5 GB/s."""
+
 _RAM_KEPT_FREE = 0.1
+
+
+@dataclass(frozen=True)
+class AcceleratorRequest:
+    """An accelerator that host memory plays.
+
+    Attributes:
+        vram_nbytes: bytes of its memory, beside those of `ram`.
+        link: how fast bytes get there.
+    """
+
+    vram_nbytes: int
+    link: Link
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,7 @@ class Request:
         prefill_chunk_tokens: see `Workload`.
         fused: names of FUSED_KINDS.
         quantisation: packed formats.
+        accelerator: None for the CPU alone.
     """
 
     ram_nbytes: int
@@ -42,6 +60,7 @@ class Request:
     prefill_chunk_tokens: int
     fused: frozenset[str]
     quantisation: Quantisation
+    accelerator: AcceleratorRequest | None = None
 
 
 def make_request(
@@ -54,6 +73,9 @@ def make_request(
     max_memory: Mapping[str | int, int | str] | None,
     fused: bool | Iterable[str] = True,
     quant: str | Mapping[str, str | None] | None = None,
+    device: str | None = None,
+    vram: int | str | None = None,
+    link: str | Link | None = None,
 ) -> Request:
     """Check and resolve a user's arguments.
 
@@ -66,6 +88,9 @@ def make_request(
         max_memory: accelerate's spelling: {"cpu": size}.
         fused: names of FUSED_KINDS, True for all and False for none.
         quant: see `make_quantisation`.
+        device: "host", or None for it.
+        vram: size of the memory of an accelerator that the host plays, None for none.
+        link: bytes per second to it, None for DEFAULT_LINK.
 
     Raises:
         InvalidArgumentError: naming the argument, what it may be and what it was.
@@ -81,8 +106,9 @@ def make_request(
     _check_count("batch", batch)
     _check_count("prefill_chunk", prefill_chunk)
     return Request(
-        ram_nbytes, store_root(nvme), context, batch, prefill_chunk, _fused_kinds(fused), make_quantisation(quant)
-    )
+        ram_nbytes, store_root(nvme), context, batch, prefill_chunk, _fused_kinds(fused), make_quantisation(quant),
+        _accelerator(device, vram, link),
+    )  # fmt: skip
 
 
 def store_root(nvme: str | os.PathLike[str] | None) -> Path:
@@ -105,6 +131,18 @@ def store_root(nvme: str | os.PathLike[str] | None) -> Path:
         raise InvalidArgumentError(f"nvme={nvme!r}: expected a directory for the expert store") from None
     except RuntimeError as error:
         raise InvalidArgumentError(f"nvme={nvme!r}: {error}; give the directory's full path") from error
+
+
+def _accelerator(device: object, vram: int | str | None, link: str | Link | None) -> AcceleratorRequest | None:
+    if device not in (None, "host"):
+        raise InvalidArgumentError(f'device={device!r}: expected "host", the only device that this version runs on')
+    if vram is None:
+        if link is not None:
+            raise InvalidArgumentError(f"link={link!r}: goes with vram=, the memory at its other end")
+        return None
+    if device is None:
+        raise InvalidArgumentError(f'vram={vram!r}: goes with device="host", whose memory plays an accelerator\'s')
+    return AcceleratorRequest(parse_size(vram, "vram"), parse_link(DEFAULT_LINK if link is None else link))
 
 
 def _check_count(name: str, value: object) -> None:

@@ -16,12 +16,17 @@ import numpy.typing as npt
 import torch
 
 from offload.devices.base import Device
+from offload.devices.host_accelerator import HostAccelerator
+from offload.devices.link import CHUNK_NBYTES, LinkReader
 from offload.errors import ClosedError, DoesNotFitError, UnsupportedOperationError
+from offload.moe.costs import ObservedCosts
 from offload.moe.layer import ExpertsLayer
 from offload.moe.step import moe_step
-from offload.statistics import Statistics
+from offload.moe.tiered_step import Accelerated, tiered_step
+from offload.statistics import Statistics, accelerator_statistics
 from offload.store.progress import Progress
 from offload.store.store import ExpertStore
+from offload.tiers.accelerated import TierPair
 from offload.tiers.arena import Arena
 from offload.tiers.disk import ShardReader
 from offload.tiers.expert_tier import ExpertTier, TierCounters
@@ -30,6 +35,7 @@ from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import MINIMUM_SLOTS, kv_nbytes, pass_nbytes
 from prefetch.policies.base import CachePolicy
+from prefetch.policies.lru import LruPolicy
 
 
 @dataclass
@@ -53,6 +59,7 @@ class Runtime:
         layers: Sequence[ExpertsLayer],
         device: Device,
         policy: CachePolicy,
+        accelerator: HostAccelerator | None = None,
     ) -> None:
         self.plan = plan
         self.spec = spec
@@ -64,6 +71,7 @@ class Runtime:
         engine = ReadEngine(reader, threads=plan.reader_threads, chunk_nbytes=plan.read_chunk_nbytes)
         arena = Arena(device, plan.slot_nbytes, plan.ram_slots)
         self.tier = ExpertTier(arena, policy, engine, self._locate, self._bundle_nbytes)
+        self.accelerated = None if accelerator is None else self._above(accelerator)
         self.fused: dict[str, int] = {}
         self.closed = False
         self._released = False
@@ -72,6 +80,15 @@ class Runtime:
         self.reset_stats()
         with _runtimes_lock:
             _RUNTIMES.add(self)
+
+    def _above(self, accelerator: HostAccelerator) -> Accelerated:
+        """The accelerator's tier, above the host's."""
+        slots = 0 if self.plan.vram is None else self.plan.vram.slots
+        engine = ReadEngine(LinkReader(accelerator.link), threads=1, chunk_nbytes=CHUNK_NBYTES)
+        arena = Arena(accelerator, self.plan.slot_nbytes, slots)
+        above = ExpertTier(arena, LruPolicy(), engine, self._locate_in_ram, self._bundle_nbytes)
+        costs = ObservedCosts(accelerator.link, accelerator.memory_bytes_per_s)
+        return Accelerated(TierPair(above, self.tier), self.device, accelerator, costs)
 
     # --- where experts are -----------------------------------------------------------------------------------
 
@@ -88,6 +105,11 @@ class Runtime:
         location = self.store.location(index, expert)
         label = f"expert {expert} of {layer.name}"
         return ReadRequest(location.shard, location.offset, out, self.store.checksum(index, expert), label)
+
+    def _locate_in_ram(self, key: int, out: memoryview) -> ReadRequest:
+        index, layer, expert = self._layer_of(key)
+        label = f"the copy of expert {expert} of {layer.name}"
+        return ReadRequest(0, self.tier.address(key), out, self.store.checksum(index, expert), label)
 
     # --- running ---------------------------------------------------------------------------------------------
 
@@ -107,19 +129,22 @@ class Runtime:
         with self.lock, torch.no_grad():
             self._check_open()
             before = perf_counter()
-            out = moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights)
+            if self.accelerated is None:
+                out = moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights)
+            else:
+                out = tiered_step(layer, self.accelerated, hidden, top_k_index, top_k_weights)
             self._moe_s += perf_counter() - before
             self._moe_steps += 1
             return out
 
     def addresses_of_all(self) -> npt.NDArray[np.int64] | None:
-        """Int64 [experts], where each expert's bundle lies; None unless all are in RAM. Call with the lock.
+        """Int64 [experts], where each expert's bundle lies; None unless all are in RAM, and none above. Call with the lock.
 
         Raises:
             ClosedError: after `close()`.
         """
         self._check_open()
-        return self.tier.addresses_of_all(self.plan.expert_count)
+        return None if self.accelerated is not None else self.tier.addresses_of_all(self.plan.expert_count)
 
     def note_taped(self, layer: ExpertsLayer, experts: list[int]) -> None:
         """A tape has computed these experts of a layer, ascending, all of them in RAM. Call with the lock."""
@@ -127,7 +152,9 @@ class Runtime:
         self._moe_steps += 1
 
     def preload(self, progress: Progress) -> None:
-        """Read experts into all slots, in the order of their keys.
+        """Read experts in the order of their keys: into all of an accelerator's slots, then into the host's.
+
+        The host's stay empty where slots do not hold all experts: they fill as experts are needed.
 
         Args:
             progress: told the bytes that arrived.
@@ -135,12 +162,21 @@ class Runtime:
         Raises:
             StorageError, StoreCorruptError: an expert cannot be read.
         """
-        keys = range(min(self.tier.table.usable_slots, self.plan.expert_count))
+        count, slots = self.plan.expert_count, self.tier.table.usable_slots
+        above = 0 if self.accelerated is None else min(count, self.accelerated.tiers.above.table.usable_slots)
+        below = range(above, count) if above + slots >= count else range(0)
+        keys = [*range(above), *below]
         progress.start(sum(map(self._bundle_nbytes, keys)), "Loading experts")
+
+        def arrived(key: int) -> None:
+            progress.advance(self._bundle_nbytes(key))
+
         try:
             with self.lock:
                 self._check_open()
-                self.tier.fetch(keys, lambda key: progress.advance(self._bundle_nbytes(key)))
+                if self.accelerated is not None:
+                    self.accelerated.tiers.preload(range(above), arrived)
+                self.tier.fetch(below, arrived)
         finally:
             progress.finish()
 
@@ -201,10 +237,10 @@ class Runtime:
         self._passes = _Passes()
         self._moe_steps = 0
         self._moe_s = 0.0
-        self.tier.counters = TierCounters()
-        reader = self.tier.engine.reader
-        reader.bytes_read = 0
-        reader.retries = 0
+        for tier in self._tiers():
+            tier.counters = TierCounters()
+            tier.engine.reader.bytes_read = 0
+            tier.engine.reader.retries = 0
 
     def stats(self) -> Statistics:
         """The figures so far."""
@@ -226,12 +262,18 @@ class Runtime:
             slots=self.tier.table.usable_slots,
             slots_planned=self.plan.ram_slots,
             fused=dict(self.fused),
+            accelerator=None if self.accelerated is None else accelerator_statistics(self.accelerated.tiers.above),
         )
 
     def check(self) -> None:
         """Prove that every slot, key and read is accounted for; see `ExpertTier.check`."""
         with self.lock:
-            self.tier.check()
+            for tier in self._tiers():
+                tier.check()
+
+    def _tiers(self) -> list[ExpertTier]:
+        """The accelerator's first: its copies read what is in the host's."""
+        return [self.tier] if self.accelerated is None else [self.accelerated.tiers.above, self.tier]
 
     # --- ending ----------------------------------------------------------------------------------------------
 
@@ -241,8 +283,9 @@ class Runtime:
             if self._released:
                 return
             self.closed = True
-            self.tier.engine.close()
-            self.tier.release_memory()
+            for tier in self._tiers():
+                tier.engine.close()
+                tier.release_memory()
             self._released = True
 
     def _check_open(self) -> None:

@@ -3,8 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from offload.sizes import format_size
+from offload.tiers.expert_tier import ExpertTier
+
+
+@dataclass(frozen=True)
+class AcceleratorStatistics:
+    """What an accelerator's tier did.
+
+    Attributes:
+        hits: routed experts found in its slots, once per layer and step.
+        misses: routed experts that were not there; the CPU computed them, or they were copied first.
+        copies: experts copied.
+        bytes_copied: bytes that crossed the link.
+        copy_stall_s: seconds that steps waited for copies.
+        slots: its expert slots.
+    """
+
+    hits: int
+    misses: int
+    copies: int
+    bytes_copied: int
+    copy_stall_s: float
+    slots: int
+
+
+def accelerator_statistics(tier: ExpertTier) -> AcceleratorStatistics:
+    """The figures so far of an accelerator's tier."""
+    counters = tier.counters
+    return AcceleratorStatistics(
+        counters.hits, counters.misses, counters.loads, tier.engine.reader.bytes_read, counters.stall_s,
+        tier.table.usable_slots,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,6 +60,8 @@ class Statistics:
         slots: expert slots in use now.
         slots_planned: expert slots of the plan.
         fused: modules that a kernel computes, by kind; a kind that is switched off is not there.
+        accelerator: what its tier did, None without one. `hits` and `misses` above are then of the experts that it had
+            not.
     """
 
     hits: int
@@ -46,6 +80,7 @@ class Statistics:
     slots: int
     slots_planned: int
     fused: dict[str, int]
+    accelerator: AcceleratorStatistics | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -63,7 +98,7 @@ class Statistics:
         """Prefill speed; 0 where nothing was prefilled."""
         return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
 
-    def as_dict(self) -> dict[str, int | float | bool | dict[str, int]]:
+    def as_dict(self) -> dict[str, Any]:
         """All figures, the derived ones too."""
         return {
             **asdict(self),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import insort
-
 import numpy as np
 import torch
 
 from offload.devices.base import Device, ExpertBatch
 from offload.moe.accumulate import Accumulator, make_accumulator
+from offload.moe.in_order import borrowed_in_order
 from offload.moe.layer import ExpertsLayer
 from offload.moe.routing import Routing, route
 from offload.tiers.expert_tier import ExpertTier
@@ -64,7 +63,7 @@ def _as_they_come(
     while borrowed or missing:
         if borrowed:
             work = [(key, number[key]) for key in borrowed]
-            _compute(layer, tier, device, hidden, routing, accumulator, work)
+            compute_borrowed(layer, tier, device, hidden, routing, accumulator, work)
             tier.give_back(borrowed)
         tier.start_loads(missing)
         borrowed = tier.collect(missing) if missing else []
@@ -81,27 +80,11 @@ def _in_order(
 ) -> None:
     """Experts compute in ascending order while those ahead load."""
     keys = [layer.first_key + expert for expert in routing.experts]
-    resident, waiting = tier.borrow(keys)
-    borrowed = set(resident)
-    for index, key in enumerate(keys):
-        started = tier.start_loads(waiting)
-        while key not in borrowed:
-            if started or not borrowed:
-                borrowed.update(tier.collect([key] if started else waiting))
-                waiting = [other for other in waiting if other not in borrowed]
-            else:
-                # Every slot holds an expert of this step that comes later: the last of them makes room.
-                last = max(borrowed)
-                tier.discard_borrowed(last)
-                borrowed.discard(last)
-                insort(waiting, last)
-            started = tier.start_loads(waiting)
-        _compute(layer, tier, device, hidden, routing, accumulator, [(key, index)])
-        tier.give_back([key])
-        borrowed.discard(key)
+    for index, key in enumerate(borrowed_in_order(tier, keys)):
+        compute_borrowed(layer, tier, device, hidden, routing, accumulator, [(key, index)])
 
 
-def _compute(
+def compute_borrowed(
     layer: ExpertsLayer,
     tier: ExpertTier,
     device: Device,

@@ -180,6 +180,14 @@ class ExpertTier:
             before = perf_counter()
             self.engine.wait_any(tickets)
             self.counters.stall_s += perf_counter() - before
+        return self.poll(keys)
+
+    def poll(self, keys: Sequence[int]) -> list[int]:
+        """Those of `keys` that have arrived, which are now in use; waits for nothing.
+
+        Raises:
+            StorageError, StoreCorruptError: as `collect`.
+        """
         for key in keys:
             self._settle(key)
         arrived = []

@@ -14,14 +14,15 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
+from typing import Protocol
 
 import xxhash
 
 from offload.errors import ClosedError, StoreCorruptError
-from offload.tiers.disk import ShardReader
 
 
 class Urgency(Enum):
@@ -29,6 +30,37 @@ class Urgency(Enum):
 
     NOW = 0
     SOON = 1
+
+
+class Reader(Protocol):
+    """What an engine reads from, with any number of threads: `ShardReader` from disk, `LinkReader` from host memory.
+
+    Attributes:
+        direct: False where a page cache is in between.
+        bytes_read: bytes that arrived.
+        retries: reads that were repeated.
+    """
+
+    direct: bool
+    bytes_read: int
+    retries: int
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """Names of the shards, for messages."""
+        ...
+
+    def read(self, shard: int, offset: int, out: memoryview) -> None:
+        """Fill `out` from a shard."""
+        ...
+
+    def close(self) -> None:
+        """No read follows."""
+        ...
+
+    def renew_lock(self) -> None:
+        """In a forked child, before any other call."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +106,7 @@ class Ticket:
 class _Queue:
     """What reader threads share; holds no reference to the engine, so that an engine can be collected."""
 
-    def __init__(self, reader: ShardReader, chunk_nbytes: int, most_reading: int) -> None:
+    def __init__(self, reader: Reader, chunk_nbytes: int, most_reading: int) -> None:
         self.reader = reader
         self.chunk_nbytes = chunk_nbytes
         self.most_reading = most_reading
@@ -191,7 +223,7 @@ def _check(queue: _Queue, ticket: Ticket) -> BaseException | None:
 class ReadEngine:
     """Reader threads over a store's shards. Safe to use from several threads, and in a forked child."""
 
-    def __init__(self, reader: ShardReader, *, threads: int, chunk_nbytes: int) -> None:
+    def __init__(self, reader: Reader, *, threads: int, chunk_nbytes: int) -> None:
         """Start lazily: threads exist from the first request on.
 
         Args:
@@ -209,7 +241,7 @@ class ReadEngine:
             _ENGINES.add(self)
 
     @property
-    def reader(self) -> ShardReader:
+    def reader(self) -> Reader:
         """The shards that it reads."""
         return self._queue.reader
 

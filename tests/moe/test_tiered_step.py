@@ -1,0 +1,210 @@
+"""The step over three tiers: the bits of the step over two, whatever is where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload.devices.host_accelerator import HostAccelerator
+from offload.devices.link import Link, LinkReader
+from offload.errors import StorageError, StoreCorruptError
+from offload.moe import accumulate
+from offload.moe.costs import ObservedCosts
+from offload.moe.tiered_step import Accelerated, tiered_step
+from offload.tiers.accelerated import TierPair
+from offload.tiers.arena import Arena
+from offload.tiers.expert_tier import ExpertTier
+from offload.tiers.transfer import ReadEngine, ReadRequest
+from prefetch.policies.lru import LruPolicy
+from prefetch.scheduler.records import LayerCosts
+from tests.devices.test_link import FakeClock
+from tests.moe.rig import Rig
+
+# Costs with which the scheduler copies everything, nothing, and a part.
+COPY_ALL = LayerCosts(cpu_token_s=1.0, cpu_expert_s=100.0, gpu_expert_s=1e-3, link_expert_s=1e-3)
+COPY_NONE = LayerCosts(cpu_token_s=1e-6, gpu_expert_s=1.0, link_expert_s=100.0)
+COPY_SOME = LayerCosts(cpu_token_s=1.0, gpu_expert_s=0.1, link_expert_s=1.0, disk_expert_s=0.5)
+
+
+class FixedCosts(ObservedCosts):
+    def __init__(self, costs: LayerCosts) -> None:
+        super().__init__(Link(1e9), 1e9)
+        self.costs = costs
+
+    def of_layer(self, bundle_nbytes: int) -> LayerCosts:
+        return self.costs
+
+
+class TieredRig(Rig):
+    """A rig with an accelerator above; copies take no time."""
+
+    def __init__(self, *, above: int, costs: LayerCosts, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.accelerator = HostAccelerator(above * self.layout.nbytes, Link(1e9))
+        self.link = LinkReader(Link(1e9), FakeClock())
+        self.copies = ReadEngine(self.link, threads=1, chunk_nbytes=4096)
+        arena = Arena(self.accelerator, self.layout.nbytes, above)
+        for slot in range(above):
+            arena.view(slot, self.layout.nbytes)[:] = 0xFF
+        upper = ExpertTier(arena, LruPolicy(), self.copies, self._locate_below, lambda _key: self.layout.nbytes)
+        self.pair = TierPair(upper, self.tier)
+        self.accelerated = Accelerated(self.pair, self.device, self.accelerator, FixedCosts(costs))
+
+    def _locate_below(self, key: int, out: memoryview) -> ReadRequest:
+        start = key * self.layout.nbytes
+        checksum = xxhash.xxh3_64_intdigest(self.reader.shard[start : start + self.layout.nbytes])
+        return ReadRequest(0, self.tier.address(key), out, checksum, f"the copy of expert {key}")
+
+    def tiered(self, layer: int, *inputs: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return tiered_step(self.layers[layer], self.accelerated, *inputs)
+
+    def assert_idle(self) -> None:
+        super().assert_idle()
+        self.pair.check()
+        assert not self.pair.above.table.pinned
+        assert not self.copies._queue.unfinished
+
+    def close(self) -> None:
+        self.copies.close()
+        super().close()
+
+
+@pytest.fixture
+def make_rig() -> Iterator[type[TieredRig]]:
+    made = []
+
+    class Made(TieredRig):
+        def __init__(self, **options: object) -> None:
+            super().__init__(**options)  # type: ignore[arg-type]
+            made.append(self)
+
+    yield Made
+    for rig in made:
+        rig.close()
+
+
+@pytest.mark.parametrize("costs", [COPY_ALL, COPY_NONE, COPY_SOME], ids=["all", "none", "some"])
+@pytest.mark.parametrize(("above", "slots"), [(1, 2), (3, 2), (6, 6)])
+def test_bits_are_those_of_two_tiers(above: int, slots: int, costs: LayerCosts, make_rig: type[TieredRig]) -> None:
+    rig, plain = make_rig(above=above, slots=slots, costs=costs), Rig(slots=6)
+    for seed in range(6):
+        inputs = rig.inputs(4, 3, seed=seed)
+        found = rig.tiered(seed % 2, *inputs)
+        assert torch.equal(found, plain.step(seed % 2, *inputs))
+        rig.assert_close(found, rig.reference(seed % 2, *inputs))
+        rig.assert_idle()
+    counters = rig.pair.above.counters
+    if costs is COPY_ALL:
+        assert counters.loads
+    if costs is COPY_NONE:
+        assert not counters.loads
+    plain.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_tiers_any_costs(data: st.DataObject) -> None:
+    seconds = st.sampled_from((0.0, 1e-3, 1.0, 10.0))
+    costs = LayerCosts(
+        cpu_token_s=data.draw(seconds), cpu_expert_s=data.draw(seconds), gpu_expert_s=data.draw(seconds),
+        gpu_token_s=data.draw(seconds), link_expert_s=data.draw(seconds), disk_expert_s=data.draw(seconds),
+    )  # fmt: skip
+    rig = TieredRig(above=data.draw(st.integers(1, 5)), slots=data.draw(st.integers(2, 6)), costs=costs, threads=1)
+    plain = Rig(slots=12, threads=1)
+    try:
+        for _ in range(3):
+            layer, tokens = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 6))
+            inputs = rig.inputs(tokens, data.draw(st.integers(1, 6)), seed=data.draw(st.integers(0, 99)))
+            assert torch.equal(rig.tiered(layer, *inputs), plain.step(layer, *inputs))
+            rig.assert_idle()
+    finally:
+        rig.close()
+        plain.close()
+
+
+def test_many_pairs_are_summed_in_order(make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 0)
+    rig, plain = make_rig(above=3, slots=2, costs=COPY_ALL), Rig(slots=6)
+    rig.pair.preload([1, 4, 5], lambda _key: None)
+    for seed in range(3):
+        inputs = rig.inputs(5, 4, seed=seed)
+        assert torch.equal(rig.tiered(0, *inputs), plain.step(0, *inputs))
+        rig.assert_idle()
+    assert rig.pair.above.counters.hits
+    plain.close()
+
+
+def test_preloaded_experts_are_found_and_not_read_again(make_rig: type[TieredRig]) -> None:
+    rig = make_rig(above=6, slots=2, costs=COPY_NONE)
+    arrived: list[int] = []
+    rig.pair.preload(range(6), arrived.append)
+    assert arrived == [*range(6)]
+    rig.assert_idle()
+    reads = len(rig.reader.calls)
+    hidden, index, weights = rig.inputs(4, 3)
+    rig.assert_close(rig.tiered(0, hidden, index, weights), rig.reference(0, hidden, index, weights))
+    assert len(rig.reader.calls) == reads
+    assert rig.pair.above.counters.misses == 0
+
+
+def test_a_read_that_fails_leaves_both_tiers_whole(make_rig: type[TieredRig]) -> None:
+    rig = make_rig(above=2, slots=3, costs=COPY_ALL)
+    inputs = rig.inputs(4, 3)
+    failing = int(inputs[1].max())
+
+    def fail(key: int) -> None:
+        if key == failing:
+            raise StorageError("no such sector")
+
+    rig.before_read = fail
+    with pytest.raises(StorageError, match="no such sector"):
+        rig.tiered(0, *inputs)
+    rig.assert_idle()
+    rig.before_read = lambda _key: None
+    rig.assert_close(rig.tiered(0, *inputs), rig.reference(0, *inputs))
+
+
+@pytest.mark.parametrize("during", ["step", "preload"])
+def test_a_copy_that_arrives_wrong_is_reported(
+    during: str, make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(above=2, slots=3, costs=COPY_ALL)
+    inputs = rig.inputs(2, 2)
+    read = LinkReader.read
+
+    def spoil(self: LinkReader, shard: int, offset: int, out: memoryview) -> None:
+        read(self, shard, offset, out)
+        out[7] ^= 1
+
+    monkeypatch.setattr(LinkReader, "read", spoil)
+    with pytest.raises(StoreCorruptError, match="the copy of expert"):
+        if during == "step":
+            rig.tiered(0, *inputs)
+        else:
+            rig.pair.preload([0], lambda _key: None)
+    rig.assert_idle()
+    monkeypatch.undo()
+    rig.assert_close(rig.tiered(0, *inputs), rig.reference(0, *inputs))
+
+
+def test_observed_costs_follow_what_was_seen() -> None:
+    costs = ObservedCosts(Link(1e9, 0.0), 100e9)
+    before = costs.of_layer(1000)
+    for _ in range(100):
+        costs.saw_cpu(1000, 1.0)
+        costs.saw_disk(500, 1.0)
+        costs.saw_disk(0, 1.0)
+        costs.saw_cpu(0, 1.0)
+    after = costs.of_layer(1000)
+    assert after.cpu_expert_s == pytest.approx(1.0, rel=1e-2)
+    assert after.disk_expert_s == pytest.approx(2.0, rel=1e-2)
+    assert after.link_expert_s == before.link_expert_s == pytest.approx(1e-6)
+    assert after.gpu_expert_s == pytest.approx(1e-8)
+    assert np.isfinite(after.as_array()).all()

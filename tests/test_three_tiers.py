@@ -1,0 +1,91 @@
+"""Three tiers without a GPU: host memory plays the accelerator, and every family gives what transformers gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import offload
+from offload.errors import DoesNotFitError, InvalidArgumentError
+from tests.conftest import TinyCheckpoint
+from tests.hf.reference import greedy, logits, prompt, reference_model
+from tests.tiny_models import ARCHITECTURES
+
+
+def _minimum_ram(directory: Path) -> int:
+    with pytest.raises(DoesNotFitError) as caught:
+        offload.plan(directory, ram=1, context=40, batch=2)
+    return caught.value.minimum_ram_bytes
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_tokens_equal_transformers_whatever_is_where(
+    model_type: str, tiny_checkpoint: TinyCheckpoint, store_root: Path
+) -> None:
+    directory = tiny_checkpoint(model_type)
+    ids = prompt(batch=2)
+    expected = greedy(reference_model(directory, torch.float32), ids)
+    minimum = _minimum_ram(directory)
+    slot = offload.plan(directory, ram=minimum, context=40, batch=2).slot_nbytes
+    seen = []
+    for ram, vram, link in ((minimum, slot, "1MB/s"), (minimum + slot, 5 * slot, "100GB/s")):
+        model = offload.load(
+            directory, ram=ram, nvme=store_root, context=40, batch=2, device="host", vram=vram, link=link
+        )
+        with model.offload as runtime:
+            seen.append(logits(model, ids))
+            assert torch.equal(greedy(model, ids), expected)
+            runtime.check()
+            stats = runtime.stats()
+            assert stats.accelerator is not None
+            assert stats.accelerator.slots == runtime.plan.vram.slots
+            assert stats.accelerator.hits
+    plain = offload.load(directory, ram="1GiB", nvme=store_root, context=40, batch=2)
+    with plain.offload:
+        seen.append(logits(plain, ids))
+    assert all(torch.equal(seen[0], other) for other in seen), "logits depend on the tiers"
+
+
+def test_nothing_is_read_where_all_experts_fit_above(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
+    directory = tiny_checkpoint("mixtral")
+    model = offload.load(directory, ram="1GiB", nvme=store_root, context=40, device="host", vram="1GiB")
+    with model.offload as runtime:
+        runtime.reset_stats()
+        logits(model, prompt())
+        stats = runtime.stats()
+    assert stats.accelerator is not None
+    assert stats.accelerator.hits
+    assert stats.accelerator.misses == stats.accelerator.copies == stats.misses == stats.hits == stats.bytes_read == 0
+
+
+def test_packed_experts(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
+    directory = tiny_checkpoint("qwen3_moe")
+    ids = prompt()
+    outputs = []
+    for options in ({}, {"device": "host", "vram": "40KiB"}):
+        model = offload.load(directory, ram="1GiB", nvme=store_root, context=40, quant="int4", **options)
+        with model.offload:
+            outputs.append(greedy(model, ids))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, 'expected "host"'),
+        ({"vram": "1GiB"}, "goes with device="),
+        ({"link": "1GB/s"}, "goes with vram="),
+        ({"device": "host", "vram": "1GiB", "link": "quick"}, "bytes per second"),
+        ({"device": "host", "vram": "much"}, "vram="),
+    ],
+)
+def test_arguments_that_do_not_go_together(options: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        offload.load(tmp_path, **options)
+
+
+def test_an_accelerator_too_small_for_an_expert(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
+    with pytest.raises(DoesNotFitError, match="does not hold one expert"):
+        offload.load(tiny_checkpoint("mixtral"), ram="1GiB", nvme=store_root, device="host", vram=1)
