@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead",
-    "large_model", "plan_accuracy",
+    "large_model", "plan_accuracy", "gpu",
 )  # fmt: skip
 
 
@@ -27,6 +27,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         decode,
         disk,
         formats,
+        gpu,
         kernels,
         large_model,
         llama_cpp,
@@ -47,6 +48,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "memory": lambda work: memory.run(work, shape, memory.QUICK if quick else memory.FULL),
         "formats": lambda work: formats.run(formats.QUICK if quick else formats.FULL),
         "quality": lambda work: quality.run(work, quality.QUICK if quick else quality.FULL),
+        "gpu": lambda work: gpu.run(gpu.QUICK if quick else gpu.FULL),
         "kernels": lambda work: kernels.run(kernels.QUICK if quick else kernels.FULL),
         "overhead": lambda work: overhead.run(
             work, shape if quick else overhead.LAYER_OF_30B, overhead.QUICK if quick else overhead.FULL

@@ -21,7 +21,7 @@ from cpu_kernels.wide_linear import linear_many
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-_PACKAGES = ("torch", "transformers", "accelerate", "numba", "numpy", "safetensors")
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "numba", "numpy", "safetensors")
 _BANDWIDTH_NBYTES = 512 << 20
 _GEMM_SIZE = 2048
 

@@ -138,7 +138,9 @@ class Runtime:
             return out
 
     def addresses_of_all(self) -> npt.NDArray[np.int64] | None:
-        """Int64 [experts], where each expert's bundle lies; None unless all are in RAM, and none above. Call with the lock.
+        """Int64 [experts], where each expert's bundle lies; None unless all are in RAM. Call with the lock.
+
+        None with an accelerator too: its experts are computed where they are.
 
         Raises:
             ClosedError: after `close()`.

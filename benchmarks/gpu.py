@@ -1,0 +1,258 @@
+"""GPU kernels and copies: experts at few and many tokens beside what the card's memory and torch's products reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Report, Row, Spread, say
+from formats.bundle import BundleLayout
+from formats.pack import pack_matrix
+from gpu_kernels.combine import combine
+from gpu_kernels.expert_mlp import expert_mlp
+from gpu_kernels.expert_mlp_reference import expert_mlp_reference
+from gpu_kernels.launch import DTYPE_OF_FORMAT, interpreting
+from offload.devices.link import CHUNK_NBYTES
+
+NOT_MEASURED = "no CUDA device here: not measured"
+_TOLERANCE = 2.0**-7
+_BANDWIDTH_SHARE = 0.8
+_PRODUCT_SHARE = 0.6
+_LINK_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class GpuScale:
+    """How much is measured.
+
+    Attributes:
+        formats: of the experts.
+        hidden: H.
+        intermediate: I.
+        experts: of the layer, all in VRAM; more than the card's L2 holds.
+        top_k: of a token.
+        few_tokens: numbers of tokens at which bandwidth counts.
+        many_tokens: numbers of tokens at which arithmetic counts.
+        copy_nbytes: of one copy over the link, and of the buffer that memory bandwidth is measured with.
+        rounds: repeats.
+    """
+
+    formats: tuple[str, ...]
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    few_tokens: tuple[int, ...]
+    many_tokens: tuple[int, ...]
+    copy_nbytes: int
+    rounds: int
+
+
+_FORMATS = ("bf16", "int8", "int4", "mxfp4", "fp8_e4m3")
+FULL = GpuScale(_FORMATS, 2048, 768, 128, 8, (1, 2, 4, 8), (512, 2048), 1 << 30, 20)
+QUICK = GpuScale(("bf16", "int4"), 64, 48, 4, 2, (1,), (70,), 1 << 16, 2)
+
+
+def run(scale: GpuScale) -> Report:
+    """Gate on float64, then time; in Triton's interpreter it runs too, and its figures mean nothing.
+
+    Raises:
+        GateError: an expert's output is not that of the reference.
+    """
+    report = Report("gpu")
+    if not torch.cuda.is_available() and not interpreting():
+        report.notes.append(NOT_MEASURED)
+        return report
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        report.notes.append(f"{torch.cuda.get_device_name(device)}; random weights, every expert equally likely")
+    bandwidth = _memory_bandwidth(scale, device)
+    layers = {format: _Layer(format, scale, device) for format in scale.formats}
+    for layer in layers.values():
+        layer.gate(report)
+    report.tables["Experts, few tokens"] = [
+        _few(report, layer, tokens, bandwidth, scale) for layer in layers.values() for tokens in scale.few_tokens
+    ]
+    report.tables["Experts, many tokens"] = [
+        _many(report, layer, tokens, scale) for layer in layers.values() for tokens in scale.many_tokens
+    ]
+    if device.type == "cuda":
+        report.tables["Copies from pinned memory"] = _copies(report, scale, device)
+    return report
+
+
+class _Layer:
+    """The experts of one layer in one format, in slots of one slab; all are copies of a few."""
+
+    def __init__(self, format: str, scale: GpuScale, device: torch.device) -> None:
+        say(f"packing experts in {format}")
+        self.scale = scale
+        self.device = device
+        self.layout = BundleLayout(scale.hidden, scale.intermediate, format)
+        self.dtype = DTYPE_OF_FORMAT.get(format, torch.bfloat16)
+        self.bundles = [_bundle(self.layout, seed) for seed in range(2)]
+        self.slab = torch.empty(scale.experts, self.layout.nbytes, dtype=torch.uint8, device=device)
+        for expert in range(scale.experts):
+            self.slab[expert] = torch.from_numpy(self.bundles[expert % 2])
+        places = self.slab.data_ptr() + torch.arange(scale.experts) * self.layout.nbytes
+        self.table = places.to(device)
+
+    def inputs(self, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states, experts and weights."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(tokens, self.scale.hidden, generator=generator).to(self.dtype)
+        scores = torch.rand(tokens, self.scale.experts, generator=generator)
+        weights, ids = scores.topk(self.scale.top_k, -1)
+        return x.to(self.device), ids.contiguous().to(self.device), weights.contiguous().to(self.device)
+
+    def run(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What one MoE layer's experts give."""
+        rows = expert_mlp(x, ids, self.table, self.layout, "silu")
+        return combine(rows, weights, torch.empty_like(x))
+
+    def gate(self, report: Report) -> None:
+        """Compare with float64."""
+        for tokens in (self.scale.few_tokens[0], self.scale.many_tokens[0]):
+            x, ids, weights = self.inputs(tokens, seed=tokens)
+            found = self.run(x, ids, weights).double().cpu()
+            expected = torch.zeros_like(found)
+            for place in range(self.scale.top_k):
+                for parity, bundle in enumerate(self.bundles):
+                    chosen = (ids[:, place] % 2 == parity).cpu()
+                    output = expert_mlp_reference(bundle, self.layout, x.cpu()[chosen], "silu", rounded=False)
+                    expected[chosen] += weights.cpu()[chosen, place, None].double() * output
+            error = float((found - expected).abs().max() / expected.abs().max())
+            report.gate(
+                f"{self.layout.format}, {tokens} tokens", error <= _TOLERANCE,
+                f"largest error {error:.2g} of the largest output, at most {_TOLERANCE:.2g}",
+            )  # fmt: skip
+
+
+def _bundle(layout: BundleLayout, seed: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    random = np.random.default_rng(seed)
+    bundle = np.zeros(layout.nbytes, np.uint8)
+    for name in ("gate", "up", "down"):
+        rows, columns = layout.shape(name)
+        weights = (random.standard_normal((rows, columns)) * columns**-0.5).astype(np.float32)
+        parts = {name: torch.from_numpy(weights).to(torch.bfloat16).view(torch.uint8).numpy().reshape(-1)}
+        if layout.is_packed:
+            parts[name], parts[f"{name}_scale"] = pack_matrix(weights, layout.format)
+        for part, payload in parts.items():
+            place = layout.components[part]
+            bundle[place.offset : place.offset + place.nbytes] = payload
+    return bundle
+
+
+def seconds_of(call: Callable[[int], object], device: torch.device, rounds: int) -> Spread:
+    """Seconds of call(round), each round alone, after two that are not counted; on a GPU by its own clock."""
+    times = []
+    for index in range(rounds + 2):
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call(index)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        else:
+            before = perf_counter()
+            call(index)
+            times.append(perf_counter() - before)
+    return Spread.of(times[2:])
+
+
+def _replayed(call: Callable[[int], object], device: torch.device, turns: int) -> Callable[[int], object]:
+    """The calls 0 to turns - 1 as one CUDA graph: starting kernels from Python costs more than few tokens take."""
+    if device.type != "cuda":
+        return lambda _index: [call(turn) for turn in range(turns)]
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for turn in range(turns):
+            call(turn)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for turn in range(turns):
+            call(turn)
+    return lambda _index: graph.replay()
+
+
+def _memory_bandwidth(scale: GpuScale, device: torch.device) -> Spread:
+    """Bytes per second that a copy within the memory reads and writes."""
+    source = torch.zeros(scale.copy_nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = seconds_of(lambda _: target.copy_(source), device, scale.rounds)
+    values = [2 * scale.copy_nbytes / value for value in (seconds.median, seconds.minimum, seconds.maximum)]
+    return Spread(values[0], values[2], values[1], seconds.repeats)
+
+
+def _few(report: Report, layer: _Layer, tokens: int, bandwidth: Spread, scale: GpuScale) -> Row:
+    """Eight steps with different experts in one graph, so that weights come from memory and not from L2."""
+    turns = [layer.inputs(tokens, seed=100 + turn) for turn in range(8)]
+    seconds = seconds_of(_replayed(lambda turn: layer.run(*turns[turn]), layer.device, 8), layer.device, scale.rounds)
+    nbytes = sum(len(ids.unique()) for _, ids, _ in turns) * layer.layout.nbytes
+    share = nbytes / seconds.median / bandwidth.median
+    report.target(f"{layer.layout.format}, {tokens} tokens: share of bandwidth", share, "at least", _BANDWIDTH_SHARE)
+    return {
+        "format": layer.layout.format,
+        "tokens": tokens,
+        "us_per_step": seconds.median / 8 * 1e6,
+        "GB_per_s": nbytes / seconds.median / 1e9,
+        "share_of_bandwidth": share,
+    }
+
+
+def _many(report: Report, layer: _Layer, tokens: int, scale: GpuScale) -> Row:
+    x, ids, weights = layer.inputs(tokens, seed=7)
+    seconds = seconds_of(lambda _: layer.run(x, ids, weights), layer.device, scale.rounds)
+    pairs = tokens * scale.top_k
+    flops = 6.0 * pairs * scale.hidden * scale.intermediate
+    rows = torch.randn(pairs, scale.hidden, device=layer.device).to(torch.bfloat16)
+    into = torch.randn(scale.hidden, 3 * scale.intermediate, device=layer.device).to(torch.bfloat16)
+    dense = seconds_of(lambda _: rows @ into, layer.device, scale.rounds)
+    share = dense.median / seconds.median
+    report.target(f"{layer.layout.format}, {tokens} tokens: share of torch's rate", share, "at least", _PRODUCT_SHARE)
+    return {
+        "format": layer.layout.format,
+        "tokens": tokens,
+        "ms": seconds.median * 1e3,
+        "TFLOP_per_s": flops / seconds.median / 1e12,
+        "share_of_torch_bf16": share,
+    }
+
+
+def _copies(report: Report, scale: GpuScale, device: torch.device) -> list[Row]:
+    """One large copy, the same in pieces, and the pieces while the GPU multiplies."""
+    host = torch.empty(scale.copy_nbytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(scale.copy_nbytes, dtype=torch.uint8, device=device)
+    stream = torch.cuda.Stream(device)
+    square = torch.randn(4096, 4096, device=device).to(torch.bfloat16)
+
+    def whole(_: int) -> None:
+        target.copy_(host, non_blocking=True)
+
+    def pieces(_: int) -> None:
+        for at in range(0, scale.copy_nbytes, CHUNK_NBYTES):
+            target[at : at + CHUNK_NBYTES].copy_(host[at : at + CHUNK_NBYTES], non_blocking=True)
+
+    def overlapped(index: int) -> None:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            pieces(index)
+        for _ in range(8):
+            torch.matmul(square, square)
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+    rows: list[Row] = []
+    alone = 0.0
+    for name, call in (("one copy", whole), ("pieces", pieces), ("pieces beside products", overlapped)):
+        rate = scale.copy_nbytes / seconds_of(call, device, scale.rounds).median
+        alone = alone or rate
+        rows.append({"copy": name, "GB_per_s": rate / 1e9, "share_of_one_copy": rate / alone})
+        if name != "one copy":
+            report.target(f"{name}: share of the link's rate", rate / alone, "at least", _LINK_SHARE)
+    return rows
