@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead",
-    "large_model", "plan_accuracy", "gpu",
+    "large_model", "plan_accuracy", "gpu", "cache_policies",
 )  # fmt: skip
 
 
 def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
     from benchmarks import (
+        cache_policies,
         checkpoints,
         decode,
         disk,
@@ -57,6 +58,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "large_model": lambda work: large_model.run(
             work, shape if quick else large_model.LIKE_30B_A3B, large_model.QUICK if quick else large_model.FULL
         ),
+        "cache_policies": lambda work: cache_policies.run(cache_policies.QUICK if quick else cache_policies.FULL),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
     }
 
