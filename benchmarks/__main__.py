@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead",
-    "large_model", "plan_accuracy",
+    "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch",
 )  # fmt: skip
 
 
 def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
     from benchmarks import (
+        cache_policies,
         checkpoints,
         decode,
         disk,
         formats,
+        gpu,
         kernels,
         large_model,
         llama_cpp,
@@ -34,6 +36,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         memory,
         overhead,
         plan_accuracy,
+        prefetch,
         quality,
         step,
     )
@@ -47,6 +50,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "memory": lambda work: memory.run(work, shape, memory.QUICK if quick else memory.FULL),
         "formats": lambda work: formats.run(formats.QUICK if quick else formats.FULL),
         "quality": lambda work: quality.run(work, quality.QUICK if quick else quality.FULL),
+        "gpu": lambda work: gpu.run(gpu.QUICK if quick else gpu.FULL),
         "kernels": lambda work: kernels.run(kernels.QUICK if quick else kernels.FULL),
         "overhead": lambda work: overhead.run(
             work, shape if quick else overhead.LAYER_OF_30B, overhead.QUICK if quick else overhead.FULL
@@ -55,6 +59,8 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "large_model": lambda work: large_model.run(
             work, shape if quick else large_model.LIKE_30B_A3B, large_model.QUICK if quick else large_model.FULL
         ),
+        "cache_policies": lambda work: cache_policies.run(cache_policies.QUICK if quick else cache_policies.FULL),
+        "prefetch": lambda work: prefetch.run(work, prefetch.QUICK if quick else prefetch.FULL),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
     }
 

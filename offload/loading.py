@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from offload.preparation import Prepared
     from placement.plan import Plan
+    from prefetch.policies.base import CachePolicy
 
 
 def load(
@@ -34,6 +35,8 @@ def load(
     attn_implementation: str | None = None,
     quant: str | Mapping[str, str | None] | None = None,
     fused: bool | Iterable[str] = True,
+    policy: str | CachePolicy = "auto",
+    prefetch: bool | str = "auto",
     progress: bool | None = None,
 ) -> PreTrainedModel:
     """A transformers model whose experts lie on disk and, as far as the budget goes, in RAM.
@@ -60,6 +63,10 @@ def load(
             "dense": ..., "lm_head": ...}. "int4" and "mxfp4" alone keep the output layer in int8. None rounds nothing.
         fused: which chains of small operations kernels compute in one: some of "attention", "kv_cache", "linear",
             "rms_norm", "rotary", or all, or none. Equal up to rounding; `stats().fused` says how often each applies.
+        policy: which expert gives way to which: "auto", a name ("forecast", "lru", "lfu", "mrs", "window",
+            "frequency-recency", "arc", "lfu-quotas", "lfu-shallow-first"), or a `prefetch.policies.base.CachePolicy`.
+        prefetch: read experts of later layers ahead while one sequence is decoded: "auto" for as long as that is
+            measured to pay, True for always, False for never. Neither changes the output.
         progress: show bars; None where stderr is a terminal and HF_HUB_DISABLE_PROGRESS_BARS is not set.
 
     Raises:
@@ -68,7 +75,7 @@ def load(
     """
     request = make_request(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
-        fused=fused, quant=quant,
+        fused=fused, quant=quant, policy=policy, prefetch=prefetch,
     )  # fmt: skip
     prepared = _prepare(
         model, request, checkpoint, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
@@ -76,7 +83,9 @@ def load(
     )  # fmt: skip
     from offload.assembly import assemble
 
-    return assemble(prepared, request.store_root, progress_bar(progress), request.fused)
+    return assemble(
+        prepared, request.store_root, progress_bar(progress), request.fused, request.policy, request.prefetch
+    )
 
 
 def plan(

@@ -6,11 +6,16 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offload.errors import InvalidArgumentError
 from offload.quantisation import Quantisation, make_quantisation
 from offload.sizes import parse_size
+from prefetch.policies.names import POLICIES
 from profiler.memory import available_ram_nbytes
+
+if TYPE_CHECKING:
+    from prefetch.policies.base import CachePolicy
 
 DEFAULT_CONTEXT_TOKENS = 4096
 PREFILL_CHUNK_TOKENS = 1024
@@ -33,6 +38,8 @@ class Request:
         prefill_chunk_tokens: see `Workload`.
         fused: names of FUSED_KINDS.
         quantisation: packed formats.
+        policy: the cache policy's name, or the policy.
+        prefetch: "auto", "on" or "off".
     """
 
     ram_nbytes: int
@@ -42,6 +49,8 @@ class Request:
     prefill_chunk_tokens: int
     fused: frozenset[str]
     quantisation: Quantisation
+    policy: str | CachePolicy
+    prefetch: str
 
 
 def make_request(
@@ -54,6 +63,8 @@ def make_request(
     max_memory: Mapping[str | int, int | str] | None,
     fused: bool | Iterable[str] = True,
     quant: str | Mapping[str, str | None] | None = None,
+    policy: str | CachePolicy = "auto",
+    prefetch: bool | str = "auto",
 ) -> Request:
     """Check and resolve a user's arguments.
 
@@ -66,6 +77,8 @@ def make_request(
         max_memory: accelerate's spelling: {"cpu": size}.
         fused: names of FUSED_KINDS, True for all and False for none.
         quant: see `make_quantisation`.
+        policy: "auto", one of POLICIES, or a `CachePolicy`.
+        prefetch: "auto" for as long as it pays, True or "on" for always, False or "off" for never.
 
     Raises:
         InvalidArgumentError: naming the argument, what it may be and what it was.
@@ -81,7 +94,15 @@ def make_request(
     _check_count("batch", batch)
     _check_count("prefill_chunk", prefill_chunk)
     return Request(
-        ram_nbytes, store_root(nvme), context, batch, prefill_chunk, _fused_kinds(fused), make_quantisation(quant)
+        ram_nbytes,
+        store_root(nvme),
+        context,
+        batch,
+        prefill_chunk,
+        _fused_kinds(fused),
+        make_quantisation(quant),
+        _policy(policy),
+        _prefetch(prefetch),
     )
 
 
@@ -119,6 +140,26 @@ def _fused_kinds(fused: object) -> frozenset[str]:
     if named is None or not all(name in FUSED_KINDS for name in named):
         raise InvalidArgumentError(f"fused={fused!r}: expected True, False or some of {', '.join(FUSED_KINDS)}")
     return frozenset(named)
+
+
+def _policy(policy: str | CachePolicy) -> str | CachePolicy:
+    if isinstance(policy, str):
+        if policy in ("auto", *POLICIES):
+            return policy
+    else:
+        from prefetch.policies.base import CachePolicy
+
+        if isinstance(policy, CachePolicy):
+            return policy
+    raise InvalidArgumentError(f"policy={policy!r}: expected auto, {', '.join(POLICIES)} or a CachePolicy")
+
+
+def _prefetch(prefetch: bool | str) -> str:
+    named = {True: "on", False: "off", "auto": "auto", "on": "on", "off": "off"}
+    # 1 == True, and a list is no key.
+    if not isinstance(prefetch, (bool, str)) or prefetch not in named:
+        raise InvalidArgumentError(f"prefetch={prefetch!r}: expected True, False, auto, on or off")
+    return named[prefetch]
 
 
 def _from_max_memory(max_memory: object, ram: int | str | None) -> int:

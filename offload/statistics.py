@@ -28,6 +28,13 @@ class Statistics:
         slots: expert slots in use now.
         slots_planned: expert slots of the plan.
         fused: modules that a kernel computes, by kind; a kind that is switched off is not there.
+        policy: class of the cache policy.
+        prefetching: whether experts are read ahead at this moment; the controller may have switched it off.
+        prefetches_issued: experts that began to be read ahead.
+        prefetches_used: those that were there when they were routed.
+        prefetches_late: those that were still on their way then.
+        prefetches_wasted: those that left or were cancelled before they were routed.
+        late_stall_s: seconds of `read_stall_s` in which all that was waited for had been read ahead, too late.
     """
 
     hits: int
@@ -46,6 +53,13 @@ class Statistics:
     slots: int
     slots_planned: int
     fused: dict[str, int]
+    policy: str = "LruPolicy"
+    prefetching: bool = False
+    prefetches_issued: int = 0
+    prefetches_used: int = 0
+    prefetches_late: int = 0
+    prefetches_wasted: int = 0
+    late_stall_s: float = 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -63,7 +77,7 @@ class Statistics:
         """Prefill speed; 0 where nothing was prefilled."""
         return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
 
-    def as_dict(self) -> dict[str, int | float | bool | dict[str, int]]:
+    def as_dict(self) -> dict[str, int | float | bool | str | dict[str, int]]:
         """All figures, the derived ones too."""
         return {
             **asdict(self),

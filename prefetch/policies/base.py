@@ -55,6 +55,10 @@ class CachePolicy(ABC):
             found.append(key)
         return found
 
+    def worth(self, key: int) -> float | None:
+        """What having `key` gains, resident or not, on a scale of the policy's own; None where it has none."""
+        return None
+
     def on_scores(self, first_key: int, scores: Scores) -> None:  # noqa: B027 - most policies need none
         """The router's scores of the step that `on_route` told of, before it picked.
 

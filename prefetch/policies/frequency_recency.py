@@ -21,7 +21,7 @@ class FrequencyRecencyPolicy(ValuedPolicy):
         self._tokens_since: Floats = np.zeros(geometry.total)
 
     def _observe(self, keys: Ints, shares: Floats | None) -> None:
-        _, first, end = self.layer_range(keys.tolist()[:1])
+        _, first, end = self.layer_range(int(keys[0]))
         frequency, since = self._frequency[first:end], self._tokens_since[first:end]
         frequency *= self.decay
         self._frequency[keys] += 1.0 if shares is None else shares

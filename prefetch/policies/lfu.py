@@ -28,7 +28,7 @@ class LfuPolicy(ValuedPolicy):
         self.frequency: Floats = np.zeros(geometry.total)
 
     def _observe(self, keys: Ints, shares: Floats | None) -> None:
-        _, first, end = self.layer_range(keys.tolist()[:1])
+        _, first, end = self.layer_range(int(keys[0]))
         self.frequency[first:end] *= self.decay
         self.frequency[keys] += 1.0 if shares is None else shares
         np.multiply(self.frequency[first:end], self.geometry.relative_cost[first:end], out=self.values[first:end])

@@ -32,7 +32,7 @@ class MrsPolicy(ValuedPolicy):
         self._scored = False
 
     def _observe(self, keys: Ints, shares: Floats | None) -> None:
-        layer, first, end = self.layer_range(keys.tolist()[:1])
+        layer, first, end = self.layer_range(int(keys[0]))
         self._activated[layer] = len(keys)
         if not self._scored:
             used = np.zeros(end - first)
@@ -54,3 +54,4 @@ class MrsPolicy(ValuedPolicy):
         scores *= 1.0 - self.alpha
         scores += self.alpha * newest
         np.multiply(scores, self.geometry.relative_cost[first:end], out=self.values[first:end])
+        self.refresh_layer(self._layer_of[first])

@@ -6,15 +6,18 @@ from collections.abc import Callable
 
 from prefetch.policies.arc import ArcPolicy
 from prefetch.policies.base import CachePolicy
+from prefetch.policies.forecast import ForecastPolicy
 from prefetch.policies.frequency_recency import FrequencyRecencyPolicy
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.lfu import LfuPolicy
 from prefetch.policies.lru import LruPolicy
 from prefetch.policies.mrs import MrsPolicy
+from prefetch.policies.names import DEFAULT_POLICY
 from prefetch.policies.quotas import QuotaPolicy
 from prefetch.policies.windows import WindowPolicy
 
 _MAKERS: dict[str, Callable[[Geometry], CachePolicy]] = {
+    "forecast": ForecastPolicy,
     "lru": lambda geometry: LruPolicy(),
     "lfu": LfuPolicy,
     "mrs": MrsPolicy,
@@ -25,9 +28,6 @@ _MAKERS: dict[str, Callable[[Geometry], CachePolicy]] = {
     "lfu-shallow-first": lambda geometry: QuotaPolicy(LfuPolicy(geometry), geometry, whole_layers=1),
 }
 
-POLICIES: tuple[str, ...] = tuple(_MAKERS)
-"""Names that `make_policy` knows."""
-
 
 class UnknownPolicyError(ValueError):
     """No policy has this name."""
@@ -37,9 +37,9 @@ def make_policy(name: str, geometry: Geometry) -> CachePolicy:
     """An empty policy.
 
     Raises:
-        UnknownPolicyError: `name` is none of POLICIES.
+        UnknownPolicyError: `name` is neither "auto" nor one of `prefetch.policies.names.POLICIES`.
     """
-    maker = _MAKERS.get(name)
+    maker = _MAKERS.get(DEFAULT_POLICY if name == "auto" else name)
     if maker is None:
-        raise UnknownPolicyError(f"policy {name!r}: expected one of {', '.join(POLICIES)}")
+        raise UnknownPolicyError(f"policy {name!r}: expected auto or one of {', '.join(_MAKERS)}")
     return maker(geometry)

@@ -60,6 +60,10 @@ class QuotaPolicy(CachePolicy):
         """For the inner policy."""
         self.inner.on_forecast(first_key, probabilities)
 
+    def worth(self, key: int) -> float | None:
+        """As the inner policy says."""
+        return self.inner.worth(key)
+
     def on_insert(self, key: int) -> None:
         """Counts towards its layer."""
         self._resident[self._layer_of[key]].add(key)

@@ -26,7 +26,7 @@ class WindowPolicy(ValuedPolicy):
         self._tokens = np.zeros(geometry.layers, np.int64)
 
     def _observe(self, keys: Ints, shares: Floats | None) -> None:
-        layer, first, end = self.layer_range(keys.tolist()[:1])
+        layer, first, end = self.layer_range(int(keys[0]))
         running, before = self._running[first:end], self._before[first:end]
         if self._tokens[layer] >= self.window:
             before[:] = running

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from prefetch.policies.arc import ArcPolicy
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.belady import BeladyPolicy
+from prefetch.policies.forecast import ForecastPolicy
 from prefetch.policies.frequency_recency import FrequencyRecencyPolicy
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.lfu import LfuPolicy
 from prefetch.policies.mrs import MrsPolicy
-from prefetch.policies.named import POLICIES, UnknownPolicyError, make_policy
+from prefetch.policies.named import _MAKERS, UnknownPolicyError, make_policy
+from prefetch.policies.names import POLICIES
 from prefetch.policies.quotas import QuotaPolicy, shallow_first
 from prefetch.policies.valued import ValuedPolicy
 from prefetch.policies.windows import WindowPolicy
@@ -278,10 +280,59 @@ def test_quotas_take_from_the_layer_that_is_furthest_above() -> None:
 
 
 def test_names_that_nobody_has_are_refused() -> None:
-    with pytest.raises(UnknownPolicyError, match="'fifo': expected one of lru"):
+    assert tuple(_MAKERS) == POLICIES
+    with pytest.raises(UnknownPolicyError, match="'fifo': expected auto or one of forecast, lru"):
         make_policy("fifo", GEOMETRY)
     for bad in (lambda: LfuPolicy(GEOMETRY, 1.5), lambda: MrsPolicy(GEOMETRY, 0.0), lambda: WindowPolicy(GEOMETRY, 0)):
         with pytest.raises(ValueError, match="expected"):
             bad()
     with pytest.raises(ValueError, match="reload_s of 1"):
         Geometry((2,), (1.0,))
+
+
+def sigmoid(x: float) -> float:
+    return float(1 / (1 + np.exp(-x)))
+
+
+def test_forecast_is_a_logistic_regression_that_learns() -> None:
+    policy = ForecastPolicy(Geometry((2,)))
+
+    def inputs(shares: Sequence[float], last: float, since: float) -> list[float]:
+        kept = [min(max(share, 0.01), 0.99) for share in shares]
+        return [*(float(np.log(share / (1 - share))) for share in kept), last, float(np.log(1 + since)), 1.0]
+
+    policy.on_route([0], [0.5])
+    # A prefill shows popularity; nothing is learnt from it.
+    weights = ForecastPolicy(Geometry((1,))).weights[0]
+    seen = [inputs((0.005, 0.05, 0.2), 0.0, 20.0), inputs((0, 0, 0), 0.0, 20.0)]
+    before = [sigmoid(float(weights @ np.array(x))) for x in seen]
+    assert policy.probabilities.tolist() == pytest.approx(before)
+    assert policy.weights[0] == pytest.approx(weights)
+    policy.on_route([0])
+    errors = [1.0 - before[0], 0.0 - before[1]]
+    weights = weights + 0.05 / 2 * sum(error * np.array(x) for error, x in zip(errors, seen, strict=True))
+    assert policy.weights[0] == pytest.approx(weights)
+    shares = (0.005 * 0.99 + 0.01, 0.05 * 0.9 + 0.1, 0.2 * 0.6 + 0.4)
+    after = [inputs(shares, 1.0, 0.0), inputs((0, 0, 0), 0.0, 21.0)]
+    assert policy.probabilities.tolist() == pytest.approx([sigmoid(float(weights @ np.array(x))) for x in after])
+
+
+def even_chances(policy: ForecastPolicy) -> None:
+    policy.values[:] = 0.5
+    for layer in range(GEOMETRY.layers):
+        policy.refresh_layer(layer)
+
+
+def test_forecast_keeps_what_comes_sooner_and_believes_a_predictor() -> None:
+    policy = ForecastPolicy(GEOMETRY)
+    filled(policy, [0, 5, 8])
+    even_chances(policy)
+    policy.on_route([8])
+    even_chances(policy)
+    # Layer 2 was visited: layer 0 comes next, layer 2 last.
+    assert ranking(policy) == [8, 5, 0]
+    policy.on_forecast(0, np.array([0.05, 0.5, 0.5, 0.5, 0.5]))
+    assert ranking(policy) == [0, 8, 5]
+    policy.on_route([0])
+    even_chances(policy)
+    assert ranking(policy) == [0, 8, 5], "layer 0 was passed: it comes last, and the forecast is spent"

@@ -1,0 +1,1 @@
+"""Predictors: which experts layers that are still to come will need."""

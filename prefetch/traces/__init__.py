@@ -1,0 +1,1 @@
+"""Routing traces: records, their file format, synthetic ones, and replay against a cache."""

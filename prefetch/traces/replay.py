@@ -1,0 +1,93 @@
+"""A trace run against a cache policy: what a tier of so many slots would hit and miss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefetch.policies.base import CachePolicy
+from prefetch.policies.belady import BeladyPolicy
+from prefetch.traces.trace import LayerStep, RoutingTrace
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Routed experts, once per layer and pass, by what the tier had."""
+
+    prefill_hits: int
+    prefill_misses: int
+    decode_hits: int
+    decode_misses: int
+
+    @property
+    def misses(self) -> int:
+        """Of both kinds of passes."""
+        return self.prefill_misses + self.decode_misses
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits of all routed experts; 0 where there were none."""
+        hits = self.prefill_hits + self.decode_hits
+        return hits / (hits + self.misses) if hits + self.misses else 0.0
+
+
+class CacheModel:
+    """The slots of a tier and a policy; makes the calls that `ExpertTier` makes in a step, in the same order."""
+
+    def __init__(self, policy: CachePolicy, slots: int) -> None:
+        if slots < 1:
+            raise ValueError(f"{slots} slots: need at least one")
+        self.policy = policy
+        self.slots = slots
+        self.resident: set[int] = set()
+        policy.on_resize(slots)
+
+    def step(self, keys: Sequence[int], shares: Sequence[float] | None = None) -> list[int]:
+        """A layer needs `keys`; those that were not here. They are here afterwards, as far as slots go."""
+        self.policy.on_route(keys, shares)
+        missing = [key for key in keys if key not in self.resident]
+        waiting = missing
+        held = set(keys)
+        while waiting:
+            loaded = self._load(waiting, held)
+            # What was here is computed now, what was just loaded next: both may give way from then on.
+            held = set(waiting[loaded:]) if loaded < len(waiting) else set()
+            waiting = waiting[loaded:]
+        return missing
+
+    def _load(self, waiting: Sequence[int], held: set[int]) -> int:
+        free = self.slots - len(self.resident)
+        victims = self.policy.victims(held, len(waiting) - free) if len(waiting) > free else []
+        for victim in victims:
+            self.policy.on_evict(victim)
+            self.resident.remove(victim)
+        loaded = min(len(waiting), self.slots - len(self.resident))
+        for key in waiting[:loaded]:
+            self.policy.on_insert(key)
+            self.resident.add(key)
+        return loaded
+
+
+def keys_of(trace: RoutingTrace, step: LayerStep) -> list[int]:
+    """The keys of a step's experts."""
+    first = int(trace.geometry.first_keys[step.layer])
+    return [first + expert for expert in step.experts.tolist()]
+
+
+def replay(trace: RoutingTrace, policy: CachePolicy, slots: int) -> Replay:
+    """Run the whole trace, from an empty cache."""
+    model = CacheModel(policy, slots)
+    counted = {True: [0, 0], False: [0, 0]}
+    for step in trace.steps():
+        keys = keys_of(trace, step)
+        missing = len(model.step(keys, step.shares))
+        counted[step.prefill][0] += len(keys) - missing
+        counted[step.prefill][1] += missing
+        if step.scores is not None:
+            policy.on_scores(int(trace.geometry.first_keys[step.layer]), step.scores)
+    return Replay(*counted[True], *counted[False])
+
+
+def belady_for(trace: RoutingTrace) -> BeladyPolicy:
+    """The bound: a policy that knows the whole trace."""
+    return BeladyPolicy([keys_of(trace, step) for step in trace.steps()])

@@ -1,0 +1,58 @@
+"""The controller keeps what takes less time, whatever noise says, and looks again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from prefetch.controller import Controller
+
+
+def feed(controller: Controller, passes: int, on_s: float, off_s: float, noise: float = 0.0, seed: int = 0) -> int:
+    """Passes that ran with prefetching."""
+    chance = random.Random(seed)
+    ran = 0
+    for _ in range(passes):
+        ran += controller.on
+        seconds = on_s if controller.on else off_s
+        controller.note_pass(seconds * (1 + noise * chance.random()))
+    return ran
+
+
+@pytest.mark.parametrize(("on_s", "off_s", "wins"), [(1.0, 1.5, True), (1.5, 1.0, False), (1.0, 1.0, False)])
+def test_what_takes_less_time_is_kept(on_s: float, off_s: float, wins: bool) -> None:
+    for seed in range(20):
+        controller = Controller(epoch=4, rounds=3, kept=50, margin=0.01)
+        feed(controller, 24, on_s, off_s, noise=0.0 if on_s == off_s else 0.3, seed=seed)
+        assert controller.trials == 1
+        assert not controller.trying
+        assert controller.on is wins
+        assert controller.seconds(on=True) > 0
+
+
+def test_one_slow_epoch_decides_nothing() -> None:
+    controller = Controller(epoch=2, rounds=3, kept=10)
+    for index in range(12):
+        # The second pass of the first epoch meets something else that uses the disk.
+        controller.note_pass(100.0 if index == 1 else (1.0 if controller.on else 1.5))
+    assert controller.on
+
+
+def test_it_looks_again_and_changes_its_mind() -> None:
+    controller = Controller(epoch=2, rounds=1, kept=10)
+    assert feed(controller, 4, 1.0, 2.0) == 2
+    assert controller.on
+    assert feed(controller, 10, 1.0, 2.0) == 10
+    assert controller.trying
+    feed(controller, 4, 2.0, 1.0)
+    assert (controller.trials, controller.on) == (2, False)
+
+
+def test_the_first_pass_of_an_epoch_is_not_counted() -> None:
+    controller = Controller(epoch=3, rounds=1, kept=5)
+    for seconds in (50.0, 1.0, 3.0, 50.0, 4.0, 6.0):
+        controller.note_pass(seconds)
+    assert (controller.seconds(on=True), controller.seconds(on=False)) == (2.0, 5.0)
+    with pytest.raises(ValueError, match="epoch=1"):
+        Controller(epoch=1)

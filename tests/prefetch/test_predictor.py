@@ -1,0 +1,107 @@
+"""Predictors learn what can be learnt, count what was right, and keep it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from prefetch.policies.geometry import Geometry
+from prefetch.predictors.predictor import Predictor
+
+GEOMETRY = Geometry((12, 12, 9))
+TOP_K = 3
+
+
+def top(values: np.ndarray, k: int = TOP_K) -> np.ndarray:
+    return np.sort(np.argsort(-values)[:k]).astype(np.int64)
+
+
+def decode(predictor: Predictor, tokens: int, *, router_noise: float, shift: float = 0.0, seed: int = 0) -> float:
+    """Tokens whose layers' true logits are random; routers see them with noise and a shift. Recall of layer 1."""
+    chance = np.random.default_rng(seed)
+    bias = shift * np.random.default_rng(99).standard_normal(12)
+    right = 0
+    for _ in range(tokens):
+        logits = [chance.standard_normal(count) for count in GEOMETRY.counts]
+        for layer in range(GEOMETRY.layers):
+            active = top(logits[layer])
+            for ahead in range(1, predictor.depth + 1):
+                target = layer + ahead
+                if target < GEOMETRY.layers:
+                    seen = logits[target] + router_noise * chance.standard_normal(GEOMETRY.counts[target])
+                    if target == 1:
+                        seen = seen + bias
+                    foreseen = predictor.predict(layer, ahead, seen, active, TOP_K)
+                    assert foreseen.shape == (GEOMETRY.counts[target],)
+                    assert ((foreseen > 0) & (foreseen < 1)).all()
+                    if target == 1:
+                        right += len(set(top(foreseen)) & set(top(logits[1])))
+            predictor.observe(layer, active, logits[layer])
+    return right / tokens / TOP_K
+
+
+def test_a_router_that_knows_is_believed() -> None:
+    predictor = Predictor(GEOMETRY, depth=1)
+    decode(predictor, 150, router_noise=0.0)
+    assert decode(predictor, 50, router_noise=0.0, seed=1) > 0.95
+    (skill,) = [skill for skill in predictor.skills() if skill.layer == 1]
+    assert skill.router == 1.0
+    assert skill.combined > 0.9
+    assert skill.previous < 0.6
+
+
+def test_the_routers_mean_error_is_learnt() -> None:
+    predictor = Predictor(GEOMETRY, depth=1)
+    before = decode(predictor, 20, router_noise=0.0, shift=2.0)
+    decode(predictor, 200, router_noise=0.0, shift=2.0, seed=1)
+    assert decode(predictor, 50, router_noise=0.0, shift=2.0, seed=2) > max(0.85, before + 0.1)
+
+
+def test_transitions_are_learnt_where_routers_know_nothing() -> None:
+    predictor = Predictor(GEOMETRY, depth=1)
+    chance = np.random.default_rng(3)
+    leads_to = chance.permutation(12)
+    for _ in range(400):
+        active = np.sort(chance.permutation(12)[:TOP_K]).astype(np.int64)
+        predictor.predict(0, 1, chance.standard_normal(12), active, TOP_K)
+        predictor.observe(0, active)
+        predictor.observe(1, np.sort(leads_to[active]).astype(np.int64))
+    (skill,) = predictor.skills()
+    assert skill.transition > 0.9
+    assert skill.combined > 0.7
+    assert skill.router < 0.5
+
+
+def test_the_counts_are_what_they_say() -> None:
+    predictor = Predictor(GEOMETRY, depth=2)
+    assert predictor.skills() == []
+    predictor.predict(0, 2, np.arange(9.0), np.array([1, 2], np.int64), TOP_K)
+    predictor.observe(2, np.array([8, 7, 0], np.int64))
+    (skill,) = predictor.skills()
+    assert (skill.layer, skill.ahead) == (2, 2)
+    assert skill.router == pytest.approx(2 / 3)
+    # What was not foreseen again is not counted again.
+    predictor.observe(2, np.array([0, 1, 2], np.int64))
+    assert predictor.skills() == [skill]
+
+
+def test_what_was_learnt_is_kept() -> None:
+    taught, fresh = Predictor(GEOMETRY, depth=2), Predictor(GEOMETRY, depth=2)
+    decode(taught, 60, router_noise=0.5)
+    fresh.restore(taught.state())
+    logits, active = np.linspace(-1, 1, 12), np.array([0, 4, 5], np.int64)
+    for predictor in (taught, fresh):
+        predictor.observe(1, np.zeros(0, np.int64))
+    found = [predictor.predict(0, 1, logits, active, TOP_K) for predictor in (taught, fresh)]
+    # Both saw the same last token but for what led to it.
+    assert found[0] == pytest.approx(found[1], abs=5e-3)
+    with pytest.raises(ValueError, match="another model"):
+        Predictor(Geometry((12, 12)), depth=2).restore(taught.state())
+    damaged = taught.state()
+    damaged["weights"][0] = np.nan
+    before = fresh.state()
+    with pytest.raises(ValueError, match="not finite"):
+        fresh.restore(damaged)
+    assert all(np.array_equal(before[name], array) for name, array in fresh.state().items())
+    with pytest.raises(ValueError, match="depth=0"):
+        Predictor(GEOMETRY, depth=0)
