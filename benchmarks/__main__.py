@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead",
-    "large_model", "plan_accuracy", "gpu", "cache_policies",
+    "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch",
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         memory,
         overhead,
         plan_accuracy,
+        prefetch,
         quality,
         step,
     )
@@ -59,6 +60,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
             work, shape if quick else large_model.LIKE_30B_A3B, large_model.QUICK if quick else large_model.FULL
         ),
         "cache_policies": lambda work: cache_policies.run(cache_policies.QUICK if quick else cache_policies.FULL),
+        "prefetch": lambda work: prefetch.run(work, prefetch.QUICK if quick else prefetch.FULL),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from offload.errors import UnsupportedOperationError
 from offload.hf.adopt import adopt
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.hf.fused import fuse
+from offload.hf.lookahead import find_routers, look_ahead
 from offload.moe.gate import recognise_gate
 from offload.moe.layer import ExpertsLayer
+from offload.prefetcher import Prefetcher
 from offload.preparation import Prepared
 from offload.request import FUSED_KINDS, AcceleratorRequest
 from offload.runtime import Runtime
@@ -24,7 +26,11 @@ from offload.store.progress import NoProgress, Progress
 from offload.store.store import ExpertStore
 from offload.store.writer import conversion_nbytes
 from placement.plan import Plan
-from prefetch.policies.lru import LruPolicy
+from prefetch.controller import Controller
+from prefetch.policies.base import CachePolicy
+from prefetch.policies.geometry import Geometry
+from prefetch.policies.named import make_policy
+from prefetch.predictors.predictor import Predictor
 
 
 def assemble(
@@ -32,6 +38,8 @@ def assemble(
     store_root: Path,
     progress: Progress,
     fused: Iterable[str] = FUSED_KINDS,
+    policy: str | CachePolicy = "lru",
+    prefetch: str = "off",
     accelerator: AcceleratorRequest | None = None,
 ) -> PreTrainedModel:
     """Convert unless the store is there, load dense weights, start the runtime.
@@ -43,6 +51,8 @@ def assemble(
         store_root: directory of stores.
         progress: told of what takes time.
         fused: kinds of modules that kernels compute.
+        policy: see `Request`.
+        prefetch: see `Request`.
         accelerator: what the plan's VRAM is, None for a plan without.
 
     Raises:
@@ -54,11 +64,16 @@ def assemble(
     finally:
         prepared.close()
     device = HostDevice()
+    layers = _layers(model, prepared)
+    if isinstance(policy, str):
+        policy = _policy(policy, prepared.plan, layers)
     above = None if accelerator is None else HostAccelerator(accelerator.vram_nbytes, accelerator.link)
-    runtime = Runtime(prepared.plan, prepared.spec, store, _layers(model, prepared), device, LruPolicy(), above)
+    runtime = Runtime(prepared.plan, prepared.spec, store, layers, device, policy, above)
     try:
         adopt(model, runtime)
         runtime.fused = fuse(model, fused, runtime)
+        if prefetch != "off":
+            _prefetch(model, runtime, prefetch)
         if above is not None or prepared.plan.ram_slots == prepared.plan.expert_count:
             runtime.preload(progress)
     except BaseException:
@@ -91,6 +106,28 @@ def _store_and_model(prepared: Prepared, store_root: Path, progress: Progress) -
         finished = loader.submit(prepared.finish, NoProgress())
         store = convert(prepared.bundles, store_root, progress=progress)
         return store, finished.result()
+
+
+def _policy(name: str, plan: Plan, layers: Sequence[ExpertsLayer]) -> CachePolicy:
+    if name == "auto" and plan.ram_slots == plan.expert_count:
+        # Nothing leaves while the budget holds: what costs least will do.
+        name = "lru"
+    return make_policy(name, Geometry(tuple(layer.count for layer in layers)))
+
+
+def _prefetch(model: PreTrainedModel, runtime: Runtime, prefetch: str) -> None:
+    """Read ahead where there is something to read and somebody to foresee it."""
+    plan = runtime.plan
+    if plan.ram_slots == plan.expert_count or len(runtime.layers) < 2:
+        return
+    routers = find_routers(model, runtime.layers)
+    if routers is None:
+        return
+    top_k = [experts.top_k for experts in runtime.spec.experts]
+    controller = Controller() if prefetch == "auto" else None
+    prefetcher = Prefetcher(runtime.tier, Predictor(runtime.geometry), top_k, controller, runtime.lock)
+    runtime.observer.prefetcher = prefetcher
+    look_ahead(routers, runtime.layers, prefetcher)
 
 
 def _layers(model: PreTrainedModel, prepared: Prepared) -> list[ExpertsLayer]:

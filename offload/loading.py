@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from offload.preparation import Prepared
     from placement.plan import Plan
+    from prefetch.policies.base import CachePolicy
 
 
 def load(
@@ -34,6 +35,8 @@ def load(
     attn_implementation: str | None = None,
     quant: str | Mapping[str, str | None] | None = None,
     fused: bool | Iterable[str] = True,
+    policy: str | CachePolicy = "lru",
+    prefetch: bool | str = False,
     device: str | None = None,
     vram: int | str | None = None,
     link: str | None = None,
@@ -62,7 +65,11 @@ def load(
         quant: packed formats: "int8", "int4", "mxfp4" or "fp8_e4m3" for the whole model, or some of {"experts": ...,
             "dense": ..., "lm_head": ...}. "int4" and "mxfp4" alone keep the output layer in int8. None rounds nothing.
         fused: which chains of small operations kernels compute in one: some of "attention", "kv_cache", "linear",
-            "rms_norm", "rotary", or all, or none. Equal up to rounding; `stats().fused` says how often each applies.
+            "rms_norm", "rotary", "decoder" (a whole decode step), or all, or none. Equal up to rounding; `stats().fused` says how often each applies.
+        policy: which expert gives way to which: "auto", a name ("forecast", "lru", "lfu", "mrs", "window",
+            "frequency-recency", "arc", "lfu-quotas", "lfu-shallow-first"), or a `prefetch.policies.base.CachePolicy`.
+        prefetch: read experts of later layers ahead while one sequence is decoded: "auto" for as long as that is
+            measured to pay, True for always, False for never. Neither changes the output.
         device: "host": the CPU, and with `vram` an accelerator that host memory plays, so that all three tiers run
             without a GPU. Experts there are computed by the CPU kernels: outputs are the same, speed is not a GPU's.
         vram: size of that accelerator's memory, which takes as much of the host's beside `ram`.
@@ -75,7 +82,7 @@ def load(
     """
     request = make_request(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
-        fused=fused, quant=quant, device=device, vram=vram, link=link,
+        fused=fused, quant=quant, policy=policy, prefetch=prefetch, device=device, vram=vram, link=link,
     )  # fmt: skip
     prepared = _prepare(
         model, request, checkpoint, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
@@ -83,7 +90,10 @@ def load(
     )  # fmt: skip
     from offload.assembly import assemble
 
-    return assemble(prepared, request.store_root, progress_bar(progress), request.fused, request.accelerator)
+    return assemble(
+        prepared, request.store_root, progress_bar(progress), request.fused, request.policy, request.prefetch,
+        request.accelerator,
+    )  # fmt: skip
 
 
 def plan(

@@ -6,12 +6,17 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offload.devices.link import Link, parse_link
 from offload.errors import InvalidArgumentError
 from offload.quantisation import Quantisation, make_quantisation
 from offload.sizes import parse_size
+from prefetch.policies.names import POLICIES
 from profiler.memory import available_ram_nbytes
+
+if TYPE_CHECKING:
+    from prefetch.policies.base import CachePolicy
 
 DEFAULT_CONTEXT_TOKENS = 4096
 PREFILL_CHUNK_TOKENS = 1024
@@ -50,6 +55,8 @@ class Request:
         prefill_chunk_tokens: see `Workload`.
         fused: names of FUSED_KINDS.
         quantisation: packed formats.
+        policy: the cache policy's name, or the policy.
+        prefetch: "auto", "on" or "off".
         accelerator: None for the CPU alone.
     """
 
@@ -60,6 +67,8 @@ class Request:
     prefill_chunk_tokens: int
     fused: frozenset[str]
     quantisation: Quantisation
+    policy: str | CachePolicy
+    prefetch: str
     accelerator: AcceleratorRequest | None = None
 
 
@@ -73,6 +82,8 @@ def make_request(
     max_memory: Mapping[str | int, int | str] | None,
     fused: bool | Iterable[str] = True,
     quant: str | Mapping[str, str | None] | None = None,
+    policy: str | CachePolicy = "lru",
+    prefetch: bool | str = False,
     device: str | None = None,
     vram: int | str | None = None,
     link: str | Link | None = None,
@@ -88,6 +99,8 @@ def make_request(
         max_memory: accelerate's spelling: {"cpu": size}.
         fused: names of FUSED_KINDS, True for all and False for none.
         quant: see `make_quantisation`.
+        policy: "auto", one of POLICIES, or a `CachePolicy`.
+        prefetch: "auto" for as long as it pays, True or "on" for always, False or "off" for never.
         device: "host", or None for it.
         vram: size of the memory of an accelerator that the host plays, None for none.
         link: bytes per second to it, None for DEFAULT_LINK.
@@ -106,9 +119,17 @@ def make_request(
     _check_count("batch", batch)
     _check_count("prefill_chunk", prefill_chunk)
     return Request(
-        ram_nbytes, store_root(nvme), context, batch, prefill_chunk, _fused_kinds(fused), make_quantisation(quant),
+        ram_nbytes,
+        store_root(nvme),
+        context,
+        batch,
+        prefill_chunk,
+        _fused_kinds(fused),
+        make_quantisation(quant),
+        _policy(policy),
+        _prefetch(prefetch),
         _accelerator(device, vram, link),
-    )  # fmt: skip
+    )
 
 
 def store_root(nvme: str | os.PathLike[str] | None) -> Path:
@@ -157,6 +178,26 @@ def _fused_kinds(fused: object) -> frozenset[str]:
     if named is None or not all(name in FUSED_KINDS for name in named):
         raise InvalidArgumentError(f"fused={fused!r}: expected True, False or some of {', '.join(FUSED_KINDS)}")
     return frozenset(named)
+
+
+def _policy(policy: str | CachePolicy) -> str | CachePolicy:
+    if isinstance(policy, str):
+        if policy in ("auto", *POLICIES):
+            return policy
+    else:
+        from prefetch.policies.base import CachePolicy
+
+        if isinstance(policy, CachePolicy):
+            return policy
+    raise InvalidArgumentError(f"policy={policy!r}: expected auto, {', '.join(POLICIES)} or a CachePolicy")
+
+
+def _prefetch(prefetch: bool | str) -> str:
+    named = {True: "on", False: "off", "auto": "auto", "on": "on", "off": "off"}
+    # 1 == True, and a list is no key.
+    if not isinstance(prefetch, (bool, str)) or prefetch not in named:
+        raise InvalidArgumentError(f"prefetch={prefetch!r}: expected True, False, auto, on or off")
+    return named[prefetch]
 
 
 def _from_max_memory(max_memory: object, ram: int | str | None) -> int:

@@ -23,6 +23,9 @@ from offload.moe.costs import ObservedCosts
 from offload.moe.layer import ExpertsLayer
 from offload.moe.step import moe_step
 from offload.moe.tiered_step import Accelerated, tiered_step
+from offload.observer import StepObserver
+from offload.reconciliation import Reconciliation, reconcile
+from offload.recorder import TraceRecorder
 from offload.statistics import Statistics, accelerator_statistics
 from offload.store.progress import Progress
 from offload.store.store import ExpertStore
@@ -35,7 +38,9 @@ from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import MINIMUM_SLOTS, kv_nbytes, pass_nbytes
 from prefetch.policies.base import CachePolicy
+from prefetch.policies.geometry import Geometry
 from prefetch.policies.lru import LruPolicy
+from prefetch.traces.trace import RoutingTrace
 
 
 @dataclass
@@ -71,6 +76,9 @@ class Runtime:
         engine = ReadEngine(reader, threads=plan.reader_threads, chunk_nbytes=plan.read_chunk_nbytes)
         arena = Arena(device, plan.slot_nbytes, plan.ram_slots)
         self.tier = ExpertTier(arena, policy, engine, self._locate, self._bundle_nbytes)
+        self.geometry = Geometry(tuple(layer.count for layer in self.layers))
+        self.observer = StepObserver()
+        self._number = {layer.first_key: index for index, layer in enumerate(self.layers)}
         self.accelerated = None if accelerator is None else self._above(accelerator)
         self.fused: dict[str, int] = {}
         self.closed = False
@@ -129,10 +137,17 @@ class Runtime:
         with self.lock, torch.no_grad():
             self._check_open()
             before = perf_counter()
-            if self.accelerated is None:
-                out = moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights)
-            else:
-                out = tiered_step(layer, self.accelerated, hidden, top_k_index, top_k_weights)
+            observer = self.observer
+            observer.begin(self._number[layer.first_key])
+            try:
+                if self.accelerated is None:
+                    out = moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights, observer)
+                else:
+                    out = tiered_step(layer, self.accelerated, hidden, top_k_index, top_k_weights)
+            except BaseException:
+                observer.failed()
+                raise
+            observer.finished(top_k_index)
             self._moe_s += perf_counter() - before
             self._moe_steps += 1
             return out
@@ -140,13 +155,16 @@ class Runtime:
     def addresses_of_all(self) -> npt.NDArray[np.int64] | None:
         """Int64 [experts], where each expert's bundle lies; None unless all are in RAM. Call with the lock.
 
-        None with an accelerator too: its experts are computed where they are.
+        None with an accelerator too, whose experts are computed where they are, and while a trace is recorded: a tape
+        would compute what nobody sees.
 
         Raises:
             ClosedError: after `close()`.
         """
         self._check_open()
-        return None if self.accelerated is not None else self.tier.addresses_of_all(self.plan.expert_count)
+        if self.accelerated is not None or self.observer.recorder is not None:
+            return None
+        return self.tier.addresses_of_all(self.plan.expert_count)
 
     def note_taped(self, layer: ExpertsLayer, experts: list[int]) -> None:
         """A tape has computed these experts of a layer, ascending, all of them in RAM. Call with the lock."""
@@ -199,6 +217,7 @@ class Runtime:
             ClosedError: after `close()`.
         """
         self._check_open()
+        self.observer.prefill = tokens > 1
         plan = self.plan
         needed = pass_nbytes(self.spec, batch, tokens, past_tokens, all_logits=all_logits)
         with self.lock:
@@ -228,6 +247,8 @@ class Runtime:
         if decode:
             passes.decode_tokens += tokens
             passes.decode_s += seconds
+            if self.observer.prefetcher is not None:
+                self.observer.prefetcher.note_pass(seconds)
         else:
             passes.prefill_tokens += tokens
             passes.prefill_s += seconds
@@ -264,8 +285,39 @@ class Runtime:
             slots=self.tier.table.usable_slots,
             slots_planned=self.plan.ram_slots,
             fused=dict(self.fused),
+            policy=type(self.tier.policy).__name__,
+            prefetching=self.observer.prefetcher is not None and self.observer.prefetcher.on,
+            prefetches_issued=counters.ahead_issued,
+            prefetches_used=counters.ahead_used,
+            prefetches_late=counters.ahead_late,
+            prefetches_wasted=counters.ahead_wasted,
+            late_stall_s=counters.late_stall_s,
             accelerator=None if self.accelerated is None else accelerator_statistics(self.accelerated.tiers.above),
         )
+
+    def record_trace(self, name: str | None = None) -> None:
+        """Keep the routing of all passes from now on; a trace that was being recorded is dropped.
+
+        Args:
+            name: of the trace; None for the model's.
+        """
+        with self.lock:
+            self.observer.recorder = TraceRecorder(self.plan.model if name is None else name, self.geometry)
+
+    def trace(self) -> RoutingTrace:
+        """The routing since `record_trace`, whole passes only; recording goes on.
+
+        Raises:
+            UnsupportedOperationError: nothing is being recorded.
+        """
+        with self.lock:
+            if self.observer.recorder is None:
+                raise UnsupportedOperationError("no trace is being recorded; call record_trace() before the run")
+            return self.observer.recorder.trace()
+
+    def report(self) -> Reconciliation:
+        """What the plan predicted beside what was measured since `reset_stats`; renders itself in notebooks."""
+        return reconcile(self.plan, self.stats())
 
     def check(self) -> None:
         """Prove that every slot, key and read is accounted for; see `ExpertTier.check`."""

@@ -60,6 +60,13 @@ class Statistics:
         slots: expert slots in use now.
         slots_planned: expert slots of the plan.
         fused: modules that a kernel computes, by kind; a kind that is switched off is not there.
+        policy: class of the cache policy.
+        prefetching: whether experts are read ahead at this moment; the controller may have switched it off.
+        prefetches_issued: experts that began to be read ahead.
+        prefetches_used: those that were there when they were routed.
+        prefetches_late: those that were still on their way then.
+        prefetches_wasted: those that left or were cancelled before they were routed.
+        late_stall_s: seconds of `read_stall_s` in which all that was waited for had been read ahead, too late.
         accelerator: what its tier did, None without one. `hits` and `misses` above are then of the experts that it had
             not.
     """
@@ -80,6 +87,13 @@ class Statistics:
     slots: int
     slots_planned: int
     fused: dict[str, int]
+    policy: str = "LruPolicy"
+    prefetching: bool = False
+    prefetches_issued: int = 0
+    prefetches_used: int = 0
+    prefetches_late: int = 0
+    prefetches_wasted: int = 0
+    late_stall_s: float = 0.0
     accelerator: AcceleratorStatistics | None = None
 
     @property

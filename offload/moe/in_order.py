@@ -8,17 +8,18 @@ from collections.abc import Iterator, Sequence
 from offload.tiers.expert_tier import ExpertTier
 
 
-def borrowed_in_order(tier: ExpertTier, keys: Sequence[int]) -> Iterator[int]:
+def borrowed_in_order(tier: ExpertTier, keys: Sequence[int], shares: Sequence[float] | None = None) -> Iterator[int]:
     """Each of `keys` in turn, borrowed until the next one is asked for; as many as slots allow load meanwhile.
 
     Args:
         tier: where they are or come to be; has at least one slot that nothing else holds.
         keys: ascending.
+        shares: see `ExpertTier.borrow`.
 
     Raises:
         StorageError, StoreCorruptError: an expert could not be read.
     """
-    resident, waiting = tier.borrow(keys)
+    resident, waiting = tier.borrow(keys, shares)
     borrowed = set(resident)
     for key in keys:
         started = tier.start_loads(waiting)

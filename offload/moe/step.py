@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 
@@ -13,6 +15,19 @@ from offload.moe.routing import Routing, route
 from offload.tiers.expert_tier import ExpertTier
 
 
+class StepWatch(Protocol):
+    """Who is told of a step while it runs.
+
+    Attributes:
+        prefill: whether the pass has several tokens of a sequence.
+    """
+
+    prefill: bool
+
+    def loads_started(self) -> None:
+        """What the step needs is borrowed or being read; reads for later layers may follow."""
+
+
 def moe_step(
     layer: ExpertsLayer,
     tier: ExpertTier,
@@ -20,6 +35,7 @@ def moe_step(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    watch: StepWatch | None = None,
 ) -> torch.Tensor:
     """out[t] = sum over k of weight[t, k] * expert(index[t, k])(hidden[t]), every expert read at most once.
 
@@ -30,6 +46,7 @@ def moe_step(
         hidden: [T, H] in the model's dtype.
         top_k_index: integer [T, k].
         top_k_weights: [T, k].
+        watch: told of the step; None where nobody wants to know.
 
     Returns:
         [T, H] in the model's dtype; does not depend on what was resident.
@@ -41,7 +58,7 @@ def moe_step(
     accumulator = make_accumulator(routing, hidden.shape[-1])
     execute = _in_order if accumulator.ordered else _as_they_come
     try:
-        execute(layer, tier, device, hidden.contiguous(), routing, accumulator)
+        execute(layer, tier, device, hidden.contiguous(), routing, accumulator, watch)
     except BaseException:
         tier.abandon()
         raise
@@ -55,11 +72,18 @@ def _as_they_come(
     hidden: torch.Tensor,
     routing: Routing,
     accumulator: Accumulator,
+    watch: StepWatch | None,
 ) -> None:
     """Resident experts compute while misses load; each miss computes when it arrives."""
     number = {layer.first_key + expert: index for index, expert in enumerate(routing.experts)}
-    borrowed, missing = tier.borrow(list(number))
+    borrowed, missing = tier.borrow(list(number), _shares(routing, watch))
+    if len(hidden) > 1:
+        # While experts with many tokens compute, those with few load.
+        loads = np.diff(routing.offsets)
+        missing.sort(key=lambda key: -int(loads[number[key]]))
     tier.start_loads(missing)
+    if watch is not None:
+        watch.loads_started()
     while borrowed or missing:
         if borrowed:
             work = [(key, number[key]) for key in borrowed]
@@ -77,11 +101,20 @@ def _in_order(
     hidden: torch.Tensor,
     routing: Routing,
     accumulator: Accumulator,
+    watch: StepWatch | None,
 ) -> None:
     """Experts compute in ascending order while those ahead load."""
     keys = [layer.first_key + expert for expert in routing.experts]
-    for index, key in enumerate(borrowed_in_order(tier, keys)):
+    for index, key in enumerate(borrowed_in_order(tier, keys, _shares(routing, watch))):
         compute_borrowed(layer, tier, device, hidden, routing, accumulator, [(key, index)])
+
+
+def _shares(routing: Routing, watch: StepWatch | None) -> list[float] | None:
+    """For the cache policy: shares of tokens at prefill."""
+    if watch is None or not watch.prefill:
+        return None
+    shares: list[float] = (np.diff(routing.offsets) / len(routing.weights)).tolist()
+    return shares
 
 
 def compute_borrowed(

@@ -7,7 +7,7 @@ is interrupted, `abandon` makes the tier whole again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -33,6 +33,11 @@ class TierCounters:
         evictions: experts that gave up their slot.
         loads: reads that completed.
         stall_s: seconds that steps waited for reads.
+        late_stall_s: those of them in which all that was waited for had been read ahead, too late.
+        ahead_issued: reads ahead that were started.
+        ahead_used: those that were there when their expert was routed.
+        ahead_late: those that were still on their way then.
+        ahead_wasted: those that left, were cancelled or failed before their expert was routed.
     """
 
     hits: int = 0
@@ -40,6 +45,11 @@ class TierCounters:
     evictions: int = 0
     loads: int = 0
     stall_s: float = 0.0
+    late_stall_s: float = 0.0
+    ahead_issued: int = 0
+    ahead_used: int = 0
+    ahead_late: int = 0
+    ahead_wasted: int = 0
 
 
 class ExpertTier:
@@ -67,13 +77,24 @@ class ExpertTier:
         self._tickets: dict[int, Ticket] = {}
         self._all: npt.NDArray[np.int64] | None = None
         self._all_version = -1
+        # Read ahead and not routed since; routed before they arrived.
+        self._ahead: set[int] = set()
+        self._late: set[int] = set()
+        policy.on_resize(arena.count)
 
     # --- borrowing -------------------------------------------------------------------------------------------
 
-    def borrow(self, keys: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Split a layer's routed experts into resident ones, which are now in use, and missing ones."""
-        self.policy.on_route(keys)
+    def borrow(self, keys: Sequence[int], shares: Sequence[float] | None = None) -> tuple[list[int], list[int]]:
+        """Split a layer's routed experts into resident ones, which are now in use, and missing ones.
+
+        Args:
+            keys: the experts, each once.
+            shares: at prefill, the share of tokens of each; see `CachePolicy.on_route`.
+        """
+        self.policy.on_route(keys, shares)
         resident, missing = self._take(keys)
+        if self._ahead:
+            self._note_asked(resident, missing)
         self.counters.hits += len(resident)
         self.counters.misses += len(missing)
         return resident, missing
@@ -89,6 +110,13 @@ class ExpertTier:
             else:
                 missing.append(key)
         return resident, missing
+
+    def _note_asked(self, resident: Iterable[int], missing: Iterable[int]) -> None:
+        used, late = self._ahead.intersection(resident), self._ahead.intersection(missing)
+        self.counters.ahead_used += len(used)
+        self.counters.ahead_late += len(late)
+        self._late |= late
+        self._ahead -= used | late
 
     def address(self, key: int) -> int:
         """Address of a borrowed expert's bundle."""
@@ -143,28 +171,47 @@ class ExpertTier:
             # A read ahead that is done holds its slot no longer than others do.
             self._settle(ahead, carry_error=False)
         held = self.table.pinned.union(keys)
+        victims: Iterator[int] | None = None
         for started, key in enumerate(keys):
             ticket = self._tickets.get(key)
             if ticket is not None:
                 if urgency is Urgency.NOW:
                     self.engine.promote(ticket)
                 continue
-            if self.table.slot_of(key) is None and not self._start_load(key, urgency, held):
-                return started
+            if self.table.slot_of(key) is not None:
+                continue
+            if not self.table.free_slots:
+                if victims is None:
+                    victims = iter(self.policy.victims(held, len(keys) - started))
+                victim = next(victims, None)
+                if victim is None:
+                    return started
+                self._evict(victim)
+            self._start_load(key, urgency)
         return len(keys)
 
-    def _start_load(self, key: int, urgency: Urgency, held: set[int]) -> bool:
-        if not self.table.free_slots:
-            victim = self.policy.victim(held)
-            if victim is None:
-                return False
-            self._evict(victim)
+    def _start_load(self, key: int, urgency: Urgency) -> None:
         # At no moment does the table hold a key that the policy does not know: such a slot would never be free again.
         self.policy.on_insert(key)
         slot = self.table.begin_load(key)
         out = memoryview(self.arena.view(slot, self._bundle_nbytes(key)))  # type: ignore[arg-type]
         self._tickets[key] = self.engine.submit(self._locate(key, out), urgency)
-        return True
+        if urgency is Urgency.SOON:
+            self._ahead.add(key)
+            self.counters.ahead_issued += 1
+
+    @property
+    def reading_ahead(self) -> list[int]:
+        """Experts that are read ahead, have not arrived and were not routed since."""
+        return [key for key in self._ahead if key in self._tickets]
+
+    def cancel_ahead(self, keys: Iterable[int]) -> None:
+        """Stop reading ahead those of `keys` that have not arrived; what a reader has begun it finishes first."""
+        for key in list(keys):
+            ticket = self._tickets.get(key)
+            if ticket is not None and key in self._ahead:
+                self.engine.cancel(ticket)
+                self._settle(key, carry_error=False)
 
     def collect(self, keys: Sequence[int]) -> list[int]:
         """Wait until at least one of `keys` has arrived; all that have are now in use.
@@ -177,9 +224,13 @@ class ExpertTier:
         """
         tickets = [self._tickets[key] for key in keys if key in self._tickets] or list(self._tickets.values())
         if tickets and not any(ticket.finished for ticket in tickets):
+            late = self._late.issuperset(keys) if self._late else False
             before = perf_counter()
             self.engine.wait_any(tickets)
-            self.counters.stall_s += perf_counter() - before
+            seconds = perf_counter() - before
+            self.counters.stall_s += seconds
+            if late:
+                self.counters.late_stall_s += seconds
         return self.poll(keys)
 
     def poll(self, keys: Sequence[int]) -> list[int]:
@@ -195,6 +246,8 @@ class ExpertTier:
             if self.table.state_of(key) is SlotState.READY:
                 self.table.acquire(key)
                 arrived.append(key)
+        if self._late:
+            self._late.difference_update(arrived)
         return arrived
 
     def fetch(self, keys: Sequence[int], arrived: Callable[[int], None]) -> None:
@@ -230,6 +283,9 @@ class ExpertTier:
         self.table.recover([key for key, ticket in self._tickets.items() if ticket.succeeded])
         self._tickets.clear()
         here = set(self.table)
+        self._late.clear()
+        self.counters.ahead_wasted += len(self._ahead - here)
+        self._ahead &= here
         while (lost := self.policy.victim(here)) is not None:
             self.policy.on_evict(lost)
 
@@ -256,12 +312,18 @@ class ExpertTier:
     def _drop(self, key: int) -> None:
         self.table.evict(key)
         self.policy.on_evict(key)
+        if key in self._ahead:
+            self._ahead.discard(key)
+            self.counters.ahead_wasted += 1
 
     def resize(self, slots: int) -> None:
         """Use at most `slots` slots from now on (at least one); memory of the others goes back to the system.
 
-        Experts in use or loading keep theirs: call it between steps.
+        Experts in use keep theirs: call it between steps. Reads ahead end where slots go.
         """
+        if slots < self.table.usable_slots:
+            self.cancel_ahead(self._ahead)
+            self.engine.wait_all(self._tickets.values())
         for key in list(self._tickets):
             self._settle(key, carry_error=False)
         target = max(1, min(slots, self.arena.count))
@@ -274,6 +336,7 @@ class ExpertTier:
             self.arena.discard(self.table.retire())
         while self.table.usable_slots < target:
             self.table.restore()
+        self.policy.on_resize(self.table.usable_slots)
 
     def release_memory(self) -> None:
         """After the engine was closed: no expert is here any more, and all slots' memory is given back."""
@@ -288,6 +351,8 @@ class ExpertTier:
         loading = {key for key in self.table if self.table.state_of(key) is SlotState.LOADING}
         if loading != set(self._tickets):
             raise AssertionError(f"loading {sorted(loading)} but tickets for {sorted(self._tickets)}")
+        if not self._ahead <= set(self.table):
+            raise AssertionError(f"read ahead {sorted(self._ahead)} but slots for {sorted(self.table)}")
         known: set[int] = set()
         while (key := self.policy.victim(known)) is not None:
             known.add(key)

@@ -17,6 +17,7 @@ from offload.tiers.arena import Arena
 from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.slot_table import SlotState
 from offload.tiers.transfer import ReadEngine, ReadRequest, Urgency
+from prefetch.policies.base import CachePolicy
 from prefetch.policies.lru import LruPolicy
 from tests.tiers.children import exit_code_of
 from tests.tiers.readers import Gate, MemoryReader, random_bytes
@@ -38,7 +39,7 @@ class Rig:
         flipped: experts whose bytes arrive wrong.
     """
 
-    def __init__(self, slots: int, threads: int = 2) -> None:
+    def __init__(self, slots: int, threads: int = 2, policy: CachePolicy | None = None) -> None:
         self.reader = MemoryReader(random_bytes(sum(PAGES) * PAGE, seed=5))
         self.broken: set[int] = set()
         self.flipped: set[int] = set()
@@ -48,7 +49,9 @@ class Rig:
         self.arena = Arena(HostDevice(), 3 * PAGE, slots)
         for slot in range(slots):
             self.arena.view(slot, 3 * PAGE)[:] = 0xA5
-        self.tier = ExpertTier(self.arena, LruPolicy(), self.engine, self.locate, lambda key: PAGES[key] * PAGE)
+        self.tier = ExpertTier(
+            self.arena, policy or LruPolicy(), self.engine, self.locate, lambda key: PAGES[key] * PAGE
+        )
 
     @staticmethod
     def key_at(offset: int) -> int:

@@ -1,0 +1,47 @@
+"""Everything that watches MoE steps: cache shares, prefetching, traces."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from offload.prefetcher import Prefetcher
+from offload.recorder import TraceRecorder
+
+
+class StepObserver:
+    """The runtime's `StepWatch`: knows the pass and the layer, passes on what it sees.
+
+    Attributes:
+        prefill: whether the pass that runs has several tokens of a sequence.
+        prefetcher: reads ahead; None where nothing is read ahead.
+        recorder: keeps the routing; None where nobody asked for a trace.
+    """
+
+    def __init__(self) -> None:
+        self.prefill = False
+        self.prefetcher: Prefetcher | None = None
+        self.recorder: TraceRecorder | None = None
+        self._layer = 0
+
+    def begin(self, layer: int) -> None:
+        """A step of `layer` (counted over experts layers) starts."""
+        self._layer = layer
+
+    def loads_started(self) -> None:
+        """Reads that the step needs are on their way: now others may follow."""
+        if self.prefetcher is not None and not self.prefill:
+            self.prefetcher.read_ahead(self._layer)
+
+    def finished(self, top_k_index: torch.Tensor) -> None:
+        """The step is computed; its routing was `top_k_index`, integer [T, k]."""
+        prefetcher = self.prefetcher
+        if prefetcher is not None and prefetcher.on and len(top_k_index) == 1 and not self.prefill:
+            prefetcher.observe(self._layer, top_k_index.reshape(-1).numpy(force=True).astype(np.int64))
+        if self.recorder is not None:
+            self.recorder.note(self._layer, top_k_index, prefill=self.prefill)
+
+    def failed(self) -> None:
+        """The step failed: what was foreseen is of no use."""
+        if self.prefetcher is not None:
+            self.prefetcher.forget_pass()

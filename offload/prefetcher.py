@@ -1,0 +1,171 @@
+"""Reading experts ahead: what a predictor foresees, as far as it gains more than it costs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from offload.tiers.expert_tier import ExpertTier
+from offload.tiers.transfer import Urgency
+from prefetch.controller import Controller
+from prefetch.policies.geometry import Geometry
+from prefetch.predictors.predictor import Predictor
+
+Floats = npt.NDArray[np.floating]
+
+LEAST_PROBABILITY = 0.3
+"""What is less probable is not read ahead."""
+
+CANCEL_BELOW = 0.1
+"""A read ahead ends when a newer prediction says less."""
+
+_SHARE_OF_SLOTS = 4
+"""Reads ahead on their way hold at most one slot in so many."""
+
+_SMOOTHING = 0.1
+
+
+class Prefetcher:
+    """Foresees layers of a decoded token and reads their experts from disk while earlier layers compute.
+
+    Called under the runtime's step lock, but for `foresee`, which the model's thread calls between steps and which
+    takes the lock itself. Wrong predictions cost reads, never results.
+    """
+
+    def __init__(
+        self,
+        tier: ExpertTier,
+        predictor: Predictor,
+        top_k: Sequence[int],
+        controller: Controller | None,
+        lock: threading.RLock,
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            tier: gets the experts.
+            predictor: says what will be needed; made for the tier's keys.
+            top_k: experts of a token in each layer.
+            controller: switches reading ahead on and off; None for always on.
+            lock: the runtime's step lock.
+        """
+        self.tier = tier
+        self.predictor = predictor
+        self.controller = controller
+        self.geometry: Geometry = predictor.geometry
+        self._top_k = tuple(top_k)
+        self._first_keys = self.geometry.first_keys.tolist()
+        self._lock = lock
+        self._foreseen: dict[int, tuple[int, npt.NDArray[np.float64]]] = {}
+        self._logits: dict[int, Floats] = {}
+        self._layer_s = 0.0
+        self._read_s = 0.0
+        self._last = (0, 0.0)
+
+    @property
+    def on(self) -> bool:
+        """Whether it foresees and reads now: the controller wants it, and not everything is here."""
+        wanted = self.controller is None or self.controller.on
+        return wanted and self.tier.table.usable_slots < self.geometry.total
+
+    def foresee(self, layer: int, own: Floats, ahead: Sequence[Floats], active: npt.NDArray[np.int64]) -> None:
+        """A decoded token's router ran.
+
+        Args:
+            layer: its layer.
+            own: [experts of the layer], its logits.
+            ahead: what the routers of the next layers say of the same hidden state.
+            active: int64, the experts that it chose.
+        """
+        with self._lock:
+            self._logits[layer] = own
+            for distance, logits in enumerate(ahead, start=1):
+                target = layer + distance
+                probabilities = self.predictor.predict(layer, distance, logits, active, self._top_k[target])
+                self._foreseen[target] = (distance, probabilities)
+                self.tier.policy.on_forecast(self._first_keys[target], probabilities)
+
+    def read_ahead(self, layer: int) -> None:
+        """Layer `layer` has all that it can have: cancel what is not wanted any more, read what gains most."""
+        if not self._foreseen or not self.on:
+            return
+        self._cancel_unlikely()
+        reading = len(self.tier.reading_ahead)
+        room = max(1, self.tier.table.usable_slots // _SHARE_OF_SLOTS) - reading
+        for probability, distance, key in self._candidates(layer):
+            if room <= 0:
+                return
+            # It would not even be begun when its layer comes.
+            if reading * self._read_s > distance * self._layer_s > 0:
+                continue
+            if not self._gains(key, probability):
+                continue
+            if not self.tier.start_loads([key], Urgency.SOON):
+                return
+            reading += 1
+            room -= 1
+
+    def _candidates(self, layer: int) -> list[tuple[float, int, int]]:
+        """(probability, layers ahead, key) of what is not here, the most probable of the nearest layer first."""
+        found = []
+        for target, (_, probabilities) in self._foreseen.items():
+            if target <= layer:
+                continue
+            first = self._first_keys[target]
+            for expert in np.flatnonzero(probabilities >= LEAST_PROBABILITY).tolist():
+                if self.tier.table.slot_of(first + expert) is None:
+                    found.append((float(probabilities[expert]), target - layer, first + expert))
+        found.sort(key=lambda one: (-one[0] / (one[1] + 1), one[2]))
+        return found
+
+    def _gains(self, key: int, probability: float) -> bool:
+        """Whether having `key` gains more than its victim's absence loses."""
+        tier = self.tier
+        if tier.table.free_slots:
+            return True
+        victim = tier.policy.victim(tier.table.pinned)
+        if victim is None:
+            return False
+        gain, loss = tier.policy.worth(key), tier.policy.worth(victim)
+        if gain is None or loss is None:
+            return probability >= 0.5
+        return gain > loss
+
+    def _cancel_unlikely(self) -> None:
+        unlikely = []
+        for key in self.tier.reading_ahead:
+            layer = int(self.geometry.layer_of[key])
+            _, probabilities = self._foreseen.get(layer, (0, None))
+            if probabilities is None or probabilities[key - self._first_keys[layer]] < CANCEL_BELOW:
+                unlikely.append(key)
+        if unlikely:
+            self.tier.cancel_ahead(unlikely)
+
+    def observe(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
+        """The layer is computed; it needed `experts` (int64 ids) for one decoded token."""
+        self.predictor.observe(layer, experts, self._logits.pop(layer, None))
+        self._foreseen.pop(layer, None)
+        first, end = self._first_keys[layer], self._first_keys[layer + 1]
+        unneeded = [key for key in self.tier.reading_ahead if first <= key < end]
+        if unneeded:
+            self.tier.cancel_ahead(unneeded)
+
+    def note_pass(self, seconds: float) -> None:
+        """A decoded token took so long: for the controller, and for what can arrive in time."""
+        if self.controller is not None and self.tier.table.usable_slots < self.geometry.total:
+            self.controller.note_pass(seconds)
+        self._layer_s += _SMOOTHING * (seconds / self.geometry.layers - self._layer_s)
+        counters = self.tier.counters
+        misses, stall_s = self._last
+        self._last = (counters.misses, counters.stall_s)
+        if counters.misses > misses and counters.stall_s >= stall_s:
+            each = (counters.stall_s - stall_s) / (counters.misses - misses)
+            self._read_s += _SMOOTHING * (each - self._read_s)
+
+    def forget_pass(self) -> None:
+        """A pass ended or failed somewhere: what it foresaw is of no use."""
+        self._foreseen.clear()
+        self._logits.clear()
