@@ -64,12 +64,14 @@ def load(
         attn_implementation: transformers' name of one; None for its own choice.
         quant: packed formats: "int8", "int4", "mxfp4" or "fp8_e4m3" for the whole model, or some of {"experts": ...,
             "dense": ..., "lm_head": ...}. "int4" and "mxfp4" alone keep the output layer in int8. None rounds nothing.
-        fused: which chains of small operations kernels compute in one: some of "attention", "kv_cache", "linear",
-            "rms_norm", "rotary", "decoder" (a whole decode step), or all, or none. Equal up to rounding; `stats().fused` says how often each applies.
-        policy: which expert gives way to which: "auto", a name ("forecast", "lru", "lfu", "mrs", "window",
-            "frequency-recency", "arc", "lfu-quotas", "lfu-shallow-first"), or a `prefetch.policies.base.CachePolicy`.
-        prefetch: read experts of later layers ahead while one sequence is decoded: "auto" for as long as that is
-            measured to pay, True for always, False for never. Neither changes the output.
+        fused: which chains of small operations kernels compute in one: some of "attention", "decoder" (a whole decode
+            step), "kv_cache", "linear", "rms_norm", "rotary", or all, or none. Equal up to rounding; `stats().fused`
+            says how often each applies.
+        policy: which expert gives way to which: "lru", "lfu", "mrs", "window", "frequency-recency", "arc",
+            "lfu-quotas", "lfu-shallow-first", "forecast", which learns, "auto" for that one where not all experts
+            have slots, or a `prefetch.policies.base.CachePolicy`.
+        prefetch: read experts of later layers ahead while one sequence is decoded: False for never, True for always,
+            "auto" for as long as that is measured to pay. Neither changes the output.
         device: "host": the CPU, and with `vram` an accelerator that host memory plays, so that all three tiers run
             without a GPU. Experts there are computed by the CPU kernels: outputs are the same, speed is not a GPU's.
         vram: size of that accelerator's memory, which takes as much of the host's beside `ram`.

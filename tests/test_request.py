@@ -34,7 +34,7 @@ def test_kinds_are_switched_by_name() -> None:
 
 @pytest.mark.parametrize("fused", ["linear", ["linear", "other"], None, 1, [["linear"]], {"": 1}])
 def test_other_kinds_are_refused(fused: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"fused=.*expected True, False or some of attention, kv_cache"):
+    with pytest.raises(InvalidArgumentError, match=r"fused=.*expected True, False or some of attention, decoder"):
         make(fused=fused)
 
 
