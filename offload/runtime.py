@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import weakref
@@ -166,9 +167,9 @@ class Runtime:
             return None
         return self.tier.addresses_of_all(self.plan.expert_count)
 
-    def note_taped(self, layer: ExpertsLayer, experts: list[int]) -> None:
-        """A tape has computed these experts of a layer, ascending, all of them in RAM. Call with the lock."""
-        self.tier.note_hits([layer.first_key + expert for expert in experts])
+    def note_taped(self, keys: list[int]) -> None:
+        """A tape has computed these experts of one layer, ascending, all of them in RAM. Call with the lock."""
+        self.tier.note_hits(keys)
         self._moe_steps += 1
 
     def preload(self, progress: Progress) -> None:
@@ -219,15 +220,17 @@ class Runtime:
         self._check_open()
         self.observer.prefill = tokens > 1
         plan = self.plan
-        needed = pass_nbytes(self.spec, batch, tokens, past_tokens, all_logits=all_logits)
+        own = pass_nbytes(self.spec, batch, tokens, past_tokens, all_logits=all_logits)
         with self.lock:
-            needed += sum(nbytes for other, nbytes in self._caches.items() if other is not cache)
             if cache is not None:
                 self._caches[cache] = kv_nbytes(self.spec, batch, past_tokens + tokens)
-        reserved = plan.ram.kv_nbytes + plan.ram.activation_nbytes
-        room = plan.ram_budget_nbytes - plan.ram.dense_nbytes - max(needed, reserved)
-        slots = min(plan.ram_slots, room // plan.slot_nbytes)
-        fewest = min(MINIMUM_SLOTS, plan.ram_slots)
+        needed = own + self._other_caches_nbytes(cache)
+        slots, fewest = self._slots_beside(needed), min(MINIMUM_SLOTS, plan.ram_slots)
+        if slots < fewest:
+            # The caches of a request that failed may live on in cycles with the frames of its traceback.
+            gc.collect()
+            needed = own + self._other_caches_nbytes(cache)
+            slots = self._slots_beside(needed)
         if slots < fewest:
             minimum = plan.ram.dense_nbytes + needed + fewest * plan.slot_nbytes
             raise DoesNotFitError(
@@ -240,6 +243,17 @@ class Runtime:
         with self.lock:
             if slots != self.tier.table.usable_slots:
                 self.tier.resize(slots)
+
+    def _other_caches_nbytes(self, cache: object | None) -> int:
+        with self.lock:
+            return sum(nbytes for other, nbytes in self._caches.items() if other is not cache)
+
+    def _slots_beside(self, needed_nbytes: int) -> int:
+        """Expert slots that the budget leaves beside dense weights and what a pass needs; at most those planned."""
+        plan = self.plan
+        reserved = plan.ram.kv_nbytes + plan.ram.activation_nbytes
+        room = plan.ram_budget_nbytes - plan.ram.dense_nbytes - max(needed_nbytes, reserved)
+        return min(plan.ram_slots, room // plan.slot_nbytes)
 
     def count_pass(self, tokens: int, *, decode: bool, seconds: float) -> None:
         """Note one finished forward pass of the whole model."""

@@ -60,7 +60,7 @@ def test_every_help_shows_an_example() -> None:
     from offload.cli.store import store_commands
 
     commands = {**cli.commands, **store_commands.commands}
-    assert set(commands) == {"run", "plan", "quantize", "store", "ls", "verify", "rm"}
+    assert set(commands) == {"run", "plan", "profile", "quantize", "store", "ls", "verify", "rm"}
     for command in (cli, *commands.values()):
         assert "Example:\n  offload " in (command.epilog or "")
 

@@ -46,7 +46,7 @@ def test_linears_compute_what_a_linear_layer_does() -> None:
 
 def test_packed_linears_have_weights_of_their_own() -> None:
     calls = LinearCalls("int8", 32)
-    addresses = {layer._weights.addresses for layer in calls._layers}
+    addresses = {layer.weights.addresses for layer in calls._layers}
     assert len(addresses) == len(calls._layers) > 1
     calls.product(1).run()
 

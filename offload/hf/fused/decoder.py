@@ -7,7 +7,6 @@ is proven by running its own code on stand-ins.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from offload.hf.fused.decoder_parts import DecoderParts, dtype_of, find_parts
 from offload.hf.fused.moe_parts import find_moe_parts
 from offload.hf.fused.stack import ExpertsAtHand, Stack
 from offload.hf.fused.stand_ins import Given, with_children
-from offload.hf.fused.swap import Fused, swap
+from offload.hf.fused.swap import STACK, Fused, swap
 
 
 def fuse_decoders(model: PreTrainedModel, experts: ExpertsAtHand | None) -> int:
@@ -38,7 +37,7 @@ def fuse_decoders(model: PreTrainedModel, experts: ExpertsAtHand | None) -> int:
     stack.watch(layers)
     for index, layer in enumerate(layers):
         swap(layer, _forward)
-        _STACKS[layer] = stack, index
+        layer.__dict__[STACK] = stack, index
     return len(layers)
 
 
@@ -93,12 +92,8 @@ def _hands_on(decoder: nn.Module, layers: Sequence[nn.Module]) -> bool:
     )
 
 
-_STACKS: weakref.WeakKeyDictionary[nn.Module, tuple[Stack, int]] = weakref.WeakKeyDictionary()
-"""A stack holds the parts of its layers, never a layer: it goes when they go."""
-
-
 def _forward(self: Fused, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    stack, index = _STACKS.get(self, (None, 0))
+    stack, index = self.__dict__.get(STACK, (None, 0))
     if stack is not None and not args:
         if index:
             if stack.has_done(hidden_states):

@@ -44,8 +44,8 @@ class ExpertsAtHand(Protocol):
         """Int64 [experts], where each expert's bundle lies; None unless all are here. Call with the lock."""
         ...
 
-    def note_taped(self, layer: ExpertsLayer, experts: list[int]) -> None:
-        """A tape has computed these experts of a layer."""
+    def note_taped(self, keys: list[int]) -> None:
+        """A tape has computed these experts of one layer."""
         ...
 
 
@@ -185,9 +185,9 @@ class Stack:
             # Which of equals come first is torch's to say.
             choice.ids.copy_(torch.topk(choice.shares, choice.ids.shape[1]).indices)
             row = stopped
-        for choice, taped in zip(tape.choices[first:end], tape.moe[first:end], strict=True):
-            assert choice is not None and taped is not None
-            self._experts.note_taped(taped.layer, sorted(set(choice.ids.view(-1).tolist())))
+        for choice, first_key in zip(tape.choices[first:end], tape.moe[first:end], strict=True):
+            assert choice is not None and first_key is not None
+            self._experts.note_taped([first_key + expert for expert in sorted(set(choice.ids.view(-1).tolist()))])
         return stopped
 
     def _taped_from(self, tape: StackTape, index: int) -> int:

@@ -63,7 +63,7 @@ class StackTape:
         choices: for each layer with a taped MoE block: its last choice; else None.
         mlp_rows: for each layer: the row at which its attention is done.
         end_rows: for each layer: the row at which it is done, if its MoE block is taped; else `mlp_rows`.
-        moe: for each layer, its taped MoE block or None.
+        moe: for each layer, the key of its first expert if its MoE block is taped, else None.
         addresses: of all experts, as they were last taken; None before.
     """
 
@@ -79,7 +79,9 @@ class StackTape:
         weight = first.before.module.get_parameter("weight")
         hidden, width, heads, kv_heads = len(weight), first.width, first.heads, first.kv_heads
         self._tape = Tape(weight.dtype)
-        self.moe = list(moe)
+        # A tape lives as long as its thread: it must not hold modules, which hold the runtime.
+        self.moe = [None if taped is None else taped.layer.first_key for taped in moe]
+        self._experts = [(taped.layer.first_key, taped.addresses) for taped in moe if taped is not None]
         self.addresses: Addresses | None = None
         self._batch, self._kv_heads, self._width = batch, kv_heads, width
         self.x, self.residual, self.normed = (
@@ -143,10 +145,8 @@ class StackTape:
 
     def take_addresses(self, addresses: Addresses) -> None:
         """Where all experts lie, int64 by key."""
-        for taped in self.moe:
-            if taped is not None:
-                first = taped.layer.first_key
-                taped.addresses[:] = addresses[first : first + taped.layer.count]
+        for first, own in self._experts:
+            own[:] = addresses[first : first + len(own)]
         self.addresses = addresses
 
     def point_to(self, cos: torch.Tensor, sin: torch.Tensor, rooms: Sequence[Room]) -> None:

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
+STACK = "_offload_stack"
+"""Where a decoder layer keeps the stack that it is part of; the one thing that its copies leave behind."""
+
 
 class Fused(torch.nn.Module):
     """Mixed into the classes of modules that kernels compute. Copied or pickled, a module is of its plain class."""
@@ -16,7 +19,8 @@ class Fused(torch.nn.Module):
     plain: ClassVar[type[torch.nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.plain.__new__, (self.plain,), dict(self.__dict__)
+        state = {name: value for name, value in self.__dict__.items() if name != STACK}
+        return self.plain.__new__, (self.plain,), state
 
 
 def swap(module: torch.nn.Module, forward: Callable[..., Any]) -> None:

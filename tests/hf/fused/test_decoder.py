@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from offload.hf.fused.decoder_parts import find_parts
 from offload.hf.fused.kv_cache import ROOM_TOKENS
 from offload.hf.fused.moe_parts import find_moe_parts
 from offload.hf.fused.stack import Stack
+from offload.hf.fused.swap import STACK
 from offload.request import FUSED_KINDS
 from tests.conftest import TinyCheckpoint
 from tests.hf.reference import prompt
@@ -330,15 +332,14 @@ def test_without_another_kind_there_is_no_tape() -> None:
 
 
 def test_a_copy_is_plain_and_a_stack_goes_with_its_model() -> None:
-    taped, plain = pair("qwen3_moe")
-    copied = copy.deepcopy(taped)
-    assert all(layer not in decoder._STACKS for layer in copied.model.layers)
+    taped, _ = pair("qwen3_moe")
     ids = prompt()
+    decoded(taped, ids, 3)
+    copied = copy.deepcopy(taped)
+    assert all(STACK not in layer.__dict__ for layer in copied.model.layers)
     assert torch.equal(decoded(copied, ids, 3), decoded(build_tiny("qwen3_moe", torch.bfloat16), ids, 3))
-    before = len(decoder._STACKS)
-    assert all(isinstance(stack, Stack) for stack, _ in decoder._STACKS.values())
-    layers = len(taped.model.layers)
+    stack = weakref.ref(taped.model.layers[0].__dict__[STACK][0])
+    assert isinstance(stack(), Stack)
     del taped
     gc.collect()
-    assert len(decoder._STACKS) <= before - layers
-    assert plain is not None
+    assert stack() is None
