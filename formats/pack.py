@@ -193,12 +193,12 @@ def _quantise_blocks(weights: Float32, layout: MatrixLayout) -> tuple[Bytes, Byt
             scale = largest * np.float32(1 / E4M3_MAX)
             scales[down, across] = scale
             with np.errstate(under="ignore"):
-                nearest = _nearest_e4m3(block * (np.float32(1) / scale))
+                nearest = nearest_e4m3(block * (np.float32(1) / scale))
             codes[rows, columns][: block.shape[0], : block.shape[1]] = nearest
     return codes, scales.reshape(-1).view(np.uint8)
 
 
-def _nearest_e4m3(scaled: Float32) -> Bytes:
+def nearest_e4m3(scaled: Float32) -> Bytes:
     """Codes of the nearest e4m3 values; magnitudes are at most 448 but for rounding."""
     bits = scaled.view(np.uint32)
     magnitude = bits & np.uint32(0x7FFFFFFF)
