@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# A process takes up to 2.5 GB.
+TEST_PROCESSES ?= 2
+
 DEMO_MODEL := examples/tiny_moe/model
 DEMO_RAM ?= 56MiB
 DEMO_PROMPT ?= class FileReader:
@@ -25,7 +28,7 @@ demo: setup
 		--prompt "$(DEMO_PROMPT)"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
