@@ -126,7 +126,8 @@ def _pack_int4(name: str, rows: Float32, layout: KvLayout) -> dict[str, _Codes]:
     by_channel = _channel_lanes(name, layout)
     grouped = rows.T if by_channel else rows  # groups run down the first axis
     groups = grouped.reshape(-1, INT4_GROUP, grouped.shape[1])
-    smallest, largest = groups.min(1), groups.max(1)
+    # A zero has no sign, whichever of two comes first.
+    smallest, largest = groups.min(1) + np.float32(0), groups.max(1)
     with np.errstate(all="ignore"):
         zeros = _bf16_below(smallest)
         spread = largest - zeros

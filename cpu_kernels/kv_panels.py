@@ -1,0 +1,174 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Weighted sums of the rows of panels for any number of heads, and panels widened to fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from cpu_kernels.jit import inner, intrinsic
+from cpu_kernels.kv_simd import (
+    KvCode,
+    PanelShape,
+    dot_rows,
+    expand_row,
+    panel_add,
+    panel_four_rows,
+    panel_row,
+    panel_store,
+    panel_zero,
+)
+
+_ONE_BY_ONE, _ONE_BY_FOUR = PanelShape(1, 1), PanelShape(1, 4)
+_TWO_BY_ONE, _TWO_BY_TWO = PanelShape(2, 1), PanelShape(2, 2)
+_FOUR_BY_ONE = PanelShape(4, 1)
+# int4: heads by nibbles.
+_ONE_BY_NIBBLES, _TWO_BY_NIBBLES, _FOUR_BY_PAIR = PanelShape(1, 4), PanelShape(2, 4), PanelShape(4, 2)
+
+
+@intrinsic
+def row_nbytes(typingctx: Any, code: Any) -> Any:
+    """Bytes of a panel's row, as a constant."""
+    kernel: KvCode = code.code
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(ir.IntType(64), kernel.row_nbytes)
+
+    return types.int64(code), codegen
+
+
+@intrinsic
+def _prefetch_like(typingctx: Any, code: Any, shape: Any, address: Any) -> Any:
+    """Ask for as many bytes as four rows of a tile have; they need not exist."""
+    panels = 1 if code.code.format == "int4" else shape.shape.panels
+    lines = 4 * code.code.row_nbytes * panels // 64
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i8, i32 = ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for_reading, into_all_levels, of_data = (ir.Constant(i32, value) for value in (0, 3, 1))
+        for line in range(lines):
+            at = builder.inttoptr(builder.add(arguments[2], ir.Constant(ir.IntType(64), 64 * line)), i8.as_pointer())
+            builder.call(prefetch, [at, for_reading, into_all_levels, of_data])
+        return context.get_dummy_value()
+
+    return types.void(code, shape, types.int64), codegen
+
+
+@intrinsic
+def _panels_of(typingctx: Any, shape: Any) -> Any:
+    """Panels of a tile, as a constant."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(ir.IntType(64), shape.shape.panels)
+
+    return types.int64(shape), codegen
+
+
+@inner
+def _tile(
+    code, shape, panel, panel_nbytes, rows, weights, weights_nbytes, out, out_nbytes, add, shift, ahead, ahead_step
+):
+    step = row_nbytes(code)
+    tile = panel_zero(code, shape)
+    full = rows // 4 * 4
+    for row in range(0, full, 4):
+        here = panel + row * step
+        _prefetch_like(code, shape, ahead + row * ahead_step)
+        tile = panel_four_rows(code, tile, here, panel_nbytes, weights + 4 * row, weights_nbytes, shift)
+    for row in range(full, rows):
+        tile = panel_row(code, tile, panel + row * step, panel_nbytes, weights + 4 * row, weights_nbytes, shift)
+    if add:
+        panel_add(code, tile, out, out_nbytes)
+    else:
+        panel_store(code, tile, out, out_nbytes)
+
+
+@inner
+def _sweep(code, shape, panels, panel_nbytes, first, count, rows, weights, weights_nbytes, out, out_nbytes, add, ahead):
+    """Whole tiles of a shape from panel `first` on; returns the panel after them."""
+    width = _panels_of(shape)
+    panel = first
+    while panel + width <= count:
+        offset = panel * panel_nbytes
+        _tile(code, shape, panels + offset, panel_nbytes, rows, weights, weights_nbytes, out + 64 * panel, out_nbytes,
+              add, 0, ahead + offset, width * row_nbytes(code))  # fmt: skip
+        panel += width
+    return panel
+
+
+@inner
+def multiply_panels(
+    code, panels, panel_nbytes, count, rows, weights, weights_nbytes, heads, out, out_nbytes, add, ahead
+):
+    """Out[h][16 p + lane] = sum over r < rows of weights[h][r] panel p's [r][lane]; added to what is there if `add`.
+
+    panels: address of `count` panels, panel_nbytes apart. weights: address of fp32 [heads][rows], weights_nbytes
+    apart. out: address of fp32 [heads][16 count], out_nbytes apart. ahead: address of what is read next, of which as
+    many bytes are asked for.
+    """
+    head = 0
+    while head < heads:
+        left = heads - head
+        at, target = weights + head * weights_nbytes, out + head * out_nbytes
+        if left >= 4:
+            _sweep(code, _FOUR_BY_ONE, panels, panel_nbytes, 0, count, rows, at, weights_nbytes, target, out_nbytes,
+                   add, ahead)  # fmt: skip
+            head += 4
+        elif left >= 2:
+            done = _sweep(code, _TWO_BY_TWO, panels, panel_nbytes, 0, count, rows, at, weights_nbytes, target,
+                          out_nbytes, add, ahead)  # fmt: skip
+            _sweep(code, _TWO_BY_ONE, panels, panel_nbytes, done, count, rows, at, weights_nbytes, target, out_nbytes,
+                   add, ahead)  # fmt: skip
+            head += 2
+        else:
+            done = _sweep(code, _ONE_BY_FOUR, panels, panel_nbytes, 0, count, rows, at, weights_nbytes, target,
+                          out_nbytes, add, ahead)  # fmt: skip
+            _sweep(code, _ONE_BY_ONE, panels, panel_nbytes, done, count, rows, at, weights_nbytes, target, out_nbytes,
+                   add, ahead)  # fmt: skip
+            head += 1
+
+
+@inner
+def multiply_half_panel(code, panel, shift, rows, weights, weights_nbytes, heads, out, out_nbytes, add, ahead):
+    """As `multiply_panels` for 32 lanes of one panel of int4: those of the nibbles from bit `shift`, 0 or 16, on."""
+    head = 0
+    step = row_nbytes(code)
+    while head < heads:
+        left = heads - head
+        at, target = weights + head * weights_nbytes, out + head * out_nbytes
+        if left >= 4:
+            for pair in range(2):
+                _tile(code, _FOUR_BY_PAIR, panel, 0, rows, at, weights_nbytes, target + 64 * pair, out_nbytes, add,
+                      shift + 8 * pair, ahead, step)  # fmt: skip
+            head += 4
+        elif left >= 2:
+            _tile(code, _TWO_BY_NIBBLES, panel, 0, rows, at, weights_nbytes, target, out_nbytes, add, shift, ahead,
+                  step)  # fmt: skip
+            head += 2
+        else:
+            _tile(code, _ONE_BY_NIBBLES, panel, 0, rows, at, weights_nbytes, target, out_nbytes, add, shift, ahead,
+                  step)  # fmt: skip
+            head += 1
+
+
+@inner
+def expand_rows(code, rows, count, out, out_nbytes):
+    """Write `count` rows of a panel as fp32, out_nbytes from row to row."""
+    for row in range(count):
+        expand_row(code, rows + row * row_nbytes(code), out + row * out_nbytes)
+
+
+@inner
+def dot_panels(panels, panel_nbytes, count, tokens, queries, query_nbytes, heads, out, out_nbytes):
+    """Out[h][t] = sum over channels of queries[h][c] panels' [c / 16][t][c mod 16], in fp32.
+
+    tokens: a multiple of 4. heads: a multiple of 2. The other arguments are those of `dot_rows`.
+    """
+    for head in range(0, heads, 2):
+        at, target = queries + head * query_nbytes, out + head * out_nbytes
+        for token in range(0, tokens, 4):
+            dot_rows(panels + 64 * token, panel_nbytes, count, at, query_nbytes, target + 4 * token, out_nbytes)

@@ -1,0 +1,389 @@
+# mypy: allow-untyped-calls
+"""Panels of a KV block in vector registers: weighted sums of a panel's rows for a few sets of weights.
+
+A tile is the sums of some heads over some pieces of 8 lanes, all in registers. Row after row is loaded, widened to
+fp32 and added with one fused multiply-add a head, so a sum has one order whatever the tile's shape: results do not
+depend on how many heads share a panel.
+
+    format      what a lane holds
+    fp32 fp16 bf16, int8   the number, or the code
+    fp8_e4m3    the number / 256: its bits, moved, are those of an fp16 number
+    int4        code 16^k of the k-th nibble taken, which tile_store takes back: masking replaces a shift
+
+Addresses are int64. Nothing outside the stated rows is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.imputils import lower_constant
+from numba.extending import models, register_model, typeof_impl
+
+from cpu_kernels.isa import converts_fp16
+from cpu_kernels.jit import intrinsic
+from cpu_kernels.simd import source_stamp
+
+PIECE = 8
+FP8_FACTOR = 256.0
+_Codegen = Callable[[Any, Any, Any, Any], Any]
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F16, _F32 = ir.HalfType(), ir.FloatType()
+_F32X8, _I32X8 = ir.VectorType(_F32, PIECE), ir.VectorType(_I32, PIECE)
+
+
+@dataclass(frozen=True)
+class KvCode:
+    """A format of KV blocks as kernels are compiled for it; a compile-time constant in them.
+
+    Attributes:
+        format: one of `formats.kv.KV_FORMATS`.
+        halves: whether the CPU widens fp16.
+        stamp: digest of the sources that the compiled code comes from.
+    """
+
+    format: str
+    halves: bool = field(default_factory=converts_fp16)
+    stamp: str = field(default_factory=source_stamp)
+
+    @property
+    def has_token_scales(self) -> bool:
+        """Whether a token's codes share a scale of fp32."""
+        return self.format in ("int8", "fp8_e4m3")
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of a panel's row."""
+        return {"fp32": 64, "fp16": 32, "bf16": 32}.get(self.format, 32 if self.format == "int4" else 16)
+
+
+@dataclass(frozen=True)
+class PanelShape:
+    """Heads x panels of a tile, a compile-time constant; of int4, heads x nibbles of one panel."""
+
+    heads: int
+    panels: int
+
+
+class KvCodeType(types.Type):
+    """Numba's type of a `KvCode`: one type per value."""
+
+    def __init__(self, code: KvCode) -> None:
+        self.code = code
+        super().__init__(name=f"KvCode({code.format}, {code.halves}, {code.stamp})")
+
+
+class PanelShapeType(types.Type):
+    """Numba's type of a `PanelShape`: one type per value."""
+
+    def __init__(self, shape: PanelShape) -> None:
+        self.shape = shape
+        super().__init__(name=f"PanelShape({shape.heads}, {shape.panels})")
+
+
+class PanelTileType(types.Type):
+    """Numba's type of a tile's sums, ordered by head, then piece."""
+
+    def __init__(self, heads: int, pieces: int) -> None:
+        self.heads, self.pieces = heads, pieces
+        super().__init__(name=f"PanelTile({heads}, {pieces})")
+
+
+@typeof_impl.register(KvCode)
+def _typeof_code(value: KvCode, context: Any) -> KvCodeType:
+    return KvCodeType(value)
+
+
+@typeof_impl.register(PanelShape)
+def _typeof_shape(value: PanelShape, context: Any) -> PanelShapeType:
+    return PanelShapeType(value)
+
+
+register_model(KvCodeType)(models.OpaqueModel)
+register_model(PanelShapeType)(models.OpaqueModel)
+
+
+@lower_constant(KvCodeType)
+@lower_constant(PanelShapeType)
+def _lower_compile_time_constant(context: Any, builder: Any, ty: Any, value: Any) -> Any:
+    return context.get_dummy_value()
+
+
+@register_model(PanelTileType)
+class _TileModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: PanelTileType) -> None:
+        super().__init__(dmm, fe_type, ir.ArrayType(_F32X8, fe_type.heads * fe_type.pieces))
+
+
+def _tile_type(code: KvCode, shape: PanelShape) -> PanelTileType:
+    return PanelTileType(shape.heads, shape.panels if code.format == "int4" else 2 * shape.panels)
+
+
+def _splat(kind: Any, value: int | float) -> Any:
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _at(builder: Any, address: Any, offset: int) -> Any:
+    return builder.add(address, ir.Constant(_I64, offset)) if offset else address
+
+
+def _load(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def _store(builder: Any, address: Any, value: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def _call(builder: Any, name: str, *arguments: Any) -> Any:
+    function_type = ir.FunctionType(_F32X8, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
+
+
+def _broadcast(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(ir.VectorType(value.type, PIECE), ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, undefined, _splat(_I32X8, 0))
+
+
+def _pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def _fp8_piece(builder: Any, raw: Any, code: KvCode) -> Any:
+    """8 bytes of e4m3 as numbers / 256."""
+    if code.halves:
+        kind = ir.VectorType(_I16, PIECE)
+        moved = builder.shl(builder.sext(raw, kind), _splat(kind, 7))
+        halves = builder.bitcast(builder.and_(moved, _splat(kind, 0xBF80)), ir.VectorType(_F16, PIECE))
+        return builder.fpext(halves, _F32X8)
+    moved = builder.shl(builder.sext(raw, _I32X8), _splat(_I32X8, 20))
+    numbers = builder.bitcast(builder.and_(moved, _splat(_I32X8, 0x87F00000)), _F32X8)
+    return builder.fmul(numbers, _splat(_F32X8, 2.0**112))
+
+
+def _row(builder: Any, code: KvCode, address: Any) -> list[Any]:
+    """One row of a panel of 16 lanes as two pieces; those of bf16 are its even and its odd lanes."""
+    if code.format == "bf16":
+        pairs = _load(builder, address, _I32X8)
+        even = builder.shl(pairs, _splat(_I32X8, 16))
+        odd = builder.and_(pairs, _splat(_I32X8, 0xFFFF0000))
+        return [builder.bitcast(even, _F32X8), builder.bitcast(odd, _F32X8)]
+    pieces = []
+    for piece in range(2):
+        at = _at(builder, address, piece * code.row_nbytes // 2)
+        if code.format == "fp32":
+            pieces.append(_load(builder, at, _F32X8))
+        elif code.format == "fp16":
+            halves = builder.bitcast(_load(builder, at, ir.VectorType(_I16, PIECE)), ir.VectorType(_F16, PIECE))
+            pieces.append(builder.fpext(halves, _F32X8))
+        else:
+            raw = _load(builder, at, ir.VectorType(_I8, PIECE))
+            if code.format == "int8":
+                pieces.append(builder.sitofp(builder.sext(raw, _I32X8), _F32X8))
+            else:
+                pieces.append(_fp8_piece(builder, raw, code))
+    return pieces
+
+
+def _nibbles(builder: Any, address: Any, shift: Any, count: int) -> list[Any]:
+    """`count` (up to 4) nibbles of each of 8 words, from bit `shift` on; the k-th is its code times 16^k."""
+    words = _load(builder, address, _I32X8)
+    words = builder.lshr(words, _broadcast(builder, builder.trunc(shift, _I32)))
+    return [builder.sitofp(builder.and_(words, _splat(_I32X8, 0xF << (4 * nibble))), _F32X8) for nibble in range(count)]
+
+
+def _in_lane_order(builder: Any, code: KvCode, pieces: list[Any]) -> list[Any]:
+    if code.format == "bf16":
+        ordered = []
+        for even, odd in zip(pieces[::2], pieces[1::2], strict=True):
+            lanes = [lane // 2 + (lane % 2) * PIECE for lane in range(2 * PIECE)]
+            ordered += [_pick(builder, even, odd, lanes[:PIECE]), _pick(builder, even, odd, lanes[PIECE:])]
+        return ordered
+    if code.format == "int4":
+        return [builder.fmul(piece, _splat(_F32X8, 16.0**-nibble)) for nibble, piece in enumerate(pieces)]
+    return pieces
+
+
+@intrinsic
+def panel_zero(typingctx: Any, code: Any, shape: Any) -> tuple[Any, _Codegen]:
+    """A tile with all sums zero."""
+    tile = _tile_type(code.code, shape.shape)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(context.get_value_type(tile), None)
+
+    return tile(code, shape), codegen
+
+
+def _rows_intrinsic(name: str, rows: int) -> Any:
+    def operation(
+        typingctx: Any,
+        code: Any,
+        tile: Any,
+        panel: Any,
+        panel_nbytes: Any,
+        weights: Any,
+        weights_nbytes: Any,
+        shift: Any,
+    ) -> tuple[Any, _Codegen]:
+        kernel: KvCode = code.code
+
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, value, panel, panel_nbytes, weights, weights_nbytes, shift = arguments
+            for row in range(rows):
+                at = _at(builder, panel, row * kernel.row_nbytes)
+                if kernel.format == "int4":
+                    pieces = _nibbles(builder, at, shift, tile.pieces)
+                else:
+                    pieces = []
+                    for _ in range(tile.pieces // 2):
+                        pieces += _row(builder, kernel, at)
+                        at = builder.add(at, panel_nbytes)
+                weight = _at(builder, weights, 4 * row)
+                for head in range(tile.heads):
+                    factor = _broadcast(builder, _load(builder, weight, _F32))
+                    weight = builder.add(weight, weights_nbytes)
+                    for index, piece in enumerate(pieces):
+                        place = head * tile.pieces + index
+                        total = builder.extract_value(value, place)
+                        total = _call(builder, "llvm.fma.v8f32", piece, factor, total)
+                        value = builder.insert_value(value, total, place)
+            return value
+
+        return tile(code, tile, *[types.int64] * 5), codegen
+
+    operation.__name__ = operation.__qualname__ = name
+    operation.__doc__ = f"""Add {rows} consecutive row(s), each times its weight of each head.
+
+    panel: address of the first panel's row, panel_nbytes before that of the next panel.
+    weights: address of the first head's fp32 weight of that row, weights_nbytes before that of the next head.
+    shift: bits below the first nibble of int4; else not looked at.
+    """
+    return intrinsic(operation)
+
+
+panel_row = _rows_intrinsic("panel_row", 1)
+panel_four_rows = _rows_intrinsic("panel_four_rows", 4)
+
+
+def _store_intrinsic(name: str, add: bool) -> Any:
+    def operation(typingctx: Any, code: Any, tile: Any, out: Any, out_nbytes: Any) -> tuple[Any, _Codegen]:
+        kernel: KvCode = code.code
+
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, value, out, out_nbytes = arguments
+            for head in range(tile.heads):
+                pieces = [builder.extract_value(value, head * tile.pieces + piece) for piece in range(tile.pieces)]
+                for piece, total in enumerate(_in_lane_order(builder, kernel, pieces)):
+                    at = _at(builder, out, 4 * PIECE * piece)
+                    _store(builder, at, builder.fadd(_load(builder, at, _F32X8), total) if add else total)
+                out = builder.add(out, out_nbytes)
+            return context.get_dummy_value()
+
+        return types.void(code, tile, types.int64, types.int64), codegen
+
+    operation.__name__ = operation.__qualname__ = name
+    operation.__doc__ = f"""{"Add the sums to" if add else "Write the sums as"} fp32 in the order of lanes.
+
+    out: address of the first head's, out_nbytes before the next head's.
+    """
+    return intrinsic(operation)
+
+
+panel_store = _store_intrinsic("panel_store", False)
+panel_add = _store_intrinsic("panel_add", True)
+
+
+@intrinsic
+def expand_row(typingctx: Any, code: Any, row: Any, out: Any) -> tuple[Any, _Codegen]:
+    """Write one row of a panel as fp32: its numbers, or codes that lack their scales (fp8_e4m3: codes / 256)."""
+    kernel: KvCode = code.code
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, row, out = arguments
+        if kernel.format == "int4":
+            low = _nibbles(builder, row, ir.Constant(_I64, 0), 4)
+            high = _nibbles(builder, row, ir.Constant(_I64, 16), 4)
+            pieces = _in_lane_order(builder, kernel, low) + _in_lane_order(builder, kernel, high)
+        else:
+            pieces = _in_lane_order(builder, kernel, _row(builder, kernel, row))
+        for index, piece in enumerate(pieces):
+            _store(builder, _at(builder, out, 4 * PIECE * index), piece)
+        return context.get_dummy_value()
+
+    return types.void(code, types.int64, types.int64), codegen
+
+
+DOT_TOKENS, DOT_HEADS = 4, 2
+
+
+@intrinsic
+def dot_rows(
+    typingctx: Any,
+    rows: Any,
+    panel_nbytes: Any,
+    panels: Any,
+    queries: Any,
+    query_nbytes: Any,
+    out: Any,
+    out_nbytes: Any,
+) -> tuple[Any, _Codegen]:
+    """Dot products of 4 consecutive fp32 rows of panels with 2 queries, over all panels.
+
+    rows: address of the first row in the first panel, panel_nbytes before that in the next.
+    queries: address of fp32 [2][16 panels], query_nbytes apart. out: address of fp32 [2][4], out_nbytes apart.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, panel_nbytes, panels, queries, query_nbytes, out, out_nbytes = arguments
+        entry, body, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(body)
+        builder.position_at_end(body)
+        index, at, query = builder.phi(_I64), builder.phi(_I64), builder.phi(_I64)
+        sums = [builder.phi(_F32X8) for _ in range(DOT_TOKENS * DOT_HEADS)]
+        totals = list(sums)
+        for half in range(2):
+            factors = [
+                _load(builder, _at(builder, builder.add(query, builder.mul(ir.Constant(_I64, head), query_nbytes)),
+                                   32 * half), _F32X8)
+                for head in range(DOT_HEADS)
+            ]  # fmt: skip
+            for token in range(DOT_TOKENS):
+                row = _load(builder, _at(builder, at, 64 * token + 32 * half), _F32X8)
+                for head in range(DOT_HEADS):
+                    place = head * DOT_TOKENS + token
+                    totals[place] = _call(builder, "llvm.fma.v8f32", row, factors[head], totals[place])
+        following = builder.add(index, ir.Constant(_I64, 1))
+        at_next, query_next = builder.add(at, panel_nbytes), builder.add(query, ir.Constant(_I64, 64))
+        builder.cbranch(builder.icmp_signed("<", following, panels), body, done)
+        for phi, first, later in (
+            (index, ir.Constant(_I64, 0), following),
+            (at, rows, at_next),
+            (query, queries, query_next),
+            *((phi, ir.Constant(_F32X8, None), total) for phi, total in zip(sums, totals, strict=True)),
+        ):
+            phi.add_incoming(first, entry)
+            phi.add_incoming(later, body)
+        builder.position_at_end(done)
+        for head in range(DOT_HEADS):
+            for token in range(DOT_TOKENS):
+                _store(builder, _at(builder, out, 4 * token), _sum_lanes(builder, totals[head * DOT_TOKENS + token]))
+            out = builder.add(out, out_nbytes)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen
+
+
+def _sum_lanes(builder: Any, vector: Any) -> Any:
+    """Halves added as a binary tree."""
+    lanes = PIECE
+    while lanes > 1:
+        lanes //= 2
+        low = _pick(builder, vector, vector, list(range(lanes)))
+        vector = builder.fadd(low, _pick(builder, vector, vector, list(range(lanes, 2 * lanes))))
+    return builder.extract_element(vector, ir.Constant(_I32, 0))

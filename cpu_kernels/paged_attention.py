@@ -1,0 +1,232 @@
+"""Attention over the blocks of a paged KV cache where they lie, with log-sum-exp so that parts can be merged."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpu_kernels import paged_attention_block as block_fields
+from cpu_kernels import paged_attention_kernel as kernel
+from cpu_kernels.kv_simd import FP8_FACTOR, KvCode
+from cpu_kernels.paged_attention_jobs import chunk_counter, chunk_runner
+from cpu_kernels.tensors import describe
+from cpu_kernels.threads import Pool
+from cpu_kernels.workspace import workspace
+from formats.kv import KvLayout
+from formats.packed import round_up
+
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+_NO_WINDOW = 1 << 60
+
+
+@cache
+def layout_fields(layout: KvLayout) -> Int64:
+    """A layout as jobs of kernels have it: int64 [LAYOUT_FIELDS]."""
+    fields = np.zeros(block_fields.LAYOUT_FIELDS, np.int64)
+    fields[block_fields.KEY_WIDTH] = layout.key_width
+    fields[block_fields.KEY_COLUMNS] = layout.key_columns
+    fields[block_fields.VALUE_COLUMNS] = layout.value_columns
+    fields[block_fields.OUTPUT_WIDTH] = layout.output_width
+    fields[block_fields.FROM_KEY] = layout.value_from_key
+    fields[block_fields.BLOCK_TOKENS] = layout.block_tokens
+    fields[block_fields.HEAD_NBYTES] = layout.head_nbytes
+    fields[block_fields.QUERY_NBYTES] = 4 * round_up(layout.key_width, 16)
+    # The largest score and the sum of exponentials are the last two of 16 more.
+    fields[block_fields.PART_NBYTES] = 4 * (max(layout.value_columns, round_up(layout.output_width, 16)) + 16)
+    for name, part in layout.parts.items():
+        fields[getattr(block_fields, name.upper())] = part.offset
+    code = KvCode(layout.format)
+    fields[block_fields.ROW_NBYTES] = code.row_nbytes
+    fields[block_fields.HAS_TOKEN_SCALES] = code.has_token_scales
+    factor = FP8_FACTOR if code.format == "fp8_e4m3" else 1.0
+    fields[block_fields.CODE_FACTOR : block_fields.CODE_FACTOR + 1].view(np.float32)[0] = factor
+    if code.format != "fp32":
+        fields[block_fields.EXPAND_FUNCTION] = block_fields.expand_function(code)
+    return fields
+
+
+@cache
+def _job_template(layout: KvLayout) -> Int64:
+    """A job with what depends on the layout alone."""
+    job = np.zeros(kernel.JOB_FIELDS, np.int64)
+    job[: block_fields.LAYOUT_FIELDS] = layout_fields(layout)
+    code = KvCode(layout.format)
+    job[kernel.KV_HEADS] = layout.kv_heads
+    job[kernel.FLOAT32_FUNCTION] = block_fields.multiply_function(KvCode("fp32"))
+    if layout.is_int4:
+        job[block_fields.INT4_SCORES_FUNCTION] = block_fields.int4_scores_function()
+        job[block_fields.INT4_VALUES_FUNCTION] = block_fields.int4_values_function()
+    elif not layout.value_from_key:
+        job[block_fields.MULTIPLY_FUNCTION] = block_fields.multiply_function(code)
+    return job
+
+
+def paged_attention(
+    query: torch.Tensor,
+    offsets: Int64,
+    addresses: Int64,
+    lengths: Int64,
+    first_positions: Int64,
+    query_positions: Int64,
+    layout: KvLayout,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    valid: Bool | None = None,
+    pool: Pool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax(scale q K^T) V over lists of blocks; query heads g G to g G + G - 1 share key-value head g.
+
+    Scores, exponentials and sums are fp32. A query at position P sees the tokens at positions P - window + 1 to P.
+    The bits do not depend on the number of threads, nor on the other sequences.
+
+    Args:
+        query: [B, Hq, T, D] on the CPU, bf16, fp16 or fp32; D = layout.key_width.
+        offsets: int64 [B + 1]; sequence b's blocks are addresses[offsets[b] : offsets[b + 1]].
+        addresses: int64, of blocks, in the order of their tokens.
+        lengths: int64 [B], tokens of each list; all but the last block are full. What follows them may be anything.
+        first_positions: int64 [B], the position of each list's first token.
+        query_positions: int64 [B, T].
+        layout: of the blocks.
+        scale: of the scores.
+        window: how many tokens a query sees, itself included; None: all.
+        softcap: c of c tanh(score / c); None: none.
+        valid: bool [B, S], False for positions that no query sees (left padding); S above every position.
+        pool: the threads.
+
+    Returns:
+        out fp32 [B, Hq, T, V] and lse fp32 [B, Hq, T], the logarithm of the sum of exponentials of scores. Of a query
+        that sees nothing: zeros and minus infinity.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit.
+    """
+    _check_query(query, layout)
+    batch, heads, positions, _ = query.shape
+    _check_lists(batch, positions, offsets, addresses, lengths, first_positions, query_positions, layout, valid)
+    if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
+        raise ValueError(f"window={window}, softcap={softcap}: expected positive numbers or None")
+    group = heads // layout.kv_heads
+    rows = _query_rows(query, layout, group)
+    out = torch.empty(batch, heads, positions, layout.output_width, dtype=torch.float32)
+    lse = torch.empty(batch, heads, positions, dtype=torch.float32)
+    job = _job_template(layout).copy()
+    job[block_fields.GROUP] = group
+    job[kernel.QUERIES] = rows.data_ptr()
+    job[kernel.ADDRESSES], job[kernel.LENGTHS] = addresses.ctypes.data, lengths.ctypes.data
+    job[kernel.FIRST_POSITIONS] = first_positions.ctypes.data
+    job[kernel.QUERY_POSITIONS], job[kernel.POSITIONS] = query_positions.ctypes.data, positions
+    job[kernel.WINDOW] = window or _NO_WINDOW
+    if valid is not None:
+        job[kernel.VALID], job[kernel.VALID_COLUMNS] = valid.ctypes.data, valid.shape[1]
+    job[kernel.SCALE : kernel.SCALE + 1].view(np.float32)[0] = scale
+    job[kernel.SOFTCAP : kernel.SOFTCAP + 1].view(np.float32)[0] = softcap or 0.0
+    job[kernel.OUT], job[kernel.LSE] = out.data_ptr(), lse.data_ptr()
+    lists = job, offsets, lengths, first_positions, query_positions
+    counts = chunk_counter()(*lists)
+    tasks = kernel.attention_task(), kernel.combine_task()
+    chunk_runner()(*pool.launcher, *tasks, counts, workspace(int(counts[3])), *lists)
+    return out, lse
+
+
+def merge_lse(parts: list[tuple[torch.Tensor, torch.Tensor]], sinks: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention over the tokens of all parts from attention over each.
+
+    Args:
+        parts: (out fp32 [B, Hq, T, V], lse fp32 [B, Hq, T]) of disjoint tokens, added in this order.
+        sinks: [Hq], a score of each head that takes weight and has no value; None: none.
+
+    Returns:
+        fp32 [B, Hq, T, V]; zeros where a query sees nothing.
+
+    Raises:
+        ValueError: no parts.
+    """
+    if not parts:
+        raise ValueError("merge_lse: expected at least one part, found none")
+    if len(parts) == 1 and sinks is None:
+        return parts[0][0]
+    largest = parts[0][1]
+    for _, lse in parts[1:]:
+        largest = torch.maximum(largest, lse)
+    if sinks is not None:
+        largest = torch.maximum(largest, sinks.float()[None, :, None])
+    # Where nothing is seen, exp(-inf - 0) = 0.
+    largest = torch.where(largest == -torch.inf, 0.0, largest)
+    total = torch.exp(sinks.float()[None, :, None] - largest) if sinks is not None else torch.zeros_like(largest)
+    merged = torch.zeros_like(parts[0][0])
+    for out, lse in parts:
+        share = torch.exp(lse - largest)
+        total = total + share
+        merged.addcmul_(out, share[..., None])
+    return merged.div_(torch.where(total == 0, 1.0, total)[..., None])
+
+
+def _check_query(query: torch.Tensor, layout: KvLayout) -> None:
+    if (
+        query.ndim != 4
+        or query.shape[3] != layout.key_width
+        or query.shape[1] % layout.kv_heads
+        or 0 in query.shape
+        or not query.is_cpu
+        or query.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+    ):
+        raise ValueError(
+            f"query: expected bf16, fp16 or fp32 [B, Hq, T, {layout.key_width}] on the CPU, Hq a multiple of "
+            f"{layout.kv_heads}, found {describe(query)}"
+        )
+
+
+def _check_lists(
+    batch: int,
+    positions: int,
+    offsets: Int64,
+    addresses: Int64,
+    lengths: Int64,
+    first_positions: Int64,
+    query_positions: Int64,
+    layout: KvLayout,
+    valid: Bool | None,
+) -> None:
+    for name, array, shape in (
+        ("offsets", offsets, (batch + 1,)),
+        ("addresses", addresses, addresses.shape[:1]),
+        ("lengths", lengths, (batch,)),
+        ("first_positions", first_positions, (batch,)),
+        ("query_positions", query_positions, (batch, positions)),
+    ):
+        if array.dtype != np.int64 or array.shape != shape or not array.flags.c_contiguous:
+            raise ValueError(f"{name}: expected contiguous int64 {list(shape)}, found {array.dtype} {array.shape}")
+    room = np.diff(offsets) * layout.block_tokens
+    if offsets[0] < 0 or offsets[-1] > len(addresses) or (room < lengths).any() or (lengths < 0).any():
+        raise ValueError(
+            f"lengths={lengths.tolist()}: lists of {np.diff(offsets).tolist()} blocks of {layout.block_tokens} tokens, "
+            f"{len(addresses)} in all, do not hold them"
+        )
+    if valid is None:
+        return
+    most = int((first_positions + lengths).max())
+    if valid.dtype != np.bool_ or valid.shape[0] != batch or valid.shape[1] < most or not valid.flags.c_contiguous:
+        raise ValueError(
+            f"valid: expected contiguous bool [{batch}, {most} or more], found {valid.dtype} {valid.shape}"
+        )
+
+
+def _query_rows(query: torch.Tensor, layout: KvLayout, group: int) -> torch.Tensor:
+    """Queries as fp32 [B, Hk, T, G, width in whole panels], and room after the last for a row that is only read."""
+    batch, heads, positions, width = query.shape
+    columns = round_up(width, 16)
+    split = query.view(batch, layout.kv_heads, group, positions, width).transpose(2, 3)
+    storage = torch.empty((batch * heads * positions + 1) * columns, dtype=torch.float32)
+    rows = storage[: batch * heads * positions * columns].view(batch, layout.kv_heads, positions, group, columns)
+    rows[..., :width] = split
+    if columns > width:
+        rows[..., width:] = 0
+    storage[-columns:] = 0
+    return rows

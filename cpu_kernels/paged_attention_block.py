@@ -1,0 +1,336 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""One head of one block: scores of its tokens, and weighted sums of its values, by format.
+
+A few query rows read codes in place. Where more share a block, and in latent attention, it is first widened to fp32,
+in panels of 16 lanes with their scales applied. `keys`, `values` and so on are fields of the job, bytes from the
+head's start; `head` is its address.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import overload
+
+from cpu_kernels.jit import call_at, carray, function_address, inner, intrinsic
+from cpu_kernels.kv_panels import expand_rows, multiply_half_panel, multiply_panels, row_nbytes
+from cpu_kernels.kv_simd import FP8_FACTOR, KvCode
+from cpu_kernels.kv_softmax import multiply_row, rows_add, rows_store, rows_sum
+from cpu_kernels.packing_simd import rows_load, rows_multiply, rows_splat, rows_type
+from cpu_kernels.simd import float32_pointer, int64_pointer
+
+# Fields of a job that describe its blocks.
+(
+    GROUP,  # query heads of a key-value head
+    KEY_WIDTH,
+    KEY_COLUMNS,
+    VALUE_COLUMNS,
+    OUTPUT_WIDTH,
+    FROM_KEY,
+    BLOCK_TOKENS,
+    HEAD_NBYTES,
+    KEYS,
+    KEY_SCALES,
+    KEY_ZEROS,
+    VALUES,
+    VALUE_SCALES,
+    VALUE_ZEROS,
+    QUERY_NBYTES,
+    PART_NBYTES,
+    ROW_NBYTES,  # of a panel
+    HAS_TOKEN_SCALES,  # fp8_e4m3 and int8
+    CODE_FACTOR,  # fp32, as its bits: what a lane's number of `kv_simd` lacks
+    MULTIPLY_FUNCTION,  # addresses of functions below; the last three 0 where they are not needed
+    EXPAND_FUNCTION,
+    INT4_SCORES_FUNCTION,
+    INT4_VALUES_FUNCTION,
+    LAYOUT_FIELDS,
+) = range(24)
+
+_OPTIONS: Any = {"error_model": "numpy", "nogil": True}
+
+
+@intrinsic
+def rows_from_bf16(typingctx: Any, address: Any) -> Any:
+    """16 bf16 numbers at an address, as fp32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        narrow, wide = ir.VectorType(ir.IntType(16), 16), ir.VectorType(ir.IntType(32), 16)
+        stored = builder.load(builder.inttoptr(arguments[0], narrow.as_pointer()), align=2)
+        bits = builder.shl(builder.zext(stored, wide), ir.Constant(wide, [16] * 16))
+        return builder.bitcast(bits, ir.VectorType(ir.FloatType(), 16))
+
+    return rows_type(types.int64), codegen
+
+
+@intrinsic
+def bf16_at(typingctx: Any, address: Any) -> Any:
+    """The bf16 number at an address, as fp32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i16, i32 = ir.IntType(16), ir.IntType(32)
+        stored = builder.load(builder.inttoptr(arguments[0], i16.as_pointer()), align=2)
+        bits = builder.shl(builder.zext(stored, i32), ir.Constant(i32, 16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.int64), codegen
+
+
+@inner
+def float32_at(address):
+    """The fp32 number at an address."""
+    return carray(float32_pointer(address), (1,))[0]
+
+
+def _constant(name: str, of_code: Any) -> Any:
+    @intrinsic
+    def constant(typingctx: Any, code: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return ir.Constant(ir.IntType(64), of_code(code.code))
+
+        return types.int64(code), codegen
+
+    constant.__name__ = name
+    return constant
+
+
+has_token_scales = _constant("has_token_scales", lambda code: int(code.has_token_scales))
+_is_fp8 = _constant("_is_fp8", lambda code: int(code.format == "fp8_e4m3"))
+
+
+@inner
+def code_factor(code):
+    """What a lane's number of `kv_simd` lacks."""
+    return np.float32(FP8_FACTOR) if _is_fp8(code) else np.float32(1)
+
+
+@inner
+def key_scores(job, head, tokens, queries, rows, out, scratch, ahead):
+    """Out[r][t] = queries[r] · key t for the panels of the first `tokens` tokens, scales applied.
+
+    queries: address of fp32 [rows][16 w], zero after key_width. out: address of fp32 [rows][block_tokens]. scratch: as
+    large as queries. ahead: address of what is read next.
+    """
+    nbytes, width, out_nbytes = job[QUERY_NBYTES], job[KEY_WIDTH], 4 * job[BLOCK_TOKENS]
+    if job[INT4_SCORES_FUNCTION]:
+        call_at(job[INT4_SCORES_FUNCTION], (job.ctypes.data, head, tokens, queries, rows, out, scratch, ahead))
+        return
+    panels = (tokens + 15) // 16
+    call_at(job[MULTIPLY_FUNCTION], (head + job[KEYS], width * job[ROW_NBYTES], panels, width, queries, nbytes, rows,
+                                     out, out_nbytes, 0, ahead))  # fmt: skip
+    if job[HAS_TOKEN_SCALES]:
+        factor = float32_at(job.ctypes.data + 8 * CODE_FACTOR)
+        for row in range(rows):
+            multiply_row(out + row * out_nbytes, head + job[KEY_SCALES], factor, 16 * panels)
+
+
+@inner
+def add_values(job, head, tokens, weights, rows, out, scratch, ahead):
+    """Out[r][c] += sum over t < tokens of weights[r][t] value t's channel c, scales applied.
+
+    weights: address of fp32 [rows][block_tokens], which 8-bit formats overwrite. out: address of rows of PART_NBYTES.
+    scratch: as large as weights. ahead: address of what is read next.
+    """
+    nbytes = 4 * job[BLOCK_TOKENS]
+    if job[INT4_VALUES_FUNCTION]:
+        call_at(job[INT4_VALUES_FUNCTION], (job.ctypes.data, head, tokens, weights, rows, out, scratch, ahead))
+        return
+    if job[HAS_TOKEN_SCALES]:
+        factor = float32_at(job.ctypes.data + 8 * CODE_FACTOR)
+        for row in range(rows):
+            _multiply_some(weights + row * nbytes, head + job[VALUE_SCALES], tokens, factor)
+    call_at(job[MULTIPLY_FUNCTION], (head + job[VALUES], job[BLOCK_TOKENS] * job[ROW_NBYTES], job[VALUE_COLUMNS] // 16,
+                                     tokens, weights, nbytes, rows, out, job[PART_NBYTES], 1, ahead))  # fmt: skip
+
+
+@inner
+def _int4_scores(code, job, head, tokens, queries, rows, out, scratch, ahead):
+    width, query_nbytes, out_nbytes = job[KEY_WIDTH], job[QUERY_NBYTES], 4 * job[BLOCK_TOKENS]
+    panel_nbytes = width * row_nbytes(code)
+    for group in range((tokens + 31) // 32):
+        scales, zeros = head + job[KEY_SCALES] + 2 * width * group, head + job[KEY_ZEROS] + 2 * width * group
+        target, offset = out + 128 * group, group // 2 * panel_nbytes
+        for row in range(rows):
+            query, scaled = queries + row * query_nbytes, scratch + row * query_nbytes
+            carray(float32_pointer(target + row * out_nbytes), (32,))[:] = _scale_and_dot(
+                query, scaled, scales, zeros, width
+            )
+        multiply_half_panel(code, head + job[KEYS] + offset, group % 2 * 16, width, scratch, query_nbytes, rows,
+                            target, out_nbytes, True, ahead + offset)  # fmt: skip
+
+
+@inner
+def _int4_values(code, job, head, tokens, weights, rows, out, scratch, ahead):
+    block_tokens, out_nbytes = job[BLOCK_TOKENS], job[PART_NBYTES]
+    nbytes, panel_nbytes = 4 * block_tokens, block_tokens * row_nbytes(code)
+    for group in range(job[VALUE_COLUMNS] // 32):
+        scales = head + job[VALUE_SCALES] + 2 * block_tokens * group
+        zeros = head + job[VALUE_ZEROS] + 2 * block_tokens * group
+        target, offset = out + 128 * group, group // 2 * panel_nbytes
+        for row in range(rows):
+            shift = _scale_and_dot(weights + row * nbytes, scratch + row * nbytes, scales, zeros, tokens)
+            lanes = carray(float32_pointer(target + row * out_nbytes), (32,))
+            for lane in range(32):
+                lanes[lane] += shift
+        multiply_half_panel(code, head + job[VALUES] + offset, group % 2 * 16, tokens, scratch, nbytes, rows,
+                            target, out_nbytes, True, ahead + offset)  # fmt: skip
+
+
+@inner
+def _scale_and_dot(row, scaled, scales, zeros, count):
+    """Scaled[i] = row[i] scales[i]; returns the sum of row[i] zeros[i]; scales and zeros are bf16."""
+    total = rows_splat(np.float32(0))
+    full = count // 16 * 16
+    for i in range(0, full, 16):
+        numbers = rows_load(row + 4 * i)
+        rows_store(scaled + 4 * i, rows_multiply(numbers, rows_from_bf16(scales + 2 * i)))
+        total = rows_add(total, rows_multiply(numbers, rows_from_bf16(zeros + 2 * i)))
+    dot = rows_sum(total)
+    for i in range(full, count):
+        number = float32_at(row + 4 * i)
+        carray(float32_pointer(scaled + 4 * i), (1,))[0] = number * bf16_at(scales + 2 * i)
+        dot += number * bf16_at(zeros + 2 * i)
+    return dot
+
+
+@inner
+def _multiply_some(row, factors, count, factor):
+    """Row[i] *= factors[i] factor for i < count: what a block holds after its last token may be anything."""
+    numbers = carray(float32_pointer(row), (count,))
+    by = carray(float32_pointer(factors), (count,))
+    for i in range(count):
+        numbers[i] *= by[i] * factor
+
+
+def expand_by_token(code, job, head, tokens, out, scratch):
+    """Keys with lanes of tokens as fp32 panels of 16 lanes with scales applied: [block_tokens / 16][key_width][16].
+
+    Tokens from `tokens` on may be anything. out: address of fp32. scratch: address of 64 fp32.
+    """
+    raise RuntimeError("compiled code only")
+
+
+@overload(expand_by_token, jit_options=_OPTIONS)
+def _expand_by_token(code, job, head, tokens, out, scratch):
+    kernel: KvCode = code.code
+
+    def plain(code, job, head, tokens, out, scratch):
+        width = job[KEY_WIDTH]
+        for panel in range((tokens + 15) // 16):
+            target = out + 64 * width * panel
+            expand_rows(code, head + job[KEYS] + panel * width * row_nbytes(code), width, target, 64)
+            if has_token_scales(code):
+                scales = rows_multiply(rows_load(head + job[KEY_SCALES] + 64 * panel), rows_splat(code_factor(code)))
+                for i in range(0, 64 * width, 64):
+                    rows_store(target + i, rows_multiply(rows_load(target + i), scales))
+
+    def int4(code, job, head, tokens, out, scratch):
+        width = job[KEY_WIDTH]
+        for row in range((tokens + 63) // 64 * width):
+            expand_rows(code, head + job[KEYS] + row * row_nbytes(code), 1, scratch, 0)
+            panel = row // width
+            channel = row - panel * width
+            for quarter in range(4):
+                place = 2 * ((2 * panel + quarter // 2) * width + channel)
+                scale, zero = bf16_at(head + job[KEY_SCALES] + place), bf16_at(head + job[KEY_ZEROS] + place)
+                numbers = rows_multiply(rows_load(scratch + 64 * quarter), rows_splat(scale))
+                target = out + 64 * ((4 * panel + quarter) * width + channel)
+                rows_store(target, rows_add(numbers, rows_splat(zero)))
+
+    return int4 if kernel.format == "int4" else plain
+
+
+def expand_by_channel(code, job, codes, scales, zeros, columns, split, tokens, out, scratch):
+    """Values, or keys with lanes of channels, as fp32 panels with scales applied: [columns / 16][block_tokens][16].
+
+    columns: channels as they lie. split: from this channel on, 8-bit formats take the second scale of a token.
+    """
+    raise RuntimeError("compiled code only")
+
+
+@overload(expand_by_channel, jit_options=_OPTIONS)
+def _expand_by_channel(code, job, codes, scales, zeros, columns, split, tokens, out, scratch):
+    kernel: KvCode = code.code
+
+    def plain(code, job, codes, scales, zeros, columns, split, tokens, out, scratch):
+        block_tokens = job[BLOCK_TOKENS]
+        for panel in range(columns // 16):
+            target = out + 64 * block_tokens * panel
+            expand_rows(code, codes + panel * block_tokens * row_nbytes(code), tokens, target, 64)
+            if has_token_scales(code):
+                mine = scales + (4 * block_tokens if 16 * panel >= split else 0)
+                for token in range(tokens):
+                    factor = rows_splat(float32_at(mine + 4 * token) * code_factor(code))
+                    rows_store(target + 64 * token, rows_multiply(rows_load(target + 64 * token), factor))
+
+    def int4(code, job, codes, scales, zeros, columns, split, tokens, out, scratch):
+        block_tokens = job[BLOCK_TOKENS]
+        for panel in range(columns // 64):
+            for token in range(tokens):
+                expand_rows(code, codes + (panel * block_tokens + token) * row_nbytes(code), 1, scratch, 0)
+                for quarter in range(4):
+                    place = 2 * ((2 * panel + quarter // 2) * block_tokens + token)
+                    numbers = rows_multiply(rows_load(scratch + 64 * quarter), rows_splat(bf16_at(scales + place)))
+                    target = out + 64 * ((4 * panel + quarter) * block_tokens + token)
+                    rows_store(target, rows_add(numbers, rows_splat(bf16_at(zeros + place))))
+
+    return int4 if kernel.format == "int4" else plain
+
+
+@cache
+def int4_scores_function() -> int:
+    """Address of `key_scores` for int4: void(job, head, tokens, queries, rows, out, scratch, ahead), all int64."""
+    code = KvCode("int4")
+
+    def scores(job, head, tokens, queries, rows, out, scratch, ahead):
+        _int4_scores(
+            code, carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, queries, rows, out, scratch, ahead
+        )
+
+    return function_address(scores, 8)
+
+
+@cache
+def int4_values_function() -> int:
+    """Address of `add_values` for int4: void(job, head, tokens, weights, rows, out, scratch, ahead), all int64."""
+    code = KvCode("int4")
+
+    def values(job, head, tokens, weights, rows, out, scratch, ahead):
+        _int4_values(
+            code, carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, weights, rows, out, scratch, ahead
+        )
+
+    return function_address(values, 8)
+
+
+@cache
+def expand_function(code: KvCode) -> int:
+    """Address of void(job, head, tokens, keys, values, scratch), all int64: a head of a block widened to fp32."""
+
+    def expand(job, head, tokens, keys, values, scratch):
+        fields = carray(int64_pointer(job), (LAYOUT_FIELDS,))
+        if fields[FROM_KEY]:
+            expand_by_channel(code, fields, head + fields[KEYS], head + fields[KEY_SCALES], head + fields[KEY_ZEROS],
+                              fields[KEY_COLUMNS], fields[FROM_KEY], tokens, keys, scratch)  # fmt: skip
+        else:
+            expand_by_token(code, fields, head, tokens, keys, scratch)
+            expand_by_channel(code, fields, head + fields[VALUES], head + fields[VALUE_SCALES],
+                              head + fields[VALUE_ZEROS], fields[VALUE_COLUMNS], fields[VALUE_COLUMNS], tokens, values,
+                              scratch)  # fmt: skip
+
+    return function_address(expand, 6)
+
+
+@cache
+def multiply_function(code: KvCode) -> int:
+    """Address of `multiply_panels` for a format, its arguments as int64."""
+
+    def multiply(panels, panel_nbytes, count, rows, weights, weights_nbytes, heads, out, out_nbytes, add, ahead):
+        multiply_panels(code, panels, panel_nbytes, count, rows, weights, weights_nbytes, heads, out, out_nbytes,
+                        add != 0, ahead)  # fmt: skip
+
+    return function_address(multiply, 11)

@@ -1,0 +1,272 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Kernel of `paged_attention`: a chunk is a run of blocks of one key-value head with up to 64 of its query rows.
+
+A chunk goes through its blocks with an online softmax (Milakov and Gimelshein, 2018) and leaves the weighted sum of
+values, the largest score and the sum of exponentials of each row; these are combined at the end in the order of
+runs, as in flash decoding (Dao et al., 2023). How blocks are cut into runs depends on the problem and not on the
+threads, so neither do the bits.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from cpu_kernels import paged_attention_block as block
+from cpu_kernels.activation_kernel import exp_float32
+from cpu_kernels.jit import call_at, carray, inner, task_address
+from cpu_kernels.kv_panels import dot_panels
+from cpu_kernels.kv_simd import KvCode
+from cpu_kernels.kv_softmax import (
+    cap_row,
+    exponentials_of_row,
+    hide,
+    hide_invalid,
+    largest_of_row,
+    scale_row,
+    sum_of_row,
+)
+from cpu_kernels.packed_tiles import int8_pointer
+from cpu_kernels.paged_attention_block import (
+    BLOCK_TOKENS,
+    EXPAND_FUNCTION,
+    FROM_KEY,
+    GROUP,
+    HEAD_NBYTES,
+    KEY_COLUMNS,
+    KEY_WIDTH,
+    KEYS,
+    LAYOUT_FIELDS,
+    OUTPUT_WIDTH,
+    PART_NBYTES,
+    QUERY_NBYTES,
+    VALUE_COLUMNS,
+    VALUES,
+)
+from cpu_kernels.simd import float32_pointer, int64_pointer
+
+(
+    QUERIES,  # address of fp32 [B, Hk, T, group, query width]
+    ADDRESSES,  # address of int64, of blocks
+    CHUNKS,  # address of int64 [chunks][CHUNK_FIELDS]
+    ENDS,  # address of int64 [rows' tiles][END_FIELDS]
+    LENGTHS,
+    FIRST_POSITIONS,
+    QUERY_POSITIONS,  # address of int64 [B, T]
+    POSITIONS,  # T
+    KV_HEADS,
+    WINDOW,
+    VALID,  # address of bytes [B, VALID_COLUMNS], or 0
+    VALID_COLUMNS,
+    SCALE,  # as its bits, like the next
+    SOFTCAP,
+    PARTS,  # address of rows of PART_NBYTES, fp32: weighted sum, ..., largest score, sum of exponentials
+    OUT,
+    LSE,
+    FLOAT32_FUNCTION,  # address of `multiply_panels` of fp32
+    JOB_FIELDS,
+) = range(LAYOUT_FIELDS, LAYOUT_FIELDS + 19)
+
+# A chunk: where it is, which of its sequence's blocks, and its first row's part.
+(SEQUENCE, HEAD, FIRST_ROW, ROWS, FIRST_BLOCK, BLOCKS, FIRST_TOKEN, PART, CHUNK_FIELDS) = range(9)
+# The end of a tile of rows: its first chunk and how many.
+(END_CHUNK, END_CHUNKS, END_FIELDS) = range(3)
+
+TILE_ROWS = 64
+# More rows than this read a block that was widened once.
+IN_PLACE_ROWS = 8
+_MINUS_INFINITY = np.float32(-np.inf)
+_ZERO = np.float32(0)
+
+
+@inner
+def _range_of_row(job, chunk, row, first_position, tokens):
+    """The tokens of a block that a row sees: [low, high)."""
+    index = chunk[SEQUENCE] * job[POSITIONS] + (chunk[FIRST_ROW] + row) // job[GROUP]
+    position = carray(int64_pointer(job[QUERY_POSITIONS] + 8 * index), (1,))[0]
+    low = max(position - job[WINDOW] + 1 - first_position, 0)
+    high = min(position + 1 - first_position, tokens)
+    return low, high
+
+
+@inner
+def _weigh_row(job, scores, lanes, low, high, valid, part):
+    """Scores of a row turned into weights; the row's part is brought to their largest."""
+    width = job[PART_NBYTES] // 4
+    state = carray(float32_pointer(part), (width,))
+    capped = block.float32_at(job.ctypes.data + 8 * SOFTCAP)
+    scale_row(scores, block.float32_at(job.ctypes.data + 8 * SCALE), lanes)
+    if capped > _ZERO:
+        cap_row(scores, capped, lanes)
+    some_hidden = low > 0 or high < lanes
+    if some_hidden:
+        hide(scores, low, high, lanes, _MINUS_INFINITY)
+    if job[VALID]:
+        hide_invalid(scores, low, high, valid, _MINUS_INFINITY)
+    largest = largest_of_row(scores, lanes)
+    if largest == _MINUS_INFINITY:
+        hide(scores, 0, 0, lanes, _ZERO)
+        return
+    before = state[width - 2]
+    if not largest > before:
+        largest = before
+    exponentials_of_row(scores, largest, lanes)
+    if some_hidden:
+        hide(scores, low, high, lanes, _ZERO)
+    if job[VALID]:
+        hide_invalid(scores, low, high, valid, _ZERO)
+    if largest != before:
+        share = exp_float32(before - largest) if before > _MINUS_INFINITY else _ZERO
+        scale_row(part, share, width - 16)
+        state[width - 1] *= share
+        state[width - 2] = largest
+    state[width - 1] += sum_of_row(scores, lanes)
+
+
+@inner
+def _weigh_rows(job, chunk, token, tokens, scores):
+    """`_weigh_row` for all rows of a chunk; token: the number of the block's first in its sequence's list."""
+    sequence = chunk[SEQUENCE]
+    score_nbytes = 4 * job[BLOCK_TOKENS]
+    first = carray(int64_pointer(job[FIRST_POSITIONS] + 8 * sequence), (1,))[0] + token
+    valid = carray(int8_pointer(job[VALID] + sequence * job[VALID_COLUMNS] + first), (tokens,))
+    for row in range(chunk[ROWS]):
+        low, high = _range_of_row(job, chunk, row, first, tokens)
+        at = scores + row * score_nbytes
+        if low >= high:
+            hide(at, 0, 0, job[BLOCK_TOKENS], _ZERO)
+        else:
+            part = job[PARTS] + job[PART_NBYTES] * (chunk[PART] + row)
+            _weigh_row(job, at, (tokens + 15) // 16 * 16, low, high, valid, part)
+
+
+@inner
+def _attend_in_place(job, chunk, head, following, token, tokens, queries, scores, scratch):
+    """A block's share of few rows; values are asked for while keys are read, and the next block's keys after."""
+    rows = chunk[ROWS]
+    block.key_scores(job, head, tokens, queries, rows, scores, scratch, head + job[VALUES])
+    _weigh_rows(job, chunk, token, tokens, scores)
+    out = job[PARTS] + job[PART_NBYTES] * chunk[PART]
+    block.add_values(job, head, tokens, scores, rows, out, scratch, following + job[KEYS])
+
+
+@inner
+def _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch):
+    """A block's share of more rows, of a block widened to fp32 where it is not."""
+    rows, score_nbytes, block_tokens, width = chunk[ROWS], 4 * job[BLOCK_TOKENS], job[BLOCK_TOKENS], job[KEY_WIDTH]
+    keys, values = scratch + 256, scratch + 256 + 4 * job[KEY_COLUMNS] * block_tokens
+    if job[EXPAND_FUNCTION]:
+        call_at(job[EXPAND_FUNCTION], (job.ctypes.data, head, tokens, keys, values, scratch))
+    else:
+        keys, values = head + job[KEYS], head + job[VALUES]
+    if job[FROM_KEY]:
+        dot_panels(keys, 64 * block_tokens, (width + 15) // 16, (tokens + 3) // 4 * 4, queries, job[QUERY_NBYTES],
+                   rows, scores, score_nbytes)  # fmt: skip
+        values = keys
+    else:
+        call_at(job[FLOAT32_FUNCTION], (keys, 64 * width, (tokens + 15) // 16, width, queries, job[QUERY_NBYTES],
+                                         rows, scores, score_nbytes, 0, keys))  # fmt: skip
+    _weigh_rows(job, chunk, token, tokens, scores)
+    out = job[PARTS] + job[PART_NBYTES] * chunk[PART]
+    call_at(job[FLOAT32_FUNCTION], (values, 64 * block_tokens, (job[OUTPUT_WIDTH] + 15) // 16, tokens, scores,
+                                     score_nbytes, rows, out, job[PART_NBYTES], 1, values))  # fmt: skip
+
+
+@inner
+def _run_chunk(code, job_address, number):
+    job = carray(int64_pointer(job_address), (JOB_FIELDS,))
+    chunk = carray(int64_pointer(job[CHUNKS] + 8 * CHUNK_FIELDS * number), (CHUNK_FIELDS,))
+    rows, block_tokens, width = chunk[ROWS], job[BLOCK_TOKENS], job[PART_NBYTES] // 4
+    parts = carray(float32_pointer(job[PARTS] + 4 * width * chunk[PART]), (rows, width))
+    parts[:] = _ZERO
+    parts[:, width - 2] = _MINUS_INFINITY
+    in_place = (rows <= IN_PLACE_ROWS or not job[EXPAND_FUNCTION]) and not job[FROM_KEY]
+    if in_place:
+        extra = rows * max(job[QUERY_NBYTES] // 4, block_tokens)
+    else:
+        extra = 64 + (job[KEY_COLUMNS] + job[VALUE_COLUMNS]) * block_tokens
+    memory = np.empty((rows + 1) * block_tokens + extra + 16, np.float32)
+    scores = (memory.ctypes.data + 63) // 64 * 64
+    scratch = scores + 4 * (rows + 1) * block_tokens
+    head_row = (chunk[SEQUENCE] * job[KV_HEADS] + chunk[HEAD]) * job[POSITIONS] * job[GROUP]
+    queries = job[QUERIES] + (head_row + chunk[FIRST_ROW]) * job[QUERY_NBYTES]
+    length = carray(int64_pointer(job[LENGTHS] + 8 * chunk[SEQUENCE]), (1,))[0]
+    addresses = carray(int64_pointer(job[ADDRESSES] + 8 * chunk[FIRST_BLOCK]), (chunk[BLOCKS],))
+    for index in range(chunk[BLOCKS]):
+        head = addresses[index] + chunk[HEAD] * job[HEAD_NBYTES]
+        token = chunk[FIRST_TOKEN] + index * block_tokens
+        tokens = min(length - token, block_tokens)
+        if in_place:
+            following = addresses[min(index + 1, chunk[BLOCKS] - 1)] + chunk[HEAD] * job[HEAD_NBYTES]
+            _attend_in_place(job, chunk, head, following, token, tokens, queries, scores, scratch)
+        else:
+            _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch)
+    _keep(memory)
+
+
+@inner
+def _keep(memory):
+    # An array is freed after its last use; its memory is used by address until here.
+    return memory[0]
+
+
+@inner
+def _combine_tile(code, job_address, number):
+    """The rows of one tile from their runs, in order."""
+    job = carray(int64_pointer(job_address), (JOB_FIELDS,))
+    end = carray(int64_pointer(job[ENDS] + 8 * END_FIELDS * number), (END_FIELDS,))
+    runs = end[END_CHUNKS]
+    chunks = carray(int64_pointer(job[CHUNKS] + 8 * CHUNK_FIELDS * end[END_CHUNK]), (runs, CHUNK_FIELDS))
+    width, columns = job[PART_NBYTES] // 4, job[OUTPUT_WIDTH]
+    group, positions = job[GROUP], job[POSITIONS]
+    for row in range(chunks[0, ROWS]):
+        place = chunks[0, FIRST_ROW] + row
+        query_head = (chunks[0, SEQUENCE] * job[KV_HEADS] + chunks[0, HEAD]) * group + place % group
+        index = query_head * positions + place // group
+        out = carray(float32_pointer(job[OUT] + 4 * columns * index), (columns,))
+        largest = _MINUS_INFINITY
+        for run in range(runs):
+            largest = max(largest, block.float32_at(job[PARTS] + 4 * (width * (chunks[run, PART] + row + 1) - 2)))
+        total = _ZERO
+        out[:] = _ZERO
+        for run in range(runs):
+            part = carray(float32_pointer(job[PARTS] + 4 * width * (chunks[run, PART] + row)), (width,))
+            if part[width - 1] != _ZERO:
+                share = exp_float32(part[width - 2] - largest)
+                total += share * part[width - 1]
+                for i in range(columns):
+                    out[i] += share * part[i]
+        lse = carray(float32_pointer(job[LSE] + 4 * index), (1,))
+        if total == _ZERO:
+            lse[0] = _MINUS_INFINITY
+        else:
+            lse[0] = largest + np.log(total)
+            inverse = np.float32(1) / total
+            for i in range(columns):
+                out[i] *= inverse
+
+
+# Numba's cache looks at this file alone: a code in a task's closure makes it follow the other sources as well.
+
+
+@cache
+def attention_task() -> int:
+    """Address of the compiled task void(int64 job, int64 chunk)."""
+    code = KvCode("fp32")
+
+    def task(job: int, chunk: int) -> None:
+        _run_chunk(code, job, chunk)
+
+    return task_address(task)
+
+
+@cache
+def combine_task() -> int:
+    """Address of the compiled task void(int64 job, int64 tile) that ends the work."""
+    code = KvCode("fp32")
+
+    def task(job: int, tile: int) -> None:
+        _combine_tile(code, job, tile)
+
+    return task_address(task)

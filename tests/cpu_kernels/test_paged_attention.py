@@ -1,0 +1,168 @@
+"""Paged attention against float64 over formats, shapes with edges and poisoned memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cpu_kernels.paged_attention import merge_lse, paged_attention
+from cpu_kernels.paged_attention_reference import merge_lse_reference, paged_attention_reference
+from cpu_kernels.threads import shared_pool
+from formats.kv import KV_FORMATS, KvLayout
+from offload.devices.host_threads import kernel_pool
+from tests.cpu_kernels.kv_blocks import Blocks, random_blocks
+
+# (kv_heads, key_width, value_width, block_tokens, value_from_key), query heads a group, query tokens, lengths
+CASES: list[tuple[tuple[int, ...], int, int, list[int]]] = [
+    ((2, 64, 64, 64, 0), 1, 1, [1]),
+    ((1, 128, 128, 64, 0), 4, 1, [64, 190]),
+    ((2, 128, 64, 128, 0), 8, 1, [1000]),
+    ((2, 40, 24, 64, 0), 3, 1, [65, 0, 17]),
+    ((1, 17, 33, 64, 0), 7, 2, [130, 63]),
+    ((2, 48, 80, 64, 0), 2, 37, [200]),
+    ((1, 96, 0, 64, 64), 5, 1, [129]),
+    ((1, 576, 0, 64, 512), 16, 1, [150, 20]),
+    ((1, 72, 0, 64, 32), 3, 9, [70]),
+]
+LONG = ((2, 64, 64, 64, 0), 2, 1, [9000])
+
+
+def _queries(blocks: Blocks, group: int, tokens: int) -> tuple[torch.Tensor, Any]:
+    layout = blocks.layout
+    generator = torch.Generator().manual_seed(5)
+    shape = (len(blocks.lengths), tokens, layout.kv_heads * group, layout.key_width)
+    query = torch.randn(shape, generator=generator).transpose(1, 2)
+    last = np.maximum(blocks.lengths, 1)[:, None] - 1
+    positions = np.maximum(last - tokens + 1 + np.arange(tokens), 0) + 7
+    return query, np.ascontiguousarray(positions)
+
+
+def _compare(blocks: Blocks, group: int, tokens: int, **more: Any) -> None:
+    query, positions = _queries(blocks, group, tokens)
+    scale = 2 / blocks.layout.key_width**0.5
+    first = np.full(len(blocks.lengths), 7, np.int64)
+    arguments = (query, blocks.offsets, blocks.addresses, blocks.lengths, first, positions, blocks.layout, scale)
+    exact, exact_lse = paged_attention_reference(*arguments, **more)
+    found, lse = paged_attention(*arguments, pool=kernel_pool(), **more)
+    assert found.shape == exact.shape and found.dtype is lse.dtype is torch.float32
+    assert torch.equal(lse.isinf(), exact_lse.isinf())
+    seen = ~exact_lse.isinf()
+    assert ((lse.double() - exact_lse)[seen].abs() <= 3e-5).all()
+    assert ((found.double() - exact).abs() <= 2e-5 * (1 + exact.abs().max())).all()
+
+
+@pytest.mark.parametrize("format", KV_FORMATS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_float64(format: str, case: tuple[tuple[int, ...], int, int, list[int]]) -> None:
+    shape, group, tokens, lengths = case
+    layout = KvLayout(format, *shape)
+    if layout.is_quantised:
+        lengths = [-(-length // layout.block_tokens) * layout.block_tokens for length in lengths]
+    _compare(random_blocks(layout, lengths), group, tokens)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int4"])
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_window_cap_and_padding(format: str, tokens: int) -> None:
+    blocks = random_blocks(KvLayout(format, 2, 48, 32), [256, 128])
+    valid = np.ones((2, 300), np.bool_)
+    valid[0, :20], valid[1, 7:100], valid[1, 120:135] = False, False, False
+    for more in ({"window": 50}, {"window": 1}, {"softcap": 1.5}, {"valid": valid}, {"window": 60, "valid": valid}):
+        _compare(blocks, 3, tokens, **more)
+
+
+@pytest.mark.parametrize("format", KV_FORMATS)
+def test_bits_do_not_depend_on_threads_or_other_sequences(format: str) -> None:
+    shape, group, tokens, lengths = LONG
+    blocks = random_blocks(KvLayout(format, *shape), [*lengths, 128])
+    query, positions = _queries(blocks, group, tokens)
+    first = np.zeros(2, np.int64)
+    settings = (blocks.layout, 0.25)
+    expected = paged_attention(
+        query, blocks.offsets, blocks.addresses, blocks.lengths, first, positions, *settings, pool=shared_pool(1)
+    )
+    for pool in (shared_pool(3), kernel_pool()):
+        found = paged_attention(
+            query, blocks.offsets, blocks.addresses, blocks.lengths, first, positions, *settings, pool=pool
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    alone = paged_attention(
+        query[1:], blocks.offsets[1:], blocks.addresses, blocks.lengths[1:], first[1:], positions[1:], *settings,
+        pool=kernel_pool(),
+    )  # fmt: skip
+    assert all(torch.equal(a, b[1:]) for a, b in zip(alone, expected, strict=True))
+    exact, _ = paged_attention_reference(
+        query, blocks.offsets, blocks.addresses, blocks.lengths, first, positions, *settings
+    )
+    assert (expected[0].double() - exact).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_rows_of_a_chunk_have_the_bits_of_each_alone(tokens: int) -> None:
+    blocks = random_blocks(KvLayout("fp32", 1, 48, 32), [200])
+    query, positions = _queries(blocks, 5, tokens)
+    first = np.zeros(1, np.int64)
+    lists = (blocks.offsets, blocks.addresses, blocks.lengths, first)
+    whole, _ = paged_attention(query, *lists, positions, blocks.layout, 0.3, pool=kernel_pool())
+    for t in range(tokens):
+        at = np.ascontiguousarray(positions[:, t : t + 1])
+        one, _ = paged_attention(query[:, :, t : t + 1], *lists, at, blocks.layout, 0.3, pool=kernel_pool())
+        assert torch.equal(one[:, :, 0], whole[:, :, t])
+
+
+def test_parts_and_sinks_are_merged() -> None:
+    generator = torch.Generator().manual_seed(3)
+    parts = [(torch.randn(2, 4, 3, 8, generator=generator), torch.randn(2, 4, 3, generator=generator)) for _ in "abc"]
+    parts[1][1][0, 2] = -torch.inf
+    parts[1][0][0, 2] = 0
+    sinks = torch.linspace(-2, 3, 4)
+    for score in (None, sinks):
+        assert (merge_lse(parts, score) - merge_lse_reference(parts, score)).abs().max() < 1e-6
+    nothing = [(torch.zeros(1, 1, 1, 4), torch.full((1, 1, 1), -torch.inf))] * 2
+    assert not merge_lse(nothing).any()
+    with pytest.raises(ValueError, match="at least one part"):
+        merge_lse([])
+
+
+def test_scores_far_apart_and_a_nan() -> None:
+    blocks = random_blocks(KvLayout("fp32", 2, 32, 32), [300])
+    query, positions = _queries(blocks, 2, 1)
+    lists = (blocks.offsets, blocks.addresses, blocks.lengths, np.zeros(1, np.int64), positions, blocks.layout)
+    found, _ = paged_attention(1e3 * query, *lists, 1e2, pool=kernel_pool())
+    exact, _ = paged_attention_reference(1e3 * query, *lists, 1e2)
+    assert (found.double() - exact).abs().max() <= 1e-3
+    query[0, 1, 0, 3] = torch.nan
+    found, lse = paged_attention(query, *lists, 0.1, pool=kernel_pool())
+    assert found[0, 1].isnan().all() and lse[0, 1].isnan().all()
+    assert found[0, [0, 2, 3]].isfinite().all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    blocks = random_blocks(KvLayout("fp32", 2, 32, 32), [70])
+    query, positions = _queries(blocks, 2, 1)
+    good: dict[str, Any] = {
+        "query": query,
+        "offsets": blocks.offsets,
+        "addresses": blocks.addresses,
+        "lengths": blocks.lengths,
+        "first_positions": np.zeros(1, np.int64),
+        "query_positions": positions,
+        "layout": blocks.layout,
+        "scale": 0.1,
+    }
+    for message, wrong in (
+        ("query: expected", {"query": query[:, :3]}),
+        ("query: expected", {"query": query.double()}),
+        ("query: expected", {"query": query[..., :16]}),
+        ("lengths=", {"lengths": np.array([200], np.int64)}),
+        ("offsets: expected", {"offsets": blocks.offsets.astype(np.int32)}),
+        ("query_positions: expected", {"query_positions": positions[0]}),
+        ("valid: expected", {"valid": np.ones((1, 60), np.bool_)}),
+        ("window=0", {"window": 0}),
+        ("softcap=-1", {"softcap": -1.0}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paged_attention(**{**good, **wrong}, pool=kernel_pool())
