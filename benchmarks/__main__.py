@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead",
-    "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch",
+    "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch", "kv_kernels",
 )  # fmt: skip
 
 
@@ -30,6 +30,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         formats,
         gpu,
         kernels,
+        kv_kernels,
         large_model,
         llama_cpp,
         load,
@@ -61,6 +62,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         ),
         "cache_policies": lambda work: cache_policies.run(cache_policies.QUICK if quick else cache_policies.FULL),
         "prefetch": lambda work: prefetch.run(work, prefetch.QUICK if quick else prefetch.FULL),
+        "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK if quick else kv_kernels.FULL),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
     }
 

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import benchmarks.__main__ as cli
-from benchmarks import decode, disk, formats, kernels, load, memory, overhead, quality, step
+from benchmarks import decode, disk, formats, kernels, kv_kernels, load, memory, overhead, quality, step
 from benchmarks.checkpoints import budget_for, ensure_checkpoint, plan_for, weight_files
 from benchmarks.harness import GateError, Report, Spread
 from benchmarks.peers import PeerError, Process
@@ -36,6 +36,7 @@ RUNS: dict[str, Callable[[Path], Report]] = {
     "formats": lambda work: formats.run(formats.FormatsScale(rows=40, columns=256, rounds=2)),
     "quality": lambda work: quality.run(work, quality.QualityScale(1, ("bf16", "int4"))),
     "kernels": lambda work: kernels.run(kernels.QUICK),
+    "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK),
     "overhead": lambda work: overhead.run(work, TINY, overhead.OverheadScale(rounds=2, steps=1)),
 }
 
@@ -52,6 +53,7 @@ EXPECTED_ROWS = {
     "memory": {"Peak memory": 3},
     "formats": {"RMS error over RMS of the weights": 6, "Packing on one core": 4},
     "quality": {"Perplexity": 2},
+    "kv_kernels": {"head 64, GQA 4": 2, "MLA 512 + 64, 16 heads": 2},
     "kernels": {"Linear, N=64 K=128": 20, "2 experts, hidden 128, intermediate 64, tokens each": 12},
     "overhead": {
         "A layer without experts, microseconds": 16,
