@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.equality import gate_close, relative_rms
-from benchmarks.harness import Report, Spread, interleave, say
+from benchmarks.harness import Report, Spread, interleave, ratios, say
 from benchmarks.machine import require_memory
+from cpu_kernels.block_selection import attend_to_blocks, choose_blocks, largest_scores
 from cpu_kernels.paged_attention import paged_attention
 from cpu_kernels.paged_attention_reference import paged_attention_reference
 from formats.kv import KV_FORMATS, KvLayout
@@ -21,6 +22,7 @@ from formats.kv_pack import pack_kv_block
 from offload.devices.host_threads import kernel_pool
 
 TARGET = 0.8
+SELECTED = 0.05
 TOLERANCE = 1e-5
 _BLOCKS_KINDS = 4
 _GATE_BLOCKS = 12
@@ -58,6 +60,7 @@ class KvScale:
         contexts: tokens of a history.
         shapes: kinds of attention.
         formats: of blocks.
+        selected: names of shapes for which attention to a few blocks is measured too.
         rounds: repeats.
     """
 
@@ -65,11 +68,13 @@ class KvScale:
     contexts: tuple[int, ...]
     shapes: tuple[Shape, ...]
     formats: tuple[str, ...]
+    selected: tuple[str, ...]
     rounds: int
 
 
-FULL = KvScale(640 << 20, (8192, 131072), SHAPES, KV_FORMATS, 3)
-QUICK = KvScale(1 << 20, (256,), (_grouped(4, 64), _LATENT), ("bf16", "int4"), 2)
+_COMMON = "head 128, GQA 4"
+FULL = KvScale(640 << 20, (8192, 32768, 131072), SHAPES, KV_FORMATS, (_COMMON,), 3)
+QUICK = KvScale(1 << 20, (256,), (_grouped(4, 128), _LATENT), ("bf16", "int4"), (_COMMON,), 2)
 
 
 @dataclass
@@ -153,7 +158,10 @@ def run(scale: KvScale) -> Report:
                     report.notes.append(f"{shape.name}, {format}: {context} tokens do not fit the measured memory.")
                     continue
                 few = np.tile(addresses[:1], len(used))
-                _measure(report, shape, _Histories(layout, query, used, few, blocks), stream, scale)
+                histories = _Histories(layout, query, used, few, blocks)
+                _measure(report, shape, histories, stream, scale)
+                if shape.name in scale.selected and not layout.value_from_key:
+                    _measure_selection(report, histories, scale.rounds)
     pool = kernel_pool()
     report.notes.append(
         f"Threads: {pool.threads}. Calls go through {scale.cold_nbytes / 2**20:.0f} MiB of blocks in turn; the stream "
@@ -194,6 +202,42 @@ def _measure(report: Report, shape: Shape, histories: _Histories, stream: torch.
         }
     )
     report.target(f"{title}: share of stream", Spread.of(shares).median, "at least", TARGET)
+
+
+def _measure_selection(report: Report, histories: _Histories, rounds: int) -> None:
+    """A step that attends to the best blocks by landmarks, the choice included, beside one that attends to all."""
+    layout, blocks = histories.layout, histories.blocks
+    title = f"{SELECTED:.0%} of blocks by landmarks, {layout.format}, head {layout.key_width}"
+    shape = 1, layout.kv_heads, blocks, layout.key_width
+    generator = torch.Generator().manual_seed(0)
+    smallest, largest = -torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)
+    addresses = histories.addresses[:blocks]
+    count = max(1, round(SELECTED * blocks))
+    all_chosen = choose_blocks(torch.zeros(1, layout.kv_heads, blocks), blocks)
+
+    def attend(chosen: npt.NDArray[np.int64]) -> torch.Tensor:
+        out, _ = attend_to_blocks(
+            histories.query, addresses[None], chosen, layout, layout.key_width**-0.5, pool=kernel_pool()
+        )
+        return out
+
+    def selected() -> float:
+        before = perf_counter()
+        attend(choose_blocks(largest_scores(histories.query, smallest, largest), count))
+        return perf_counter() - before
+
+    found, exact = attend(all_chosen).double().numpy(), histories.attend(addresses)[0].double().numpy()
+    gate_close(report, f"{title}, all chosen", found, exact, relative_rms, TOLERANCE)
+    turns: dict[str, Callable[[], float]] = {"all": partial(histories.seconds, addresses), "selected": selected}
+    seconds = interleave(turns, max(3, rounds))
+    report.tables.setdefault(title, []).append(
+        {
+            "context": blocks * layout.block_tokens,
+            "all, us": Spread.of([1e6 * value for value in seconds["all"]]),
+            "selected, us": Spread.of([1e6 * value for value in seconds["selected"]]),
+            "times as fast": ratios(seconds["all"], seconds["selected"]),
+        }
+    )
 
 
 def _stream(stream: torch.Tensor) -> float:

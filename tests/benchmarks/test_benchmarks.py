@@ -53,7 +53,12 @@ EXPECTED_ROWS = {
     "memory": {"Peak memory": 3},
     "formats": {"RMS error over RMS of the weights": 6, "Packing on one core": 4},
     "quality": {"Perplexity": 2},
-    "kv_kernels": {"head 64, GQA 4": 2, "MLA 512 + 64, 16 heads": 2},
+    "kv_kernels": {
+        "head 128, GQA 4": 2,
+        "5% of blocks by landmarks, bf16, head 128": 1,
+        "5% of blocks by landmarks, int4, head 128": 1,
+        "MLA 512 + 64, 16 heads": 2,
+    },
     "kernels": {"Linear, N=64 K=128": 20, "2 experts, hidden 128, intermediate 64, tokens each": 12},
     "overhead": {
         "A layer without experts, microseconds": 16,
