@@ -173,7 +173,7 @@ class ThreadPool:
         storage = np.zeros(nbytes + _STATE_ALIGNMENT_BYTES, np.uint8)
         start = -storage.ctypes.data % _STATE_ALIGNMENT_BYTES
         state = storage[start : start + nbytes].view(np.int64)
-        state[kernel.SPINS] = round(self._spin_us / _pause_us())
+        state[kernel.SPINS] = round(self._spin_us / pause_us())
         address = state.ctypes.data
         kernel.initialise(address, workers)
         self._run_phases: Callable[[int, int, npt.NDArray[np.int64]], None] = kernel.run_phases
@@ -231,7 +231,7 @@ def _launch_phase_address() -> int:
 
 
 @cache
-def _pause_us() -> float:
+def pause_us() -> float:
     """Microseconds of one turn of a waiting loop, the best of several short measurements."""
     from cpu_kernels import threads_kernel as kernel
 

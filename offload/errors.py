@@ -85,5 +85,17 @@ class UnsupportedOperationError(OffloadError, NotImplementedError):
     """An operation of a transformers model that cannot mean anything on an offloaded one."""
 
 
+class DeviceError(OffloadError, RuntimeError):
+    """An accelerator is not there, cannot be used, or refused an operation."""
+
+
+class DoorbellError(DeviceError):
+    """A request that an accelerator made of the CPU could not be answered."""
+
+
+class SlowDeviceWarning(UserWarning):
+    """An accelerator does not work the fast way, or with less memory; the message says why."""
+
+
 class SlowReadWarning(UserWarning):
     """Reads do not go the fast way; the message says why."""
