@@ -32,15 +32,18 @@ def vram_use(spec: ModelSpec, workload: Workload, homes: Homes) -> VramUse:
     dense = sum(spec.layers[index].dense_nbytes for index in homes.dense_in_vram)
     if homes.head_in_vram and spec.head is not None:
         dense += spec.head.nbytes
-    tokens = min(workload.context_tokens, workload.prefill_chunk_tokens)
-    activations = activation_nbytes(spec, workload.batch, tokens, all_logits=False, host=False)
-    staging = STAGING_SLOTS * spec.bundle_nbytes
     return VramUse(
         dense_nbytes=dense,
         kv_nbytes=kv_moved_nbytes(spec, workload, homes),
-        activation_nbytes=activations + staging + _VRAM_WORKSPACE_NBYTES,
+        activation_nbytes=vram_beside_weights(spec, workload) + STAGING_SLOTS * spec.bundle_nbytes,
         slot_nbytes=homes.vram_slots * spec.bundle_nbytes,
     )
+
+
+def vram_beside_weights(spec: ModelSpec, workload: Workload) -> int:
+    """Bytes that an accelerator needs for the activations of the largest pass, libraries and what allocators keep."""
+    tokens = min(workload.context_tokens, workload.prefill_chunk_tokens)
+    return activation_nbytes(spec, workload.batch, tokens, all_logits=False, host=False) + _VRAM_WORKSPACE_NBYTES
 
 
 def kv_moved_nbytes(spec: ModelSpec, workload: Workload, homes: Homes) -> int:

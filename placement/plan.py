@@ -60,7 +60,7 @@ class VramUse:
 
 @dataclass(frozen=True)
 class VramPlan:
-    """What lives in an accelerator's memory. The runtime does not execute this yet, and refuses a plan that has it.
+    """What lives in an accelerator's memory.
 
     Attributes:
         dense_layers: decoder layers whose dense weights are there, ascending.
@@ -69,6 +69,8 @@ class VramPlan:
         slots: expert slots.
         use: memory by purpose.
         budget_nbytes: what the user allowed.
+        window_layers: decoder layers of which there is room in a window through which the dense weights of all that are
+            not in `dense_layers` stream in every pass; 0 where those compute on the CPU.
     """
 
     dense_layers: tuple[int, ...]
@@ -77,6 +79,7 @@ class VramPlan:
     slots: int
     use: VramUse
     budget_nbytes: int
+    window_layers: int = 0
 
     def __post_init__(self) -> None:
         if self.use.total_nbytes > self.budget_nbytes:

@@ -81,7 +81,7 @@ def _guard(model: PreTrainedModel) -> None:
 
     def to(*args: Any, **kwargs: Any) -> PreTrainedModel:
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and device.type != "cpu":
+        if device is not None and device.type != model.device.type:
             _refuse(
                 f"to({device})", "where its weights live is decided by the plan; load it with another budget instead"
             )
@@ -92,7 +92,7 @@ def _guard(model: PreTrainedModel) -> None:
     def cast(dtype: torch.dtype) -> Callable[[], PreTrainedModel]:
         return lambda: to(dtype)
 
-    replacements: dict[str, Callable[..., Any]] = {"to": to, "cpu": lambda: model}
+    replacements: dict[str, Callable[..., Any]] = {"to": to, "cpu": lambda: to(torch.device("cpu"))}
     replacements |= {"half": cast(torch.float16), "bfloat16": cast(torch.bfloat16)}
     replacements |= {"float": cast(torch.float32), "double": cast(torch.float64)}
     replacements["cuda"] = lambda device=None: to(torch.device("cuda"))

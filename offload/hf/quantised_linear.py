@@ -53,9 +53,18 @@ class QuantisedLinear(nn.Module):
         pack_tensor(weight, self.layout, self.codes.numpy(), self.scales.numpy(), name, kernel_pool())
         self.weights = PackedWeights(self.codes, self.scales, self.layout)
 
+    def weights_moved(self) -> None:
+        """Codes and scales lie elsewhere now."""
+        self.weights = PackedWeights(self.codes, self.scales, self.layout)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] to [..., N] in the dtype of x."""
         rows = x.reshape(-1, self.in_features)
+        if rows.is_cuda:
+            from gpu_kernels.linear import packed_linear as packed_linear_on_gpu
+
+            out = packed_linear_on_gpu(rows, self.codes, self.scales, self.layout, self.bias)
+            return out.view(*x.shape[:-1], self.out_features)
         out = x.new_empty(len(rows), self.out_features)
         step = max(1, _SCRATCH_NBYTES // (4 * self.out_features))
         pool = kernel_pool()
