@@ -8,10 +8,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from offload.devices.base import Accelerator
 from offload.devices.host import HostDevice
 from offload.devices.host_accelerator import HostAccelerator
-from offload.errors import UnsupportedOperationError
+from offload.devices.link import parse_link
 from offload.hf.adopt import adopt
+from offload.hf.dense_placement import DensePlacement
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.hf.fused import fuse
 from offload.hf.lookahead import find_routers, look_ahead
@@ -19,7 +21,7 @@ from offload.moe.gate import recognise_gate
 from offload.moe.layer import ExpertsLayer
 from offload.prefetcher import Prefetcher
 from offload.preparation import Prepared
-from offload.request import FUSED_KINDS, AcceleratorRequest
+from offload.request import DEFAULT_LINK, FUSED_KINDS, AcceleratorRequest
 from offload.runtime import Runtime
 from offload.store.convert import convert, find_store
 from offload.store.progress import NoProgress, Progress
@@ -56,22 +58,24 @@ def assemble(
         accelerator: what the plan's VRAM is, None for a plan without.
 
     Raises:
-        UnsupportedOperationError: the plan puts more into VRAM than experts, which this runtime does not execute yet.
+        DeviceError: the GPU is not there.
     """
     try:
-        _check_vram(prepared.plan, accelerator)
+        above = None if accelerator is None else _accelerator(accelerator, prepared.plan)
         store, model = _store_and_model(prepared, store_root, progress)
     finally:
         prepared.close()
-    device = HostDevice()
+    device = HostDevice() if above is None else above.host()
     layers = _layers(model, prepared)
     if isinstance(policy, str):
         policy = _policy(policy, prepared.plan, layers)
-    above = None if accelerator is None else HostAccelerator(accelerator.vram_nbytes, accelerator.link)
     runtime = Runtime(prepared.plan, prepared.spec, store, layers, device, policy, above)
     try:
         adopt(model, runtime)
-        runtime.fused = fuse(model, fused, runtime)
+        if above is not None and prepared.plan.vram is not None and prepared.plan.vram.head:
+            runtime.dense = DensePlacement(model, prepared.plan.vram, above)
+        # Those are the CPU's kernels.
+        runtime.fused = fuse(model, fused if model.device.type == "cpu" else (), runtime)
         if prefetch != "off":
             _prefetch(model, runtime, prefetch)
         if above is not None or prepared.plan.ram_slots == prepared.plan.expert_count:
@@ -82,13 +86,19 @@ def assemble(
     return model
 
 
-def _check_vram(plan: Plan, accelerator: AcceleratorRequest | None) -> None:
-    vram = plan.vram
-    if vram is not None and (accelerator is None or vram.dense_layers or vram.head):
-        raise UnsupportedOperationError(
-            f"the plan of {plan.model} puts dense weights or experts into a GPU's memory, which this version plans and "
-            'does not run yet; load with ram= and nvme= alone, or with device="host"'
-        )
+def _accelerator(request: AcceleratorRequest, plan: Plan) -> Accelerator:
+    """The device that the plan's VRAM is on."""
+    if plan.vram is None:
+        raise ValueError(f"the plan of {plan.model} puts nothing into VRAM")
+    if request.device == "host":
+        return HostAccelerator(plan.vram.budget_nbytes, parse_link(request.link or DEFAULT_LINK))
+    from offload.devices.cuda import CudaDevice
+    from offload.devices.cuda_driver import open_cuda
+
+    driver = open_cuda(request.device)
+    driver.limit(plan.vram.budget_nbytes)
+    use = plan.vram.use
+    return CudaDevice(driver, plan.vram.budget_nbytes - use.kv_nbytes - use.activation_nbytes)
 
 
 def _store_and_model(prepared: Prepared, store_root: Path, progress: Progress) -> tuple[ExpertStore, PreTrainedModel]:

@@ -72,20 +72,24 @@ def load(
             have slots, or a `prefetch.policies.base.CachePolicy`.
         prefetch: read experts of later layers ahead while one sequence is decoded: False for never, True for always,
             "auto" for as long as that is measured to pay. Neither changes the output.
-        device: "host": the CPU, and with `vram` an accelerator that host memory plays, so that all three tiers run
+        device: "cuda" or "cuda:N": dense weights, KV cache and hot experts on a GPU; docs/gpu.md says what has met one.
+            "host": the CPU, and with `vram` an accelerator that host memory plays, so that all three tiers run
             without a GPU. Experts there are computed by the CPU kernels: outputs are the same, speed is not a GPU's.
-        vram: size of that accelerator's memory, which takes as much of the host's beside `ram`.
-        link: bytes per second to it, such as "25GB/s", which is the default.
+        vram: of a GPU's memory what may be used, None for all that is free; of "host" the size of its accelerator's,
+            which takes as much of the host's beside `ram`.
+        link: bytes per second to the host's accelerator, such as "25GB/s", which is the default.
         progress: show bars; None where stderr is a terminal and HF_HUB_DISABLE_PROGRESS_BARS is not set.
 
     Raises:
         DoesNotFitError: `minimum_ram_bytes` is what would do; raised before any weight is read.
+        DeviceError: the GPU that was asked for is not there, or torch cannot use it.
         InvalidArgumentError, CheckpointError, UnsupportedModelError, StoreError, StorageError: see `offload.errors`.
     """
     request = make_request(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
         fused=fused, quant=quant, policy=policy, prefetch=prefetch, device=device, vram=vram, link=link,
     )  # fmt: skip
+    _check_device(request)
     prepared = _prepare(
         model, request, checkpoint, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
@@ -96,6 +100,14 @@ def load(
         prepared, request.store_root, progress_bar(progress), request.fused, request.policy, request.prefetch,
         request.accelerator,
     )  # fmt: skip
+
+
+def _check_device(request: Request) -> None:
+    """Before anything is read: whether the GPU that was asked for is there."""
+    if request.accelerator is not None and request.accelerator.device != "host":
+        from offload.devices.cuda_driver import open_cuda
+
+        open_cuda(request.accelerator.device)
 
 
 def plan(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from formats.packed import PACKED_FORMATS
 from offload.checkpoint.bundles import CheckpointBundleSource
 from offload.checkpoint.checkpoint import Checkpoint
 from offload.checkpoint.dtypes import TORCH_DTYPES
@@ -19,22 +20,26 @@ from offload.checkpoint.lazy import lazy_state_dict
 from offload.checkpoint.locate import locate_checkpoint
 from offload.errors import DoesNotFitError, InvalidArgumentError
 from offload.hf.dense import load_dense
+from offload.hf.dense_weights import alignment_nbytes
 from offload.hf.dtypes import FORMAT_OF_DTYPE, resolve_dtype
 from offload.hf.experts_interface import experts_modules, remove_expert_weights, use_offload_experts
+from offload.hf.layer_kinds import decoder_layers
 from offload.hf.model_source import ModelBundleSource
 from offload.hf.quantise import linears_to_quantise, put_back, quantise_loaded, readable_alone, take_out
 from offload.hf.skeleton import make_skeleton, read_config
 from offload.hf.spec import build_spec
 from offload.machine_profile import cached_profile
-from offload.request import DEFAULT_CONTEXT_TOKENS, Request
+from offload.request import DEFAULT_CONTEXT_TOKENS, AcceleratorRequest, Request
 from offload.sizes import format_size
 from offload.store.progress import Progress
 from offload.store.source import BundleSource
 from placement.hardware_profile import HardwareProfile
+from placement.memory_use import vram_beside_weights
 from placement.model_spec import ModelSpec
-from placement.plan import Plan, VramPlan, VramUse
+from placement.plan import Plan
 from placement.planner import PlanInfeasibleError, make_plan
 from placement.tensors import TensorSpan
+from placement.vram_planner import with_vram
 from placement.workload import Workload
 
 
@@ -178,7 +183,7 @@ def prepare_checkpoint(
             skeleton, bundles.groups, name=str(name), context_tokens=context, casts=casts, formats=formats, alone=alone,
             quantisation=quantisation,
         )  # fmt: skip
-        plan = _plan(spec, request, context)
+        plan = _plan(spec, request, context, skeleton)
         return PreparedCheckpoint(
             spec, plan, bundles, checkpoint, skeleton, mapped.dense, mapped.renamed, formats, alone
         )
@@ -210,10 +215,10 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
         skeleton, bundles.groups, name=name, context_tokens=context, casts=False, formats=formats, alone=[*formats],
         quantisation=quantisation,
     )  # fmt: skip
-    return PreparedModel(spec, _plan(spec, request, context), bundles, model, formats)
+    return PreparedModel(spec, _plan(spec, request, context, skeleton), bundles, model, formats)
 
 
-def _plan(spec: ModelSpec, request: Request, context: int) -> Plan:
+def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedModel) -> Plan:
     workload = Workload(context, request.batch, request.prefill_chunk_tokens)
     try:
         plan = make_plan(spec, workload, request.ram_nbytes, known_profile(spec, request))
@@ -223,21 +228,31 @@ def _plan(spec: ModelSpec, request: Request, context: int) -> Plan:
             f"{error}. Give ram={minimum} ({format_size(minimum)}) or more, or a shorter context than {context} tokens",
             minimum_ram_bytes=minimum,
         ) from error
-    return plan if request.accelerator is None else _with_vram(plan, request.accelerator.vram_nbytes)
+    return plan if request.accelerator is None else _with_vram(spec, plan, request.accelerator, skeleton)
 
 
-def _with_vram(plan: Plan, budget_nbytes: int) -> Plan:
-    """The plan with as many expert slots above as the budget holds; dense weights and KV cache stay in RAM.
+def _with_vram(spec: ModelSpec, plan: Plan, accelerator: AcceleratorRequest, skeleton: PreTrainedModel) -> Plan:
+    """The plan with the accelerator's memory put to use.
 
-    Without a prediction: no profile was measured of an accelerator that the host plays.
+    Without a prediction: none has been measured of what this executes.
     """
-    slots = min(plan.expert_count, budget_nbytes // plan.slot_nbytes)
-    if slots < 1:
-        raise DoesNotFitError(
-            f"vram={budget_nbytes} does not hold one expert of {plan.model}: give vram={plan.slot_nbytes} or more"
-        )
-    use = VramUse(dense_nbytes=0, kv_nbytes=0, activation_nbytes=0, slot_nbytes=slots * plan.slot_nbytes)
-    return replace(plan, vram=VramPlan((), (), False, slots, use, budget_nbytes), prediction=None)
+    on_gpu = accelerator.device != "host"
+    budget = accelerator.vram_nbytes
+    layers = [layer for _, layer in decoder_layers(skeleton)]
+    quantised = plan.dense_format != plan.head_format or plan.dense_format in PACKED_FORMATS
+    alignment = alignment_nbytes(skeleton, layers, quantised=quantised)
+    other = vram_beside_weights(spec, plan.workload) if on_gpu else 0
+    if budget is None:
+        from offload.devices.cuda_driver import open_cuda
+
+        free, _ = open_cuda(accelerator.device).memory_nbytes()
+        budget = free
+    try:
+        return with_vram(
+            spec, plan, budget, runs_attention=on_gpu, alignment_nbytes=alignment, other_nbytes=other
+        )  # fmt: skip
+    except PlanInfeasibleError as error:
+        raise DoesNotFitError(str(error)) from error
 
 
 def known_profile(spec: ModelSpec, request: Request) -> HardwareProfile | None:

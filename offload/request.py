@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +30,22 @@ DEFAULT_LINK = "25GB/s"
 
 _RAM_KEPT_FREE = 0.1
 
+_CUDA = re.compile(r"cuda(:\d+)?")
+
 
 @dataclass(frozen=True)
 class AcceleratorRequest:
-    """An accelerator that host memory plays.
+    """An accelerator: a GPU, or one that host memory plays.
 
     Attributes:
-        vram_nbytes: bytes of its memory, beside those of `ram`.
-        link: how fast bytes get there.
+        device: "host", "cuda" or "cuda:N".
+        vram_nbytes: bytes of its memory that may be used; of a GPU None for what is free. The host's lie beside `ram`.
+        link: how fast bytes get to the one that the host plays; None for a GPU, whose link is measured.
     """
 
-    vram_nbytes: int
-    link: Link
+    device: str
+    vram_nbytes: int | None
+    link: Link | None
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,9 @@ def make_request(
         quant: see `make_quantisation`.
         policy: "auto", one of POLICIES, or a `CachePolicy`.
         prefetch: "auto" for as long as it pays, True or "on" for always, False or "off" for never.
-        device: "host", or None for it.
-        vram: size of the memory of an accelerator that the host plays, None for none.
+        device: "cuda" or "cuda:N" for a GPU; "host", or None for it.
+        vram: of a GPU what may be used of its memory, None for all that is free; otherwise the size of the memory of an
+            accelerator that the host plays, None for none.
         link: bytes per second to it, None for DEFAULT_LINK.
 
     Raises:
@@ -155,15 +161,21 @@ def store_root(nvme: str | os.PathLike[str] | None) -> Path:
 
 
 def _accelerator(device: object, vram: int | str | None, link: str | Link | None) -> AcceleratorRequest | None:
+    if isinstance(device, str) and _CUDA.fullmatch(device):
+        if link is not None:
+            raise InvalidArgumentError(f'link={link!r}: goes with device="host"; a GPU\'s is measured')
+        return AcceleratorRequest(device, None if vram is None else parse_size(vram, "vram"), None)
     if device not in (None, "host"):
-        raise InvalidArgumentError(f'device={device!r}: expected "host", the only device that this version runs on')
+        raise InvalidArgumentError(f'device={device!r}: expected "host", "cuda" or "cuda:N"')
     if vram is None:
         if link is not None:
             raise InvalidArgumentError(f"link={link!r}: goes with vram=, the memory at its other end")
         return None
     if device is None:
-        raise InvalidArgumentError(f'vram={vram!r}: goes with device="host", whose memory plays an accelerator\'s')
-    return AcceleratorRequest(parse_size(vram, "vram"), parse_link(DEFAULT_LINK if link is None else link))
+        raise InvalidArgumentError(
+            f'vram={vram!r}: goes with device="cuda", or with device="host", whose memory plays an accelerator\'s'
+        )
+    return AcceleratorRequest("host", parse_size(vram, "vram"), parse_link(DEFAULT_LINK if link is None else link))
 
 
 def _check_count(name: str, value: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import weakref
 from bisect import bisect_right
@@ -16,18 +15,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload.devices.base import Device
-from offload.devices.host_accelerator import HostAccelerator
-from offload.devices.link import CHUNK_NBYTES, LinkReader
+from offload.devices.base import Accelerator, Device, Span
+from offload.devices.link import CHUNK_NBYTES
 from offload.errors import ClosedError, DoesNotFitError, UnsupportedOperationError
+from offload.fork_guard import hold_at_fork
+from offload.hf.dense_placement import DensePlacement
 from offload.moe.costs import ObservedCosts
 from offload.moe.layer import ExpertsLayer
 from offload.moe.step import moe_step
-from offload.moe.tiered_step import Accelerated, tiered_step
+from offload.moe.tiered_step import Accelerated, retried_step
 from offload.observer import StepObserver
 from offload.reconciliation import Reconciliation, reconcile
 from offload.recorder import TraceRecorder
-from offload.statistics import Statistics, accelerator_statistics
+from offload.statistics import AcceleratorStatistics, Statistics, accelerator_statistics
 from offload.store.progress import Progress
 from offload.store.store import ExpertStore
 from offload.tiers.accelerated import TierPair
@@ -65,7 +65,7 @@ class Runtime:
         layers: Sequence[ExpertsLayer],
         device: Device,
         policy: CachePolicy,
-        accelerator: HostAccelerator | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         self.plan = plan
         self.spec = spec
@@ -82,18 +82,21 @@ class Runtime:
         self._number = {layer.first_key: index for index, layer in enumerate(self.layers)}
         self.accelerated = None if accelerator is None else self._above(accelerator)
         self.fused: dict[str, int] = {}
+        self.dense: DensePlacement | None = None
+        self._dense_copied_before = 0
         self.closed = False
         self._released = False
         self.lock = threading.RLock()
         self._caches: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self.reset_stats()
-        with _runtimes_lock:
-            _RUNTIMES.add(self)
+        hold_at_fork(self)
 
-    def _above(self, accelerator: HostAccelerator) -> Accelerated:
+    def _above(self, accelerator: Accelerator) -> Accelerated:
         """The accelerator's tier, above the host's."""
         slots = 0 if self.plan.vram is None else self.plan.vram.slots
-        engine = ReadEngine(LinkReader(accelerator.link), threads=1, chunk_nbytes=CHUNK_NBYTES)
+        engine = ReadEngine(
+            accelerator.copy_reader(), threads=accelerator.copy_threads, chunk_nbytes=CHUNK_NBYTES
+        )  # fmt: skip
         arena = Arena(accelerator, self.plan.slot_nbytes, slots)
         above = ExpertTier(arena, LruPolicy(), engine, self._locate_in_ram, self._bundle_nbytes)
         costs = ObservedCosts(accelerator.link, accelerator.memory_bytes_per_s)
@@ -109,16 +112,18 @@ class Runtime:
     def _bundle_nbytes(self, key: int) -> int:
         return self._layer_of(key)[1].layout.nbytes
 
-    def _locate(self, key: int, out: memoryview) -> ReadRequest:
+    def _locate(self, key: int, out: Span) -> ReadRequest:
         index, layer, expert = self._layer_of(key)
         location = self.store.location(index, expert)
         label = f"expert {expert} of {layer.name}"
         return ReadRequest(location.shard, location.offset, out, self.store.checksum(index, expert), label)
 
-    def _locate_in_ram(self, key: int, out: memoryview) -> ReadRequest:
+    def _locate_in_ram(self, key: int, out: Span) -> ReadRequest:
         index, layer, expert = self._layer_of(key)
         label = f"the copy of expert {expert} of {layer.name}"
-        return ReadRequest(0, self.tier.address(key), out, self.store.checksum(index, expert), label)
+        # A device's own memory is not read back: what was copied there was checked when it came from disk.
+        checksum = self.store.checksum(index, expert) if isinstance(out, memoryview) else None
+        return ReadRequest(0, self.tier.address(key), out, checksum, label)
 
     # --- running ---------------------------------------------------------------------------------------------
 
@@ -144,7 +149,7 @@ class Runtime:
                 if self.accelerated is None:
                     out = moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights, observer)
                 else:
-                    out = tiered_step(layer, self.accelerated, hidden, top_k_index, top_k_weights)
+                    out = retried_step(layer, self.accelerated, hidden, top_k_index, top_k_weights)
             except BaseException:
                 observer.failed()
                 raise
@@ -274,6 +279,7 @@ class Runtime:
         self._passes = _Passes()
         self._moe_steps = 0
         self._moe_s = 0.0
+        self._dense_copied_before = 0 if self.dense is None else self.dense.bytes_copied
         for tier in self._tiers():
             tier.counters = TierCounters()
             tier.engine.reader.bytes_read = 0
@@ -306,8 +312,14 @@ class Runtime:
             prefetches_late=counters.ahead_late,
             prefetches_wasted=counters.ahead_wasted,
             late_stall_s=counters.late_stall_s,
-            accelerator=None if self.accelerated is None else accelerator_statistics(self.accelerated.tiers.above),
+            accelerator=self._accelerator_stats(),
         )
+
+    def _accelerator_stats(self) -> AcceleratorStatistics | None:
+        if self.accelerated is None:
+            return None
+        copied = 0 if self.dense is None else self.dense.bytes_copied - self._dense_copied_before
+        return accelerator_statistics(self.accelerated.tiers.above, copied)
 
     def record_trace(self, name: str | None = None) -> None:
         """Keep the routing of all passes from now on; a trace that was being recorded is dropped.
@@ -351,6 +363,8 @@ class Runtime:
             if self._released:
                 return
             self.closed = True
+            if self.dense is not None:
+                self.dense.close()
             for tier in self._tiers():
                 tier.engine.close()
                 tier.release_memory()
@@ -376,25 +390,3 @@ class Runtime:
             "closed" if self.closed else f"{self.tier.table.usable_slots} of {self.plan.expert_count} experts in RAM"
         )
         return f"<offload runtime of {self.plan.model}: {state}>"
-
-
-_RUNTIMES: weakref.WeakSet[Runtime] = weakref.WeakSet()
-_runtimes_lock = threading.Lock()
-_held_for_fork: list[Runtime] = []
-
-
-def _before_fork() -> None:
-    """A child copied in the middle of a step would have half a step in its slot table."""
-    _runtimes_lock.acquire()
-    for runtime in list(_RUNTIMES):
-        runtime.lock.acquire()
-        _held_for_fork.append(runtime)
-
-
-def _after_fork() -> None:
-    while _held_for_fork:
-        _held_for_fork.pop().lock.release()
-    _runtimes_lock.release()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

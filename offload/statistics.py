@@ -19,7 +19,8 @@ class AcceleratorStatistics:
         copies: experts copied.
         bytes_copied: bytes that crossed the link.
         copy_stall_s: seconds that steps waited for copies.
-        slots: its expert slots.
+        slots: its expert slots; fewer than planned where it ran out of memory.
+        dense_bytes_copied: bytes of dense weights that streamed through its window.
     """
 
     hits: int
@@ -28,14 +29,15 @@ class AcceleratorStatistics:
     bytes_copied: int
     copy_stall_s: float
     slots: int
+    dense_bytes_copied: int = 0
 
 
-def accelerator_statistics(tier: ExpertTier) -> AcceleratorStatistics:
-    """The figures so far of an accelerator's tier."""
+def accelerator_statistics(tier: ExpertTier, dense_bytes_copied: int) -> AcceleratorStatistics:
+    """The figures so far of an accelerator's tier, and of dense weights that stream there."""
     counters = tier.counters
     return AcceleratorStatistics(
         counters.hits, counters.misses, counters.loads, tier.engine.reader.bytes_read, counters.stall_s,
-        tier.table.usable_slots,
+        tier.table.usable_slots, dense_bytes_copied,
     )  # fmt: skip
 
 

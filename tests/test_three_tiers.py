@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import offload
-from offload.errors import DoesNotFitError, InvalidArgumentError
+from offload.errors import DeviceError, DoesNotFitError, InvalidArgumentError
 from tests.conftest import TinyCheckpoint
 from tests.hf.reference import greedy, logits, prompt, reference_model
 from tests.tiny_models import ARCHITECTURES
@@ -28,9 +28,15 @@ def test_tokens_equal_transformers_whatever_is_where(
     ids = prompt(batch=2)
     expected = greedy(reference_model(directory, torch.float32), ids)
     minimum = _minimum_ram(directory)
-    slot = offload.plan(directory, ram=minimum, context=40, batch=2).slot_nbytes
-    seen = []
-    for ram, vram, link in ((minimum, slot, "1MB/s"), (minimum + slot, 5 * slot, "100GB/s")):
+    plan = offload.plan(directory, ram=minimum, context=40, batch=2)
+    slot, dense = plan.slot_nbytes, plan.ram.dense_nbytes
+    seen, windows = [], []
+    # One slot and nothing else; dense weights that stream beside a few; all of them beside more.
+    for ram, vram, link in (
+        (minimum, slot, "1MB/s"),
+        (minimum + slot, dense + 2 * slot, "1GB/s"),
+        (minimum, dense + 4 * slot + (64 << 10), "100GB/s"),
+    ):
         model = offload.load(
             directory, ram=ram, nvme=store_root, context=40, batch=2, device="host", vram=vram, link=link
         )
@@ -42,6 +48,11 @@ def test_tokens_equal_transformers_whatever_is_where(
             assert stats.accelerator is not None
             assert stats.accelerator.slots == runtime.plan.vram.slots
             assert stats.accelerator.hits
+            windows.append(runtime.plan.vram.window_layers)
+            assert (runtime.dense is not None) == runtime.plan.vram.head
+            assert (stats.accelerator.dense_bytes_copied > 0) == (windows[-1] > 0)
+    assert windows[-2:] == [2, 0], "dense weights stream and then do not"
+    assert runtime.plan.ram.dense_nbytes == 0
     plain = offload.load(directory, ram="1GiB", nvme=store_root, context=40, batch=2)
     with plain.offload:
         seen.append(logits(plain, ids))
@@ -74,7 +85,10 @@ def test_packed_experts(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cuda"}, 'expected "host"'),
+        ({"device": "tpu"}, 'expected "host", "cuda" or "cuda:N"'),
+        ({"device": "cuda:x"}, 'expected "host", "cuda" or "cuda:N"'),
+        ({"device": "cuda", "link": "1GB/s"}, "a GPU's is measured"),
+        ({"device": "cuda", "vram": "much"}, "vram="),
         ({"vram": "1GiB"}, "goes with device="),
         ({"link": "1GB/s"}, "goes with vram="),
         ({"device": "host", "vram": "1GiB", "link": "quick"}, "bytes per second"),
@@ -84,6 +98,14 @@ def test_packed_experts(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> No
 def test_arguments_that_do_not_go_together(options: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         offload.load(tmp_path, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the error says is missing")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_without_cuda_nothing_is_read(device: str, tmp_path: Path) -> None:
+    """The directory has no checkpoint, of which nothing is said."""
+    with pytest.raises(DeviceError, match=r"device='cuda.*(built without CUDA|no CUDA device)"):
+        offload.load(tmp_path, device=device)
 
 
 def test_an_accelerator_too_small_for_an_expert(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:

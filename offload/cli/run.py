@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 
 from offload.cli.errors import EXIT_INTERRUPTED, exit_codes
-from offload.cli.options import example, json_option, model_options, progress_option
+from offload.cli.options import Size, example, json_option, model_options, progress_option
 from offload.cli.output import write_json
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Settings:
     quant: str | dict[str, str | None] | None
     revision: str | None
     trust_remote_code: bool
+    device: str | None
+    vram: int | None
     as_json: bool
     progress: bool | None
 
@@ -68,6 +70,8 @@ class Generated:
     ),
 )
 @model_options
+@click.option("--device", metavar="NAME", help="A GPU, cuda or cuda:N; no GPU has run this yet.  [default: the CPU]")
+@click.option("--vram", type=Size(), metavar="SIZE", help="Most memory of the GPU.  [default: what is free]")
 @click.option("-p", "--prompt", metavar="TEXT", help='The prompt; "-" reads it from stdin.')
 @click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from FILE.")
 @click.option(
@@ -150,6 +154,8 @@ def _run(settings: Settings, prompt: str) -> None:
             context=settings.context,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
+            device=settings.device,
+            vram=settings.vram,
             progress=settings.progress,
         )
         runtime = cast("Runtime", model.offload)
@@ -228,7 +234,11 @@ def _generate(
     interrupted = False
     try:
         model.generate(  # type: ignore[operator]
-            **inputs, **sampling, max_new_tokens=settings.max_new_tokens, num_beams=1, streamer=streamer
+            **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+            **sampling,
+            max_new_tokens=settings.max_new_tokens,
+            num_beams=1,
+            streamer=streamer,
         )
     except KeyboardInterrupt:
         interrupted = True

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from offload.devices.link import Link
 from offload.moe.layer import ExpertsLayer
+
+if TYPE_CHECKING:
+    from offload.tiers.transfer import Reader
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class ExpertBatch:
     rows: npt.NDArray[np.int64]
 
 
+Span = memoryview | torch.Tensor
+"""Bytes of a slab that a reader fills: a memoryview of host memory, or a uint8 tensor [n] of another device."""
+
+
 class Slab(ABC):
     """One large allocation of a tier, page-aligned.
 
@@ -42,17 +51,50 @@ class Slab(ABC):
 
     @abstractmethod
     def bytes(self) -> npt.NDArray[np.uint8]:
-        """The slab as uint8 [nbytes], writable, without a copy; what disk reads go into."""
+        """The slab as uint8 [nbytes], writable, without a copy; what disk reads go into.
+
+        Raises:
+            UnsupportedOperationError: the host cannot address the slab.
+        """
+
+    def span(self, offset: int, nbytes: int) -> Span:
+        """A part of the slab, writable, as readers take it."""
+        return memoryview(self.bytes()[offset : offset + nbytes])  # type: ignore[arg-type]
+
+    def tensor(self) -> torch.Tensor:
+        """The slab as a uint8 tensor [nbytes] on its device, without a copy."""
+        return torch.from_numpy(self.bytes())
 
     @abstractmethod
     def discard(self, offset: int, nbytes: int) -> None:
         """Give the memory of a page-aligned range back to the system; its content is lost, its address stays."""
 
 
+class Work(ABC):
+    """Experts that a device computes."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Return when the outputs are where they belong."""
+
+
+class Done(Work):
+    """Work that was done when it was given."""
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
 class Device(ABC):
-    """Where experts are computed and where their slots live."""
+    """Where experts are computed and where their slots live.
+
+    Attributes:
+        name: of the device, for messages.
+        slab_nbytes: how large slabs of expert slots are made, at most.
+    """
 
     name: str
+    slab_nbytes: int = 4 << 30
 
     @abstractmethod
     def allocate(self, nbytes: int) -> Slab:
@@ -73,6 +115,37 @@ class Device(ABC):
             out: fp32 [R, H] contiguous; rows that no pair names are left alone.
         """
 
+    def start_experts(self, layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> Work:
+        """As `run_experts`, but may return before the outputs are there; bundles stay as they are until `finish`."""
+        self.run_experts(layer, batch, hidden, out)
+        return Done()
+
     @abstractmethod
     def synchronise(self) -> None:
         """Return when all work given to the device is done."""
+
+
+class Accelerator(Device):
+    """A device with memory of its own at the other end of a link.
+
+    Attributes:
+        link: from host memory.
+        memory_bytes_per_s: speed at which its own memory is read, for schedules.
+        copy_threads: copies under way at once.
+    """
+
+    link: Link
+    memory_bytes_per_s: float
+    copy_threads: int
+
+    @abstractmethod
+    def finish_kernels(self) -> None:
+        """Return when what was computed so far no longer reads weights; copies go on."""
+
+    @abstractmethod
+    def copy_reader(self) -> Reader:
+        """What a `ReadEngine` fills this device's slots from: host memory, by address."""
+
+    @abstractmethod
+    def host(self) -> Device:
+        """The device of host memory that this one copies from fastest."""

@@ -10,14 +10,14 @@ from bisect import bisect_right
 
 import torch
 
-from offload.devices.base import Device, ExpertBatch, Slab
+from offload.devices.base import Accelerator, Device, ExpertBatch, Slab
 from offload.devices.host import HostDevice
-from offload.devices.link import Link
+from offload.devices.link import Link, LinkReader
 from offload.errors import DoesNotFitError
 from offload.moe.layer import ExpertsLayer
 
 
-class HostAccelerator(Device):
+class HostAccelerator(Accelerator):
     """An accelerator without a GPU.
 
     Attributes:
@@ -27,6 +27,7 @@ class HostAccelerator(Device):
     """
 
     name = "host"
+    copy_threads = 1
 
     def __init__(self, budget_nbytes: int, link: Link, memory_bytes_per_s: float = 500e9) -> None:
         self.budget_nbytes = budget_nbytes
@@ -65,6 +66,17 @@ class HostAccelerator(Device):
             if at < 0 or address + layer.layout.nbytes > self._ends[at]:
                 raise ValueError(f"{layer.name}: an expert at address {address:#x} is not in the accelerator's memory")
         self._host.run_experts(layer, batch, hidden, out)
+
+    def copy_reader(self) -> LinkReader:
+        """Copies that take as long as the link would."""
+        return LinkReader(self.link)
+
+    def finish_kernels(self) -> None:
+        """The CPU's kernels are done when they return."""
+
+    def host(self) -> Device:
+        """Plain host memory."""
+        return self._host
 
     def synchronise(self) -> None:
         """Nothing runs on after a call."""

@@ -87,12 +87,20 @@ class OrderedAccumulator(Accumulator):
         Raises:
             RuntimeError: pairs were left out, or come twice.
         """
+        self.add(pairs, self._scratch)
+
+    def add(self, pairs: Ints | slice, outputs: torch.Tensor) -> None:
+        """Add the outputs of pairs that are next, fp32 [at least pairs, H], weighted; they are overwritten.
+
+        Raises:
+            RuntimeError: as `added`.
+        """
         rows = self._routing.rows[pairs]
         expected = self._routing.rows[self._done : self._done + len(rows)]
         if not np.array_equal(rows, expected):
             raise RuntimeError(f"experts were added out of order: pair {self._done} of the step is next")
         self._done += len(rows)
-        outputs = self._scratch[: len(rows)]
+        outputs = outputs[: len(rows)]
         outputs *= self._routing.weights.view(-1)[torch.from_numpy(rows), None]
         # A token goes to an expert once, so that no two of these additions meet.
         self._sum.index_add_(0, torch.from_numpy(self._routing.tokens[pairs]), outputs)

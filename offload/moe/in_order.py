@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from offload.tiers.expert_tier import ExpertTier
 
 
-def borrowed_in_order(tier: ExpertTier, keys: Sequence[int], shares: Sequence[float] | None = None) -> Iterator[int]:
+def borrowed_in_order(
+    tier: ExpertTier, keys: Sequence[int], shares: Sequence[float] | None = None
+) -> Generator[int, bool | None]:
     """Each of `keys` in turn, borrowed until the next one is asked for; as many as slots allow load meanwhile.
+
+    Whoever sends True instead of asking keeps the expert and gives it back by himself.
 
     Args:
         tier: where they are or come to be; has at least one slot that nothing else holds.
@@ -34,6 +38,7 @@ def borrowed_in_order(tier: ExpertTier, keys: Sequence[int], shares: Sequence[fl
                 borrowed.discard(last)
                 insort(waiting, last)
             started = tier.start_loads(waiting)
-        yield key
-        tier.give_back([key])
+        kept = yield key
         borrowed.discard(key)
+        if not kept:
+            tier.give_back([key])

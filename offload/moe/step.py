@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -127,8 +128,26 @@ def compute_borrowed(
     work: list[tuple[int, int]],
 ) -> None:
     """Compute borrowed experts, given as (key, number in the routing), with one call to the device."""
+    start_borrowed(layer, tier, device, hidden, routing, accumulator, work)()
+
+
+def start_borrowed(
+    layer: ExpertsLayer,
+    tier: ExpertTier,
+    device: Device,
+    hidden: torch.Tensor,
+    routing: Routing,
+    accumulator: Accumulator,
+    work: list[tuple[int, int]],
+) -> Callable[[], None]:
+    """Begin what `compute_borrowed` does; what is returned waits for the outputs."""
     offsets, pairs = routing.select([number for _, number in work])
     out, rows = accumulator.target(pairs)
     addresses = np.array([tier.address(key) for key, _ in work], dtype=np.intp)
-    device.run_experts(layer, ExpertBatch(addresses, offsets, routing.tokens[pairs], rows), hidden, out)
-    accumulator.added(pairs)
+    started = device.start_experts(layer, ExpertBatch(addresses, offsets, routing.tokens[pairs], rows), hidden, out)
+
+    def finish() -> None:
+        started.finish()
+        accumulator.added(pairs)
+
+    return finish

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
 import torch
 
-from offload.devices.base import Device
-from offload.moe.accumulate import Accumulator, make_accumulator
+from offload.devices.base import Device, ExpertBatch, Work
+from offload.errors import DoesNotFitError, SlowDeviceWarning
+from offload.moe.accumulate import Accumulator, OrderedAccumulator, make_accumulator
 from offload.moe.costs import ObservedCosts
-from offload.moe.in_order import borrowed_in_order
 from offload.moe.layer import ExpertsLayer
 from offload.moe.routing import Routing, route
-from offload.moe.step import compute_borrowed
+from offload.moe.step import compute_borrowed, start_borrowed
+from offload.moe.tiered_prefill import Prefill, PromptPopularity
 from offload.tiers.accelerated import TierPair
-from offload.tiers.expert_tier import ExpertTier
 from prefetch.scheduler.records import Home
 from prefetch.scheduler.scheduler import LayerScheduler
 
@@ -31,12 +32,14 @@ class Accelerated:
         host: computes those below.
         accelerator: computes those above.
         costs: what schedules are made from.
+        popularity: which experts prompts are routed to.
     """
 
     tiers: TierPair
     host: Device
     accelerator: Device
     costs: ObservedCosts
+    popularity: PromptPopularity = field(default_factory=PromptPopularity)
 
 
 def tiered_step(
@@ -49,8 +52,7 @@ def tiered_step(
     """What `moe_step` computes, with an accelerator's tier above the host's.
 
     Few pairs: each missing expert runs on the CPU in place, or is copied first, as the schedule says. Where that turns
-    out not to be possible (every slot above is in use), it runs on the CPU. Many pairs: experts compute in ascending
-    order, those above on the accelerator, and nothing is copied.
+    out not to be possible (every slot above is in use), it runs on the CPU. Many pairs: see `tiered_prefill`.
 
     Raises:
         StorageError, StoreCorruptError: an expert could not be read or copied; both tiers are whole.
@@ -59,14 +61,49 @@ def tiered_step(
     accumulator = make_accumulator(routing, hidden.shape[-1])
     step = _Step(layer, accelerated, hidden.contiguous(), routing, accumulator)
     try:
-        if accumulator.ordered:
-            step.run_in_order()
+        if isinstance(accumulator, OrderedAccumulator):
+            step.run_in_order(accumulator)
         else:
             step.run()
     except BaseException:
+        # What was started reads slots that abandoned experts may lose.
+        accelerated.accelerator.synchronise()
         accelerated.tiers.abandon()
         raise
-    return accumulator.result().to(hidden.dtype)
+    return accumulator.result().to(hidden.device, hidden.dtype)
+
+
+def retried_step(
+    layer: ExpertsLayer,
+    accelerated: Accelerated,
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """`tiered_step`; where the accelerator runs out of memory, once more with a slab of expert slots less, and said so.
+
+    Raises:
+        DoesNotFitError: there is no slab to give up.
+        torch.OutOfMemoryError: that was not enough.
+        As `tiered_step`.
+    """
+    try:
+        return tiered_step(layer, accelerated, hidden, top_k_index, top_k_weights)
+    except torch.OutOfMemoryError as error:
+        above = accelerated.tiers.above
+        given_up = above.give_up_slab()
+        if not given_up:
+            raise DoesNotFitError(
+                f"{accelerated.accelerator.name}: no memory for {len(hidden)} tokens of {layer.name}, and the last "
+                f"slab of {above.table.usable_slots} expert slots is needed; take a shorter prompt or a smaller batch"
+            ) from error
+        warnings.warn(
+            f"{accelerated.accelerator.name} ran out of memory: {given_up} expert slots were given up, "
+            f"{above.table.usable_slots} are left; load with a smaller vram= to leave more from the start",
+            SlowDeviceWarning,
+            stacklevel=2,
+        )
+    return tiered_step(layer, accelerated, hidden, top_k_index, top_k_weights)
 
 
 @dataclass
@@ -76,21 +113,25 @@ class _Step:
     hidden: torch.Tensor
     routing: Routing
     accumulator: Accumulator
+    on_host: torch.Tensor = field(init=False)
     number: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.on_host = self.hidden.to("cpu")
         self.number = {self.layer.first_key + expert: index for index, expert in enumerate(self.routing.experts)}
 
     def run(self) -> None:
-        """Copies start first, then what is resident computes, then what arrives."""
+        """Copies start first, then what is resident computes, on both devices, then what arrives."""
         above, below = self.accelerated.tiers.above, self.accelerated.tiers.below
+        self.accelerated.popularity.decoding()
         cached, rest = above.borrow(list(self.number))
         resident, missing = below.borrow(rest)
         below.start_loads(missing)
         to_copy = self._schedule(cached, resident, missing)
         copying = self._start_copies([key for key in resident if key in to_copy], [])
-        self._compute(above, self.accelerated.accelerator, cached)
+        finish = self._start_above(cached)
         self._on_cpu([key for key in resident if key not in copying])
+        finish()
         while missing or copying:
             if missing and (below.start_loads(missing) or not copying):
                 arrived = self._collect(missing)
@@ -102,19 +143,27 @@ class _Step:
                 above.start_loads(copying)
                 copying = self._finish_copies(copying, above.collect(copying))
 
-    def run_in_order(self) -> None:
+    def run_in_order(self, accumulator: OrderedAccumulator) -> None:
         """Sums of many pairs are in the order of experts, whatever is where."""
         above, below = self.accelerated.tiers.above, self.accelerated.tiers.below
+        loads = np.diff(self.routing.offsets).tolist()
+        self.accelerated.popularity.note({key: loads[number] for key, number in self.number.items()})
         cached, rest = above.borrow(list(self.number))
-        held = set(cached)
-        in_turn = borrowed_in_order(below, rest)
-        for key in self.number:
-            if key in held:
-                self._compute(above, self.accelerated.accelerator, [key])
-            else:
-                self._compute_on(below, self.accelerated.host, [next(in_turn)])
-        # The last one is given back when the next is asked for.
-        next(in_turn, None)
+        resident = [key for key in rest if below.holds(key)]
+        to_copy = self._schedule(cached, resident, [key for key in rest if key not in resident])
+        prefill = Prefill(
+            self.accelerated.tiers, self.accelerated.popularity, self.routing, accumulator, self._start_alone
+        )
+        prefill.run(self.number, set(cached), rest, to_copy)
+
+    def _start_alone(self, key: int, *, above: bool, out: torch.Tensor) -> Work:
+        """Start one borrowed expert, its outputs in the order of its pairs."""
+        tiers, number = self.accelerated.tiers, self.number[key]
+        tier, device = (tiers.above, self.accelerated.accelerator) if above else (tiers.below, self.accelerated.host)
+        offsets, pairs = self.routing.select([number])
+        tokens = self.routing.tokens[pairs]
+        batch = ExpertBatch(np.array([tier.address(key)], np.intp), offsets, tokens, np.arange(len(tokens)))
+        return device.start_experts(self.layer, batch, self.hidden if above else self.on_host, out)
 
     def _schedule(self, cached: list[int], resident: list[int], missing: list[int]) -> set[int]:
         """The experts that are to be copied."""
@@ -136,7 +185,7 @@ class _Step:
 
     def _finish_copies(self, copying: list[int], arrived: list[int]) -> list[int]:
         self.accelerated.tiers.below.give_back(arrived)
-        self._compute(self.accelerated.tiers.above, self.accelerated.accelerator, arrived)
+        self._start_above(arrived)()
         return [key for key in copying if key not in arrived]
 
     def _collect(self, missing: list[int]) -> list[int]:
@@ -146,17 +195,31 @@ class _Step:
         self.accelerated.costs.saw_disk(len(arrived) * self.layer.layout.nbytes, below.counters.stall_s - before)
         return arrived
 
+    def _start_above(self, keys: Sequence[int]) -> Callable[[], None]:
+        """Start borrowed experts on the accelerator; what is returned waits for them and gives them back."""
+        tiers = self.accelerated.tiers
+        if not keys:
+            return lambda: None
+        finish = start_borrowed(
+            self.layer, tiers.above, self.accelerated.accelerator, self.hidden, self.routing, self.accumulator,
+            self._work(keys),
+        )  # fmt: skip
+
+        def finish_and_give_back() -> None:
+            finish()
+            tiers.above.give_back(keys)
+
+        return finish_and_give_back
+
     def _on_cpu(self, keys: Sequence[int]) -> None:
-        before = perf_counter()
-        self._compute(self.accelerated.tiers.below, self.accelerated.host, keys)
+        if not keys:
+            return
+        below, before = self.accelerated.tiers.below, perf_counter()
+        compute_borrowed(
+            self.layer, below, self.accelerated.host, self.on_host, self.routing, self.accumulator, self._work(keys)
+        )
+        below.give_back(keys)
         self.accelerated.costs.saw_cpu(len(keys) * self.layer.layout.nbytes, perf_counter() - before)
 
-    def _compute(self, tier: ExpertTier, device: Device, keys: Sequence[int]) -> None:
-        """Compute borrowed experts and give them back."""
-        if keys:
-            self._compute_on(tier, device, keys)
-            tier.give_back(keys)
-
-    def _compute_on(self, tier: ExpertTier, device: Device, keys: Sequence[int]) -> None:
-        work = [(key, self.number[key]) for key in keys]
-        compute_borrowed(self.layer, tier, device, self.hidden, self.routing, self.accumulator, work)
+    def _work(self, keys: Sequence[int]) -> list[tuple[int, int]]:
+        return [(key, self.number[key]) for key in keys]

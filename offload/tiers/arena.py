@@ -6,9 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from formats.bundle import BUNDLE_ALIGNMENT_BYTES
-from offload.devices.base import Device, Slab
-
-_SLAB_NBYTES = 4 << 30
+from offload.devices.base import Device, Slab, Span
 
 
 class Arena:
@@ -22,7 +20,7 @@ class Arena:
             raise ValueError(f"an arena of {count} slots of {slot_nbytes} bytes: slots are whole pages, at least one")
         self.slot_nbytes = slot_nbytes
         self.count = count
-        self._slots_per_slab = max(1, _SLAB_NBYTES // slot_nbytes)
+        self._slots_per_slab = max(1, device.slab_nbytes // slot_nbytes)
         self._slabs: list[Slab] = []
         for first in range(0, count, self._slots_per_slab):
             slots = min(self._slots_per_slab, count - first)
@@ -46,10 +44,27 @@ class Arena:
         slab, offset = self._place(slot)
         return slab.bytes()[offset : offset + nbytes]
 
+    def span(self, slot: int, nbytes: int) -> Span:
+        """The first `nbytes` bytes of a slot as readers take them, on whichever device they are."""
+        if not 0 <= nbytes <= self.slot_nbytes:
+            raise ValueError(f"{nbytes} bytes of a slot of {self.slot_nbytes}")
+        slab, offset = self._place(slot)
+        return slab.span(offset, nbytes)
+
     def discard(self, slot: int) -> None:
         """Give the slot's memory back to the system; the slot can be used again later."""
         slab, offset = self._place(slot)
         slab.discard(offset, self.slot_nbytes)
+
+    def slots_beside(self, slot: int) -> range:
+        """All slots of the slab that has this one, whose memory can be given back together."""
+        first = slot // self._slots_per_slab * self._slots_per_slab
+        return range(first, min(first + self._slots_per_slab, self.count))
+
+    def discard_slab(self, slot: int) -> None:
+        """Give back the memory of the whole slab that has this slot."""
+        slab, _ = self._place(slot)
+        slab.discard(0, slab.nbytes)
 
     def discard_all(self) -> None:
         """Give all memory back."""

@@ -14,12 +14,13 @@ from time import perf_counter
 import numpy as np
 import numpy.typing as npt
 
+from offload.devices.base import Span
 from offload.tiers.arena import Arena
 from offload.tiers.slot_table import SlotState, SlotTable
 from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
 from prefetch.policies.base import CachePolicy
 
-Locate = Callable[[int, memoryview], ReadRequest]
+Locate = Callable[[int, Span], ReadRequest]
 """(expert key, slot memory) → the read that fills the slot's first bytes."""
 
 
@@ -118,6 +119,11 @@ class ExpertTier:
         self._late |= late
         self._ahead -= used | late
 
+    def holds(self, key: int) -> bool:
+        """Whether an expert is here, in use or not."""
+        self._settle(key, carry_error=False)
+        return self.table.state_of(key) in (SlotState.READY, SlotState.IN_USE)
+
     def address(self, key: int) -> int:
         """Address of a borrowed expert's bundle."""
         return self.arena.address(self.slot(key))
@@ -194,7 +200,7 @@ class ExpertTier:
         # At no moment does the table hold a key that the policy does not know: such a slot would never be free again.
         self.policy.on_insert(key)
         slot = self.table.begin_load(key)
-        out = memoryview(self.arena.view(slot, self._bundle_nbytes(key)))  # type: ignore[arg-type]
+        out = self.arena.span(slot, self._bundle_nbytes(key))
         self._tickets[key] = self.engine.submit(self._locate(key, out), urgency)
         if urgency is Urgency.SOON:
             self._ahead.add(key)
@@ -305,6 +311,11 @@ class ExpertTier:
 
     # --- leaving ---------------------------------------------------------------------------------------------
 
+    def evict(self, key: int) -> None:
+        """Free the slot of an expert that is here and not in use."""
+        self._settle(key, carry_error=False)
+        self._evict(key)
+
     def _evict(self, key: int) -> None:
         self._drop(key)
         self.counters.evictions += 1
@@ -337,6 +348,27 @@ class ExpertTier:
         while self.table.usable_slots < target:
             self.table.restore()
         self.policy.on_resize(self.table.usable_slots)
+
+    def give_up_slab(self) -> int:
+        """Between steps: give the memory of one slab back for good, and evict what lies there.
+
+        Returns:
+            How many slots went; 0 where the last slab is left, which stays.
+        """
+        self.engine.wait_all(self._tickets.values())
+        for key in list(self._tickets):
+            self._settle(key, carry_error=False)
+        slots = self.arena.slots_beside(self.table.last_usable())
+        if len(slots) >= self.table.usable_slots:
+            return 0
+        for slot in slots:
+            owner = self.table.key_of(slot)
+            if owner is not None:
+                self._evict(owner)
+            self.table.retire(slot)
+        self.arena.discard_slab(slots[0])
+        self.policy.on_resize(self.table.usable_slots)
+        return len(slots)
 
     def release_memory(self) -> None:
         """After the engine was closed: no expert is here any more, and all slots' memory is given back."""

@@ -112,9 +112,20 @@ class SlotTable:
         self._free.append(slot)
         return slot
 
-    def retire(self) -> int:
-        """Free → retired: take one free slot out of use; the slot."""
-        slot = self._free.pop()
+    def key_of(self, slot: int) -> int | None:
+        """The key that owns a slot."""
+        return self._key[slot]
+
+    def last_usable(self) -> int:
+        """The highest slot that is not retired."""
+        return max(slot for slot in range(self.count) if self._state[slot] is not SlotState.RETIRED)
+
+    def retire(self, slot: int | None = None) -> int:
+        """Free → retired: take a free slot out of use, any one or the one that is named; the slot."""
+        if slot is None:
+            slot = self._free.pop()
+        else:
+            self._free.remove(slot)
         self._state[slot] = SlotState.RETIRED
         self._retired.append(slot)
         return slot

@@ -18,11 +18,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
 from offload.errors import ClosedError, StoreCorruptError
+
+if TYPE_CHECKING:
+    from offload.devices.base import Span
 
 
 class Urgency(Enum):
@@ -50,8 +53,8 @@ class Reader(Protocol):
         """Names of the shards, for messages."""
         ...
 
-    def read(self, shard: int, offset: int, out: memoryview) -> None:
-        """Fill `out` from a shard."""
+    def read(self, shard: int, offset: int, out: Any) -> None:
+        """Fill `out`, a `Span` of the device that the reader is made for, from a shard."""
         ...
 
     def close(self) -> None:
@@ -70,15 +73,15 @@ class ReadRequest:
     Attributes:
         shard: index of the store's shard.
         offset: bytes from the shard's start.
-        out: where it goes, writable, as long as the bundle.
-        checksum: xxh3-64 of the bundle.
+        out: where it goes, writable, as long as the bundle, on whatever device.
+        checksum: xxh3-64 of the bundle; None where the host cannot read what arrived.
         label: names the expert in messages.
     """
 
     shard: int
     offset: int
-    out: memoryview
-    checksum: int
+    out: Span
+    checksum: int | None
     label: str
 
 
@@ -205,11 +208,14 @@ def _read_chunk(queue: _Queue, ticket: Ticket, chunk: int) -> BaseException | No
 def _check(queue: _Queue, ticket: Ticket) -> BaseException | None:
     """A wrong checksum is read once more: a flip on the way is healed, one on the disk is reported."""
     request = ticket.request
+    out = request.out
+    if request.checksum is None or not isinstance(out, memoryview):
+        return None
     try:
-        if xxhash.xxh3_64_intdigest(request.out) == request.checksum:
+        if xxhash.xxh3_64_intdigest(out) == request.checksum:
             return None
-        queue.reader.read(request.shard, request.offset, request.out)
-        found = xxhash.xxh3_64_intdigest(request.out)
+        queue.reader.read(request.shard, request.offset, out)
+        found = xxhash.xxh3_64_intdigest(out)
     except BaseException as error:  # noqa: BLE001 - carried to whoever waits for the ticket
         return error
     if found == request.checksum:

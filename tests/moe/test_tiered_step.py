@@ -141,6 +141,74 @@ def test_many_pairs_are_summed_in_order(make_rig: type[TieredRig], monkeypatch: 
     plain.close()
 
 
+@pytest.mark.parametrize("costs", [COPY_ALL, COPY_NONE, COPY_SOME], ids=["all", "none", "some"])
+@pytest.mark.parametrize(("above", "slots"), [(1, 2), (2, 3), (4, 2), (3, 6)])
+def test_a_prompt_copies_each_expert_at_most_once(
+    above: int, slots: int, costs: LayerCosts, make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both layers, one after the other, as chunks of a prompt run: bits as on two tiers."""
+    monkeypatch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 0)
+    rig, plain = make_rig(above=above, slots=slots, costs=costs), Rig(slots=12)
+    for seed in range(4):
+        for layer in range(2):
+            inputs = rig.inputs(9, 4, seed=seed)
+            before = rig.pair.above.counters.loads
+            assert torch.equal(rig.tiered(layer, *inputs), plain.step(layer, *inputs))
+            assert rig.pair.above.counters.loads - before <= len(inputs[1].unique())
+            rig.assert_idle()
+    counters = rig.pair.above.counters
+    assert (counters.loads > 0) == (costs is not COPY_NONE)
+    plain.close()
+
+
+def test_experts_that_a_prompt_is_routed_to_most_stay_above(
+    make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 0)
+    # All but the few through which others pass.
+    rig = make_rig(above=8, slots=4, costs=COPY_ALL, count=8)
+    hidden, _, _ = rig.inputs(6, 1)
+    weights = torch.full((6, 3), 0.5)
+
+    def run(*hot: int) -> None:
+        others = [expert for expert in range(8) if expert not in hot]
+        index = torch.tensor([[*hot, other] for other in others])
+        for _ in range(3):
+            for layer in range(2):
+                rig.tiered(layer, hidden, index, weights)
+
+    run(1, 6)
+    assert {1, 6, 9, 14} <= set(rig.pair.above.table)
+    # Decoding ends the prompt: the next one's counts begin at nothing.
+    with monkeypatch.context() as patch:
+        patch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 1 << 20)
+        rig.tiered(0, *rig.inputs(1, 2))
+    run(0, 4)
+    assert {0, 4, 8, 12} <= set(rig.pair.above.table)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_prompt_whose_reads_fail_leaves_both_tiers_whole(
+    seed: int, make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 0)
+    rig, choose = make_rig(above=1 + seed % 4, slots=2 + seed % 3, costs=COPY_ALL), np.random.default_rng(seed)
+    inputs = rig.inputs(7, 3, seed=seed)
+    failing = choose.choice(inputs[1].unique().tolist())
+
+    def fail(key: int) -> None:
+        if key == failing:
+            raise StorageError("no such sector")
+
+    rig.before_read = fail
+    with pytest.raises(StorageError, match="no such sector"):
+        rig.tiered(0, *inputs)
+    rig.assert_idle()
+    rig.before_read = lambda _key: None
+    rig.assert_close(rig.tiered(0, *inputs), rig.reference(0, *inputs))
+    rig.assert_idle()
+
+
 def test_preloaded_experts_are_found_and_not_read_again(make_rig: type[TieredRig]) -> None:
     rig = make_rig(above=6, slots=2, costs=COPY_NONE)
     arrived: list[int] = []

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from offload.devices.base import Slab
 from offload.devices.host import HostDevice
-from offload.tiers import arena as arena_module
 from offload.tiers.arena import Arena
 
 PAGE = 4096
@@ -30,10 +29,9 @@ class CountingDevice(HostDevice):
 @settings(deadline=None)
 @given(pages=st.integers(1, 9), count=st.integers(1, 40), slab_pages=st.integers(1, 30))
 def test_slots_are_aligned_and_lie_apart(pages: int, count: int, slab_pages: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arena_module, "_SLAB_NBYTES", slab_pages * PAGE)
-        device = CountingDevice()
-        arena = Arena(device, pages * PAGE, count)
+    device = CountingDevice()
+    device.slab_nbytes = slab_pages * PAGE
+    arena = Arena(device, pages * PAGE, count)
     starts = sorted(arena.address(slot) for slot in range(count))
     assert all(start % PAGE == 0 for start in starts)
     assert all(after - before >= pages * PAGE for before, after in itertools.pairwise(starts))
@@ -45,6 +43,25 @@ def test_slots_are_aligned_and_lie_apart(pages: int, count: int, slab_pages: int
         view[:] = slot
     for slot in range(count):
         assert (arena.view(slot, pages * PAGE) == slot).all(), "a slot was overwritten by another"
+
+
+@pytest.mark.parametrize(("count", "in_slab"), [(7, 3), (6, 3), (2, 5)])
+def test_slots_of_one_slab(count: int, in_slab: int) -> None:
+    device = CountingDevice()
+    device.slab_nbytes = in_slab * PAGE
+    arena = Arena(device, PAGE, count)
+    for slot in range(count):
+        first = slot - slot % in_slab
+        assert arena.slots_beside(slot) == range(first, min(count, first + in_slab))
+        arena.view(slot, PAGE)[:] = 7
+    arena.discard_slab(count - 1)
+    gone = arena.slots_beside(count - 1)
+    assert [bool(arena.view(slot, PAGE).any()) for slot in range(count)] == [slot not in gone for slot in range(count)]
+    span = arena.span(0, 16)
+    assert isinstance(span, memoryview)
+    assert len(span) == 16
+    with pytest.raises(ValueError, match="of a slot"):
+        arena.span(0, PAGE + 1)
 
 
 def test_a_view_has_the_bytes_asked_for() -> None:

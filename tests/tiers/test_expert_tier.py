@@ -412,3 +412,29 @@ def test_a_forked_child_reads_again_what_was_on_its_way(make: MakeRig) -> None:
     assert exit_code_of(child) == 0
     rig.step([0, 1, 2, 3, 4, 5])
     rig.tier.check()
+
+
+def test_slabs_are_given_up_one_by_one() -> None:
+    rig = Rig(slots=1)
+    device = HostDevice()
+    device.slab_nbytes = 2 * 3 * PAGE
+    arena = Arena(device, 3 * PAGE, 5)
+    tier = ExpertTier(arena, LruPolicy(), rig.engine, rig.locate, lambda key: PAGES[key] * PAGE)
+    tier.fetch(range(5), lambda _key: None)
+    tier.start_loads([5], Urgency.SOON)
+    assert [tier.give_up_slab() for _ in range(3)] == [1, 2, 0]
+    tier.check()
+    assert tier.table.usable_slots == 2
+    resident, missing = tier.borrow([*range(6)])
+    assert len(resident) <= 2
+    assert len(resident) + len(missing) == 6
+    tier.give_back(resident)
+    tier.start_loads(missing[:2])
+    arrived = tier.collect(missing[:2])
+    tier.give_back(arrived)
+    with pytest.raises(RuntimeError, match="cannot be evicted"):
+        tier.evict(missing[-1])
+    tier.evict(arrived[0])
+    assert not tier.holds(arrived[0])
+    tier.check()
+    rig.engine.close()

@@ -15,6 +15,21 @@ FREE, LOADING, READY, IN_USE = SlotState.FREE, SlotState.LOADING, SlotState.READ
 KEYS = st.integers(0, 7)
 
 
+def test_a_named_slot_is_retired() -> None:
+    table = SlotTable(4)
+    slot = table.begin_load(5)
+    table.finish_load(5)
+    assert table.key_of(slot) == 5
+    free = next(other for other in range(4) if other != slot)
+    assert table.retire(free) == free
+    assert table.last_usable() == max({*range(4)} - {free})
+    table.check()
+    with pytest.raises(ValueError, match="not in list"):
+        table.retire(slot)
+    table.check()
+    assert table.restore() == free
+
+
 class SlotTableMachine(RuleBasedStateMachine):
     """Every call on any key: legal moves change the model, illegal ones raise and change nothing."""
 

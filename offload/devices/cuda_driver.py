@@ -1,0 +1,194 @@
+"""What the CUDA device asks of CUDA: a thin layer over torch, so that everything above it is tested without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from abc import ABC, abstractmethod
+
+import torch
+
+from offload.errors import DeviceError
+
+_NAME = re.compile(r"cuda(?::(?P<index>\d+))?")
+
+
+class PinRefusedError(Exception):
+    """The system does not lock so much memory."""
+
+
+class CopyStream(ABC):
+    """A queue of copies to a device."""
+
+    @abstractmethod
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy of uint8 [n] from host memory to the device, or back."""
+
+    @abstractmethod
+    def synchronise(self) -> None:
+        """Return when all that was queued is done; other threads run meanwhile."""
+
+
+class CudaDriver(ABC):
+    """One CUDA device.
+
+    Attributes:
+        device: as torch names it.
+    """
+
+    device: torch.device
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The card's name."""
+
+    @abstractmethod
+    def memory_nbytes(self) -> tuple[int, int]:
+        """(bytes that are free now, bytes in all)."""
+
+    @abstractmethod
+    def limit(self, nbytes: int) -> None:
+        """Let this process's torch take at most so many bytes of the device."""
+
+    @abstractmethod
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] on the device, not initialised.
+
+        Raises:
+            torch.OutOfMemoryError: there is not so much.
+        """
+
+    @abstractmethod
+    def trim(self) -> None:
+        """Give memory that torch keeps for later back to the device."""
+
+    @abstractmethod
+    def pin(self, address: int, nbytes: int) -> None:
+        """Lock host memory, so that copies from it are the device's own.
+
+        Raises:
+            PinRefusedError: the system refuses.
+        """
+
+    @abstractmethod
+    def unpin(self, address: int) -> None:
+        """Undo `pin` of the memory that begins here."""
+
+    @abstractmethod
+    def copy_stream(self) -> CopyStream:
+        """A new queue of copies."""
+
+    @abstractmethod
+    def finish_kernels(self) -> None:
+        """Return when the current stream is done; copies on other streams go on."""
+
+    @abstractmethod
+    def synchronise(self) -> None:
+        """Return when the device has nothing left to do."""
+
+
+class _TorchStream(CopyStream):
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._event = torch.cuda.Event(blocking=True)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def synchronise(self) -> None:
+        self._event.record(self._stream)
+        self._event.synchronize()
+
+
+class TorchCudaDriver(CudaDriver):
+    """CUDA as torch has it."""
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+
+    def describe(self) -> str:
+        """The card's name."""
+        return torch.cuda.get_device_name(self.device)
+
+    def memory_nbytes(self) -> tuple[int, int]:
+        """Free and total, of the driver."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(free), int(total)
+
+    def limit(self, nbytes: int) -> None:
+        """By torch's own limit on its caching allocator."""
+        _, total = self.memory_nbytes()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), self.device)
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """From torch's allocator, so that its limit covers it."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def trim(self) -> None:
+        """Empty torch's cache on this device."""
+        with torch.cuda.device(self.device):
+            torch.cuda.empty_cache()
+
+    def pin(self, address: int, nbytes: int) -> None:
+        """cudaHostRegister, for every device."""
+        with torch.cuda.device(self.device):
+            # 1: cudaHostRegisterPortable.
+            status = torch.cuda.cudart().cudaHostRegister(address, nbytes, 1)
+        if int(status) != 0:
+            # The runtime keeps the error for whoever looks next, which is torch after its next kernel.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self.device)
+            raise PinRefusedError(f"cudaHostRegister of {nbytes:,} bytes: error {int(status)}")
+
+    def unpin(self, address: int) -> None:
+        """CudaHostUnregister."""
+        with torch.cuda.device(self.device):
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+    def copy_stream(self) -> CopyStream:
+        """A stream of its own."""
+        return _TorchStream(self.device)
+
+    def finish_kernels(self) -> None:
+        """Of the current stream."""
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def synchronise(self) -> None:
+        """Of all streams."""
+        torch.cuda.synchronize(self.device)
+
+
+def cuda_index(name: str) -> int | None:
+    """N of "cuda:N", 0 of "cuda", None of anything else."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match["index"] or 0)
+
+
+def open_cuda(name: str) -> CudaDriver:
+    """The driver of "cuda" or "cuda:N".
+
+    Raises:
+        DeviceError: torch has no CUDA, or the machine no such device; says which.
+    """
+    index = cuda_index(name)
+    if index is None:
+        raise DeviceError(f'device={name!r}: expected "cuda" or "cuda:N"')
+    if torch.version.cuda is None:
+        raise DeviceError(
+            f"device={name!r}: this torch ({torch.__version__}) was built without CUDA; install one that was, see "
+            'https://pytorch.org/get-started, or load with device="host" or none'
+        )
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"device={name!r}: torch finds no CUDA device; check that `nvidia-smi` lists one and that "
+            "CUDA_VISIBLE_DEVICES does not hide it"
+        )
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise DeviceError(f'device={name!r}: this machine has {count} CUDA devices, "cuda:0" to "cuda:{count - 1}"')
+    try:
+        import triton  # noqa: F401 - the kernels need it; better said now than in the first step
+    except ImportError as error:
+        raise DeviceError(f"device={name!r}: GPU kernels need triton: pip install 'moe-offload[gpu]'") from error
+    return TorchCudaDriver(index)

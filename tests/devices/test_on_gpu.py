@@ -1,0 +1,148 @@
+"""What only a GPU can show: memory, copies and pinning of the real driver, and models at several `vram=`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import offload
+from cpu_kernels.threads import ThreadPool
+from offload.devices.cuda import CudaDevice
+from offload.devices.cuda_driver import open_cuda
+from offload.devices.cuda_stream import CudaStream
+from offload.devices.doorbell import DoorbellServer
+from offload.devices.host import HostDevice
+from offload.devices.mailbox import Mailbox, MailboxLayout, collect, ring
+from offload.devices.pinned import PinnedSlab
+from offload.errors import DoesNotFitError
+from offload.tiers.transfer import ReadEngine, ReadRequest, Urgency
+from tests.conftest import TinyCheckpoint
+from tests.hf.reference import greedy, prompt, reference_model
+from tests.moe.rig import Rig
+from tests.tiers.readers import random_bytes
+from tests.tiny_models import ARCHITECTURES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none"),
+]
+
+VRAM = "1GiB"
+
+
+@pytest.fixture(params=["cuda:0", "cuda:1"])
+def name(request: pytest.FixtureRequest) -> str:
+    if int(request.param[-1]) >= torch.cuda.device_count():
+        pytest.skip("needs two CUDA devices")
+    return str(request.param)
+
+
+def test_copies_arrive_from_pinned_and_from_pageable_memory(name: str) -> None:
+    device = CudaDevice(open_cuda(name), 1 << 28)
+    nbytes = 48 << 20
+    slab, home = device.allocate(nbytes), device.host().allocate(nbytes)
+    assert isinstance(home, PinnedSlab)
+    engine = ReadEngine(device.copy_reader(), threads=device.copy_threads, chunk_nbytes=2 << 20)
+    for source in (home.bytes(), random_bytes(nbytes, seed=2)):
+        source[:] = random_bytes(nbytes, seed=len(source) % 7)
+        ticket = engine.submit(ReadRequest(0, source.ctypes.data, slab.tensor(), None, ""), Urgency.NOW)
+        engine.wait_all([ticket])
+        assert ticket.succeeded
+        assert np.array_equal(slab.tensor().cpu().numpy(), source)
+    engine.close()
+    home.discard(0, 4096)
+    assert not home.pinned
+    slab.discard(0, nbytes)
+
+
+def test_the_cap_holds(name: str) -> None:
+    driver = open_cuda(name)
+    driver.limit(256 << 20)
+    with pytest.raises(torch.OutOfMemoryError):
+        driver.allocate(512 << 20)
+    driver.limit(driver.memory_nbytes()[1])
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_tokens_are_those_of_transformers(
+    model_type: str, name: str, tiny_checkpoint: TinyCheckpoint, store_root: Path
+) -> None:
+    """In fp32, in which the last bits decide nothing here."""
+    directory = tiny_checkpoint(model_type)
+    ids = prompt(batch=2)
+    expected = greedy(reference_model(directory, torch.float32), ids)
+    slot = offload.plan(directory, ram="1GiB", context=40, batch=2).slot_nbytes
+    with pytest.raises(DoesNotFitError, match="of VRAM") as caught:
+        offload.load(directory, ram="1GiB", nvme=store_root, context=40, batch=2, device=name, vram=slot)
+    least = int(str(caught.value).split("at least ")[1].split()[0].replace(",", ""))
+    for vram in (least, least + 6 * slot, VRAM):
+        model = offload.load(directory, ram="1GiB", nvme=store_root, context=40, batch=2, device=name, vram=vram)
+        with model.offload as runtime:
+            assert model.device == torch.device(name)
+            assert torch.equal(greedy(model, ids.to(name)).cpu(), expected)
+            runtime.check()
+            stats = runtime.stats()
+            assert stats.accelerator is not None
+            assert stats.accelerator.hits
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_packed_models(quant: str, name: str, tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
+    """The caps change where experts are computed, which changes roundings and no more."""
+    outputs = []
+    ids = prompt().to(name)
+    for vram in ("400MiB", VRAM):
+        model = offload.load(
+            tiny_checkpoint("qwen3_moe"), ram="1GiB", nvme=store_root, context=40, device=name, vram=vram, quant=quant
+        )
+        with model.offload, torch.no_grad():
+            outputs.append(model(ids).logits.float())
+    torch.testing.assert_close(*outputs, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["stream", "graph"])
+def test_the_doorbell(captured: bool, name: str) -> None:
+    """Three replays of one graph: the same values ring every time."""
+    device = torch.device(name)
+    rig = Rig(layers=2)
+    nbytes = rig.layout.nbytes
+    layout = MailboxLayout(2, 3, rig.layout.hidden, rig.dtype)
+    memory = torch.zeros(layout.nbytes + 128, dtype=torch.uint8, pin_memory=True).numpy()
+    box = Mailbox(layout, memory[-memory.ctypes.data % 128 :][: layout.nbytes])
+    home = HostDevice().allocate(len(rig.reader.shard))
+    home.bytes()[: len(rig.reader.shard)] = rig.reader.shard
+    side = torch.cuda.Stream(device)
+    stream = CudaStream(side)
+    inputs = [rig.inputs(2, 3, seed=layer) for layer in range(2)]
+    there = [[tensor.to(device) for tensor in tensors] for tensors in inputs]
+    sums = [torch.empty(2, rig.layout.hidden, device=device) for _ in range(2)]
+
+    def step() -> None:
+        for layer, tensors in enumerate(there):
+            ring(stream, box, layer, *tensors)
+            collect(stream, box, layer, sums[layer])
+
+    with ThreadPool(2) as pool, DoorbellServer(box, rig.layers, pool, lambda *_: None) as server:
+        for layer, homes in enumerate(server.homes):
+            homes[:] = [home.address + (layer * rig.count + expert) * nbytes for expert in range(rig.count)]
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=side):
+                step()
+        for _ in range(3):
+            server.announce(2)
+            if captured:
+                with torch.cuda.stream(side):
+                    graph.replay()
+            else:
+                step()
+            side.synchronize()
+            server.check()
+            for layer in range(2):
+                rig.assert_close(sums[layer].cpu(), rig.reference(layer, *inputs[layer]))
+                sums[layer].fill_(torch.nan)
+    rig.close()
