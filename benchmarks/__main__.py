@@ -51,7 +51,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "memory": lambda work: memory.run(work, shape, memory.QUICK if quick else memory.FULL),
         "formats": lambda work: formats.run(formats.QUICK if quick else formats.FULL),
         "quality": lambda work: quality.run(work, quality.QUICK if quick else quality.FULL),
-        "gpu": lambda work: gpu.run(gpu.QUICK if quick else gpu.FULL),
+        "gpu": lambda work: gpu.run(work, gpu.QUICK if quick else gpu.FULL),
         "kernels": lambda work: kernels.run(kernels.QUICK if quick else kernels.FULL),
         "overhead": lambda work: overhead.run(
             work, shape if quick else overhead.LAYER_OF_30B, overhead.QUICK if quick else overhead.FULL

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import torch
 
+from benchmarks import gpu_models
 from benchmarks.harness import Report, Row, Spread, say
 from formats.bundle import BundleLayout
 from formats.pack import pack_matrix
@@ -39,6 +41,7 @@ class GpuScale:
         many_tokens: numbers of tokens at which arithmetic counts.
         copy_nbytes: of one copy over the link, and of the buffer that memory bandwidth is measured with.
         rounds: repeats.
+        models: whole models over three tiers.
     """
 
     formats: tuple[str, ...]
@@ -50,15 +53,20 @@ class GpuScale:
     many_tokens: tuple[int, ...]
     copy_nbytes: int
     rounds: int
+    models: gpu_models.ModelScale
 
 
 _FORMATS = ("bf16", "int8", "int4", "mxfp4", "fp8_e4m3")
-FULL = GpuScale(_FORMATS, 2048, 768, 128, 8, (1, 2, 4, 8), (512, 2048), 1 << 30, 20)
-QUICK = GpuScale(("bf16", "int4"), 64, 48, 4, 2, (1,), (70,), 1 << 16, 2)
+FULL = GpuScale(_FORMATS, 2048, 768, 128, 8, (1, 2, 4, 8), (512, 2048), 1 << 30, 20, gpu_models.FULL)
+QUICK = GpuScale(("bf16", "int4"), 64, 48, 4, 2, (1,), (70,), 1 << 16, 2, gpu_models.QUICK)
 
 
-def run(scale: GpuScale) -> Report:
+def run(work: Path, scale: GpuScale) -> Report:
     """Gate on float64, then time; in Triton's interpreter it runs too, and its figures mean nothing.
+
+    Args:
+        work: for checkpoints and stores.
+        scale: how much.
 
     Raises:
         GateError: an expert's output is not that of the reference.
@@ -82,6 +90,9 @@ def run(scale: GpuScale) -> Report:
     ]
     if device.type == "cuda":
         report.tables["Copies from pinned memory"] = _copies(report, scale, device)
+    del layers
+    name = "host" if device.type == "cpu" else "cuda:0"
+    report.tables["Models"] = gpu_models.model_table(report, scale.models, name, work)
     return report
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,25 +12,27 @@ from benchmarks.harness import GateError
 from gpu_kernels.combine import combine
 
 
-def test_it_runs_and_gates() -> None:
-    report = gpu.run(gpu.QUICK)
+def test_it_runs_and_gates(tmp_path: Path) -> None:
+    report = gpu.run(tmp_path, gpu.QUICK)
     assert [gate.name for gate in report.gates] == [
-        f"{format}, {tokens} tokens" for format in gpu.QUICK.formats for tokens in (1, 70)
+        *(f"{format}, {tokens} tokens" for format in gpu.QUICK.formats for tokens in (1, 70)),
+        *(f"tiny, {share:.0%}" for share in gpu.QUICK.models.shares if not torch.cuda.is_available()),
     ]
+    assert [row["experts_in_vram"] for row in report.tables["Models"]] == [1.0, 0.5]
     assert [len(rows) for title, rows in report.tables.items() if title.startswith("Experts")] == [2, 2]
     assert len(report.targets) >= 4
 
 
-def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "combine", lambda rows, weights, out: combine(rows, 1.1 * weights, out))
     with pytest.raises(GateError, match="largest error"):
-        gpu.run(gpu.QUICK)
+        gpu.run(tmp_path, gpu.QUICK)
 
 
-def test_without_a_gpu_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_nothing_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu, "interpreting", lambda: False)
-    report = gpu.run(gpu.FULL)
+    report = gpu.run(tmp_path, gpu.FULL)
     assert report.notes == [gpu.NOT_MEASURED]
     assert not report.tables
     assert not report.targets
