@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead",
-    "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch", "kv_kernels",
+    "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch", "kv_kernels", "simulator",
 )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         plan_accuracy,
         prefetch,
         quality,
+        simulator,
         step,
     )
 
@@ -63,6 +64,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "cache_policies": lambda work: cache_policies.run(cache_policies.QUICK if quick else cache_policies.FULL),
         "prefetch": lambda work: prefetch.run(work, prefetch.QUICK if quick else prefetch.FULL),
         "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK if quick else kv_kernels.FULL),
+        "simulator": lambda work: simulator.run(simulator.QUICK if quick else simulator.FULL),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
     }
 

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -116,6 +117,33 @@ def sync(files: Iterable[Path]) -> None:
 def disk_read_nbytes() -> int:
     """Bytes that this process had the disks read since it started: O_DIRECT, page faults and readahead."""
     return _status("/proc/self/io")["read_bytes"]
+
+
+@dataclass(frozen=True)
+class CpuClock:
+    """Seconds until a moment: of the clock, of this process on CPUs, and of everybody on the CPUs that it may use."""
+
+    wall_s: float
+    own_s: float
+    all_s: float
+
+    @classmethod
+    def now(cls) -> CpuClock:
+        """This moment."""
+        cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        ticks = 0
+        for line in Path("/proc/stat").read_text().splitlines():
+            name, *values = line.split()
+            if name in cores:
+                # user, nice, system, then idle and waiting, then interrupts and what other machines stole.
+                ticks += sum(int(value) for value in (*values[:3], *values[5:8]))
+        times = os.times()
+        return cls(perf_counter(), times.user + times.system, ticks / os.sysconf("SC_CLK_TCK"))
+
+    def others_since(self, before: CpuClock) -> float:
+        """The share of its CPUs' time since `before` in which others had them, 0 to 1."""
+        wall_s = (self.wall_s - before.wall_s) * len(os.sched_getaffinity(0))
+        return max(0.0, (self.all_s - before.all_s) - (self.own_s - before.own_s)) / max(wall_s, 1e-9)
 
 
 def memory_status() -> dict[str, int]:

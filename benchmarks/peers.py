@@ -106,6 +106,15 @@ class Peer(Process):
         """See `Session.start`."""
         return float(self.call("session", method="start", prompt=prompt))
 
+    def prefill(self, prompt: list[int]) -> Fed:
+        """See `Session.prefill`."""
+        return Fed(**self.call("session", method="prefill", prompt=prompt))
+
+    def memory(self) -> dict[str, int]:
+        """See `Session.memory`."""
+        found: dict[str, int] = self.call("session", method="memory")
+        return found
+
     def decode(self, count: int) -> Decoded:
         """See `Session.decode`."""
         return Decoded(**self.call("session", method="decode", count=count))

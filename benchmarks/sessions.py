@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.machine import disk_read_nbytes, evict, sync
+from benchmarks.machine import CpuClock, disk_read_nbytes, evict, memory_status, reset_peak, sync
+from offload.request import PREFILL_CHUNK_TOKENS
 
 Kind = Literal["ours", "transformers", "accelerate"]
 
@@ -28,6 +29,10 @@ class ModelOptions:
         store: directory of the expert store for ours, of the offloaded weights for accelerate.
         context: longest sequence in tokens.
         quant: packed format of ours.
+        batch: sequences at once.
+        warm_up: a small checkpoint that ours runs before memory is looked at, so that compiled kernels and imports do
+            not count; empty for none.
+        prefill_chunk: most prompt tokens of ours that room is kept for.
     """
 
     kind: Kind
@@ -36,6 +41,9 @@ class ModelOptions:
     store: str = ""
     context: int = 1024
     quant: str | None = None
+    batch: int = 1
+    warm_up: str = ""
+    prefill_chunk: int = PREFILL_CHUNK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,13 @@ class Fed:
         tokens_per_s: speed.
         disk_nbytes: bytes read from disk by each.
         hit_rate: share of routed experts that were resident; None where nothing counts it.
+        others: share of the CPUs' time that other processes had, 0 to 1.
     """
 
     tokens_per_s: float
     disk_nbytes: float
     hit_rate: float | None
+    others: float = 0.0
 
 
 disable_progress_bar()
@@ -79,6 +89,8 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
             ram=options.ram,
             nvme=options.store,
             context=options.context,
+            batch=options.batch,
+            prefill_chunk=options.prefill_chunk,
             quant=options.quant,
             progress=False,
         )
@@ -95,15 +107,33 @@ class Session:
     """Drives one model through the same calls whatever runs it. All choices of tokens are greedy."""
 
     def __init__(self, options: ModelOptions) -> None:
-        self.model = load_model(options)
+        self._batch = options.batch
         self._evicted: list[Path] = []
+        self._cache = DynamicCache()
+        self._last = 0
+        if options.warm_up:
+            self._warm_up(options)
+        reset_peak()
+        self._memory_before = memory_status()["VmRSS"]
+        self.model = load_model(options)
         if options.kind == "accelerate":
             # Without this its files stay in free memory as page cache, and its budget bounds nothing.
             offloaded = [path for path in Path(options.store).rglob("*") if path.is_file()]
             self._evicted = [*offloaded, *Path(options.checkpoint).glob("*.safetensors")]
             sync(self._evicted)
+
+    def _warm_up(self, options: ModelOptions) -> None:
+        """Load and run a small model in the same format, and forget it."""
+        self.model = load_model(replace(options, checkpoint=options.warm_up, ram=1 << 30, context=64))
+        self.start([1] * 32 * self._batch)
+        self.feed([1] * 2 * self._batch)
+        self.close()
+        del self.model
         self._cache = DynamicCache()
-        self._last = 0
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this process before the model was loaded, and its peak since."""
+        return {"before_nbytes": self._memory_before, "peak_nbytes": memory_status()["VmHWM"]}
 
     def describe(self) -> dict[str, Any]:
         """What lies where."""
@@ -126,7 +156,10 @@ class Session:
 
     @torch.no_grad()
     def start(self, prompt: list[int]) -> float:
-        """Begin a sequence; seconds of the forward pass over the prompt, its last logits and the choice of a token."""
+        """Begin a sequence; seconds of the forward pass over the prompt, its last logits and the choice of a token.
+
+        With a batch, `prompt` has the tokens of one sequence after another.
+        """
         self._cache = DynamicCache(config=self.model.config)
         return self._forward(prompt)[0]
 
@@ -143,19 +176,31 @@ class Session:
 
     @torch.no_grad()
     def feed(self, tokens: list[int]) -> Fed:
-        """Go on with the sequence with these tokens, one forward pass for each, and measure that."""
+        """Go on with the sequence with these tokens, one forward pass for each (of each sequence), and measure that."""
         self._reset_counters()
-        read_before = disk_read_nbytes()
-        seconds = sum(self._forward([token])[0] for token in tokens)
-        return Fed(len(tokens) / seconds, (disk_read_nbytes() - read_before) / len(tokens), self._hit_rate())
+        read_before, before = disk_read_nbytes(), CpuClock.now()
+        starts = range(0, len(tokens), self._batch)
+        seconds = sum(self._forward(tokens[start : start + self._batch])[0] for start in starts)
+        others = CpuClock.now().others_since(before)
+        return Fed(len(tokens) / seconds, (disk_read_nbytes() - read_before) / len(tokens), self._hit_rate(), others)
+
+    @torch.no_grad()
+    def prefill(self, prompt: list[int]) -> Fed:
+        """Begin a sequence as `start` does, and measure that."""
+        self._cache = DynamicCache(config=self.model.config)
+        self._reset_counters()
+        read_before, before = disk_read_nbytes(), CpuClock.now()
+        seconds = self._forward(prompt)[0]
+        others = CpuClock.now().others_since(before)
+        return Fed(len(prompt) / seconds, (disk_read_nbytes() - read_before) / len(prompt), self._hit_rate(), others)
 
     def _forward(self, tokens: list[int]) -> tuple[float, torch.Tensor]:
         """(seconds of a pass and the choice of a token, last logits [V]); evicts accelerate's files before it."""
         evict(self._evicted)
-        ids = torch.tensor([tokens])
+        ids = torch.tensor(tokens).reshape(self._batch, -1)
         before = perf_counter()
         logits = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
-        self._last = int(logits[0, -1].argmax())
+        self._last = int(logits[:, -1].argmax(-1)[0])
         return perf_counter() - before, logits[0, -1]
 
     def _reset_counters(self) -> None:

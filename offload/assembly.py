@@ -21,6 +21,7 @@ from offload.moe.gate import recognise_gate
 from offload.moe.layer import ExpertsLayer
 from offload.prefetcher import Prefetcher
 from offload.preparation import Prepared
+from offload.reconciliation import MemoryUse
 from offload.request import DEFAULT_LINK, FUSED_KINDS, AcceleratorRequest
 from offload.runtime import Runtime
 from offload.store.convert import convert, find_store
@@ -60,6 +61,7 @@ def assemble(
     Raises:
         DeviceError: the GPU is not there.
     """
+    memory = MemoryUse.now()
     try:
         above = None if accelerator is None else _accelerator(accelerator, prepared.plan)
         store, model = _store_and_model(prepared, store_root, progress)
@@ -70,6 +72,7 @@ def assemble(
     if isinstance(policy, str):
         policy = _policy(policy, prepared.plan, layers)
     runtime = Runtime(prepared.plan, prepared.spec, store, layers, device, policy, above)
+    runtime.memory = memory
     try:
         adopt(model, runtime)
         if above is not None and prepared.plan.vram is not None and prepared.plan.vram.head:

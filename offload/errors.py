@@ -55,6 +55,12 @@ class UnsupportedModelError(CheckpointError):
     """The architecture, conversion or quantisation is one that this version does not know."""
 
 
+class TraceFileError(OffloadError):
+    """A file that is no routing trace, of another version, cut off or damaged."""
+
+    exit_code = 4
+
+
 class StoreError(OffloadError):
     """The expert store's directory is not usable as it is."""
 
@@ -73,6 +79,12 @@ class StoreBusyError(StoreError):
 
 class StorageError(OffloadError, OSError):
     """Reading or writing failed after the retries: EIO, short read, full or read-only disk."""
+
+    exit_code = 5
+
+
+class HubUnreachableError(OffloadError, ConnectionError):
+    """The Hub was to be asked and did not answer, or may not be asked."""
 
     exit_code = 5
 

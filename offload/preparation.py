@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from formats.packed import PACKED_FORMATS
 from offload.checkpoint.bundles import CheckpointBundleSource
@@ -26,7 +26,7 @@ from offload.hf.experts_interface import experts_modules, remove_expert_weights,
 from offload.hf.layer_kinds import decoder_layers
 from offload.hf.model_source import ModelBundleSource
 from offload.hf.quantise import linears_to_quantise, put_back, quantise_loaded, readable_alone, take_out
-from offload.hf.skeleton import make_skeleton, read_config
+from offload.hf.skeleton import config_dtype, make_skeleton, read_config
 from offload.hf.spec import build_spec
 from offload.machine_profile import cached_profile
 from offload.request import DEFAULT_CONTEXT_TOKENS, AcceleratorRequest, Request
@@ -166,7 +166,7 @@ def prepare_checkpoint(
             options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
             if attn_implementation is not None:
                 options["attn_implementation"] = attn_implementation
-            skeleton = make_skeleton(config, resolve_dtype(dtype, _config_dtype(config), stored), **options)
+            skeleton = make_skeleton(config, resolve_dtype(dtype, config_dtype(config), stored), **options)
             skeleton.config.name_or_path = str(name)
             _adopt_generation_config(skeleton, directory)
         mapped = map_checkpoint(skeleton, checkpoint.tensors)
@@ -221,7 +221,7 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
 def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedModel) -> Plan:
     workload = Workload(context, request.batch, request.prefill_chunk_tokens)
     try:
-        plan = make_plan(spec, workload, request.ram_nbytes, known_profile(spec, request))
+        plan = make_plan(spec, workload, request.ram_nbytes, profile_for(spec, request.store_root))
     except PlanInfeasibleError as error:
         minimum = error.minimum_ram_nbytes
         raise DoesNotFitError(
@@ -255,13 +255,13 @@ def _with_vram(spec: ModelSpec, plan: Plan, accelerator: AcceleratorRequest, ske
         raise DoesNotFitError(str(error)) from error
 
 
-def known_profile(spec: ModelSpec, request: Request) -> HardwareProfile | None:
-    """The machine as it was measured, where that can predict this model."""
+def profile_for(spec: ModelSpec, root: Path) -> HardwareProfile | None:
+    """The machine as it was measured with the disk of this directory of stores, where that can predict this model."""
     if spec.head is None or not spec.layers:
         return None
     linears = {one.format for layer in spec.layers for one in layer.linears}
     experts = {layer.layout.format for layer in spec.experts}
-    return cached_profile(request.store_root, {spec.head.format, *linears, *experts})
+    return cached_profile(root, {spec.head.format, *linears, *experts})
 
 
 def _context(request: Request, skeleton: PreTrainedModel) -> int:
@@ -269,11 +269,6 @@ def _context(request: Request, skeleton: PreTrainedModel) -> int:
     if request.context_tokens is None:
         return min(DEFAULT_CONTEXT_TOKENS, longest or DEFAULT_CONTEXT_TOKENS)
     return request.context_tokens
-
-
-def _config_dtype(config: PretrainedConfig) -> torch.dtype | None:
-    named = config.dtype
-    return getattr(torch, named, None) if isinstance(named, str) else named
 
 
 def _first_dtype(checkpoint: Checkpoint) -> torch.dtype:

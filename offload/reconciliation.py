@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from offload.sizes import format_size
+from profiler.memory import process_peak_rss_nbytes, process_rss_nbytes
 
 if TYPE_CHECKING:
     from offload.statistics import Statistics
     from placement.plan import Plan
-    from placement.prediction import PassPrediction
+
+_DENSE = ("dense", "attention", "overhead")
+_EXPERTS = ("cpu_experts", "gpu_experts", "link")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Line:
             return None
         return self.predicted / self.measured - 1
 
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """Name, predicted, measured and error in words."""
+        error = "" if self.error is None else f"{self.error:+.1%}"
+        return self.name, _cell(self.predicted), _cell(self.measured), error
+
 
 @dataclass(frozen=True)
 class Reconciliation:
@@ -50,11 +59,18 @@ class Reconciliation:
     lines: tuple[Line, ...]
     notes: tuple[str, ...]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; figures by name."""
+        figures = {
+            line.name: {"predicted": line.predicted, "measured": line.measured, "error": line.error}
+            for line in self.lines
+        }
+        return {"model": self.model, "figures": figures, "notes": list(self.notes)}
+
     def __str__(self) -> str:
-        rows = [f"{'':34}{'predicted':>12}{'measured':>12}{'error':>9}"]
-        for line in self.lines:
-            error = "" if line.error is None else f"{line.error:+.1%}"
-            rows.append(f"{line.name:34}{_cell(line.predicted):>12}{_cell(line.measured):>12}{error:>9}")
+        rows = [f"{'':44}{'predicted':>12}{'measured':>12}{'error':>9}"]
+        for name, predicted, measured, error in (line.cells for line in self.lines):
+            rows.append(f"{name:44}{predicted:>12}{measured:>12}{error:>9}")
         return "\n".join([self.model, *rows, *self.notes])
 
     def _repr_html_(self) -> str:
@@ -62,14 +78,42 @@ class Reconciliation:
         head = "<tr><th></th><th>predicted</th><th>measured</th><th>error</th></tr>"
         rows = []
         for line in self.lines:
-            error = "" if line.error is None else f"{line.error:+.1%}"
-            cells = (line.name, _cell(line.predicted), _cell(line.measured), error)
-            rows.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
+            rows.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line.cells)}</tr>")
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return f"<p><b>{html.escape(self.model)}</b></p><table>{head}{''.join(rows)}</table>{notes}"
 
 
-def reconcile(plan: Plan, stats: Statistics) -> Reconciliation:
+@dataclass(frozen=True)
+class MemoryUse:
+    """Resident memory of the process that a model was loaded into.
+
+    Attributes:
+        before_nbytes: when loading began: interpreter, libraries, and whatever else the process held.
+        peak_before_nbytes: the most until then.
+        peak_nbytes: the most until now.
+    """
+
+    before_nbytes: int
+    peak_before_nbytes: int
+    peak_nbytes: int
+
+    @classmethod
+    def now(cls) -> MemoryUse:
+        """What the process holds as loading begins."""
+        peak = process_peak_rss_nbytes()
+        return cls(process_rss_nbytes(), peak, peak)
+
+    def until_now(self) -> MemoryUse:
+        """With the peak until now."""
+        return replace(self, peak_nbytes=process_peak_rss_nbytes())
+
+    @property
+    def measured_nbytes(self) -> int | None:
+        """The peak since loading began; None where it lies before that."""
+        return self.peak_nbytes if self.peak_nbytes > self.peak_before_nbytes else None
+
+
+def reconcile(plan: Plan, stats: Statistics, memory: MemoryUse | None = None) -> Reconciliation:
     """What a plan predicted beside what statistics counted.
 
     Terms of passes are told apart where only one kind of pass was run since the counters were reset: the time in MoE
@@ -78,56 +122,83 @@ def reconcile(plan: Plan, stats: Statistics) -> Reconciliation:
     Args:
         plan: with or without a prediction.
         stats: of a runtime that executed it.
+        memory: of its process; None where nobody looked.
     """
-    told = plan.prediction
-    decode = told.decode if told else None
-    prefill = told.prefill if told else None
-    lines = [
-        Line("decode, tokens/s", decode.tokens_per_s if decode else None, stats.decode_tokens_per_s or None),
-        Line("prefill, tokens/s", prefill.tokens_per_s if prefill else None, stats.prefill_tokens_per_s or None),
-        Line("peak RAM, MiB", plan.peak_ram_nbytes / (1 << 20), None),
-    ]
+    lines = [*_speeds(plan, stats, stats), _peak(plan, memory)]
     if stats.decode_tokens and not stats.prefill_tokens:
-        lines += _terms("decode", decode, stats, stats.decode_s, stats.decode_tokens)
+        lines += _terms("decode", plan, stats)
     elif stats.prefill_tokens and not stats.decode_tokens:
-        lines += _terms("prefill", prefill, stats, stats.prefill_s, stats.prefill_tokens)
-    return Reconciliation(plan.model, tuple(lines), tuple(_notes(plan, stats)))
-
-
-def _terms(phase: str, told: PassPrediction | None, stats: Statistics, seconds: float, tokens: int) -> list[Line]:
-    """Milliseconds of a token: outside MoE layers, computing experts, waiting for reads; and the hit rate."""
-
-    def predicted(*names: str) -> float | None:
-        if told is None:
-            return None
-        return 1e3 * sum(told.terms.as_dict()[name] for name in names) / told.tokens
-
-    def line(name: str, measured_s: float, *names: str) -> Line:
-        return Line(f"{phase}, {name}, ms a token", predicted(*names), 1e3 * measured_s / tokens)
-
-    hits = None if told is None else told.ram_hit_rate + told.vram_hit_rate
-    return [
-        line("dense, attention, overhead", seconds - stats.moe_s, "dense", "attention", "overhead"),
-        line("experts", stats.moe_s - stats.read_stall_s, "cpu_experts", "gpu_experts", "link"),
-        line("reads waited for", stats.read_stall_s, "disk"),
-        Line(f"{phase}, hit rate", hits, stats.hit_rate),
-    ]
-
-
-def _notes(plan: Plan, stats: Statistics) -> list[str]:
-    notes = []
-    if plan.prediction is None:
-        notes.append("nothing was predicted: run `offload profile` once, then load again")
-    else:
-        work = plan.workload
-        notes.append(
-            f"predicted for a prompt of {min(work.prompt_tokens, work.context_tokens)} tokens and batch {work.batch}, "
-            f"on {plan.prediction.profile} ({plan.prediction.basis}); {plan.prediction.routing}"
-        )
+        lines += _terms("prefill", plan, stats)
+    notes = _notes(plan)
     if stats.decode_tokens and stats.prefill_tokens:
         notes.append("terms are told apart after `reset_stats()` and passes of one kind alone")
     notes.append(f"read from disk: {format_size(stats.bytes_read)}")
-    return notes
+    return Reconciliation(plan.model, tuple(lines), tuple(notes))
+
+
+def reconcile_phases(plan: Plan, prefill: Statistics, decode: Statistics, memory: MemoryUse | None) -> Reconciliation:
+    """As `reconcile`, of passes of a prompt and of decode that were counted apart: with the terms of both."""
+    lines = [*_speeds(plan, prefill, decode), _peak(plan, memory)]
+    lines += [*_terms("decode", plan, decode), *_terms("prefill", plan, prefill)]
+    return Reconciliation(plan.model, tuple(lines), tuple(_notes(plan)))
+
+
+def _speeds(plan: Plan, prefill: Statistics, decode: Statistics) -> list[Line]:
+    told = plan.prediction
+    return [
+        Line("decode, tokens/s", told.decode.tokens_per_s if told else None, decode.decode_tokens_per_s or None),
+        Line("prefill, tokens/s", told.prefill.tokens_per_s if told else None, prefill.prefill_tokens_per_s or None),
+    ]
+
+
+def _peak(plan: Plan, memory: MemoryUse | None) -> Line:
+    """Of the process: the plan's own peak and what was there before."""
+    if memory is None:
+        return Line("peak RAM of the plan, MiB", plan.peak_ram_nbytes / (1 << 20), None)
+    measured = memory.measured_nbytes
+    predicted = (memory.before_nbytes + plan.peak_ram_nbytes) / (1 << 20)
+    return Line("peak RSS, MiB", predicted, None if measured is None else measured / (1 << 20))
+
+
+def _terms(phase: Literal["decode", "prefill"], plan: Plan, stats: Statistics) -> list[Line]:
+    """Milliseconds of a token: outside MoE layers, computing experts, waiting for reads; hit rate and bytes read.
+
+    Where a tape computed whole passes nobody saw experts apart, and one line stands for both.
+    """
+    told = None if plan.prediction is None else getattr(plan.prediction, phase)
+    seconds, tokens = getattr(stats, f"{phase}_s"), getattr(stats, f"{phase}_tokens")
+    if not tokens:
+        return []
+
+    def line(name: str, measured_s: float, *names: str) -> Line:
+        predicted = None if told is None else 1e3 * sum(told.terms.as_dict()[name] for name in names) / told.tokens
+        return Line(f"{phase}, {name}, ms a token", predicted, 1e3 * measured_s / tokens)
+
+    if stats.moe_steps and not stats.moe_s:
+        terms = [line("all but reads", seconds - stats.read_stall_s, *_DENSE, *_EXPERTS)]
+    else:
+        terms = [
+            line("dense, attention, overhead", seconds - stats.moe_s, *_DENSE),
+            line("experts", stats.moe_s - stats.read_stall_s, *_EXPERTS),
+        ]
+    hits = None if told is None else told.ram_hit_rate + told.vram_hit_rate
+    read = None if told is None else told.read_nbytes / told.tokens / (1 << 20)
+    return [
+        *terms,
+        line("reads waited for", stats.read_stall_s, "disk"),
+        Line(f"{phase}, hit rate", hits, stats.hit_rate),
+        Line(f"{phase}, MiB read a token", read, stats.bytes_read / tokens / (1 << 20)),
+    ]
+
+
+def _notes(plan: Plan) -> list[str]:
+    if plan.prediction is None:
+        return ["nothing was predicted: run `offload profile` once, then load again"]
+    work = plan.workload
+    return [
+        f"predicted for a prompt of {min(work.prompt_tokens, work.context_tokens)} tokens and batch {work.batch}, "
+        f"on {plan.prediction.profile} ({plan.prediction.basis}); {plan.prediction.routing}"
+    ]
 
 
 def _cell(value: float | None) -> str:

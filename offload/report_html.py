@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.io import to_html
 
+from offload.report_page import COLOURS, html_table, paragraphs, write_page
 from offload.sizes import format_size
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.predict import Routing
 from placement.prediction import Prediction
-from placement.rig import Change, Rig, sweep
+from placement.rig import Change, Rig, in_words, sweep
 from placement.routing import residency
 
-_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d")
-_HOMES = ((0.0, "#d0d4da"), (0.5, "#f5b971"), (1.0, "#54a24b"))
+_HOMES = (("disk", "#d0d4da"), ("RAM", "#f5b971"), ("VRAM", "#54a24b"))
 
 _BASIS = {"measured": "as it was measured", "datasheet": "from datasheets"}
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; color: #1b1f24; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #e3e6ea; }
-.note { color: #57606a; }
-"""
-
 
 def write_html(
-    file: Path, spec: ModelSpec, plan: Plan, rig: Rig, routing: Routing | None, changes: Sequence[Change]
+    file: Path,
+    spec: ModelSpec,
+    plan: Plan,
+    rig: Rig,
+    routing: Routing | None,
+    changes: Sequence[Change],
+    doubling: tuple[Change | None, Change],
 ) -> None:
     """Write the report.
 
@@ -45,6 +41,7 @@ def write_html(
         rig: what it was planned for.
         routing: what is known of the experts' popularity.
         changes: other rigs to show beside it.
+        doubling: see `cheapest_doubling`.
 
     Raises:
         OSError: the file cannot be written.
@@ -56,21 +53,13 @@ def write_html(
         ("Memory by tier", _tiers(plan)),
         ("Seconds per token, and what they are spent on", _terms(plan.prediction)),
         ("Where experts are most of the time", _homes(spec, plan, routing)),
-        *_curves(sweep(rig, plan, spec, routing)),
+        *_curves(sweep(rig, plan, spec, routing), plan),
     ]
-    parts = [
-        f"<h2>{html.escape(title)}</h2>{_figure(figure, first=n == 0)}" for n, (title, figure) in enumerate(figures)
-    ]
-    title = f"Plan of {plan.model}"
-    file.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>{_summary(plan, plan.prediction)}"
-        f"{_speeds(plan.prediction, changes)}{''.join(parts)}</body></html>\n",
-        encoding="utf-8",
-    )
+    top = _summary(plan, plan.prediction, doubling) + _speeds(plan.prediction, changes) + _memory(plan)
+    write_page(file, f"Plan of {plan.model}", top, figures)
 
 
-def _summary(plan: Plan, prediction: Prediction) -> str:
+def _summary(plan: Plan, prediction: Prediction, doubling: tuple[Change | None, Change]) -> str:
     sentences = [
         f"{plan.model_type}, experts in {plan.format}, other linear layers in {plan.dense_format}; "
         f"{plan.workload.batch} x {plan.workload.context_tokens} tokens of context, prompt of "
@@ -79,9 +68,10 @@ def _summary(plan: Plan, prediction: Prediction) -> str:
         f"Routing: {prediction.routing}.",
         f"All {plan.expert_count} experts lie on disk: {format_size(plan.disk_nbytes)}.",
     ]
+    sentences.append(f"The cheapest change that doubles the speed of decode: {in_words(doubling)}.")
     if plan.vram is not None:
         sentences.append("This version plans VRAM and does not run it yet.")
-    return "".join(f'<p class="note">{html.escape(sentence)}</p>' for sentence in sentences)
+    return paragraphs(sentences)
 
 
 def _speeds(prediction: Prediction, changes: Sequence[Change]) -> str:
@@ -93,18 +83,34 @@ def _speeds(prediction: Prediction, changes: Sequence[Change]) -> str:
     for change in changes:
         rows.append((f"decode, if {change.name}", f"{change.decode_tokens_per_s:.2f}", "", "", "", ""))
     head = ("", "tokens/s", "range", "bound by", "found in VRAM", "found in RAM")
-    cells = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
-    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{''.join(cells)}</table>"
+    return html_table(head, rows)
+
+
+def _uses(plan: Plan) -> list[tuple[str, Any, int, int]]:
+    """(tier, what is in it, expert slots, budget)."""
+    found: list[tuple[str, Any, int, int]] = [("RAM", plan.ram, plan.ram_slots, plan.ram_budget_nbytes)]
+    if plan.vram is not None:
+        found.append(("VRAM", plan.vram.use, plan.vram.slots, plan.vram.budget_nbytes))
+    return found
+
+
+def _memory(plan: Plan) -> str:
+    """Peak bytes by tier."""
+    head = ("", "dense weights", "KV cache", "activations", "expert slots", "peak", "allowed")
+    rows = []
+    for name, use, slots, budget in _uses(plan):
+        sizes = [format_size(getattr(use, f"{part}_nbytes")) for part in ("dense", "kv", "activation")]
+        slot = f"{slots} of {plan.expert_count}: {format_size(use.slot_nbytes)}"
+        rows.append((name, *sizes, slot, format_size(use.total_nbytes), format_size(budget)))
+    return html_table(head, rows)
 
 
 def _tiers(plan: Plan) -> go.Figure:
-    uses: list[tuple[str, Any, int]] = [("RAM", plan.ram, plan.ram_budget_nbytes)]
-    if plan.vram is not None:
-        uses.append(("VRAM", plan.vram.use, plan.vram.budget_nbytes))
+    uses = [(name, use, budget) for name, use, _, budget in _uses(plan)]
     names = [f"{name}, {format_size(budget)} allowed" for name, _, budget in uses]
     figure = go.Figure()
     parts = (("dense weights", "dense"), ("KV cache", "kv"), ("activations", "activation"), ("expert slots", "slot"))
-    for (label, part), colour in zip(parts, _COLOURS, strict=False):
+    for (label, part), colour in zip(parts, COLOURS, strict=False):
         sizes = [getattr(use, f"{part}_nbytes") / (1 << 30) for _, use, _ in uses]
         figure.add_bar(y=names, x=sizes, name=label, orientation="h", marker_color=colour)
     free = [max(0.0, (budget - use.total_nbytes) / (1 << 30)) for _, use, budget in uses]
@@ -119,7 +125,7 @@ def _terms(prediction: Prediction) -> go.Figure:
         {term: seconds / one.tokens for term, seconds in one.terms.as_dict().items()}
         for one in (prediction.decode, prediction.prefill)
     ]
-    for term, colour in zip(per_token[0], _COLOURS, strict=True):
+    for term, colour in zip(per_token[0], COLOURS, strict=True):
         values = [1e3 * one[term] for one in per_token]
         figure.add_bar(y=names, x=values, name=term.replace("_", " "), orientation="h", marker_color=colour)
     return figure.update_layout(barmode="stack", xaxis_title="milliseconds", height=270)
@@ -141,15 +147,20 @@ def _homes(spec: ModelSpec, plan: Plan, routing: Routing | None) -> go.Figure:
         home[row, : len(there)] = np.select([(there >= here) & (there >= disk), here >= disk], [1.0, 0.5], 0.0)
         for rank, shares in enumerate(zip(there, here, disk, strict=True)):
             said[row, rank] = "VRAM {:.0%}, RAM {:.0%}, disk alone {:.0%}".format(*shares)
-    bar = {"tickvals": [0, 0.5, 1], "ticktext": ["disk", "RAM", "VRAM"]}
+    steps = [(edge / len(_HOMES), colour) for n, (_, colour) in enumerate(_HOMES) for edge in (n, n + 1)]
+    bar = {"tickvals": [1 / 6, 1 / 2, 5 / 6], "ticktext": [name for name, _ in _HOMES], "len": 0.6}
     figure = go.Figure(
-        go.Heatmap(z=home, text=said, colorscale=_HOMES, zmin=0, zmax=1, colorbar=bar, hovertemplate="%{text}")
+        go.Heatmap(z=home, text=said, colorscale=steps, zmin=0, zmax=1, colorbar=bar, hovertemplate="%{text}")
     )
+    figure.update_yaxes(autorange="reversed")
     height = 200 + 6 * len(layers)
     return figure.update_layout(xaxis_title="expert, by rank of popularity", yaxis_title="MoE layer", height=height)
 
 
-def _curves(found: dict[str, list[tuple[int, float]]]) -> list[tuple[str, go.Figure]]:
+def _curves(found: dict[str, list[tuple[int, float]]], plan: Plan) -> list[tuple[str, go.Figure]]:
+    """Each with a line where this plan is."""
+    now = {"ram": plan.ram_budget_nbytes, "context": plan.workload.context_tokens}
+    now["vram"] = plan.vram.budget_nbytes if plan.vram is not None else 0
     made = []
     for name, points in found.items():
         if not points:
@@ -158,18 +169,12 @@ def _curves(found: dict[str, list[tuple[int, float]]]) -> list[tuple[str, go.Fig
         figure = go.Figure(
             go.Scatter(
                 x=[x / scale for x, _ in points], y=[y for _, y in points], mode="lines+markers",
-                line_color=_COLOURS[0],
+                line_color=COLOURS[0],
             )
         )  # fmt: skip
         label = "context" if name == "context" else name.upper()
+        figure.add_vline(x=now[name] / scale, line_dash="dot", line_color="#8c959f", annotation_text="this plan")
         figure.update_layout(xaxis_title=unit, yaxis_title="tokens/s", height=320)
+        figure.update_yaxes(rangemode="tozero")
         made.append((f"Decode by {label}; 0 where it does not fit", figure))
     return made
-
-
-def _figure(figure: go.Figure, *, first: bool) -> str:
-    figure.update_layout(
-        margin={"l": 20, "r": 20, "t": 20, "b": 40}, template="plotly_white", legend_traceorder="normal"
-    )
-    text: str = to_html(figure, include_plotlyjs=first, full_html=False, config={"displaylogo": False})
-    return text

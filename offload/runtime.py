@@ -25,7 +25,7 @@ from offload.moe.layer import ExpertsLayer
 from offload.moe.step import moe_step
 from offload.moe.tiered_step import Accelerated, retried_step
 from offload.observer import StepObserver
-from offload.reconciliation import Reconciliation, reconcile
+from offload.reconciliation import MemoryUse, Reconciliation, reconcile
 from offload.recorder import TraceRecorder
 from offload.statistics import AcceleratorStatistics, Statistics, accelerator_statistics
 from offload.store.progress import Progress
@@ -84,8 +84,8 @@ class Runtime:
         self.fused: dict[str, int] = {}
         self.dense: DensePlacement | None = None
         self._dense_copied_before = 0
-        self.closed = False
-        self._released = False
+        self.memory: MemoryUse | None = None
+        self.closed = self._released = False
         self.lock = threading.RLock()
         self._caches: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self.reset_stats()
@@ -343,7 +343,7 @@ class Runtime:
 
     def report(self) -> Reconciliation:
         """What the plan predicted beside what was measured since `reset_stats`; renders itself in notebooks."""
-        return reconcile(self.plan, self.stats())
+        return reconcile(self.plan, self.stats(), None if self.memory is None else self.memory.until_now())
 
     def check(self) -> None:
         """Prove that every slot, key and read is accounted for; see `ExpertTier.check`."""

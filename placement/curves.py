@@ -58,9 +58,19 @@ class TokenCurve:
             for i in range(len(self.tokens) - 1)
         )
 
-    def scaled(self, factor: float) -> TokenCurve:
-        """The curve of a device that takes `factor` times as long for each weight; calls cost the same."""
-        return TokenCurve(self.call_s, self.tokens, tuple(factor * value for value in self.weight_s))
+    def with_memory_speed(self, factor: float) -> TokenCurve:
+        """The curve with memory `factor` times as fast.
+
+        The fewest tokens are taken to wait for memory alone. A point of twice their seconds or more waits for products,
+        and stays; those between are in between. Calls cost the same.
+        """
+        fewest = self.weight_s[0]
+        moved: list[float] = []
+        for seconds in self.weight_s:
+            waits = min(1.0, max(0.0, 2 - seconds / fewest))
+            found = seconds + waits * (fewest / factor - fewest)
+            moved.append(max(found, moved[-1] if moved else 0.0))
+        return TokenCurve(self.call_s, self.tokens, tuple(moved))
 
 
 def roofline(bits: float, bytes_per_s: float, flops_per_s: float, call_s: float) -> TokenCurve:

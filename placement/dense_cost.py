@@ -10,6 +10,7 @@ from placement.model_spec import LayerSpec, LinearSpec, ModelSpec
 from placement.passes import Pass
 
 _BYTES_OF_ACTIVATION = 2
+_MOST_SAVED = 0.5
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def layer_cost(
     device = _device(profile, vram=dense_vram)
     dense = linears_s(layer.linears, device, work.rows)
     attention = attention_s(layer, _device(profile, vram=kv_vram), work)
-    overhead = device.overheads.layer_s + device.overheads.element_s * work.rows * spec.hidden_size
+    overhead = device.overheads.of_layer(work.new_tokens) + device.overheads.element_s * work.rows * spec.hidden_size
+    # What layers in a row save they save of their products' calls: never all of a layer.
+    overhead = max(overhead, -_MOST_SAVED * (dense + attention))
     crossing = _crossing_s(spec, profile, work.rows) if dense_vram and not kv_vram and layer.attention_values else 0.0
     busy = (dense + overhead if dense_vram else 0.0) + (attention if kv_vram else 0.0)
     return DenseCost(dense, attention, overhead, crossing, dense_vram, busy)

@@ -8,7 +8,7 @@ Experts that come from disk are computed as they arrive.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import numpy as np
@@ -102,6 +102,7 @@ def expert_cost(
     in_ram: FloatArray,
     *,
     on_gpu: bool,
+    decode: bool = True,
 ) -> ExpertCost:
     """The cost of one MoE layer.
 
@@ -114,13 +115,22 @@ def expert_cost(
         in_vram: share of the needed experts found in VRAM, by number of slots.
         in_ram: likewise in RAM; the others are read.
         on_gpu: the layer around runs on the accelerator, so its activations are there.
+        decode: the pass has one token of each sequence.
     """
     speeds = _speeds(experts, profile, need, rows, on_gpu=on_gpu)
     distinct = round(need.distinct)
     if distinct > _MOST_EXACT or abs(distinct - need.distinct) > 1e-9:
         reads = _Reads(profile.disk, homes.read_chunk_nbytes, homes.reader_threads)
-        return _mean(reads, profile.gpu is not None, speeds, in_vram, in_ram)
-    return _expected(profile, homes, speeds, distinct, in_vram, in_ram)
+        cost = _mean(reads, profile.gpu is not None, speeds, in_vram, in_ram)
+    else:
+        cost = _expected(profile, homes, speeds, distinct, in_vram, in_ram)
+    return _with_step(cost, profile.cpu.overheads.step_s if decode else 0.0, in_vram + in_ram)
+
+
+def _with_step(cost: ExpertCost, step_s: float, found: FloatArray) -> ExpertCost:
+    """The cost with what looking for experts takes, unless all are always found."""
+    step = np.where(found < 1.0, step_s, 0.0)
+    return replace(cost, cpu_s=cost.cpu_s + step, cpu_busy_s=cost.cpu_busy_s + step)
 
 
 def _mean(reads: _Reads, has_gpu: bool, speeds: _Speeds, in_vram: FloatArray, in_ram: FloatArray) -> ExpertCost:

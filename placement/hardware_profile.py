@@ -11,7 +11,7 @@ from typing import Literal
 from placement.curves import TokenCurve
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,22 @@ class Overheads:
 
     Attributes:
         pass_s: once a pass: masks, angles, hooks, choosing a token.
-        layer_s: in each layer: calls, norms, rotary angles, routing.
+        layer_s: in each layer of a pass of one token of each sequence: calls, norms, rotary angles, routing. Below zero
+            where layers in a row take less than their products one by one.
         element_s: for each new token and entry of the residual stream in each layer.
+        step_s: more in each MoE layer of such a pass as long as not every expert has a slot: looking for experts.
+        prompt_layer_s: in each layer of a pass of more tokens, in the place of `layer_s` and `step_s`.
     """
 
     pass_s: float
     layer_s: float
     element_s: float
+    step_s: float = 0.0
+    prompt_layer_s: float | None = None
+
+    def of_layer(self, new_tokens: int) -> float:
+        """Seconds in each layer, whatever its size and whatever its experts do."""
+        return self.layer_s if new_tokens == 1 or self.prompt_layer_s is None else self.prompt_layer_s
 
 
 @dataclass(frozen=True)
@@ -163,13 +172,13 @@ class Compute:
         """
         return _curve(self.linears, format, "linear layers")
 
-    def scaled(self, factor: float) -> Compute:
+    def with_memory_speed(self, factor: float) -> Compute:
         """The device with memory `factor` times as fast, and all that waits for memory with it."""
         return replace(
             self,
             memory_bytes_per_s=factor * self.memory_bytes_per_s,
-            experts=tuple(FormatCurve(one.format, one.curve.scaled(1 / factor)) for one in self.experts),
-            linears=tuple(FormatCurve(one.format, one.curve.scaled(1 / factor)) for one in self.linears),
+            experts=tuple(FormatCurve(one.format, one.curve.with_memory_speed(factor)) for one in self.experts),
+            linears=tuple(FormatCurve(one.format, one.curve.with_memory_speed(factor)) for one in self.linears),
             attention=replace(self.attention, bytes_per_s=factor * self.attention.bytes_per_s),
         )
 
@@ -239,8 +248,8 @@ class HardwareProfile:
         return both.issuperset(formats)
 
     def with_memory_speed(self, bytes_per_s: float) -> HardwareProfile:
-        """The profile at another speed of host memory, as a probe just found it; see `Compute.scaled`."""
-        return replace(self, cpu=self.cpu.scaled(bytes_per_s / self.cpu.memory_bytes_per_s))
+        """The profile at another speed of host memory, as a probe just found it; see `Compute.with_memory_speed`."""
+        return replace(self, cpu=self.cpu.with_memory_speed(bytes_per_s / self.cpu.memory_bytes_per_s))
 
     def without_gpu(self) -> HardwareProfile:
         """The machine without its accelerator."""

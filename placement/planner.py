@@ -25,9 +25,11 @@ _ALLOCATOR_SHARE_OF_DENSE = 4
 """What allocators and compiled kernels of libraries keep beside what is asked of them: the first for any model, and one
 part in so many of the dense weights, which is what loading them was seen to leave behind at most."""
 
-_PAIR_BUFFER_NBYTES = 16 << 20
+PAIR_BUFFER_NBYTES = 16 << 20
+"""The MoE step keeps at most so many bytes of expert outputs, and computes one expert after the other beyond."""
+
 _PAIR_BUFFER_COPIES = 2
-"""The MoE step keeps at most so many bytes of expert outputs, and once more while it weights and sums them."""
+"""Once more while it weights and sums them."""
 
 _KV_ROOM_TOKENS = 64
 """A cache that grows in place has room for a multiple of so many tokens."""
@@ -69,7 +71,7 @@ def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: b
     if all_logits:
         logits += batch * tokens * spec.vocab_size * 4
     top_k = max(layer.top_k for layer in spec.experts)
-    pairs = min(_PAIR_BUFFER_NBYTES, batch * tokens * top_k * spec.hidden_size * 4)
+    pairs = min(PAIR_BUFFER_NBYTES, batch * tokens * top_k * spec.hidden_size * 4)
     step = pairs * _PAIR_BUFFER_COPIES
     kept = _ALLOCATOR_NBYTES + spec.dense_nbytes // _ALLOCATOR_SHARE_OF_DENSE if host else 0
     return batch * tokens * spec.activation_nbytes_per_token + logits + step + kept

@@ -35,11 +35,13 @@ class Routing:
         popularity: the stated model; how many experts a pass needs always comes from it.
         decode_hits: hit curve of a recorded sequence for passes of decode, None for what follows from the popularity.
         source: in words.
+        decode_rows: tokens of these passes.
     """
 
     popularity: Popularity = EQUAL
     decode_hits: HitCurve | None = None
     source: str = "no trace: experts of a layer taken as equally popular, tokens as independent"
+    decode_rows: int = 1
 
     @classmethod
     def stated(cls, skew: float, locality: float = 0.0) -> Routing:
@@ -49,7 +51,7 @@ class Routing:
 
     def hits(self, spec: ModelSpec, work: Pass) -> HitCurve:
         """The hit curve of passes of this kind."""
-        if self.decode_hits is not None and work.rows == 1:
+        if self.decode_hits is not None and work.new_tokens == 1 and work.rows == self.decode_rows:
             return self.decode_hits
         layers = tuple((layer.count, min(layer.top_k, layer.count)) for layer in spec.experts)
         return popularity_hits(layers, work.rows, self.popularity, work.batch)
@@ -194,7 +196,10 @@ def _add_pass(
             total.add_dense(cost, times * work.count)
             if kind.experts is not None:
                 need = routing.demand(kind.experts, work)
-                experts = expert_cost(kind.experts, profile, homes, need, work.rows, in_vram, in_ram, on_gpu=vram)
+                experts = expert_cost(
+                    kind.experts, profile, homes, need, work.rows, in_vram, in_ram, on_gpu=vram,
+                    decode=work.new_tokens == 1,
+                )  # fmt: skip
                 total.add_experts(experts, need.distinct, rates, kind.experts.layout.nbytes, times * work.count)
 
 

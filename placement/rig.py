@@ -120,6 +120,14 @@ def cheapest_doubling(
     return None, best
 
 
+def in_words(found: tuple[Change | None, Change]) -> str:
+    """What `cheapest_doubling` found."""
+    doubling, best = found
+    if doubling is not None:
+        return f"{doubling.name}: {doubling.decode_tokens_per_s:.2f} tokens/s"
+    return f"no single change that was tried; the best is {best.name}: {best.decode_tokens_per_s:.2f} tokens/s"
+
+
 def _changes(rig: Rig) -> Iterator[tuple[str, Rig]]:
     speed = 0.0 if rig.profile.disk is None else rig.profile.disk.bytes_per_s(4 << 20, 4)
     for more in (16, 32, 64):

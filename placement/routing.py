@@ -18,6 +18,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from placement.stack_distances import stack_distances
+
 FloatArray = npt.NDArray[np.float64]
 
 _EXACT_AGES = 64
@@ -195,67 +197,44 @@ def residency(
 
 
 class MeasuredHits:
-    """The hit rate of a least-recently-used cache on a recorded sequence, exact for every number of slots.
-
-    By stack distances (Mattson and others, "Evaluation techniques for storage hierarchies", 1970): a request is found
-    if fewer distinct experts than there are slots were needed since the one before.
+    """The hit rate of a least-recently-used cache on a recorded sequence, for every number of slots; see
+    `stack_distances`.
     """
 
-    def __init__(self, keys: Sequence[int]) -> None:
+    def __init__(
+        self,
+        keys: npt.ArrayLike,
+        steps: npt.ArrayLike | None = None,
+        counted: npt.ArrayLike | None = None,
+        experts: int | None = None,
+    ) -> None:
         """Count distances.
 
         Args:
-            keys: expert keys in the order of use, each once for each layer and pass.
+            keys: integers [n], expert keys in the order of use, each once for each layer and pass.
+            steps: where the layers of passes begin; None for requests by themselves.
+            counted: bool [n], whose hits count; None for all.
+            experts: of the model, which are all there once so many slots are; None for a cache that starts empty.
 
         Raises:
-            ValueError: there are none.
+            ValueError: nothing counts.
         """
-        if not len(keys):
+        distances = stack_distances(keys, steps)
+        if counted is not None:
+            distances = distances[np.asarray(counted, dtype=bool)]
+        if not len(distances):
             raise ValueError("a hit rate needs at least one routed expert")
-        distances = stack_distances(keys)
-        longest = max(distances.values(), default=0)
-        counts = np.zeros(longest + 2)
-        for distance in distances.values():
-            counts[distance + 1] += 1
-        self._reached = np.cumsum(counts) / len(keys)
+        again = distances[distances >= 0]
+        counts = np.bincount(again + 1, minlength=1)
+        self._reached = np.cumsum(counts) / len(distances)
+        self._experts = experts
 
     def rate(self, slots: FloatArray) -> FloatArray:
         """See `HitCurve`."""
-        index = np.clip(np.asarray(slots, dtype=np.int64), 0, len(self._reached) - 1)
-        return np.asarray(self._reached[index])
-
-
-def stack_distances(keys: Sequence[int]) -> dict[int, int]:
-    """For each request that is not its key's first, by index: distinct other keys needed since the one before.
-
-    O(n log n): a Fenwick tree holds a one at each key's latest request.
-    """
-    n = len(keys)
-    tree = [0] * (n + 1)
-
-    def add(index: int, value: int) -> None:
-        index += 1
-        while index <= n:
-            tree[index] += value
-            index += index & -index
-
-    def below(index: int) -> int:
-        total = 0
-        while index > 0:
-            total += tree[index]
-            index -= index & -index
-        return total
-
-    latest: dict[int, int] = {}
-    found: dict[int, int] = {}
-    for index, key in enumerate(keys):
-        before = latest.get(key)
-        if before is not None:
-            found[index] = below(index) - below(before + 1)
-            add(before, -1)
-        add(index, 1)
-        latest[key] = index
-    return found
+        slots = np.asarray(slots)
+        index = np.clip(slots.astype(np.int64), 0, len(self._reached) - 1)
+        reached: FloatArray = self._reached[index]
+        return reached if self._experts is None else np.where(slots >= self._experts, 1.0, reached)
 
 
 def _ages() -> tuple[FloatArray, FloatArray]:

@@ -174,7 +174,10 @@ class _Search:
         need = self.routing.demand(experts, phase.work)
         for on_gpu, times in ((True, dense), (False, len(self.kinds[kind].indices) - dense)):
             if times:
-                cost = expert_cost(experts, profile, _NOTHING, need, phase.work.rows, in_vram, in_ram, on_gpu=on_gpu)
+                cost = expert_cost(
+                    experts, profile, _NOTHING, need, phase.work.rows, in_vram, in_ram, on_gpu=on_gpu,
+                    decode=phase.work.new_tokens == 1,
+                )  # fmt: skip
                 total += times * cost.total_s
         return total
 

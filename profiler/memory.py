@@ -8,6 +8,8 @@ import psutil
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PROC_CGROUP = Path("/proc/self/cgroup")
+_PROC_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 _FILES = {
     1: (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
@@ -38,6 +40,24 @@ def available_ram_nbytes(*, proc_cgroup: Path = _PROC_CGROUP, root: Path = _CGRO
 def process_rss_nbytes() -> int:
     """Resident memory of this process now, in bytes."""
     return int(psutil.Process().memory_info().rss)
+
+
+def process_peak_rss_nbytes(*, status: Path = _PROC_STATUS) -> int:
+    """The most resident memory that this process had, since it began or since `reset_peak_rss`, in bytes."""
+    for line in _text(status).splitlines():
+        name, _, value = line.partition(":")
+        if name == "VmHWM":
+            return int(value.split()[0]) << 10
+    return int(psutil.Process().memory_info().rss)
+
+
+def reset_peak_rss(*, clear_refs: Path = _CLEAR_REFS) -> bool:
+    """Let the peak begin from what is resident now; False where the kernel does not do that."""
+    try:
+        clear_refs.write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _ancestors(proc_cgroup: Path, root: Path) -> list[tuple[Path, int]]:

@@ -64,7 +64,7 @@ class CheckpointBundleSource:
         self._mapped = tuple(mapped)
         self._once = once
         self._name = name
-        self._groups = tuple(_group(experts, format) for experts in self._mapped)
+        self._groups = tuple(mapped_group(experts, format) for experts in self._mapped)
         self._identity = _identity(checkpoint.identity, self._groups)
 
     @property
@@ -146,7 +146,8 @@ class CheckpointBundleSource:
         return stored
 
 
-def _group(experts: MappedExperts, format: str) -> ExpertGroup:
+def mapped_group(experts: MappedExperts, format: str) -> ExpertGroup:
+    """What a store holds of one MoE layer in a format."""
     layout = BundleLayout(experts.hidden, experts.intermediate, format, experts.has_gate, experts.has_bias)
     return ExpertGroup(experts.module, experts.count, layout)
 

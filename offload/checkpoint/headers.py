@@ -57,7 +57,7 @@ def read_header(path: str | os.PathLike[str]) -> FileHeader:
         os.close(descriptor)
     data_start = LENGTH_BYTES + len(header)
     entries = _parse(header, path)
-    tensors = {name: _span(name, entry, data_start, path) for name, entry in entries.items()}
+    tensors = {name: checked_span(name, entry, data_start, path) for name, entry in entries.items()}
     _check_cover(tensors, data_start, identity.size, path)
     return FileHeader(path, tensors, hashlib.blake2b(header, digest_size=16).hexdigest(), identity)
 
@@ -107,7 +107,13 @@ def _parse(header: bytes, path: str) -> dict[str, Any]:
     return entries
 
 
-def _span(name: str, entry: Any, data_start: int, path: str) -> TensorSpan:
+def checked_span(name: str, entry: Any, data_start: int, path: str) -> TensorSpan:
+    """One entry of a header.
+
+    Raises:
+        CheckpointError: an unknown dtype, a shape that is none, or a range of other bytes than these have.
+    """
+
     def wrong(expected: str, found: object) -> CheckpointError:
         return mismatch(path, tensor=name, expected=expected, found=f"{found!r:.120}")
 

@@ -33,13 +33,18 @@ def read_files(directory: Path) -> dict[str, FileHeader]:
             f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither. Fix: finish the download, or pass "
             "the directory that holds the model."
         )
-    weight_map = _read_weight_map(index_path)
+    weight_map = read_weight_map(index_path)
     headers = {name: read_header(directory / name) for name in sorted(set(weight_map.values()))}
     _check_agreement(index_path, weight_map, headers)
     return headers
 
 
-def _read_weight_map(index_path: Path) -> dict[str, str]:
+def read_weight_map(index_path: Path) -> dict[str, str]:
+    """The file of every tensor, by key; names are plain and relative.
+
+    Raises:
+        CheckpointError: not such an index.
+    """
     index = parse_json_object(read_small(index_path, MAXIMUM_INDEX_BYTES), index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from offload.errors import CheckpointNotFoundError, StorageError, UnsupportedModelError
+from offload.errors import CheckpointNotFoundError, OffloadError, StorageError, UnsupportedModelError
 
 ALLOWED_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 # Second copies of the weights, in layouts of other programs.
@@ -56,6 +58,28 @@ def _looks_like_path(text: str) -> bool:
 def _download(repository: str, revision: str | None, local_files_only: bool) -> Path:
     # Imported here: it reads the environment when imported, and half a second is not due before it is needed.
     from huggingface_hub import snapshot_download
+
+    with hub_errors(repository, revision):
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                local_files_only=local_files_only,
+                allow_patterns=list(ALLOWED_FILES),
+                ignore_patterns=list(IGNORED_FILES),
+            )
+        )
+
+
+@contextmanager
+def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises in the body into errors of ours that name the repository and a fix.
+
+    Raises:
+        CheckpointNotFoundError: no such repository or revision, or one that may not be read, or nothing cached and no
+            connection.
+        StorageError: a download cannot be written.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -73,13 +97,9 @@ def _download(repository: str, revision: str | None, local_files_only: bool) -> 
         )
 
     try:
-        directory = snapshot_download(
-            repository,
-            revision=revision,
-            local_files_only=local_files_only,
-            allow_patterns=list(ALLOWED_FILES),
-            ignore_patterns=list(IGNORED_FILES),
-        )
+        yield
+    except OffloadError:
+        raise
     except HFValidationError as error:
         raise not_found("neither", f"pass an existing directory or an id of the form owner/name ({error})") from error
     except GatedRepoError as error:
@@ -97,7 +117,6 @@ def _download(repository: str, revision: str | None, local_files_only: bool) -> 
         raise not_found(f"an error of the Hub ({error})", "try again later, or pass the directory of a copy") from error
     except OSError as error:
         raise StorageError(error.errno, f"downloading {repository} failed: {error}") from error
-    return Path(directory)
 
 
 def _checked(directory: Path) -> Path:
@@ -106,17 +125,28 @@ def _checked(directory: Path) -> Path:
             f"{directory}: expected a model's directory with config.json, found none in it. Fix: pass the directory "
             "that `save_pretrained` wrote or that the Hub repository was downloaded to."
         )
-    names = sorted(entry.name for entry in directory.iterdir())
+    refuse_without_safetensors(str(directory), (entry.name for entry in directory.iterdir()))
+    return directory
+
+
+def refuse_without_safetensors(where: str, names: Iterable[str]) -> None:
+    """Raise unless one of a checkpoint's files holds weights as safetensors.
+
+    Raises:
+        UnsupportedModelError: the weights are there as pickles only.
+        CheckpointNotFoundError: there are none.
+    """
+    names = sorted(names)
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
-        return directory
+        return
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise UnsupportedModelError(
-            f"{directory / pickles[0]}: expected weights as *.safetensors, found pickles, which can run any code when "
+            f"{where}/{pickles[0]}: expected weights as *.safetensors, found pickles, which can run any code when "
             "read and are refused. Fix: load the model once with transformers where you trust it and write it with "
             "`save_pretrained(directory)`, which writes safetensors."
         )
     raise CheckpointNotFoundError(
-        f"{directory}: expected weights as *.safetensors, found none. Fix: finish the download; where the repository "
+        f"{where}: expected weights as *.safetensors, found none. Fix: finish the download; where the repository "
         "has pickles only, convert them with `save_pretrained` of transformers."
     )

@@ -1,4 +1,4 @@
-"""The command line: `offload run`, `offload plan`, `offload profile`, `offload quantize` and `offload store`.
+"""The command line: `offload run`, `plan`, `bench`, `profile`, `trace`, `quantize` and `store`.
 
 Text and reports go to stdout, all else to stderr. Nothing here imports torch before a command needs it.
 """
@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
+from offload.cli.bench import bench_command
 from offload.cli.errors import EXIT_INTERRUPTED
 from offload.cli.options import example
 from offload.cli.plan import plan_command
@@ -18,6 +19,7 @@ from offload.cli.profile import profile_command
 from offload.cli.quantize import quantize_command
 from offload.cli.run import run_command
 from offload.cli.store import store_commands
+from offload.cli.trace import trace_commands
 
 
 def _version() -> str:
@@ -47,7 +49,9 @@ def cli() -> None:
     """Run Mixture-of-Experts models that do not fit in memory."""
 
 
-for _command in (run_command, plan_command, profile_command, quantize_command, store_commands):
+for _command in (
+    run_command, plan_command, bench_command, profile_command, trace_commands, quantize_command, store_commands,
+):  # fmt: skip
     cli.add_command(_command)
 
 

@@ -97,6 +97,26 @@ _MODEL_OPTIONS = (
 )
 
 
+_ROUTING_OPTIONS = (
+    click.option(
+        "--skew", type=click.FloatRange(0, 10), help="Popularity of experts: rank^-SKEW.  [default: all alike]"
+    ),
+    click.option(
+        "--trace",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Popularity and hit rates from a trace of this model; see `offload trace record`.",
+    ),
+)
+
+
+def routing_options(command: _Command) -> _Command:
+    """--skew and --trace: what is known of which experts tokens go to."""
+    for option in reversed(_ROUTING_OPTIONS):
+        command = option(command)
+    return command
+
+
 def example(*lines: str) -> str:
     """The end of a help text that shows these commands."""
     return "\n".join(("\b", "Example:", *(f"  {line}" for line in lines)))

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offload.cli.errors import exit_codes
-from offload.cli.options import Size, example, json_option, model_options
+from offload.cli.options import Size, example, json_option, model_options, routing_options
 from offload.cli.output import add_row, facts, table, write
+from offload.cli.simulation import Simulate, simulation_options, write_plan_json, write_simulation
 from offload.sizes import format_size
 
 if TYPE_CHECKING:
     from offload.cli.plan_ahead import Ahead
+    from offload.remote import RemoteModel
+    from placement.hardware_profile import HardwareProfile
+    from placement.model_spec import ModelSpec
     from placement.plan import Plan
 
 
@@ -42,6 +46,8 @@ class Disk:
         "offload plan ./Qwen3-30B-A3B --ram 16GiB",
         "offload plan ./Qwen3-30B-A3B --ram 16GiB --json",
         "offload plan ./Mixtral-8x7B --gpu rtx4090 --machine-ram 64GiB --quant int4 --html report.html",
+        "offload plan Qwen/Qwen3-30B-A3B --remote --ram 16GiB --quant int4",
+        "offload plan ./Qwen3-30B-A3B --ram 16GiB --trace text.trace --simulate --timeline timeline.json",
     ),
 )
 @model_options
@@ -56,99 +62,157 @@ class Disk:
 @click.option(
     "--vram", type=Size(), metavar="SIZE", help="Most memory of the GPU.  [default: all but what others need]"
 )
-@click.option("--skew", type=click.FloatRange(0, 10), help="Popularity of experts: rank^-SKEW.  [default: all alike]")
 @click.option("--what-if", multiple=True, metavar="CHANGE", help="Also with ram=+32GiB, nvme=gen5, gpu=rtx5090 ...")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a report.")
+@routing_options
+@click.option("--remote", is_flag=True, help="MODEL is on the Hub: read its headers there, and download nothing.")
+@simulation_options
 def plan_command(as_json: bool, **options: Any) -> None:
     """Show what `run` would put where for MODEL, a directory or a Hub id that was downloaded, and how fast it would be.
 
     Reads the checkpoint's headers, no weights; creates and changes nothing. Exit code 3 where it does not fit. With the
-    options from --gpu on it plans for a machine of these parts, from the model's config.json alone.
+    options from --gpu to --html and --skew it plans for a machine of these parts, from the model's config.json alone.
     """
     from offload.cli.plan_ahead import Ahead
 
-    names = ("gpu", "link", "cpu", "drive", "machine_ram", "vram", "skew", "what_if", "html")
+    names = ("gpu", "link", "cpu", "drive", "machine_ram", "vram", "what_if", "html")
     ahead = Ahead(**{name: options.pop(name) for name in names})
-    batch, prompt = options.pop("batch"), options.pop("prompt")
     with exit_codes(as_json=as_json):
-        if ahead.asked:
-            _plan_ahead(ahead, batch, prompt, as_json=as_json, **options)
+        asked = Asked(as_json=as_json, simulate=Simulate.asked(options), **options)
+        if ahead.asked or asked.skew is not None:
+            _plan_ahead(ahead, asked)
+        elif asked.remote:
+            _plan_remote(asked)
         else:
-            _plan(batch=batch, prompt=prompt, as_json=as_json, **options)
+            _plan(asked)
 
 
-def _plan_ahead(
-    ahead: Ahead,
-    batch: int,
-    prompt: int,
-    *,
-    as_json: bool,
-    model: str,
-    ram: int | None,
-    nvme: Path | None,
-    context: int | None,
-    dtype: str,
-    quant: str | dict[str, str | None] | None,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """The options of every plan; see the help texts."""
+
+    model: str
+    ram: int | None
+    nvme: Path | None
+    context: int | None
+    dtype: str
+    quant: str | dict[str, str | None] | None
+    revision: str | None
+    trust_remote_code: bool
+    batch: int
+    prompt: int
+    skew: float | None
+    trace: Path | None
+    remote: bool
+    simulate: Simulate | None
+    as_json: bool
+
+    def read_remote(self, context: int) -> RemoteModel:
+        """The model on the Hub."""
+        from offload.cli.libraries import quiet_transformers
+        from offload.quantisation import make_quantisation
+        from offload.remote import read_remote
+
+        with quiet_transformers():
+            return read_remote(
+                self.model, make_quantisation(self.quant), context_tokens=context, dtype=self.dtype,
+                revision=self.revision, trust_remote_code=self.trust_remote_code,
+            )  # fmt: skip
+
+
+def _plan_ahead(ahead: Ahead, asked: Asked) -> None:
     from offload.cli.plan_ahead import make_rig, plan_ahead, read_spec
     from offload.request import DEFAULT_CONTEXT_TOKENS, PREFILL_CHUNK_TOKENS, store_root
+    from offload.traces import read_routing
     from placement.workload import Workload
 
-    tokens = context or DEFAULT_CONTEXT_TOKENS
-    spec = read_spec(model, revision, quant, dtype, tokens, trust_remote_code=trust_remote_code)
-    rig = make_rig(ahead, ram, store_root(nvme))
-    plan_ahead(spec, rig, Workload(tokens, batch, PREFILL_CHUNK_TOKENS, prompt), ahead, as_json=as_json)
+    tokens = asked.context or DEFAULT_CONTEXT_TOKENS
+    if asked.remote:
+        spec = asked.read_remote(tokens).spec
+    else:
+        spec = read_spec(
+            asked.model, asked.revision, asked.quant, asked.dtype, tokens, trust_remote_code=asked.trust_remote_code
+        )
+    rig = make_rig(ahead, asked.ram, store_root(asked.nvme))
+    routing = read_routing(spec, asked.skew, asked.trace)
+    workload = Workload(tokens, asked.batch, PREFILL_CHUNK_TOKENS, asked.prompt)
+    plan_ahead(spec, rig, workload, ahead, routing, asked.simulate, as_json=asked.as_json)
 
 
-def _plan(
-    *,
-    batch: int,
-    prompt: int,
-    as_json: bool,
-    model: str,
-    ram: int | None,
-    nvme: Path | None,
-    context: int | None,
-    dtype: str,
-    quant: str | dict[str, str | None] | None,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> None:
+def _plan_remote(asked: Asked) -> None:
+    from offload.errors import DoesNotFitError
+    from offload.preparation import profile_for
+    from offload.request import DEFAULT_CONTEXT_TOKENS, PREFILL_CHUNK_TOKENS, make_request
+    from offload.traces import read_routing
+    from placement.planner import PlanInfeasibleError, make_plan
+    from placement.workload import Workload
+
+    request = make_request(
+        ram=asked.ram, nvme=asked.nvme, context=asked.context, batch=asked.batch, prefill_chunk=PREFILL_CHUNK_TOKENS,
+        max_memory=None, quant=asked.quant,
+    )  # fmt: skip
+    found = asked.read_remote(asked.context or DEFAULT_CONTEXT_TOKENS)
+    tokens = asked.context or min(DEFAULT_CONTEXT_TOKENS, found.spec.max_context_tokens)
+    workload = Workload(tokens, asked.batch, PREFILL_CHUNK_TOKENS, asked.prompt)
+    profile = profile_for(found.spec, request.store_root)
+    try:
+        made = make_plan(
+            found.spec, workload, request.ram_nbytes, profile, read_routing(found.spec, asked.skew, asked.trace)
+        )
+    except PlanInfeasibleError as error:
+        raise DoesNotFitError(str(error), minimum_ram_bytes=error.minimum_ram_nbytes) from error
+    free = _free_nbytes(request.store_root)
+    state = f"none yet; written by the first run, after a download of {format_size(found.download_nbytes)}"
+    _finish(made, Disk(request.store_root, free, state, present=False), found.spec, profile, asked)
+
+
+def _plan(asked: Asked) -> None:
     from offload.cli.libraries import quiet_transformers
-    from offload.errors import CheckpointNotFoundError, DoesNotFitError
-    from offload.preparation import known_profile, prepare_checkpoint
+    from offload.errors import CheckpointNotFoundError
+    from offload.preparation import prepare_checkpoint, profile_for
     from offload.request import PREFILL_CHUNK_TOKENS, make_request
+    from offload.traces import read_routing
     from placement.planner import make_plan
 
     request = make_request(
-        ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=PREFILL_CHUNK_TOKENS, max_memory=None,
-        quant=quant,
+        ram=asked.ram, nvme=asked.nvme, context=asked.context, batch=asked.batch, prefill_chunk=PREFILL_CHUNK_TOKENS,
+        max_memory=None, quant=asked.quant,
     )  # fmt: skip
     try:
         with quiet_transformers():
             prepared = prepare_checkpoint(
-                model,
+                asked.model,
                 request,
-                dtype=dtype,
-                revision=revision,
+                dtype=asked.dtype,
+                revision=asked.revision,
                 local_files_only=True,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=asked.trust_remote_code,
             )
     except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(f"{error} `offload plan` downloads nothing.") from error
     prepared.checkpoint.close()
     made = prepared.plan
-    if prompt != made.workload.prompt_tokens:
-        workload = replace(made.workload, prompt_tokens=prompt)
-        made = make_plan(prepared.spec, workload, request.ram_nbytes, known_profile(prepared.spec, request))
+    routing = read_routing(prepared.spec, asked.skew, asked.trace)
+    profile = profile_for(prepared.spec, request.store_root)
+    if asked.prompt != made.workload.prompt_tokens or routing is not None:
+        workload = replace(made.workload, prompt_tokens=asked.prompt)
+        made = make_plan(prepared.spec, workload, request.ram_nbytes, profile, routing)
     disk = _look_at_disk(request.store_root, prepared.bundles.identity, made)
+    _finish(made, disk, prepared.spec, profile, asked)
+
+
+def _finish(made: Plan, disk: Disk, spec: ModelSpec, profile: HardwareProfile | None, asked: Asked) -> None:
+    """Simulate, write, and refuse what the disk has no room for."""
+    from offload.errors import DoesNotFitError
+
     lacking = not disk.present and disk.free_nbytes < made.disk_nbytes
-    if not as_json:
-        _write(made, disk, given=ram is not None)
+    simulation = None if asked.simulate is None else asked.simulate.run(spec, profile, made)
+    if not asked.as_json:
+        _write(made, disk, given=asked.ram is not None)
+        if simulation is not None:
+            write_simulation(simulation, made)
     elif not lacking:
-        click.echo(made.to_json())
+        write_plan_json(made, simulation)
     if lacking:
         raise DoesNotFitError(
             f"{disk.root}: the expert store needs {format_size(made.disk_nbytes)} of disk and "
@@ -158,13 +222,20 @@ def _plan(
         )
 
 
+def _free_nbytes(root: Path) -> int:
+    from offload.machine_profile import existing
+    from offload.store import files
+
+    directory = existing(root)
+    with files.storage_errors("reading", directory):
+        return files.free_nbytes(directory)
+
+
 def _look_at_disk(root: Path, identity: str, plan: Plan) -> Disk:
     from offload.errors import StoreCorruptError
-    from offload.store import catalog, files
+    from offload.store import catalog
 
-    existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-    with files.storage_errors("reading", existing):
-        free = files.free_nbytes(existing)
+    free = _free_nbytes(root)
     try:
         store = catalog.find(root, identity, plan.format)
     except StoreCorruptError as error:

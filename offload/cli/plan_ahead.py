@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from offload.cli.output import add_row, facts, table, write
+from offload.cli.simulation import Simulate, write_plan_json, write_simulation
 from offload.errors import DoesNotFitError, InvalidArgumentError
 from offload.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from placement.model_spec import ModelSpec
     from placement.plan import Plan, RamUse, VramUse
+    from placement.predict import Routing
     from placement.prediction import PassPrediction
     from placement.rig import Change, Rig
     from placement.workload import Workload
@@ -30,7 +30,6 @@ class Ahead:
     drive: str | None
     machine_ram: int | None
     vram: int | None
-    skew: float | None
     what_if: tuple[str, ...]
     html: Path | None
 
@@ -50,7 +49,7 @@ def read_spec(
     from offload.cli.libraries import quiet_transformers
     from offload.hf.config_spec import spec_of_config
     from offload.hf.dtypes import resolve_dtype
-    from offload.hf.skeleton import read_config
+    from offload.hf.skeleton import config_dtype, read_config
     from offload.quantisation import make_quantisation
 
     directory = Path(model)
@@ -58,9 +57,7 @@ def read_spec(
         directory = locate_checkpoint(model, revision=revision, local_files_only=True)
     with quiet_transformers():
         config = read_config(directory, trust_remote_code=trust_remote_code)
-        named = config.dtype
-        stored = getattr(torch, named, None) if isinstance(named, str) else named
-        compute = resolve_dtype(dtype, stored, torch.bfloat16)
+        compute = resolve_dtype(dtype, config_dtype(config), torch.bfloat16)
         return spec_of_config(config, model, make_quantisation(quant), dtype=compute, context_tokens=context)
 
 
@@ -115,17 +112,25 @@ def changed(rig: Rig, text: str) -> Rig:
     return rig
 
 
-def plan_ahead(spec: ModelSpec, rig: Rig, workload: Workload, ahead: Ahead, *, as_json: bool) -> None:
+def plan_ahead(
+    spec: ModelSpec,
+    rig: Rig,
+    workload: Workload,
+    ahead: Ahead,
+    routing: Routing | None,
+    simulate: Simulate | None,
+    *,
+    as_json: bool,
+) -> None:
     """Plan, and write what came of it.
 
     Raises:
         DoesNotFitError: with the nearest thing that does.
     """
+    from offload.store.files import storage_errors
     from placement.planner import PlanInfeasibleError
-    from placement.predict import Routing
     from placement.rig import cheapest_doubling, try_change
 
-    routing = None if ahead.skew is None else Routing.stated(ahead.skew)
     try:
         plan = rig.plan(spec, workload, routing)
     except PlanInfeasibleError as error:
@@ -133,15 +138,21 @@ def plan_ahead(spec: ModelSpec, rig: Rig, workload: Workload, ahead: Ahead, *, a
             f"{error}. {nearest(spec, rig, workload)}", minimum_ram_bytes=error.minimum_ram_nbytes
         ) from error
     changes = [try_change(text, changed(rig, text), spec, workload, routing) for text in ahead.what_if]
+    simulation = None if simulate is None else simulate.run(spec, rig.profile, plan)
+    doubling = None if as_json and ahead.html is None else cheapest_doubling(rig, plan, spec, routing)
     if as_json:
-        click.echo(plan.to_json())
+        write_plan_json(plan, simulation)
     else:
-        doubling = cheapest_doubling(rig, plan, spec, routing)
+        assert doubling is not None
         write_report(spec, plan, rig, changes, doubling)
+        if simulation is not None:
+            write_simulation(simulation, plan)
     if ahead.html is not None:
         from offload.report_html import write_html
 
-        write_html(ahead.html, spec, plan, rig, routing, changes)
+        assert doubling is not None
+        with storage_errors("writing", ahead.html):
+            write_html(ahead.html, spec, plan, rig, routing, changes, doubling)
 
 
 def nearest(spec: ModelSpec, rig: Rig, workload: Workload) -> str:
@@ -163,6 +174,8 @@ def write_report(
     spec: ModelSpec, plan: Plan, rig: Rig, changes: list[Change], doubling: tuple[Change | None, Change]
 ) -> None:
     """The report on stdout."""
+    from placement.rig import in_words
+
     prediction = plan.prediction
     assert prediction is not None
     tiers = table("tier", "dense", "KV cache", "activations", "expert slots", "all", "budget")
@@ -180,7 +193,7 @@ def write_report(
         "machine": f"{prediction.profile} ({prediction.basis}: a prediction, nothing was run)",
         "routing": prediction.routing,
         "on disk": f"{format_size(plan.disk_nbytes)} for all {plan.expert_count} experts",
-        "twice as fast": _doubling(doubling),
+        "twice as fast": in_words(doubling),
         **{f"what if {change.name}": f"{change.decode_tokens_per_s:.2f} tokens/s" for change in changes},
     }
     if plan.vram is not None:
@@ -194,10 +207,3 @@ def _cells(one: PassPrediction) -> list[str]:
     share = [f"{seconds / one.seconds:.0%}" for seconds in one.terms.as_dict().values()]
     hits = [f"{one.vram_hit_rate:.0%}", f"{one.ram_hit_rate:.0%}"]
     return [f"{one.tokens_per_s:.2f}", f"{slow:.2f}-{fast:.2f}", one.binds, *share, *hits]
-
-
-def _doubling(found: tuple[Change | None, Change]) -> str:
-    doubling, best = found
-    if doubling is not None:
-        return f"{doubling.name}: {doubling.decode_tokens_per_s:.2f} tokens/s"
-    return f"no single change that was tried; the best is {best.name}: {best.decode_tokens_per_s:.2f} tokens/s"

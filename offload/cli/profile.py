@@ -67,7 +67,7 @@ def _write(profile: HardwareProfile, path: Path) -> None:
         "memory": f"{format_size(memory)} available, read at {_speed(profile.cpu.memory_bytes_per_s)}",
         **_disk(profile.disk),
         "a pass": f"{overheads.pass_s * 1e3:.2f} ms and {overheads.layer_s * 1e6:.0f} us a layer beyond products, "
-        "attention and reads",
+        f"attention and reads; {overheads.step_s * 1e6:.0f} us more a layer while not all experts are in RAM",
         **({"note": "; ".join(origin.notes)} if origin.notes else {}),
     }
     write(facts(known), "", _kernels(profile.cpu))

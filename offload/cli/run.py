@@ -14,14 +14,13 @@ import click
 from offload.cli.errors import EXIT_INTERRUPTED, exit_codes
 from offload.cli.options import Size, example, json_option, model_options, progress_option
 from offload.cli.output import write_json
+from offload.cli.prompts import load_tokenizer, prompt_options, read_prompt, tokenize
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from offload.runtime import Runtime
-
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 Finish = Literal["stop", "length", "interrupted"]
 
@@ -72,8 +71,7 @@ class Generated:
 @model_options
 @click.option("--device", metavar="NAME", help="A GPU, cuda or cuda:N; no GPU has run this yet.  [default: the CPU]")
 @click.option("--vram", type=Size(), metavar="SIZE", help="Most memory of the GPU.  [default: what is free]")
-@click.option("-p", "--prompt", metavar="TEXT", help='The prompt; "-" reads it from stdin.')
-@click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from FILE.")
+@prompt_options
 @click.option(
     "-n",
     "--max-new-tokens",
@@ -97,7 +95,6 @@ class Generated:
     help="Sample from the likeliest tokens of this probability together.",
 )
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Makes sampling repeatable.")
-@click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
 @click.option("--echo/--no-echo", default=False, show_default=True, help="Write the prompt before the text.")
 @json_option
 @progress_option
@@ -109,30 +106,10 @@ def run_command(**options: Any) -> None:
     """
     settings = Settings(**options)
     with exit_codes(as_json=settings.as_json):
-        prompt = _read_prompt(settings)
+        prompt = read_prompt(settings.prompt, settings.prompt_file)
         if settings.temperature == 0 and (settings.top_k is not None or settings.top_p is not None):
             raise click.UsageError("--top-k and --top-p choose what to sample from; they need --temperature above 0.")
         _run(settings, prompt)
-
-
-def _read_prompt(settings: Settings) -> str:
-    if (settings.prompt is None) == (settings.prompt_file is None):
-        raise click.UsageError('Give the prompt, either with -p TEXT (or "-p -" for stdin) or with --prompt-file FILE.')
-    try:
-        if settings.prompt_file is not None:
-            prompt = settings.prompt_file.read_bytes().decode()
-        elif settings.prompt == "-":
-            prompt = sys.stdin.buffer.read().decode()
-        else:
-            prompt = settings.prompt or ""
-            prompt.encode()
-    except UnicodeError as error:
-        raise click.UsageError(f"The prompt is not UTF-8: {error}.") from error
-    except OSError as error:
-        raise click.UsageError(f"The prompt cannot be read: {error}.") from error
-    if not prompt:
-        raise click.UsageError("The prompt is empty.")
-    return prompt
 
 
 def _run(settings: Settings, prompt: str) -> None:
@@ -143,8 +120,8 @@ def _run(settings: Settings, prompt: str) -> None:
     with quiet_transformers() if settings.progress is False else nullcontext():
         directory = locate_checkpoint(settings.model, revision=settings.revision)
     with quiet_transformers():
-        tokenizer = _load_tokenizer(directory, settings)
-        inputs = _tokenize(tokenizer, prompt, settings)
+        tokenizer = load_tokenizer(directory, trust_remote_code=settings.trust_remote_code)
+        inputs = tokenize(tokenizer, prompt, settings.model, chat=settings.chat)
         model = load(
             settings.model,
             ram=settings.ram,
@@ -178,41 +155,6 @@ def _run(settings: Settings, prompt: str) -> None:
         click.echo(str(stats), err=True)
     if generated.finish == "interrupted":
         raise click.exceptions.Exit(EXIT_INTERRUPTED)
-
-
-def _load_tokenizer(directory: Path, settings: Settings) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    from offload.errors import CheckpointError
-
-    fix = "Fix: put the model's tokenizer files there"
-    # Without any file transformers makes a tokenizer that knows no word.
-    if not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
-        raise CheckpointError(f"{directory}: expected a tokenizer, found none. {fix}")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=settings.trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # tokenizers raises nothing more specific for a file that it cannot read
-        raise CheckpointError(
-            f"{directory}: expected a tokenizer that transformers can read, found one that it cannot ({error}). {fix}"
-        ) from error
-    return tokenizer
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, settings: Settings) -> dict[str, torch.Tensor]:
-    encoded: Any
-    if settings.chat:
-        if not tokenizer.chat_template:
-            raise click.UsageError(f"The tokenizer of {settings.model} has no chat template: leave --chat out.")
-        encoded = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].numel() == 0:
-        raise click.UsageError("The prompt has no tokens.")
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 def _generate(

@@ -32,6 +32,12 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> PretrainedConfig
     return config
 
 
+def config_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """The dtype that a config names, None where it names none."""
+    named = config.dtype
+    return getattr(torch, named, None) if isinstance(named, str) else named
+
+
 def make_skeleton(config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """The model on the meta device: every module and shape, no memory.
 

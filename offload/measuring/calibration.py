@@ -1,7 +1,8 @@
 """What whole forward passes take beyond their parts: the overheads of a profile.
 
-A model with random weights runs through the runtime with everything in RAM. Where its decoder layers begin and end is
-noted by hooks; what the profile's curves predict of its products and attention is taken off. What a curve has wrong for
+Models with random weights of two depths run through the runtime with everything in RAM, as a user's model does: nothing
+is hooked, because that would change which of the runtime's ways a pass takes. What the profile's curves predict of
+their products and attention is taken off; what is left grows with the layers, or does not. What a curve has wrong for
 every model is in the remainder, and so corrected.
 """
 
@@ -17,21 +18,20 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from offload.hf.layer_kinds import decoder_layers
 from offload.loading import load
 from offload.runtime import Runtime
 from placement.hardware_profile import HardwareProfile, Overheads
 from placement.planner import predicted
-from placement.prediction import PassPrediction
+from placement.prediction import Prediction
 from placement.workload import Workload
 
-PROMPT_TOKENS = 256
+LAYERS = (4, 8)
+SHORT_TOKENS, PROMPT_TOKENS = 32, 256
 _CONTEXT_TOKENS = 512
 _CACHED_TOKENS = 32
 _SIZES: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 1024,
-    "num_hidden_layers": 6,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "head_dim": 64,
@@ -47,85 +47,93 @@ _SIZES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Passes:
-    """Measured seconds of passes: of the whole, and of the decoder's layers in it."""
+class Remainders:
+    """Seconds of passes of one model beyond what the profile predicts of its parts.
 
-    whole_s: float
-    layers_s: float
+    Attributes:
+        decode_s: of a pass of one token.
+        stepped_s: likewise where the runtime looks for experts in every layer, as it does when not all have a slot.
+        short_s: of a pass of SHORT_TOKENS tokens.
+        prompt_s: of a pass of PROMPT_TOKENS tokens.
+    """
+
+    decode_s: float
+    stepped_s: float
+    short_s: float
+    prompt_s: float
 
 
 def measure_overheads(profile: HardwareProfile, directory: Path, repeats: int) -> Overheads:
-    """The overheads that make predictions of the model's passes right.
+    """The overheads that make predictions of the models' passes right.
 
     Args:
         profile: with overheads of zero.
         directory: for the experts; what is written there is removed.
         repeats: passes of decode; a sixth as many of a prompt.
     """
+    shallow, deep = (_remainders(profile, directory, layers, repeats) for layers in LAYERS)
+    more = LAYERS[1] - LAYERS[0]
+    layer_s = (deep.decode_s - shallow.decode_s) / more
+    pass_s = max(0.0, shallow.decode_s - LAYERS[0] * layer_s)
+    step_s = max(0.0, deep.stepped_s - deep.decode_s) / LAYERS[1]
+    # A prompt's passes are long: of their differences little would be left but noise.
+    short, prompt = ((seconds - pass_s) / LAYERS[1] for seconds in (deep.short_s, deep.prompt_s))
+    element_s = max(0.0, prompt - short) / ((PROMPT_TOKENS - SHORT_TOKENS) * _SIZES["hidden_size"])
+    prompt_layer_s = short - element_s * SHORT_TOKENS * _SIZES["hidden_size"]
+    return Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s)
+
+
+def _remainders(profile: HardwareProfile, directory: Path, layers: int, repeats: int) -> Remainders:
     with TemporaryDirectory(prefix=".offload-profile-", dir=directory) as store:
-        model = load(_random_model(), ram=4 << 30, nvme=store, context=_CONTEXT_TOKENS, progress=False)
+        model = load(_random_model(layers), ram=4 << 30, nvme=store, context=_CONTEXT_TOKENS, progress=False)
         with cast("Runtime", model.offload) as runtime:
+            few = max(3, repeats // 6)
+            short, prompt = (_measure(model, tokens, few) for tokens in (SHORT_TOKENS, PROMPT_TOKENS))
             decode = _measure(model, 1, repeats)
-            prefill = _measure(model, PROMPT_TOKENS, max(3, repeats // 6))
-            return _overheads(profile, runtime, decode, prefill)
+            # While routing is recorded every layer looks for its experts.
+            runtime.record_trace()
+            stepped = _measure(model, 1, repeats)
+            told = _predicted(profile, runtime, _CACHED_TOKENS)
+            expected_s = told.decode.seconds
+            return Remainders(
+                decode - expected_s,
+                stepped - expected_s,
+                short - _predicted(profile, runtime, SHORT_TOKENS).prefill.seconds,
+                prompt - _predicted(profile, runtime, PROMPT_TOKENS).prefill.seconds,
+            )
 
 
-def _overheads(profile: HardwareProfile, runtime: Runtime, decode: Passes, prefill: Passes) -> Overheads:
-    spec = runtime.spec
-    workload = Workload(_CONTEXT_TOKENS, prompt_tokens=PROMPT_TOKENS, new_tokens=2)
-    one = Workload(_CONTEXT_TOKENS, prompt_tokens=_CACHED_TOKENS, new_tokens=2)
-    parts = predicted(spec, profile, runtime.plan.ram_slots, one).decode
-    head_s = 0.0 if spec.head is None else profile.cpu.linear(spec.head.format).seconds(spec.head.weights, 1)
-    layers = spec.layer_count
-    layer_s = max(0.0, (decode.layers_s - _layers_s(parts, head_s)) / layers)
-    pass_s = max(0.0, decode.whole_s - decode.layers_s - head_s)
-    prompt = predicted(spec, profile, runtime.plan.ram_slots, workload).prefill
-    rest = (prefill.layers_s - _layers_s(prompt, head_s)) / layers - layer_s
-    return Overheads(pass_s, layer_s, max(0.0, rest) / (PROMPT_TOKENS * spec.hidden_size))
+def _predicted(profile: HardwareProfile, runtime: Runtime, prompt_tokens: int) -> Prediction:
+    workload = Workload(_CONTEXT_TOKENS, prompt_tokens=prompt_tokens, new_tokens=2)
+    return predicted(runtime.spec, profile, runtime.plan.ram_slots, workload)
 
 
-def _layers_s(prediction: PassPrediction, head_s: float) -> float:
-    return prediction.seconds - head_s
-
-
-def _random_model() -> PreTrainedModel:
+def _random_model(layers: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = AutoConfig.for_model("qwen3_moe", **_SIZES)
+        config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=layers, **_SIZES)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.eval()
     return model
 
 
 @torch.no_grad()
-def _measure(model: PreTrainedModel, tokens: int, repeats: int) -> Passes:
-    """Medians of passes: of one token one after the other in a sequence, of more tokens each of a new one."""
-    layers = [layer for _, layer in decoder_layers(model)]
-    marks: list[float] = []
-    hooks = [
-        layers[0].register_forward_pre_hook(lambda *_: marks.append(perf_counter())),
-        layers[-1].register_forward_hook(lambda *_: marks.append(perf_counter())),
-    ]
+def _measure(model: PreTrainedModel, tokens: int, repeats: int) -> float:
+    """Lower quartile of passes: of one token one after the other in a sequence, of more tokens each of a new one."""
     generator = torch.Generator().manual_seed(2)
     vocab = model.config.get_text_config().vocab_size
-    whole, inside = [], []
-    try:
-        cache = DynamicCache(config=model.config)
-        if tokens == 1:
-            _pass(model, cache, torch.randint(vocab, (1, _CACHED_TOKENS), generator=generator))
-        for _ in range(repeats + 1):
-            if tokens > 1:
-                cache = DynamicCache(config=model.config)
-            ids = torch.randint(vocab, (1, tokens), generator=generator)
-            marks.clear()
-            before = perf_counter()
-            _pass(model, cache, ids)
-            whole.append(perf_counter() - before)
-            inside.append(marks[1] - marks[0])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Passes(statistics.median(whole[1:]), statistics.median(inside[1:]))
+    found = []
+    cache = DynamicCache(config=model.config)
+    if tokens == 1:
+        _pass(model, cache, torch.randint(vocab, (1, _CACHED_TOKENS), generator=generator))
+    for _ in range(repeats + 1):
+        if tokens > 1:
+            cache = DynamicCache(config=model.config)
+        ids = torch.randint(vocab, (1, tokens), generator=generator)
+        before = perf_counter()
+        _pass(model, cache, ids)
+        found.append(perf_counter() - before)
+    return statistics.quantiles(found[1:], n=4)[0]
 
 
 def _pass(model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor) -> int:

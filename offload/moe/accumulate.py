@@ -14,8 +14,7 @@ import torch
 from cpu_kernels.weighted_sum import weighted_sum
 from offload.devices.host_threads import kernel_pool
 from offload.moe.routing import Ints, Routing
-
-PAIR_BUFFER_NBYTES = 16 << 20
+from placement.planner import PAIR_BUFFER_NBYTES
 
 
 class Accumulator(ABC):

@@ -16,10 +16,11 @@ from typing import Protocol
 import torch
 
 from offload.devices.base import Work
-from offload.moe.accumulate import PAIR_BUFFER_NBYTES, OrderedAccumulator
+from offload.moe.accumulate import OrderedAccumulator
 from offload.moe.in_order import borrowed_in_order
 from offload.moe.routing import Ints, Routing
 from offload.tiers.accelerated import TierPair
+from placement.planner import PAIR_BUFFER_NBYTES
 
 COPIES_AHEAD = 2
 """So many are under way while the CPU goes on; a further one waits for the first of them."""

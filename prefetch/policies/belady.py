@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Iterable, Sequence
 
 from prefetch.policies.base import CachePolicy
@@ -30,6 +31,8 @@ class BeladyPolicy(CachePolicy):
         for uses in self._uses.values():
             uses.reverse()
         self._next: dict[int, int] = {}
+        # (-next use, key) of what is or was resident; an entry that says other than `_next` is out of date.
+        self._heap: list[tuple[int, int]] = []
 
     def on_route(self, keys: Sequence[int], shares: Sequence[float] | None = None) -> None:
         """The next step of the future that was told.
@@ -43,13 +46,12 @@ class BeladyPolicy(CachePolicy):
                 raise ValueError(f"expert {key} in step {self._step} was not foretold")
             uses.pop()
             if key in self._next:
-                self._next[key] = uses[-1] if uses else NEVER
+                self._note(key)
         self._step += 1
 
     def on_insert(self, key: int) -> None:
         """Notes when `key` is needed next."""
-        uses = self._uses.get(key)
-        self._next[key] = uses[-1] if uses else NEVER
+        self._note(key)
 
     def on_evict(self, key: int) -> None:
         """Forgets `key`."""
@@ -57,5 +59,26 @@ class BeladyPolicy(CachePolicy):
 
     def victim(self, pinned: Collection[int]) -> int | None:
         """The key needed again last; of several that are never needed again the smallest."""
-        free = [key for key in self._next if key not in pinned]
-        return max(free, key=lambda key: (self._next[key], -key)) if free else None
+        found = self.victims(pinned, 1)
+        return found[0] if found else None
+
+    def victims(self, pinned: Collection[int], count: int) -> list[int]:
+        """See `CachePolicy.victims`."""
+        found: list[int] = []
+        looked_at: dict[int, tuple[int, int]] = {}
+        while self._heap and len(found) < count:
+            entry = heapq.heappop(self._heap)
+            key = entry[1]
+            if self._next.get(key) != -entry[0] or key in looked_at:
+                continue
+            looked_at[key] = entry
+            if key not in pinned:
+                found.append(key)
+        for entry in looked_at.values():
+            heapq.heappush(self._heap, entry)
+        return found
+
+    def _note(self, key: int) -> None:
+        uses = self._uses.get(key)
+        self._next[key] = uses[-1] if uses else NEVER
+        heapq.heappush(self._heap, (-self._next[key], key))

@@ -30,6 +30,12 @@ class Replay:
         hits = self.prefill_hits + self.decode_hits
         return hits / (hits + self.misses) if hits + self.misses else 0.0
 
+    @property
+    def decode_hit_rate(self) -> float:
+        """Hits of the experts that decode was routed to; 0 where there were none."""
+        needed = self.decode_hits + self.decode_misses
+        return self.decode_hits / needed if needed else 0.0
+
 
 class CacheModel:
     """The slots of a tier and a policy; makes the calls that `ExpertTier` makes in a step, in the same order."""
@@ -49,18 +55,23 @@ class CacheModel:
         waiting = missing
         held = set(keys)
         while waiting:
-            loaded = self._load(waiting, held)
+            loaded = self.load(waiting, held)
             # What was here is computed now, what was just loaded next: both may give way from then on.
             held = set(waiting[loaded:]) if loaded < len(waiting) else set()
             waiting = waiting[loaded:]
         return missing
 
-    def _load(self, waiting: Sequence[int], held: set[int]) -> int:
+    def drop(self, key: int) -> None:
+        """A resident expert loses its slot."""
+        self.policy.on_evict(key)
+        self.resident.remove(key)
+
+    def load(self, waiting: Sequence[int], held: set[int]) -> int:
+        """Give experts slots, in order; how many got one. Those that are held keep theirs."""
         free = self.slots - len(self.resident)
         victims = self.policy.victims(held, len(waiting) - free) if len(waiting) > free else []
         for victim in victims:
-            self.policy.on_evict(victim)
-            self.resident.remove(victim)
+            self.drop(victim)
         loaded = min(len(waiting), self.slots - len(self.resident))
         for key in waiting[:loaded]:
             self.policy.on_insert(key)
@@ -74,11 +85,18 @@ def keys_of(trace: RoutingTrace, step: LayerStep) -> list[int]:
     return [first + expert for expert in step.experts.tolist()]
 
 
-def replay(trace: RoutingTrace, policy: CachePolicy, slots: int) -> Replay:
-    """Run the whole trace, from an empty cache."""
+def replay(trace: RoutingTrace, policy: CachePolicy, slots: int, steps: Sequence[LayerStep] | None = None) -> Replay:
+    """Run the whole trace, from an empty cache.
+
+    Args:
+        trace: the trace.
+        policy: empty.
+        slots: of the cache.
+        steps: the trace's, where the caller has them already.
+    """
     model = CacheModel(policy, slots)
     counted = {True: [0, 0], False: [0, 0]}
-    for step in trace.steps():
+    for step in trace.steps() if steps is None else steps:
         keys = keys_of(trace, step)
         missing = len(model.step(keys, step.shares))
         counted[step.prefill][0] += len(keys) - missing

@@ -49,10 +49,22 @@ class SyntheticRouting:
         )
 
 
-def draw(routing: SyntheticRouting, prompt_tokens: int, new_tokens: int, seed: int) -> RoutingTrace:
-    """One sequence: a prefill of `prompt_tokens` (none for 0), then passes of one token. The seed decides all."""
+def draw(
+    routing: SyntheticRouting, prompt_tokens: int, new_tokens: int, seed: int, *, batch: int = 1, chunk: int = 1 << 62
+) -> RoutingTrace:
+    """Sequences of one model: a prefill of `prompt_tokens` of each (none for 0), then passes of one token of each.
+
+    Args:
+        routing: how tokens are drawn.
+        prompt_tokens: of each sequence.
+        new_tokens: of each sequence.
+        seed: decides all.
+        batch: sequences.
+        chunk: most tokens of a sequence in one pass of the prefill.
+    """
     chance = np.random.default_rng(seed)
-    tokens = prompt_tokens + new_tokens
+    length = prompt_tokens + new_tokens
+    tokens = batch * length
     chosen = np.empty((tokens, routing.layers, routing.top_k), np.uint16)
     maps = [chance.permutation(routing.experts) for _ in range(routing.layers)]
     copies = chance.random((tokens, routing.layers)) < routing.layer_copy
@@ -60,17 +72,27 @@ def draw(routing: SyntheticRouting, prompt_tokens: int, new_tokens: int, seed: i
         logits = _logits(routing, tokens, chance)
         bonus = np.zeros(routing.experts)
         for token in range(tokens):
+            if token % length == 0:
+                bonus[:] = 0.0
             if layer > 0 and copies[token, layer]:
                 chosen[token, layer] = maps[layer][chosen[token, layer - 1]]
             else:
                 chosen[token, layer] = np.argpartition(logits[token] + bonus, -routing.top_k)[-routing.top_k :]
             bonus[:] = 0.0
             bonus[chosen[token, layer]] = routing.locality
-    prefill = [prompt_tokens] if prompt_tokens else []
-    pass_tokens = np.array(prefill + [1] * new_tokens, np.int32)
-    pass_prefill = np.array([count > 1 for count in prefill] + [False] * new_tokens, np.bool_)
+    # One sequence after another was drawn; a pass has the same tokens of each.
+    starts = [*range(0, prompt_tokens, chunk), *range(prompt_tokens, length)]
+    ends = [*starts[1:], length] if starts else []
+    sequences = chosen.reshape(batch, length, routing.layers, routing.top_k)
+    ordered = [
+        sequences[:, start:end].reshape(-1, routing.layers, routing.top_k)
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    pass_tokens = np.array([batch * (end - start) for start, end in zip(starts, ends, strict=True)], np.int32)
+    pass_prefill = np.array([end - start > 1 for start, end in zip(starts, ends, strict=True)], np.bool_)
     geometry = Geometry.uniform(routing.layers, routing.experts)
-    return RoutingTrace(routing.name, geometry, routing.top_k, pass_tokens, pass_prefill, chosen)
+    experts = np.concatenate(ordered) if ordered else chosen
+    return RoutingTrace(routing.name, geometry, routing.top_k, pass_tokens, pass_prefill, experts)
 
 
 def _logits(routing: SyntheticRouting, tokens: int, chance: np.random.Generator) -> npt.NDArray[np.float64]:

@@ -13,13 +13,27 @@ import torch
 from click.testing import CliRunner
 
 import benchmarks.__main__ as cli
-from benchmarks import decode, disk, formats, kernels, kv_kernels, load, memory, overhead, quality, step
+from benchmarks import (
+    decode,
+    disk,
+    formats,
+    kernels,
+    kv_kernels,
+    load,
+    memory,
+    overhead,
+    plan_accuracy,
+    quality,
+    simulator,
+    step,
+)
 from benchmarks.checkpoints import budget_for, ensure_checkpoint, plan_for, weight_files
 from benchmarks.harness import GateError, Report, Spread
 from benchmarks.peers import PeerError, Process
 from benchmarks.raw_io import Block, blocks_of, copy_files, read_blocks
 from benchmarks.sessions import ModelOptions
 from offload.devices.host import HostDevice
+from placement.datasheets import datasheet
 from tests.benchmarks.conftest import TINY
 
 DECODE = decode.DecodeScale(
@@ -38,6 +52,7 @@ RUNS: dict[str, Callable[[Path], Report]] = {
     "kernels": lambda work: kernels.run(kernels.QUICK),
     "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK),
     "overhead": lambda work: overhead.run(work, TINY, overhead.OverheadScale(rounds=2, steps=1)),
+    "simulator": lambda work: simulator.run(simulator.SimulatorScale(3, 8, 2, 6, 1)),
 }
 
 EXPECTED_ROWS = {
@@ -64,6 +79,7 @@ EXPECTED_ROWS = {
         "A layer without experts, microseconds": 16,
         "A layer beyond weights and attention, microseconds": 8,
     },
+    "simulator": {"Expert events": 12},
 }
 
 
@@ -87,6 +103,29 @@ def test_runs_and_reports(name: str, work: Path) -> None:
             if isinstance(value, Spread):
                 assert value.minimum <= value.median <= value.maximum
     assert not list(work.glob("scratch-*"))
+    json.dumps(report.as_dict())
+
+
+@pytest.mark.usefixtures("local_processes")
+def test_predictions_beside_measurements(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid, with a profile from datasheets in the place of the measurement, which takes too long."""
+    profile = datasheet(cpu="ddr5-desktop", drive="gen4")
+    monkeypatch.setattr(plan_accuracy, "measure_profile", lambda root, quick, say: (profile, root))
+    monkeypatch.setattr(plan_accuracy, "stream_bytes_per_s", lambda repeats: profile.cpu.memory_bytes_per_s)
+    monkeypatch.setattr(plan_accuracy, "_LEAST_DECODE_S", 0.0)
+    # Peaks of this process, in which much else was loaded before, are none of the models'.
+    monkeypatch.setattr("benchmarks.sessions.reset_peak", lambda: None)
+    works = (plan_accuracy.Work(1, 8), plan_accuracy.Work(2, 4))
+    scale = plan_accuracy.AccuracyScale((TINY,), (None, "int8"), (0.5, 1.0), works, 2, True)
+    assert {cell.work for cell in plan_accuracy.grid(scale)} == set(works)
+    report = plan_accuracy.run(work, scale)
+    rows = report.tables["Predicted and measured"]
+    assert {(row["format"], row["resident"]) for row in rows} == {
+        ("bfloat16", "50%"), ("bfloat16", "100%"), ("int8", "50%"), ("int8", "100%"),
+    }  # fmt: skip
+    assert [row["hit rate"] for row in rows if row["resident"] == "100%"] == [1.0, 1.0]
+    assert report.gates
+    assert len(report.targets) == 10
     json.dumps(report.as_dict())
 
 

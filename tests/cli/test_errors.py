@@ -18,10 +18,12 @@ EXIT_CODES = {
     "CheckpointNotFoundError": 4,
     "CheckpointChangedError": 4,
     "UnsupportedModelError": 4,
+    "TraceFileError": 4,
     "StoreError": 4,
     "StoreCorruptError": 4,
     "StoreBusyError": 5,
     "StorageError": 5,
+    "HubUnreachableError": 5,
 }
 
 

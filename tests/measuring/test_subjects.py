@@ -78,17 +78,21 @@ def test_memory_is_streamed() -> None:
 
 
 def test_overheads_are_what_predictions_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 2, "moe_intermediate_size": 64, "head_dim": 32}
+    sizes = {"vocab_size": 64, "hidden_size": 128, "moe_intermediate_size": 64, "head_dim": 32}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
     monkeypatch.setattr(calibration, "_SIZES", calibration._SIZES | sizes)
     monkeypatch.setattr(calibration, "PROMPT_TOKENS", 16)
+    monkeypatch.setattr(calibration, "SHORT_TOKENS", 4)
+    monkeypatch.setattr(calibration, "LAYERS", (1, 3))
     with Scratch(tmp_path, 4 << 20) as scratch:
         subjects = RuntimeSubjects(scratch, tmp_path, repeats=3)
         profile = machine(gpu=False, ram=1e12, cpu_flops=1e15)
         found = subjects.overheads(profile)
-        assert found.pass_s > 0
-        assert found.layer_s > 0
-        # A machine on which the parts alone take longer than the whole leaves nothing.
-        assert subjects.overheads(machine(gpu=False, ram=1e6, cpu_flops=1e6)).layer_s == 0
+        assert found.pass_s >= 0
+        assert found.pass_s + 3 * found.layer_s > 0
+        assert found.step_s >= 0
+        assert found.prompt_layer_s is not None and found.prompt_layer_s > 0
+        # A machine on which the parts alone take longer than the whole leaves less than nothing.
+        assert subjects.overheads(machine(gpu=False, ram=1e6, cpu_flops=1e6)).layer_s < 0
         assert subjects.beside_kernels(lambda: 2.5) == 2.5
     assert list(tmp_path.iterdir()) == []

@@ -7,14 +7,9 @@ import random
 import pytest
 import torch
 
-from offload.moe.accumulate import (
-    PAIR_BUFFER_NBYTES,
-    Accumulator,
-    OrderedAccumulator,
-    PairAccumulator,
-    make_accumulator,
-)
+from offload.moe.accumulate import Accumulator, OrderedAccumulator, PairAccumulator, make_accumulator
 from offload.moe.routing import Routing, route
+from placement.planner import PAIR_BUFFER_NBYTES
 
 HIDDEN = 9
 EXPERTS = 7

@@ -62,8 +62,9 @@ def machine(
     disk: float = 2e9,
     gpu: bool = True,
     cpu_flops: float = 1e11,
+    step: float = 0.0,
 ) -> HardwareProfile:
-    """A machine by its bandwidths in bytes per second."""
+    """A machine by its bandwidths in bytes per second; `step` seconds go into looking for experts."""
 
     def compute(bytes_per_s: float, flops_per_s: float, call_s: float) -> Compute:
         curves = tuple(
@@ -71,7 +72,7 @@ def machine(
             for name, bits in zip(FORMATS, (16, 4.5), strict=True)
         )
         attention = AttentionSpeed(call_s, bytes_per_s, flops_per_s, flops_per_s)
-        return Compute(1 << 35, bytes_per_s, curves, curves, attention, Overheads(1e-3, 10 * call_s, 1e-11))
+        return Compute(1 << 35, bytes_per_s, curves, curves, attention, Overheads(1e-3, 10 * call_s, 1e-11, step))
 
     copies = Link(1e-5, link, 0.7 * link) if gpu else None
     points = tuple(
@@ -92,4 +93,6 @@ def machine(
 
 
 speeds = st.floats(1e8, 1e12)
-machines = st.builds(machine, ram=speeds, vram=speeds, link=speeds, disk=speeds, gpu=st.booleans())
+machines = st.builds(
+    machine, ram=speeds, vram=speeds, link=speeds, disk=speeds, gpu=st.booleans(), step=st.sampled_from([0.0, 1e-3])
+)

@@ -52,6 +52,15 @@ def test_a_roofline_is_the_larger_of_reading_and_multiplying() -> None:
     assert curve.seconds_per_weight(10_000) == pytest.approx(20e-9)
 
 
+def test_faster_memory_helps_what_waits_for_it() -> None:
+    curve = TokenCurve(1e-5, (1, 2, 4, 8), (1e-10, 1e-10, 1.5e-10, 4e-10))
+    assert curve.with_memory_speed(1.0) == curve
+    assert curve.with_memory_speed(2.0) == TokenCurve(1e-5, (1, 2, 4, 8), (0.5e-10, 0.5e-10, 1.25e-10, 4e-10))
+    slow = curve.with_memory_speed(0.1)
+    assert slow.weight_s[0] == pytest.approx(10e-10)
+    assert slow.weight_s[3] == pytest.approx(10e-10), "no less than fewer tokens"
+
+
 def test_measurements_on_a_curve_give_the_curve() -> None:
     samples = [(weights, tokens, CURVE.seconds(weights, tokens)) for weights in (10**5, 10**7) for tokens in (1, 4, 16)]
     found = fit_curve(samples)

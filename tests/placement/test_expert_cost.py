@@ -67,6 +67,12 @@ def test_misses_are_played_out(disk: float, ram: float) -> None:
     assert total(profile, DECODE, 0.0, ram) == pytest.approx(expected, rel=0.12)
 
 
+def test_looking_for_experts_takes_time_unless_all_are_there() -> None:
+    plain, slow = machine(gpu=False), machine(gpu=False, step=1e-3)
+    assert total(slow, DECODE, 0.0, 1.0) == total(plain, DECODE, 0.0, 1.0)
+    assert total(slow, DECODE, 0.0, 0.9) == pytest.approx(total(plain, DECODE, 0.0, 0.9) + 1e-3)
+
+
 def test_the_split_is_the_best_of_all() -> None:
     profile = machine(ram=20e9, vram=400e9, link=12e9)
     assert profile.gpu is not None and profile.to_gpu is not None and profile.from_gpu is not None

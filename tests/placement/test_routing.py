@@ -16,7 +16,6 @@ from placement.routing import (
     demand,
     inclusion,
     pass_probabilities,
-    stack_distances,
 )
 from prefetch.policies.lru import LruPolicy
 
@@ -110,16 +109,6 @@ def test_a_measured_curve_is_the_policy_for_every_number_of_slots(keys: list[int
     requests = [[key] for key in keys]
     for slots in range(1, 14):
         assert curve.rate(np.array([float(slots)]))[0] == pytest.approx(lru_rate(requests, slots, warm=0))
-
-
-@given(st.lists(st.integers(0, 6), max_size=60))
-def test_stack_distances_are_counted(keys: list[int]) -> None:
-    counted = {}
-    for index, key in enumerate(keys):
-        before = [i for i in range(index) if keys[i] == key]
-        if before:
-            counted[index] = len(set(keys[before[-1] + 1 : index]))
-    assert stack_distances(keys) == counted
 
 
 def test_no_sequence_has_no_rate() -> None:

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from profiler import memory
-from profiler.memory import available_ram_nbytes, process_rss_nbytes
+from profiler.memory import (
+    available_ram_nbytes,
+    process_peak_rss_nbytes,
+    process_rss_nbytes,
+    reset_peak_rss,
+)
 
 MACHINE = 1 << 40
 
@@ -156,3 +161,13 @@ def test_strange_membership_ends(tmp_path: Path, line: str) -> None:
 def test_this_process_has_memory() -> None:
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     assert process_rss_nbytes() == pytest.approx(resident_pages * os.sysconf("SC_PAGE_SIZE"), rel=0.2)
+
+
+def test_the_peak_is_read_and_reset(tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmHWM:\t  2048 kB\nVmRSS:\t  1024 kB\n")
+    assert process_peak_rss_nbytes(status=status) == 2 << 20
+    assert process_peak_rss_nbytes(status=tmp_path / "none") > 1 << 20, "what is resident is a peak too"
+    assert reset_peak_rss(clear_refs=tmp_path / "clear_refs")
+    assert (tmp_path / "clear_refs").read_text() == "5"
+    assert not reset_peak_rss(clear_refs=tmp_path / "none" / "clear_refs")

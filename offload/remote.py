@@ -1,0 +1,77 @@
+"""Models on the Hub, planned before anything is downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from offload.checkpoint.bundles import mapped_group
+from offload.checkpoint.dtypes import TORCH_DTYPES
+from offload.checkpoint.experts import map_checkpoint
+from offload.checkpoint.remote import remote_checkpoint
+from offload.hf.dtypes import FORMAT_OF_DTYPE, resolve_dtype
+from offload.hf.quantise import linears_to_quantise, readable_alone
+from offload.hf.skeleton import config_dtype, make_skeleton, read_config
+from offload.hf.spec import build_spec
+from offload.quantisation import Quantisation
+from placement.model_spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """What the Hub says of a model.
+
+    Attributes:
+        spec: its sizes, as loading it would find them.
+        commit: of the repository.
+        download_nbytes: bytes of its weights.
+    """
+
+    spec: ModelSpec
+    commit: str
+    download_nbytes: int
+
+
+def read_remote(
+    repository: str,
+    quantisation: Quantisation,
+    *,
+    context_tokens: int,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> RemoteModel:
+    """The record of a model from its config and the headers of its weights, by range requests.
+
+    Args:
+        repository: "owner/name" on the Hub.
+        quantisation: packed formats.
+        context_tokens: longest sequence.
+        dtype: in which to compute, "auto" for the checkpoint's own.
+        revision: branch, tag or commit.
+        trust_remote_code: allow modeling code from the repository, which is fetched then.
+
+    Raises:
+        HubUnreachableError, InvalidArgumentError, CheckpointError: see `remote_checkpoint`.
+        UnsupportedModelError: not a causal language model with experts that can be offloaded.
+    """
+    with remote_checkpoint(repository, revision=revision, with_code=trust_remote_code) as remote:
+        config = read_config(remote.directory, trust_remote_code=trust_remote_code)
+        stored = TORCH_DTYPES[max(remote.tensors.values(), key=lambda span: span.nbytes).dtype]
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        skeleton = make_skeleton(config, resolve_dtype(dtype, config_dtype(config), stored), **options)
+        mapped = map_checkpoint(skeleton, remote.tensors)
+        compute = skeleton.dtype
+        format = quantisation.experts or FORMAT_OF_DTYPE[compute]
+        formats = linears_to_quantise(skeleton, quantisation)
+        spec = build_spec(
+            skeleton,
+            [mapped_group(experts, format) for experts in mapped.experts],
+            name=repository,
+            context_tokens=context_tokens,
+            casts=any(TORCH_DTYPES[layer.stored_dtype] is not compute for layer in mapped.experts),
+            formats=formats,
+            alone=readable_alone(skeleton, formats, mapped.renamed),
+            quantisation=quantisation,
+        )
+        return RemoteModel(spec, remote.commit, remote.nbytes)
