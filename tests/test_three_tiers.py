@@ -71,15 +71,21 @@ def test_nothing_is_read_where_all_experts_fit_above(tiny_checkpoint: TinyCheckp
     assert stats.accelerator.misses == stats.accelerator.copies == stats.misses == stats.hits == stats.bytes_read == 0
 
 
-def test_packed_experts(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
+def test_packed_experts_and_dense_layers(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
+    """On two tiers; slots only; dense layers that stream, whose packed matrices move; all of them above."""
     directory = tiny_checkpoint("qwen3_moe")
     ids = prompt()
-    outputs = []
-    for options in ({}, {"device": "host", "vram": "40KiB"}):
-        model = offload.load(directory, ram="1GiB", nvme=store_root, context=40, quant="int4", **options)
-        with model.offload:
+    options = {"ram": "1GiB", "context": 40, "quant": "int8"}
+    plan = offload.plan(directory, **options)
+    outputs, windows = [], []
+    for vram in (None, "40KiB", plan.ram.dense_nbytes + 2 * plan.slot_nbytes, "1GiB"):
+        above = {} if vram is None else {"device": "host", "vram": vram}
+        model = offload.load(directory, nvme=store_root, **options, **above)
+        with model.offload as runtime:
             outputs.append(greedy(model, ids))
-    assert torch.equal(*outputs)
+            windows.append(runtime.plan.vram and runtime.plan.vram.window_layers)
+    assert windows == [None, 0, 2, 0]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 @pytest.mark.parametrize(
