@@ -70,7 +70,7 @@ def _summary(plan: Plan, prediction: Prediction, doubling: tuple[Change | None, 
     ]
     sentences.append(f"The cheapest change that doubles the speed of decode: {in_words(doubling)}.")
     if plan.vram is not None:
-        sentences.append("This version plans VRAM and does not run it yet.")
+        sentences.append("A plan of VRAM by predicted seconds is not run: offload.load places by sizes.")
     return paragraphs(sentences)
 
 
@@ -173,7 +173,13 @@ def _curves(found: dict[str, list[tuple[int, float]]], plan: Plan) -> list[tuple
             )
         )  # fmt: skip
         label = "context" if name == "context" else name.upper()
-        figure.add_vline(x=now[name] / scale, line_dash="dot", line_color="#8c959f", annotation_text="this plan")
+        figure.add_vline(
+            x=now[name] / scale,
+            line_dash="dot",
+            line_color="#8c959f",
+            annotation_text="this plan",
+            annotation_position="bottom right",
+        )
         figure.update_layout(xaxis_title=unit, yaxis_title="tokens/s", height=320)
         figure.update_yaxes(rangemode="tozero")
         made.append((f"Decode by {label}; 0 where it does not fit", figure))

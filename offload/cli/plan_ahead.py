@@ -197,7 +197,7 @@ def write_report(
         **{f"what if {change.name}": f"{change.decode_tokens_per_s:.2f} tokens/s" for change in changes},
     }
     if plan.vram is not None:
-        said["note"] = "this version plans VRAM and does not run it yet: `offload.load` takes ram= and nvme= alone"
+        said["note"] = "a plan of VRAM by predicted seconds is not run: `offload.load` places by sizes, see docs/gpu.md"
     title = f"{plan.model}: {plan.model_type}, experts in {plan.format}, other linear layers in {plan.dense_format}\n"
     write(title, tiers, "", terms, "", facts(said))
 
