@@ -61,7 +61,8 @@ def run(scale: SimulatorScale) -> Report:
     report.tables["Expert events"] = rows
     report.target("expert events a second with LRU, at least", slowest, "at least", 100_000)
     report.notes.append(
-        f"{trace.name}; {trace.passes} passes. One thread; seconds of its CPU, so that other work does not count; no model is run."
+        f"{trace.name}; {trace.passes} passes. One thread; seconds of its CPU, so that other work does not count; no "
+        "model is run."
     )
     return report
 
