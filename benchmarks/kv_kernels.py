@@ -26,6 +26,8 @@ SELECTED = 0.05
 TOLERANCE = 1e-5
 _BLOCKS_KINDS = 4
 _GATE_BLOCKS = 12
+# More than the last-level cache holds, of any format.
+_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class KvScale:
         shapes: kinds of attention.
         formats: of blocks.
         selected: names of shapes for which attention to a few blocks is measured too.
+        selected_contexts: tokens of a history for that.
         rounds: repeats.
     """
 
@@ -69,12 +72,13 @@ class KvScale:
     shapes: tuple[Shape, ...]
     formats: tuple[str, ...]
     selected: tuple[str, ...]
+    selected_contexts: tuple[int, ...]
     rounds: int
 
 
 _COMMON = "head 128, GQA 4"
-FULL = KvScale(640 << 20, (8192, 32768, 131072), SHAPES, KV_FORMATS, (_COMMON,), 3)
-QUICK = KvScale(1 << 20, (256,), (_grouped(4, 128), _LATENT), ("bf16", "int4"), (_COMMON,), 2)
+FULL = KvScale(640 << 20, (8192, 131072), SHAPES, KV_FORMATS, (_COMMON,), (32768, 131072), 3)
+QUICK = KvScale(1 << 20, (256,), (_grouped(4, 128), _LATENT), ("bf16", "int4"), (_COMMON,), (256,), 2)
 
 
 @dataclass
@@ -106,9 +110,9 @@ class _Histories:
         )
 
     def seconds(self, addresses: npt.NDArray[np.int64]) -> float:
-        """Mean seconds of a step, over steps that go through all blocks."""
+        """Mean seconds of a step, over steps that go through different blocks."""
         before = perf_counter()
-        steps = len(addresses) // self.blocks
+        steps = min(len(addresses) // self.blocks, _STEPS)
         for step in range(steps):
             self.attend(addresses[step * self.blocks : (step + 1) * self.blocks])
         return (perf_counter() - before) / steps
@@ -151,7 +155,8 @@ def run(scale: KvScale) -> Report:
             layout = KvLayout(format, *shape.layout)
             addresses = _fill(layout, memory)
             query = torch.randn(1, shape.group * layout.kv_heads, 1, layout.key_width)
-            for context in scale.contexts:
+            selects = shape.name in scale.selected and not layout.value_from_key
+            for context in sorted({*scale.contexts, *(scale.selected_contexts if selects else ())}):
                 blocks = context // layout.block_tokens
                 used = addresses[: max(1, len(addresses) // blocks) * blocks]
                 if len(used) < blocks:
@@ -159,8 +164,9 @@ def run(scale: KvScale) -> Report:
                     continue
                 few = np.tile(addresses[:1], len(used))
                 histories = _Histories(layout, query, used, few, blocks)
-                _measure(report, shape, histories, stream, scale)
-                if shape.name in scale.selected and not layout.value_from_key:
+                if context in scale.contexts:
+                    _measure(report, shape, histories, stream, scale)
+                if selects and context in scale.selected_contexts:
                     _measure_selection(report, histories, scale.rounds)
     pool = kernel_pool()
     report.notes.append(
