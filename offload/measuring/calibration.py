@@ -78,8 +78,11 @@ def measure_overheads(profile: HardwareProfile, directory: Path, repeats: int) -
     step_s = max(0.0, deep.stepped_s - deep.decode_s) / LAYERS[1]
     # A prompt's passes are long: of their differences little would be left but noise.
     short, prompt = ((seconds - pass_s) / LAYERS[1] for seconds in (deep.short_s, deep.prompt_s))
-    element_s = max(0.0, prompt - short) / ((PROMPT_TOKENS - SHORT_TOKENS) * _SIZES["hidden_size"])
-    prompt_layer_s = short - element_s * SHORT_TOKENS * _SIZES["hidden_size"]
+    elements = SHORT_TOKENS * _SIZES["hidden_size"]
+    # No more than all of the short pass's: noise must not leave less than nothing for the layer.
+    element_s = min((prompt - short) / (PROMPT_TOKENS / SHORT_TOKENS - 1), short) / elements
+    element_s = max(0.0, element_s)
+    prompt_layer_s = short - element_s * elements
     return Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s)
 
 
