@@ -52,14 +52,16 @@ class LayerScheduler:
     ) -> Schedule:
         tokens, where = np.ascontiguousarray(loads, np.int64), np.ascontiguousarray(homes, np.int64)
         count = len(tokens)
-        mapping = np.empty(count, np.int64) if units is None else np.array(units, np.int64)
-        if len(where) != count or len(mapping) != count:
-            raise ValueError(f"{count} loads, {len(where)} homes, {len(mapping)} units: expected one for each expert")
-        orders, counts, times = np.empty((ORDERS, count), np.int64), np.empty(ORDERS, np.int64), np.empty((2, count))
-        cpu_s, gpu_s = kernel.choose(what, mapping, tokens, where, self._costs, orders, counts, times)
+        given = count if units is None else len(units)
+        if len(where) != count or given != count:
+            raise ValueError(f"{count} loads, {len(where)} homes, {given} units: expected one for each expert")
+        orders, times = np.empty((kernel.ROWS, max(count, ORDERS)), np.int64), np.empty((2, count))
+        if units is not None:
+            orders[kernel.UNITS, :count] = units
+        cpu_s, gpu_s = kernel.choose(what, tokens, where, self._costs, orders, times)
         if cpu_s != cpu_s:
             raise ValueError("an expert is on the GPU, but the costs know no GPU")
-        on_cpu, on_gpu, copied, read = counts.tolist()
+        on_cpu, on_gpu, copied, read = orders[kernel.COUNTS, :ORDERS].tolist()
         return Schedule(
             orders[0, :on_cpu], orders[1, :on_gpu], orders[2, :copied], orders[3, :read], times[1], cpu_s, gpu_s
         )

@@ -13,9 +13,20 @@ from typing import Any
 import numpy as np
 
 from prefetch.jit import inner
-from prefetch.scheduler.greedy_kernel import earliest_completion
+from prefetch.scheduler.greedy_kernel import cpu_expert_s, earliest_completion, gpu_expert_s
 from prefetch.scheduler.split_kernel import best_split, split_near
-from prefetch.scheduler.timeline_kernel import BOTH, ON_CPU, ON_DISK, ON_GPU, RAM, VRAM, run_timeline
+from prefetch.scheduler.timeline_kernel import (
+    BOTH,
+    GPU_BEFORE,
+    LINK,
+    LINK_BEFORE,
+    ON_CPU,
+    ON_DISK,
+    ON_GPU,
+    RAM,
+    VRAM,
+    run_timeline,
+)
 
 CANDIDATES = 6
 """What `_candidate` numbers."""
@@ -43,17 +54,50 @@ def _candidate(number: int, loads: Any, homes: Any, costs: Any, greedy_units: An
 
 
 @inner
-def _neighbour(number: int, homes: Any, units: Any, trial: Any) -> bool:
-    """`units` with one or two experts moved; False where `number` stands for nothing allowed."""
-    count = len(homes)
-    one, other = number // count, number % count
-    trial[:] = units
-    trial[one] = 1 - units[one]
-    if other != one:
-        if other < one:
-            return False
-        trial[other] = 1 - units[other]
-    return not ((homes[one] == VRAM and trial[one] == ON_CPU) or (homes[other] == VRAM and trial[other] == ON_CPU))
+def _add_work(expert: int, unit: int, sign: float, loads: Any, homes: Any, costs: Any, work: Any) -> None:
+    """Add an expert's seconds, times `sign`, to those of its unit and of the link; `work` is float64 [3]."""
+    if unit == ON_CPU:
+        work[0] += sign * cpu_expert_s(costs, loads[expert])
+    else:
+        work[1] += sign * gpu_expert_s(costs, loads[expert])
+        if homes[expert] >= RAM:
+            work[2] += sign * costs[LINK]
+
+
+@inner
+def _improve(best: float, loads: Any, homes: Any, costs: Any, units: Any, table: Any) -> None:
+    """Move one expert or exchange two while that helps; where a unit's work alone takes too long, nothing is run."""
+    orders, counts, times = table
+    count = len(loads)
+    trial, work, changed = np.empty(count, np.int64), np.zeros(3), np.empty(3)
+    for expert in range(count):
+        _add_work(expert, units[expert], 1.0, loads, homes, costs, work)
+    number, unchanged = -1, 0
+    while unchanged < count * count:
+        unchanged += 1
+        number = (number + 1) % (count * count)
+        one, other = number // count, number % count
+        if other < one or (other != one and units[one] == units[other]):
+            continue
+        if homes[one] == VRAM or homes[other] == VRAM:
+            continue
+        changed[:] = work
+        for expert in range(one, other + 1, max(1, other - one)):
+            _add_work(expert, units[expert], -1.0, loads, homes, costs, changed)
+            _add_work(expert, 1 - units[expert], 1.0, loads, homes, costs, changed)
+        if changed[0] >= best or costs[GPU_BEFORE] + changed[1] >= best or costs[LINK_BEFORE] + changed[2] >= best:
+            continue
+        trial[:] = units
+        trial[one] = 1 - units[one]
+        if other != one:
+            trial[other] = 1 - units[other]
+        cpu, gpu = run_timeline(trial, loads, homes, costs, orders, counts, times)
+        if max(cpu, gpu) < best:
+            best = max(cpu, gpu)
+            units[:] = trial
+            work[:] = changed
+            # Until a whole round finds nothing better.
+            unchanged = 0
 
 
 @inner
@@ -95,18 +139,11 @@ def search(loads: Any, homes: Any, costs: Any, units: Any, table: Any) -> None:
     greedy_units, trial = np.zeros(len(loads), np.int64), np.zeros(len(loads), np.int64)
     earliest_completion(loads, homes, costs, greedy_units)
     best = np.inf
-    neighbours = len(loads) * len(loads) if len(loads) <= _FEW else 0
-    last, number = CANDIDATES + neighbours, -1
-    while number + 1 < last:
-        number += 1
-        if number < CANDIDATES:
-            _candidate(number, loads, homes, costs, greedy_units, trial)
-        elif not _neighbour((number - CANDIDATES) % neighbours, homes, units, trial):
-            continue
+    for number in range(CANDIDATES):
+        _candidate(number, loads, homes, costs, greedy_units, trial)
         cpu, gpu = run_timeline(trial, loads, homes, costs, orders, counts, times)
         if max(cpu, gpu) < best:
             best = max(cpu, gpu)
             units[:] = trial
-            if number >= CANDIDATES:
-                # Until a whole round finds nothing better.
-                last = number + neighbours
+    if len(loads) <= _FEW:
+        _improve(best, loads, homes, costs, units, table)
