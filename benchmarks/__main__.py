@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead",
-    "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch", "kv_kernels", "simulator",
+    "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch", "ablation", "kv_kernels", "simulator",
 )  # fmt: skip
 
 
 def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
     from benchmarks import (
+        ablation,
         cache_policies,
         checkpoints,
         decode,
@@ -62,6 +63,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
             work, shape if quick else large_model.LIKE_30B_A3B, large_model.QUICK if quick else large_model.FULL
         ),
         "cache_policies": lambda work: cache_policies.run(cache_policies.QUICK if quick else cache_policies.FULL),
+        "ablation": lambda _work: ablation.run(ablation.QUICK if quick else ablation.FULL),
         "prefetch": lambda work: prefetch.run(work, prefetch.QUICK if quick else prefetch.FULL),
         "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK if quick else kv_kernels.FULL),
         "simulator": lambda work: simulator.run(simulator.QUICK if quick else simulator.FULL),

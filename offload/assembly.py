@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from offload.copy_ahead import CopyAhead
 from offload.devices.base import Accelerator
 from offload.devices.host import HostDevice
 from offload.devices.host_accelerator import HostAccelerator
@@ -69,9 +71,11 @@ def assemble(
         prepared.close()
     device = HostDevice() if above is None else above.host()
     layers = _layers(model, prepared)
-    if isinstance(policy, str):
-        policy = _policy(policy, prepared.plan, layers)
-    runtime = Runtime(prepared.plan, prepared.spec, store, layers, device, policy, above)
+    plan = prepared.plan
+    above_policy = None if plan.vram is None else _policy(copy.deepcopy(policy), plan.vram.slots, layers)
+    runtime = Runtime(
+        plan, prepared.spec, store, layers, device, _policy(policy, plan.ram_slots, layers), above, above_policy
+    )
     runtime.memory = memory
     try:
         adopt(model, runtime)
@@ -121,24 +125,29 @@ def _store_and_model(prepared: Prepared, store_root: Path, progress: Progress) -
         return store, finished.result()
 
 
-def _policy(name: str, plan: Plan, layers: Sequence[ExpertsLayer]) -> CachePolicy:
-    if name == "auto" and plan.ram_slots == plan.expert_count:
+def _policy(policy: str | CachePolicy, slots: int, layers: Sequence[ExpertsLayer]) -> CachePolicy:
+    """The policy of a tier of so many slots."""
+    if not isinstance(policy, str):
+        return policy
+    geometry = Geometry(tuple(layer.count for layer in layers))
+    if policy == "auto" and slots >= geometry.total:
         # Nothing leaves while the budget holds: what costs least will do.
-        name = "lru"
-    return make_policy(name, Geometry(tuple(layer.count for layer in layers)))
+        policy = "lru"
+    return make_policy(policy, geometry)
 
 
 def _prefetch(model: PreTrainedModel, runtime: Runtime, prefetch: str) -> None:
     """Read ahead where there is something to read and somebody to foresee it."""
-    plan = runtime.plan
-    if plan.ram_slots == plan.expert_count or len(runtime.layers) < 2:
+    plan, accelerated = runtime.plan, runtime.accelerated
+    if (plan.ram_slots == plan.expert_count and accelerated is None) or len(runtime.layers) < 2:
         return
     routers = find_routers(model, runtime.layers)
     if routers is None:
         return
     top_k = [experts.top_k for experts in runtime.spec.experts]
     controller = Controller() if prefetch == "auto" else None
-    prefetcher = Prefetcher(runtime.tier, Predictor(runtime.geometry), top_k, controller, runtime.lock)
+    copies = None if accelerated is None else CopyAhead(accelerated, runtime.layers, runtime.geometry)
+    prefetcher = Prefetcher(runtime.tier, Predictor(runtime.geometry), top_k, controller, runtime.lock, copies)
     runtime.observer.prefetcher = prefetcher
     look_ahead(routers, runtime.layers, prefetcher)
 

@@ -69,9 +69,10 @@ def load(
             says how often each applies.
         policy: which expert gives way to which: "lru", "lfu", "mrs", "window", "frequency-recency", "arc",
             "lfu-quotas", "lfu-shallow-first", "forecast", which learns, "auto" for that one where not all experts
-            have slots, or a `prefetch.policies.base.CachePolicy`.
+            have slots, or a `prefetch.policies.base.CachePolicy`. Each tier has one of its own; of an object, a copy.
         prefetch: read experts of later layers ahead while one sequence is decoded: False for never, True for always,
-            "auto" for as long as that is measured to pay. Neither changes the output.
+            "auto" for as long as that is measured to pay. With `vram`, those of the next layer are also copied
+            there ahead. Neither changes the output.
         device: "cuda" or "cuda:N": dense weights, KV cache and hot experts on a GPU; docs/gpu.md says what has met one.
             "host": the CPU, and with `vram` an accelerator that host memory plays, so that all three tiers run
             without a GPU. Experts there are computed by the CPU kernels: outputs are the same, speed is not a GPU's.

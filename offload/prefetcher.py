@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from offload.copy_ahead import CopyAhead
 from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.transfer import Urgency
 from prefetch.controller import Controller
@@ -42,6 +43,7 @@ class Prefetcher:
         top_k: Sequence[int],
         controller: Controller | None,
         lock: threading.RLock,
+        copies: CopyAhead | None = None,
     ) -> None:
         """Read nothing yet.
 
@@ -51,8 +53,10 @@ class Prefetcher:
             top_k: experts of a token in each layer.
             controller: switches reading ahead on and off; None for always on.
             lock: the runtime's step lock.
+            copies: takes experts of the next layer on to an accelerator; None without one.
         """
         self.tier = tier
+        self.copies = copies
         self.predictor = predictor
         self.controller = controller
         self.geometry: Geometry = predictor.geometry
@@ -61,6 +65,7 @@ class Prefetcher:
         self._lock = lock
         self._foreseen: dict[int, tuple[int, npt.NDArray[np.float64]]] = {}
         self._logits: dict[int, Floats] = {}
+        self._tiers = [tier] if copies is None else [tier, copies.tiers.above]
         self._layer_s = 0.0
         self._read_s = 0.0
         self._last = (0, 0.0)
@@ -69,7 +74,11 @@ class Prefetcher:
     def on(self) -> bool:
         """Whether it foresees and reads now: the controller wants it, and not everything is here."""
         wanted = self.controller is None or self.controller.on
-        return wanted and self.tier.table.usable_slots < self.geometry.total
+        return wanted and self._has_work
+
+    @property
+    def _has_work(self) -> bool:
+        return self.copies is not None or self.tier.table.usable_slots < self.geometry.total
 
     def foresee(self, layer: int, own: Floats, ahead: Sequence[Floats], active: npt.NDArray[np.int64]) -> None:
         """A decoded token's router ran.
@@ -86,12 +95,15 @@ class Prefetcher:
                 target = layer + distance
                 probabilities = self.predictor.predict(layer, distance, logits, active, self._top_k[target])
                 self._foreseen[target] = (distance, probabilities)
-                self.tier.policy.on_forecast(self._first_keys[target], probabilities)
+                for tier in self._tiers:
+                    tier.policy.on_forecast(self._first_keys[target], probabilities)
 
     def read_ahead(self, layer: int) -> None:
         """Layer `layer` has all that it can have: cancel what is not wanted any more, read what gains most."""
         if not self._foreseen or not self.on:
             return
+        if self.copies is not None and layer + 1 in self._foreseen:
+            self.copies.copy(layer + 1, self._foreseen[layer + 1][1], self._layer_s)
         self._cancel_unlikely()
         reading = len(self.tier.reading_ahead)
         room = max(1, self.tier.table.usable_slots // _SHARE_OF_SLOTS) - reading
@@ -116,7 +128,7 @@ class Prefetcher:
                 continue
             first = self._first_keys[target]
             for expert in np.flatnonzero(probabilities >= LEAST_PROBABILITY).tolist():
-                if self.tier.table.slot_of(first + expert) is None:
+                if all(tier.table.slot_of(first + expert) is None for tier in self._tiers):
                     found.append((float(probabilities[expert]), target - layer, first + expert))
         found.sort(key=lambda one: (-one[0] / (one[1] + 1), one[2]))
         return found
@@ -152,10 +164,12 @@ class Prefetcher:
         unneeded = [key for key in self.tier.reading_ahead if first <= key < end]
         if unneeded:
             self.tier.cancel_ahead(unneeded)
+        if self.copies is not None:
+            self.copies.end_layer(layer)
 
     def note_pass(self, seconds: float) -> None:
         """A decoded token took so long: for the controller, and for what can arrive in time."""
-        if self.controller is not None and self.tier.table.usable_slots < self.geometry.total:
+        if self.controller is not None and self._has_work:
             self.controller.note_pass(seconds)
         self._layer_s += _SMOOTHING * (seconds / self.geometry.layers - self._layer_s)
         counters = self.tier.counters

@@ -66,6 +66,7 @@ class Runtime:
         device: Device,
         policy: CachePolicy,
         accelerator: Accelerator | None = None,
+        accelerator_policy: CachePolicy | None = None,
     ) -> None:
         self.plan = plan
         self.spec = spec
@@ -80,7 +81,7 @@ class Runtime:
         self.geometry = Geometry(tuple(layer.count for layer in self.layers))
         self.observer = StepObserver()
         self._number = {layer.first_key: index for index, layer in enumerate(self.layers)}
-        self.accelerated = None if accelerator is None else self._above(accelerator)
+        self.accelerated = None if accelerator is None else self._above(accelerator, accelerator_policy)
         self.fused: dict[str, int] = {}
         self.dense: DensePlacement | None = None
         self._dense_copied_before = 0
@@ -91,14 +92,14 @@ class Runtime:
         self.reset_stats()
         hold_at_fork(self)
 
-    def _above(self, accelerator: Accelerator) -> Accelerated:
+    def _above(self, accelerator: Accelerator, policy: CachePolicy | None) -> Accelerated:
         """The accelerator's tier, above the host's."""
         slots = 0 if self.plan.vram is None else self.plan.vram.slots
         engine = ReadEngine(
             accelerator.copy_reader(), threads=accelerator.copy_threads, chunk_nbytes=CHUNK_NBYTES
         )  # fmt: skip
         arena = Arena(accelerator, self.plan.slot_nbytes, slots)
-        above = ExpertTier(arena, LruPolicy(), engine, self._locate_in_ram, self._bundle_nbytes)
+        above = ExpertTier(arena, policy or LruPolicy(), engine, self._locate_in_ram, self._bundle_nbytes)
         costs = ObservedCosts(accelerator.link, accelerator.memory_bytes_per_s)
         return Accelerated(TierPair(above, self.tier), self.device, accelerator, costs)
 
@@ -149,7 +150,7 @@ class Runtime:
                 if self.accelerated is None:
                     out = moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights, observer)
                 else:
-                    out = retried_step(layer, self.accelerated, hidden, top_k_index, top_k_weights)
+                    out = retried_step(layer, self.accelerated, hidden, top_k_index, top_k_weights, observer)
             except BaseException:
                 observer.failed()
                 raise
@@ -247,6 +248,8 @@ class Runtime:
             )
         with self.lock:
             if slots != self.tier.table.usable_slots:
+                if self.accelerated is not None:
+                    self.accelerated.tiers.end_copies()
                 self.tier.resize(slots)
 
     def _other_caches_nbytes(self, cache: object | None) -> int:
@@ -348,8 +351,7 @@ class Runtime:
     def check(self) -> None:
         """Prove that every slot, key and read is accounted for; see `ExpertTier.check`."""
         with self.lock:
-            for tier in self._tiers():
-                tier.check()
+            (self.tier if self.accelerated is None else self.accelerated.tiers).check()
 
     def _tiers(self) -> list[ExpertTier]:
         """The accelerator's first: its copies read what is in the host's."""

@@ -20,6 +20,12 @@ class AcceleratorStatistics:
         bytes_copied: bytes that crossed the link.
         copy_stall_s: seconds that steps waited for copies.
         slots: its expert slots; fewer than planned where it ran out of memory.
+        policy: class of its cache policy.
+        copies_ahead_issued: experts that began to be copied before their layer came.
+        copies_ahead_used: those that were there when they were routed.
+        copies_ahead_late: those that were still on their way then; the step waited for them, or the CPU computed them.
+        copies_ahead_wasted: those that left, were cancelled or failed before they were routed.
+        late_copy_stall_s: seconds of `copy_stall_s` in which all that was waited for had been copied ahead, too late.
         dense_bytes_copied: bytes of dense weights that streamed through its window.
     """
 
@@ -29,6 +35,12 @@ class AcceleratorStatistics:
     bytes_copied: int
     copy_stall_s: float
     slots: int
+    policy: str
+    copies_ahead_issued: int
+    copies_ahead_used: int
+    copies_ahead_late: int
+    copies_ahead_wasted: int
+    late_copy_stall_s: float
     dense_bytes_copied: int = 0
 
 
@@ -37,7 +49,8 @@ def accelerator_statistics(tier: ExpertTier, dense_bytes_copied: int) -> Acceler
     counters = tier.counters
     return AcceleratorStatistics(
         counters.hits, counters.misses, counters.loads, tier.engine.reader.bytes_read, counters.stall_s,
-        tier.table.usable_slots, dense_bytes_copied,
+        tier.table.usable_slots, type(tier.policy).__name__, counters.ahead_issued, counters.ahead_used,
+        counters.ahead_late, counters.ahead_wasted, counters.late_stall_s, dense_bytes_copied,
     )  # fmt: skip
 
 

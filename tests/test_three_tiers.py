@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import offload
 from offload.errors import DeviceError, DoesNotFitError, InvalidArgumentError
+from prefetch.policies.lru import LruPolicy
 from tests.conftest import TinyCheckpoint
 from tests.hf.reference import greedy, logits, prompt, reference_model
 from tests.tiny_models import ARCHITECTURES
@@ -86,6 +88,49 @@ def test_packed_experts_and_dense_layers(tiny_checkpoint: TinyCheckpoint, store_
             windows.append(runtime.plan.vram and runtime.plan.vram.window_layers)
     assert windows == [None, 0, 2, 0]
     assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_policies_and_copies_ahead_change_no_bit(
+    model_type: str, tiny_checkpoint: TinyCheckpoint, store_root: Path
+) -> None:
+    directory = tiny_checkpoint(model_type)
+    plan = offload.plan(directory, ram="1GiB", context=80)
+    ram, slot = plan.peak_ram_nbytes - plan.ram.slot_nbytes, plan.slot_nbytes
+    expected = greedy(reference_model(directory, torch.float32), prompt())
+    user = LruPolicy()
+    settings: list[tuple[int, int, str, dict[str, Any]]] = [
+        (7, 5, "ForecastPolicy", {"policy": "auto", "prefetch": True}),
+        (9, 4, "MrsPolicy", {"policy": "mrs", "prefetch": "auto"}),
+        (6, 8, "LruPolicy", {"policy": user, "prefetch": True}),
+        (7, 5, "LruPolicy", {}),
+    ]
+    seen, issued = [], 0
+    for slots, above, name, options in settings:
+        model = offload.load(
+            directory, ram=ram + slots * slot, nvme=store_root, context=80, device="host", vram=above * slot,
+            link="10GB/s", **options,
+        )  # fmt: skip
+        with model.offload as runtime:
+            runtime.reset_stats()
+            assert torch.equal(greedy(model, prompt()), expected)
+            assert torch.equal(greedy(model, prompt()), expected)
+            seen.append(logits(model, prompt(seed=8)))
+            runtime.check()
+            stats = runtime.stats()
+            upper = stats.accelerator
+            assert upper.policy == stats.policy == name
+            # A quarter of the slots may be on their way; dense weights take some.
+            assert (upper.copies_ahead_issued > 0) == (bool(options) and upper.slots >= 4)
+            settled = upper.copies_ahead_used + upper.copies_ahead_late + upper.copies_ahead_wasted
+            assert settled <= upper.copies_ahead_issued <= settled + above
+            assert 0 <= upper.late_copy_stall_s <= upper.copy_stall_s
+            if options.get("policy") is user:
+                assert runtime.tier.policy is user
+                assert runtime.accelerated.tiers.above.policy is not user
+            issued += upper.copies_ahead_issued
+    assert issued
+    assert all(torch.equal(seen[0], other) for other in seen)
 
 
 @pytest.mark.parametrize(

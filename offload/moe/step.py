@@ -77,7 +77,7 @@ def _as_they_come(
 ) -> None:
     """Resident experts compute while misses load; each miss computes when it arrives."""
     number = {layer.first_key + expert: index for index, expert in enumerate(routing.experts)}
-    borrowed, missing = tier.borrow(list(number), _shares(routing, watch))
+    borrowed, missing = tier.borrow(list(number), shares_of(routing, watch))
     if len(hidden) > 1:
         # While experts with many tokens compute, those with few load.
         loads = np.diff(routing.offsets)
@@ -106,11 +106,11 @@ def _in_order(
 ) -> None:
     """Experts compute in ascending order while those ahead load."""
     keys = [layer.first_key + expert for expert in routing.experts]
-    for index, key in enumerate(borrowed_in_order(tier, keys, _shares(routing, watch))):
+    for index, key in enumerate(borrowed_in_order(tier, keys, shares_of(routing, watch))):
         compute_borrowed(layer, tier, device, hidden, routing, accumulator, [(key, index)])
 
 
-def _shares(routing: Routing, watch: StepWatch | None) -> list[float] | None:
+def shares_of(routing: Routing, watch: StepWatch | None) -> list[float] | None:
     """For the cache policy: shares of tokens at prefill."""
     if watch is None or not watch.prefill:
         return None

@@ -134,7 +134,14 @@ class Prefill:
         self._turns: deque[_Turn] = deque()
         self._waiting_nbytes = 0
 
-    def run(self, numbers: Mapping[int, int], cached: set[int], rest: Sequence[int], to_copy: set[int]) -> None:
+    def run(
+        self,
+        numbers: Mapping[int, int],
+        cached: set[int],
+        rest: Sequence[int],
+        to_copy: set[int],
+        shares: Sequence[float] | None = None,
+    ) -> None:
         """Compute and sum all experts.
 
         Args:
@@ -142,8 +149,9 @@ class Prefill:
             cached: those that are borrowed above.
             rest: the others, ascending.
             to_copy: those of the others that are to be copied.
+            shares: of the others; see `ExpertTier.borrow`.
         """
-        in_turn = borrowed_in_order(self._tiers.below, rest)
+        in_turn = borrowed_in_order(self._tiers.below, rest, shares)
         keep: bool | None = None
         for key, number in numbers.items():
             _, pairs = self._routing.select([number])

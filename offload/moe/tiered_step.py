@@ -16,7 +16,7 @@ from offload.moe.accumulate import Accumulator, OrderedAccumulator, make_accumul
 from offload.moe.costs import ObservedCosts
 from offload.moe.layer import ExpertsLayer
 from offload.moe.routing import Routing, route
-from offload.moe.step import compute_borrowed, start_borrowed
+from offload.moe.step import StepWatch, compute_borrowed, shares_of, start_borrowed
 from offload.moe.tiered_prefill import Prefill, PromptPopularity
 from offload.tiers.accelerated import TierPair
 from prefetch.scheduler.records import Home
@@ -48,18 +48,21 @@ def tiered_step(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    watch: StepWatch | None = None,
 ) -> torch.Tensor:
     """What `moe_step` computes, with an accelerator's tier above the host's.
 
     Few pairs: each missing expert runs on the CPU in place, or is copied first, as the schedule says. Where that turns
-    out not to be possible (every slot above is in use), it runs on the CPU. Many pairs: see `tiered_prefill`.
+    out not to be possible (every slot above is in use), it runs on the CPU. Many pairs: see `tiered_prefill`. An
+    expert whose copy ahead is still on its way is one of those below: its copy is waited for, or it is computed there
+    beside the copy.
 
     Raises:
         StorageError, StoreCorruptError: an expert could not be read or copied; both tiers are whole.
     """
     routing = route(top_k_index, top_k_weights, layer.count)
     accumulator = make_accumulator(routing, hidden.shape[-1])
-    step = _Step(layer, accelerated, hidden.contiguous(), routing, accumulator)
+    step = _Step(layer, accelerated, hidden.contiguous(), routing, accumulator, watch)
     try:
         if isinstance(accumulator, OrderedAccumulator):
             step.run_in_order(accumulator)
@@ -79,6 +82,7 @@ def retried_step(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    watch: StepWatch | None = None,
 ) -> torch.Tensor:
     """`tiered_step`; where the accelerator runs out of memory, once more with a slab of expert slots less, and said so.
 
@@ -88,9 +92,10 @@ def retried_step(
         As `tiered_step`.
     """
     try:
-        return tiered_step(layer, accelerated, hidden, top_k_index, top_k_weights)
+        return tiered_step(layer, accelerated, hidden, top_k_index, top_k_weights, watch)
     except torch.OutOfMemoryError as error:
         above = accelerated.tiers.above
+        accelerated.tiers.end_copies()
         given_up = above.give_up_slab()
         if not given_up:
             raise DoesNotFitError(
@@ -103,7 +108,7 @@ def retried_step(
             SlowDeviceWarning,
             stacklevel=2,
         )
-    return tiered_step(layer, accelerated, hidden, top_k_index, top_k_weights)
+    return tiered_step(layer, accelerated, hidden, top_k_index, top_k_weights, watch)
 
 
 @dataclass
@@ -113,6 +118,7 @@ class _Step:
     hidden: torch.Tensor
     routing: Routing
     accumulator: Accumulator
+    watch: StepWatch | None
     on_host: torch.Tensor = field(init=False)
     number: dict[int, int] = field(init=False)
 
@@ -122,18 +128,20 @@ class _Step:
 
     def run(self) -> None:
         """Copies start first, then what is resident computes, on both devices, then what arrives."""
-        above, below = self.accelerated.tiers.above, self.accelerated.tiers.below
+        tiers = self.accelerated.tiers
+        above, below = tiers.above, tiers.below
         self.accelerated.popularity.decoding()
-        cached, rest = above.borrow(list(self.number))
-        resident, missing = below.borrow(rest)
+        cached, resident, missing = tiers.borrow(list(self.number), shares_of(self.routing, self.watch))
         below.start_loads(missing)
         to_copy = self._schedule(cached, resident, missing)
         copying = self._start_copies([key for key in resident if key in to_copy], [])
+        if self.watch is not None:
+            self.watch.loads_started()
         finish = self._start_above(cached)
         self._on_cpu([key for key in resident if key not in copying])
         finish()
         while missing or copying:
-            if missing and (below.start_loads(missing) or not copying):
+            if missing and (self._start_loads(missing) or not copying):
                 arrived = self._collect(missing)
                 missing = [key for key in missing if key not in arrived]
                 copying = self._start_copies([key for key in arrived if key in to_copy], copying)
@@ -146,15 +154,20 @@ class _Step:
     def run_in_order(self, accumulator: OrderedAccumulator) -> None:
         """Sums of many pairs are in the order of experts, whatever is where."""
         above, below = self.accelerated.tiers.above, self.accelerated.tiers.below
+        # Experts below move as they please: nothing may be reading them.
+        self.accelerated.tiers.end_copies()
         loads = np.diff(self.routing.offsets).tolist()
         self.accelerated.popularity.note({key: loads[number] for key, number in self.number.items()})
-        cached, rest = above.borrow(list(self.number))
+        shares = shares_of(self.routing, self.watch)
+        cached, rest = above.borrow(list(self.number), shares)
+        if shares is not None:
+            shares = [shares[self.number[key]] for key in rest]
         resident = [key for key in rest if below.holds(key)]
         to_copy = self._schedule(cached, resident, [key for key in rest if key not in resident])
         prefill = Prefill(
             self.accelerated.tiers, self.accelerated.popularity, self.routing, accumulator, self._start_alone
         )
-        prefill.run(self.number, set(cached), rest, to_copy)
+        prefill.run(self.number, set(cached), rest, to_copy, shares)
 
     def _start_alone(self, key: int, *, above: bool, out: torch.Tensor) -> Work:
         """Start one borrowed expert, its outputs in the order of its pairs."""
@@ -184,9 +197,18 @@ class _Step:
         return copying
 
     def _finish_copies(self, copying: list[int], arrived: list[int]) -> list[int]:
-        self.accelerated.tiers.below.give_back(arrived)
+        self.accelerated.tiers.give_back(arrived)
         self._start_above(arrived)()
         return [key for key in copying if key not in arrived]
+
+    def _start_loads(self, missing: list[int]) -> int:
+        tiers = self.accelerated.tiers
+        started = tiers.below.start_loads(missing)
+        if not started and tiers.held:
+            # Copies ahead hold what slots there are: what is needed now comes first.
+            tiers.end_copies()
+            started = tiers.below.start_loads(missing)
+        return started
 
     def _collect(self, missing: list[int]) -> list[int]:
         below = self.accelerated.tiers.below
@@ -218,7 +240,7 @@ class _Step:
         compute_borrowed(
             self.layer, below, self.accelerated.host, self.on_host, self.routing, self.accumulator, self._work(keys)
         )
-        below.give_back(keys)
+        self.accelerated.tiers.give_back(keys)
         self.accelerated.costs.saw_cpu(len(keys) * self.layer.layout.nbytes, perf_counter() - before)
 
     def _work(self, keys: Sequence[int]) -> list[tuple[int, int]]:

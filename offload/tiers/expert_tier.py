@@ -211,6 +211,23 @@ class ExpertTier:
         """Experts that are read ahead, have not arrived and were not routed since."""
         return [key for key in self._ahead if key in self._tickets]
 
+    @property
+    def loading(self) -> int:
+        """Loads that have been started and not been noticed to have ended."""
+        return len(self._tickets)
+
+    def is_loading(self, key: int) -> bool:
+        """Whether bytes of `key` may still arrive; a load that failed, and that nobody waits for, is forgotten."""
+        self._settle(key, carry_error=False)
+        return key in self._tickets
+
+    def end_reads(self) -> None:
+        """Cancel reads ahead and return when nothing is on its way any more. Between steps."""
+        self.cancel_ahead(self._ahead)
+        self.engine.wait_all(self._tickets.values())
+        for key in list(self._tickets):
+            self._settle(key, carry_error=False)
+
     def cancel_ahead(self, keys: Iterable[int]) -> None:
         """Stop reading ahead those of `keys` that have not arrived; what a reader has begun it finishes first."""
         for key in list(keys):
@@ -333,8 +350,7 @@ class ExpertTier:
         Experts in use keep theirs: call it between steps. Reads ahead end where slots go.
         """
         if slots < self.table.usable_slots:
-            self.cancel_ahead(self._ahead)
-            self.engine.wait_all(self._tickets.values())
+            self.end_reads()
         for key in list(self._tickets):
             self._settle(key, carry_error=False)
         target = max(1, min(slots, self.arena.count))

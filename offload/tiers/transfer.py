@@ -7,223 +7,16 @@ failed or cancelled: only then may the memory be used for something else.
 
 from __future__ import annotations
 
-import _thread
 import atexit
-import heapq
-import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable
 
-import xxhash
+from offload.errors import ClosedError
+from offload.tiers.read_queue import Reader, ReadQueue, ReadRequest, Ticket, Urgency, serve
 
-from offload.errors import ClosedError, StoreCorruptError
-
-if TYPE_CHECKING:
-    from offload.devices.base import Span
-
-
-class Urgency(Enum):
-    """How soon a read is needed; a lower value is served first."""
-
-    NOW = 0
-    SOON = 1
-
-
-class Reader(Protocol):
-    """What an engine reads from, with any number of threads: `ShardReader` from disk, `LinkReader` from host memory.
-
-    Attributes:
-        direct: False where a page cache is in between.
-        bytes_read: bytes that arrived.
-        retries: reads that were repeated.
-    """
-
-    direct: bool
-    bytes_read: int
-    retries: int
-
-    @property
-    def paths(self) -> Sequence[Path]:
-        """Names of the shards, for messages."""
-        ...
-
-    def read(self, shard: int, offset: int, out: Any) -> None:
-        """Fill `out`, a `Span` of the device that the reader is made for, from a shard."""
-        ...
-
-    def close(self) -> None:
-        """No read follows."""
-        ...
-
-    def renew_lock(self) -> None:
-        """In a forked child, before any other call."""
-        ...
-
-
-@dataclass(frozen=True)
-class ReadRequest:
-    """One bundle to read.
-
-    Attributes:
-        shard: index of the store's shard.
-        offset: bytes from the shard's start.
-        out: where it goes, writable, as long as the bundle, on whatever device.
-        checksum: xxh3-64 of the bundle; None where the host cannot read what arrived.
-        label: names the expert in messages.
-    """
-
-    shard: int
-    offset: int
-    out: Span
-    checksum: int | None
-    label: str
-
-
-class Ticket:
-    """The completion of one read. Written under the engine's lock, read by anyone."""
-
-    __slots__ = ("cancelled", "error", "finished", "in_flight", "request", "unclaimed", "unread", "urgency")
-
-    def __init__(self, request: ReadRequest, chunks: int, urgency: Urgency) -> None:
-        self.request = request
-        self.urgency = urgency
-        self.unclaimed = set(range(chunks))
-        self.unread = chunks
-        self.in_flight = 0
-        self.finished = False
-        self.cancelled = False
-        self.error: BaseException | None = None
-
-    @property
-    def succeeded(self) -> bool:
-        """True when the bundle is there, whole and checked."""
-        return self.finished and self.error is None and not self.cancelled
-
-
-class _Queue:
-    """What reader threads share; holds no reference to the engine, so that an engine can be collected."""
-
-    def __init__(self, reader: Reader, chunk_nbytes: int, most_reading: int) -> None:
-        self.reader = reader
-        self.chunk_nbytes = chunk_nbytes
-        self.most_reading = most_reading
-        self.heap: list[tuple[int, int, Ticket, int]] = []
-        self.sequence = itertools.count()
-        self.unfinished: set[Ticket] = set()
-        self.threads: list[threading.Thread] = []
-        self.reading = 0
-        self.busy = 0
-        self.held = False
-        self.closed = False
-        self.renew_locks()
-
-    def renew_locks(self) -> None:
-        # Taken by `with lock`, never `with condition`: an interrupt can leave a condition's lock taken.
-        self.lock = threading.Lock()
-        self.work = threading.Condition(self.lock)
-        self.done = threading.Condition(self.lock)
-
-    def push(self, ticket: Ticket) -> None:
-        for chunk in sorted(ticket.unclaimed):
-            heapq.heappush(self.heap, (ticket.urgency.value, next(self.sequence), ticket, chunk))
-
-    def close(self) -> None:
-        with self.lock:
-            self.closed = True
-            self.heap.clear()
-            for ticket in list(self.unfinished):
-                ticket.cancelled = True
-                ticket.unclaimed.clear()
-                self.finish_if_idle(ticket)
-            self.work.notify_all()
-        for thread in self.threads:
-            thread.join()
-        self.reader.close()
-
-    def close_soon(self) -> None:
-        """Close from another thread: whoever dropped the engine may be a reader that holds the lock."""
-        _thread.start_new_thread(self.close, ())
-
-    def note_error(self, ticket: Ticket, error: BaseException | None) -> None:
-        if error is not None and ticket.error is None:
-            ticket.error = error
-            ticket.unclaimed.clear()
-
-    def finish_if_idle(self, ticket: Ticket) -> None:
-        if not ticket.finished and ticket.in_flight == 0 and not ticket.unclaimed:
-            ticket.finished = True
-            self.unfinished.discard(ticket)
-            self.done.notify_all()
-
-
-def _serve(queue: _Queue) -> None:
-    while True:
-        with queue.lock:
-            while not queue.closed and (queue.held or not queue.heap or queue.reading == queue.most_reading):
-                queue.work.wait()
-            if queue.closed:
-                return
-            _, _, ticket, chunk = heapq.heappop(queue.heap)
-            if chunk not in ticket.unclaimed:
-                continue
-            ticket.unclaimed.discard(chunk)
-            ticket.in_flight += 1
-            queue.reading += 1
-            queue.busy += 1
-        error = _read_chunk(queue, ticket, chunk)
-        with queue.lock:
-            ticket.unread -= 1
-            queue.reading -= 1
-            # Another thread reads while this one checks.
-            queue.work.notify()
-            queue.note_error(ticket, error)
-            whole = ticket.unread == 0 and ticket.error is None and not ticket.cancelled
-        error = _check(queue, ticket) if whole else None
-        with queue.lock:
-            ticket.in_flight -= 1
-            queue.busy -= 1
-            queue.note_error(ticket, error)
-            queue.finish_if_idle(ticket)
-            if queue.held:
-                queue.done.notify_all()
-
-
-def _read_chunk(queue: _Queue, ticket: Ticket, chunk: int) -> BaseException | None:
-    request = ticket.request
-    start = chunk * queue.chunk_nbytes
-    part = request.out[start : start + queue.chunk_nbytes]
-    try:
-        queue.reader.read(request.shard, request.offset + start, part)
-    except BaseException as error:  # noqa: BLE001 - carried to whoever waits for the ticket
-        return error
-    return None
-
-
-def _check(queue: _Queue, ticket: Ticket) -> BaseException | None:
-    """A wrong checksum is read once more: a flip on the way is healed, one on the disk is reported."""
-    request = ticket.request
-    out = request.out
-    if request.checksum is None or not isinstance(out, memoryview):
-        return None
-    try:
-        if xxhash.xxh3_64_intdigest(out) == request.checksum:
-            return None
-        queue.reader.read(request.shard, request.offset, out)
-        found = xxhash.xxh3_64_intdigest(out)
-    except BaseException as error:  # noqa: BLE001 - carried to whoever waits for the ticket
-        return error
-    if found == request.checksum:
-        return None
-    return StoreCorruptError(
-        f"{request.label} in {queue.reader.paths[request.shard]} at byte {request.offset}: checksum {found:016x}, "
-        f"expected {request.checksum:016x}; remove the store with `offload store rm` and load again"
-    )
+__all__ = ["ReadEngine", "ReadRequest", "Reader", "Ticket", "Urgency"]
 
 
 class ReadEngine:
@@ -239,7 +32,7 @@ class ReadEngine:
         """
         if threads < 1 or chunk_nbytes < 4096 or chunk_nbytes % 4096:
             raise ValueError(f"{threads} reader threads with chunks of {chunk_nbytes} bytes: need >= 1, whole pages")
-        self._queue = _Queue(reader, chunk_nbytes, threads)
+        self._queue = ReadQueue(reader, chunk_nbytes, threads)
         self._thread_count = threads
         self._finalizer = weakref.finalize(self, self._queue.close_soon)
         self._finalizer.atexit = False
@@ -273,7 +66,7 @@ class ReadEngine:
 
     def _start(self) -> None:
         for index in range(self._thread_count + 1):
-            thread = threading.Thread(target=_serve, args=(self._queue,), name=f"offload-reader-{index}", daemon=True)
+            thread = threading.Thread(target=serve, args=(self._queue,), name=f"offload-reader-{index}", daemon=True)
             try:
                 thread.start()
             except RuntimeError:

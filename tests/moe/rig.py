@@ -17,6 +17,7 @@ from offload.moe.step import moe_step
 from offload.tiers.arena import Arena
 from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.transfer import ReadEngine, ReadRequest
+from prefetch.policies.base import CachePolicy
 from prefetch.policies.lru import LruPolicy
 from tests.tiers.readers import MemoryReader
 
@@ -102,6 +103,8 @@ class Rig:
         layers: int = 2,
         threads: int = 2,
         seed: int = 0,
+        engine: Callable[..., ReadEngine] = ReadEngine,
+        policy: Callable[[], CachePolicy] = LruPolicy,
     ) -> None:
         self.kind = KINDS[kind]
         self.dtype = DTYPES[format]
@@ -112,13 +115,13 @@ class Rig:
         self.reader = MemoryReader(np.concatenate([self._bundle(expert) for expert in self.weights]))
         self.reader.before_read = lambda offset, _nbytes: self.before_read(offset // self.layout.nbytes)
         self.before_read: Callable[[int], None] = lambda _key: None
-        self.engine = ReadEngine(self.reader.as_shard_reader(), threads=threads, chunk_nbytes=4096)
+        self.engine = engine(self.reader.as_shard_reader(), threads=threads, chunk_nbytes=4096)
         self.device = HostDevice()
         arena = Arena(self.device, self.layout.nbytes, slots)
         for slot in range(slots):
             # All bits set is a NaN in every format.
             arena.view(slot, self.layout.nbytes)[:] = 0xFF
-        self.tier = ExpertTier(arena, LruPolicy(), self.engine, self._locate, lambda _key: self.layout.nbytes)
+        self.tier = ExpertTier(arena, policy(), self.engine, self._locate, lambda _key: self.layout.nbytes)
         self.layers = [
             ExpertsLayer(
                 f"layers.{index}.experts", index * count, count, self.layout, self.dtype, self.kind.module(),
