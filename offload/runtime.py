@@ -32,8 +32,9 @@ from offload.store.progress import Progress
 from offload.store.store import ExpertStore
 from offload.tiers.accelerated import TierPair
 from offload.tiers.arena import Arena
+from offload.tiers.counters import TierCounters
 from offload.tiers.disk import ShardReader
-from offload.tiers.expert_tier import ExpertTier, TierCounters
+from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.transfer import ReadEngine, ReadRequest
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
