@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from benchmarks.harness import Report
 
 NAMES = (
-    "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "overhead",
-    "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch", "ablation", "kv_kernels", "simulator",
+    "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
+    "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch", "ablation", "kv_kernels",
+    "simulator",
 )  # fmt: skip
 
 
@@ -68,6 +69,9 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK if quick else kv_kernels.FULL),
         "simulator": lambda work: simulator.run(simulator.QUICK if quick else simulator.FULL),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
+        "llama_cpp_mixtral": lambda work: llama_cpp.run(
+            work, shape if quick else checkpoints.LIKE_MIXTRAL, llama_cpp.QUICK if quick else llama_cpp.FULL
+        ),
     }
 
 

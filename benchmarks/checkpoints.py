@@ -79,6 +79,11 @@ class Shape:
 FULL = Shape(
     layers=24, hidden=1024, experts=64, expert_intermediate=512, top_k=8, heads=16, kv_heads=4, head_dim=64, vocab=32000
 )
+LIKE_MIXTRAL = Shape(
+    layers=16, hidden=1024, experts=8, expert_intermediate=3584, top_k=2, heads=16, kv_heads=4, head_dim=64, vocab=32000
+)
+"""3 GB with few wide experts, as Mixtral has them."""
+
 QUICK = Shape(
     layers=6, hidden=512, experts=32, expert_intermediate=256, top_k=4, heads=8, kv_heads=2, head_dim=64, vocab=4000
 )

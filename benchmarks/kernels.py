@@ -18,11 +18,13 @@ from benchmarks.machine import require_memory
 from cpu_kernels.expert_mlp import INPUT_DTYPES, expert_mlp
 from cpu_kernels.expert_mlp_reference import expert_mlp_reference
 from cpu_kernels.isa import isa_of_format
-from cpu_kernels.linear import linear
+from cpu_kernels.linear import MOST_TOKENS, linear
 from cpu_kernels.packed_expert_mlp import packed_expert_mlp
 from cpu_kernels.packed_linear import PackedWeights, packed_linear
 from cpu_kernels.packed_reference import packed_expert_mlp_reference, packed_linear_reference
+from cpu_kernels.panel_mlp import panel_expert_mlp, panel_linear
 from cpu_kernels.threads import Pool
+from cpu_kernels.wide_linear import multiplies_natively
 from formats.bundle import BundleLayout
 from formats.packed import PACKED_FORMATS, MatrixLayout
 from offload.devices.host_threads import kernel_pool
@@ -265,13 +267,13 @@ def _bf16_linears(
         return x.double() @ weights[0].double().T
 
     def ours(copy: int) -> None:
-        results["ours"] = linear(x, weights[copy], None, pool)
+        results["ours"] = (linear if few else panel_linear)(x, weights[copy], None, pool)
 
     def theirs(copy: int) -> None:
         results["torch"] = F.linear(x, weights[copy])
 
     found = [Contender("torch bf16", nbytes, copies, theirs, expected, lambda: results["torch"])]
-    if few:
+    if few or not multiplies_natively(torch.bfloat16):
         found.insert(0, Contender("bf16", nbytes, copies, ours, expected, lambda: results["ours"]))
     return found
 
@@ -348,7 +350,11 @@ def _expert(format: str, pool: Pool, scale: KernelScale, tokens: int) -> Contend
     offsets, tokens_of_pairs = tokens * np.arange(scale.experts + 1), np.tile(np.arange(tokens), scale.experts)
     rows = np.arange(pairs)
     out = np.empty((pairs, layout.hidden), np.float32)
-    mlp = packed_expert_mlp if format in PACKED_FORMATS else expert_mlp
+    if format in PACKED_FORMATS:
+        mlp = packed_expert_mlp
+    else:
+        panels = tokens > MOST_TOKENS and not multiplies_natively(torch.bfloat16)
+        mlp = panel_expert_mlp if panels else expert_mlp
 
     def call(copy: int) -> None:
         chosen = addresses[copy * scale.experts : (copy + 1) * scale.experts]

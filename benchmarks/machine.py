@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from cpu_kernels.wide_linear import linear_many
+from offload.devices.host_threads import kernel_pool
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -85,7 +86,8 @@ def read_bandwidth() -> float:
 def gemm_flops(dtype: torch.dtype) -> float:
     """Flops per second of the matrix product of a linear layer, the way that the runtime takes; the best of three."""
     left, right = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype) for _ in range(2))
-    return max(2 * _GEMM_SIZE**3 / _seconds(lambda: linear_many(left, right)) for _ in range(3))
+    pool = kernel_pool()
+    return max(2 * _GEMM_SIZE**3 / _seconds(lambda: linear_many(left, right, None, pool)) for _ in range(3))
 
 
 def _seconds(call: Any) -> float:

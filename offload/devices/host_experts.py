@@ -1,4 +1,4 @@
-"""Experts on the CPU: the Numba kernels, and torch's matrix products for many tokens of formats that are not packed."""
+"""Experts on the CPU: the Numba kernels, and torch's products for many tokens where the CPU has them in 16 bits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from cpu_kernels.expert_mlp import expert_down, expert_mlp, expert_up
-from cpu_kernels.packed_expert_mlp import packed_expert_down, packed_expert_mlp, packed_expert_up
-from cpu_kernels.wide_linear import linear_many, multiplies_natively
+from cpu_kernels.linear import MOST_TOKENS
+from cpu_kernels.packed_expert_mlp import (
+    packed_expert_down,
+    packed_expert_mlp,
+    packed_expert_up,
+)
+from cpu_kernels.panel_mlp import panel_expert_down, panel_expert_mlp, panel_expert_up
+from cpu_kernels.wide_linear import multiplies_natively
 from formats.bundle import BundleLayout
 from offload.devices.base import ExpertBatch
 from offload.devices.host_threads import kernel_pool
@@ -24,30 +31,42 @@ FEW_TOKENS = 128
 docs/performance.md has the measurement, of this and the next.
 """
 
-FEW_TOKENS_WIDENED = 64
-"""Likewise where torch has no matrix product for the format: both compute in fp32 then, and torch does so better."""
+FEW_TOKENS_IN_FP32 = 2
+"""Likewise where products are those of fp32, whatever the format; above it panels of 8 and 16 tokens are.
+
+In a pass of at most MOST_TOKENS all go to the kernel for rows, as on a tape.
+"""
 
 _ROW_STEP = 16
 _FINE_STEPS = 8
 
 
 def run_experts(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
-    """See `Device.run_experts`. Which way an expert goes depends on its format and number of tokens alone."""
+    """See `Device.run_experts`. Which way an expert goes depends on its format and numbers of tokens alone."""
     if layer.layout.is_packed:
         _run_kernel(layer, batch, hidden, out)
         return
     counts = batch.offsets[1:] - batch.offsets[:-1]
-    few = counts <= (FEW_TOKENS if multiplies_natively(layer.dtype) else FEW_TOKENS_WIDENED)
-    if few.all():
-        _run_kernel(layer, batch, hidden, out)
-        return
+    in_fp32 = _in_fp32(layer)
+    on_rows = (FEW_TOKENS_IN_FP32 if len(hidden) > MOST_TOKENS else MOST_TOKENS) if in_fp32 else FEW_TOKENS
+    few = counts <= on_rows
     if few.any():
-        _run_kernel(layer, _select(batch, np.flatnonzero(few)), hidden, out)
+        _run_kernel(layer, batch if few.all() else _select(batch, np.flatnonzero(few)), hidden, out)
+    if few.all():
+        return
+    if in_fp32:
+        _run_kernel(layer, _select(batch, np.flatnonzero(~few)) if few.any() else batch, hidden, out, panels=True)
+        return
     for index in np.flatnonzero(~few):
         pairs = slice(int(batch.offsets[index]), int(batch.offsets[index + 1]))
         tokens = torch.from_numpy(batch.tokens[pairs])
         result = _run_many(layer, int(batch.addresses[index]), _gather(hidden, tokens))
         _store(result[: len(tokens)], batch.rows[pairs], out)
+
+
+def _in_fp32(layer: ExpertsLayer) -> bool:
+    """Whether many tokens are multiplied in fp32: the CPU has no products of the format, or it is the format."""
+    return layer.dtype is torch.float32 or not multiplies_natively(layer.dtype)
 
 
 def _store(result: torch.Tensor, rows: npt.NDArray[np.int64], out: torch.Tensor) -> None:
@@ -79,26 +98,25 @@ def _select(batch: ExpertBatch, indices: npt.NDArray[np.intp]) -> ExpertBatch:
     return ExpertBatch(batch.addresses[indices], offsets, batch.tokens[pairs], batch.rows[pairs])
 
 
-def _run_kernel(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
-    packed = layer.layout.is_packed
+def _run_kernel(
+    layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor, *, panels: bool = False
+) -> None:
     inputs = _elements(hidden)
+    if layer.layout.is_packed:
+        whole, up, down = packed_expert_mlp, packed_expert_up, packed_expert_down
+    elif panels:
+        whole, up, down = panel_expert_mlp, panel_expert_up, panel_expert_down
+    else:
+        whole, up, down = expert_mlp, expert_up, expert_down
+    pool = kernel_pool()
     if layer.activation is not None:
-        (packed_expert_mlp if packed else expert_mlp)(
-            batch.addresses,
-            layer.layout,
-            batch.offsets,
-            batch.tokens,
-            inputs,
-            layer.activation,
-            out.numpy(),
-            batch.rows,
-            threads=kernel_pool(),
-        )
+        whole(
+            batch.addresses, layer.layout, batch.offsets, batch.tokens, inputs, layer.activation, out.numpy(),
+            batch.rows, threads=pool,
+        )  # fmt: skip
         return
     width = layer.layout.intermediate * (2 if layer.layout.has_gate else 1)
     projected = torch.empty(len(batch.tokens), width, dtype=torch.float32, device="cpu")
-    pool = kernel_pool()
-    up, down = (packed_expert_up, packed_expert_down) if packed else (expert_up, expert_down)
     up(batch.addresses, layer.layout, batch.offsets, batch.tokens, inputs, projected.numpy(), threads=pool)
     gated = apply_gate(layer.module, projected.to(layer.dtype), has_gate=layer.layout.has_gate)
     inputs = _elements(gated.contiguous())
@@ -114,8 +132,8 @@ def _elements(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
 
 def _run_many(layer: ExpertsLayer, address: int, rows: torch.Tensor) -> torch.Tensor:
     into, down, into_bias, down_bias = _weights(address, layer.layout, layer.dtype)
-    gated = apply_gate(layer.module, linear_many(rows, into, into_bias), has_gate=layer.layout.has_gate)
-    return linear_many(gated, down, down_bias)
+    gated = apply_gate(layer.module, F.linear(rows, into, into_bias), has_gate=layer.layout.has_gate)
+    return F.linear(gated, down, down_bias)
 
 
 @lru_cache(maxsize=4096)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from cpu_kernels import wide_linear
+from cpu_kernels.threads import shared_pool
 from cpu_kernels.wide_linear import linear_many, multiplies_natively
 
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}
@@ -14,10 +15,8 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("block_nbytes", [1, 16 * 4 * 40, 1 << 20])
 @pytest.mark.parametrize("shape", [(3, 40, 50), (0, 8, 8), (129, 64, 33), (5, 1, 1)], ids=str)
-def test_equals_float64(way, monkeypatch, dtype, with_bias, block_nbytes, shape):
-    monkeypatch.setattr(wide_linear, "BLOCK_NBYTES", block_nbytes)
+def test_equals_float64(way, dtype, with_bias, shape):
     tokens, columns, rows = shape
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, columns, generator=generator).to(dtype)
@@ -27,7 +26,7 @@ def test_equals_float64(way, monkeypatch, dtype, with_bias, block_nbytes, shape)
     size = x.double().abs() @ weight.double().abs().T
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
-    found = linear_many(x, weight, bias)
+    found = linear_many(x, weight, bias, shared_pool(2))
     assert found.dtype is dtype
     assert found.shape == (tokens, rows)
     # Torch's own product may round 16-bit partial sums; the widened one rounds once.
@@ -36,9 +35,9 @@ def test_equals_float64(way, monkeypatch, dtype, with_bias, block_nbytes, shape)
 
 def test_any_leading_shape_and_strided_rows(way):
     x = torch.randn(2, 3, 16).bfloat16().transpose(0, 1)
-    weight = torch.randn(16, 5).bfloat16().T
+    weight = torch.randn(5, 16).bfloat16()
     exact = (x.double() @ weight.double().T).to(torch.bfloat16)
-    found = linear_many(x, weight)
+    found = linear_many(x, weight, None, shared_pool(2))
     assert found.shape == (3, 2, 5)
     torch.testing.assert_close(found, exact, rtol=2.0**-6, atol=2.0**-6)
 

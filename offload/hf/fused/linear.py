@@ -64,4 +64,4 @@ def _computed(input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tens
         return None
     if input.numel() <= MOST_TOKENS * input.shape[-1] and input.is_contiguous():
         return linear(input, weight, bias, kernel_pool())
-    return None if multiplies_natively(input.dtype) else linear_many(input, weight, bias)
+    return None if multiplies_natively(input.dtype) else linear_many(input, weight, bias, kernel_pool())
