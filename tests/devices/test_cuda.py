@@ -24,7 +24,7 @@ from prefetch.policies.lru import LruPolicy
 from tests.devices.fake_cuda import FakeCudaDriver
 from tests.gpu_kernels.bundles import random_bundle
 from tests.moe.rig import Rig
-from tests.moe.test_tiered_step import COPY_ALL, COPY_NONE, COPY_SOME, FixedCosts
+from tests.moe.tiered_rig import COPY_ALL, COPY_NONE, COPY_SOME, FixedCosts
 from tests.tiers.readers import random_bytes
 
 needs_interpreter = pytest.mark.skipif(
