@@ -1,9 +1,10 @@
-"""The trained tiny model with a share of its experts in RAM: cache policy and reading ahead against plain LRU."""
+"""The trained tiny model with widened experts, some in RAM: cache policy and reading ahead against plain LRU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -14,13 +15,20 @@ from transformers import AutoTokenizer, DynamicCache
 
 import offload
 from benchmarks.checkpoints import budget_for, store_root
+from benchmarks.disk import raw_expert_bandwidth
 from benchmarks.equality import gate_same_bits
 from benchmarks.harness import Report, Row, Spread, interleave, ratios, say
 from benchmarks.trace_recording import MODEL
+from benchmarks.widened_model import ensure_widened
 from examples.tiny_moe.corpus import read_documents
+from prefetch.policies.base import CachePolicy
+from prefetch.policies.named import make_policy
+from prefetch.traces.replay import belady_for
+from prefetch.traces.stall import Pace, replay_stalls
 
 CONTEXT_TOKENS = 1024
 PLAIN, ALL = "LRU", "everything on"
+ORACLE = "policy, one layer known"
 RUNS: dict[str, dict[str, Any]] = {
     PLAIN: {"policy": "lru", "prefetch": False},
     "policy": {"policy": "auto", "prefetch": False},
@@ -35,20 +43,22 @@ class PrefetchScale:
     """How much to decode.
 
     Attributes:
+        widened: how many times as wide as trained experts are.
         shares: of the experts that fit.
         turn_tokens: decoded in a turn.
         warm_tokens: decoded before; as many as the controller's trial takes.
         rounds: turns of each.
     """
 
+    widened: int
     shares: tuple[float, ...]
     turn_tokens: int
     warm_tokens: int
     rounds: int
 
 
-FULL = PrefetchScale((0.25, 0.5), 64, 64, 7)
-QUICK = PrefetchScale((0.25,), 8, 8, 2)
+FULL = PrefetchScale(8, (0.25, 0.5), 48, 96, 5)
+QUICK = PrefetchScale(1, (0.25,), 8, 8, 2)
 
 
 @dataclass(frozen=True)
@@ -62,21 +72,28 @@ class Turn:
     issued: float
     used: float
     wasted: float
+    moe_ms: float
 
 
 class Run:
     """A model that reads a text, token by token."""
 
-    def __init__(self, name: str, share: float, work: Path, tokens: list[int]) -> None:
-        ram = budget_for(MODEL, share, CONTEXT_TOKENS)
+    def __init__(self, name: str, share: float, checkpoint: Path, work: Path, tokens: list[int]) -> None:
+        ram = budget_for(checkpoint, share, CONTEXT_TOKENS)
         self.model = offload.load(
-            MODEL, ram=ram, nvme=store_root(work), context=CONTEXT_TOKENS, progress=False, **RUNS[name]
+            checkpoint, ram=ram, nvme=store_root(work), context=CONTEXT_TOKENS, progress=False, **RUNS[name]
         )
         self.runtime: Any = self.model.offload
+        self.runtime.record_trace()
         self._cache = DynamicCache(config=self.model.config)
         self._tokens = tokens
         self._at = 0
         self.logits = torch.empty(0)
+
+    def close(self) -> None:
+        """Keep nothing that was learnt: the next run begins as this one did."""
+        self.runtime.learners = {}
+        self.runtime.close()
 
     @torch.no_grad()
     def decode(self, count: int) -> Turn:
@@ -91,20 +108,24 @@ class Run:
         stats = self.runtime.stats()
         each = [figure / count for figure in (stats.prefetches_issued, stats.prefetches_used, stats.prefetches_wasted)]
         ms = [1e3 * figure / count for figure in (stats.read_stall_s, stats.late_stall_s)]
-        return Turn(count / seconds, ms[0], ms[1], stats.hit_rate, each[0], each[1], each[2])
+        moe_ms = 1e3 * stats.moe_s / count
+        return Turn(count / seconds, ms[0], ms[1], stats.hit_rate, each[0], each[1], each[2], moe_ms)
 
 
 def run(work: Path, scale: PrefetchScale) -> Report:
     """The benchmark."""
     report = Report("prefetch")
+    checkpoint = ensure_widened(work, scale.widened)
     tokens = _text(scale.warm_tokens + scale.rounds * scale.turn_tokens)
+    bandwidth = raw_expert_bandwidth(work, checkpoint, 256 << 20)
     for share in scale.shares:
         say(f"decoding with {share:.0%} of the experts")
-        _measure(report, share, work, scale, tokens)
+        _measure(report, share, checkpoint, work, scale, tokens, bandwidth)
     report.notes.append(
-        "Held-out Python source, decoded token by token with direct reads. Experts of 197 kB. Figures of reads ahead, "
-        "and stalls are for a token. With everything on, a controller switches reading ahead off where passes take no "
-        "less time with it."
+        "Held-out Python source, decoded token by token with direct reads, with policies and "
+        f"predictors that start anew. Experts are {scale.widened} times as wide as trained and compute the same. "
+        "Figures of reads ahead, and stalls are for a token. With everything on, a controller switches reading ahead "
+        "off where passes take no less time with it."
     )
     return report
 
@@ -120,11 +141,20 @@ def _text(count: int) -> list[int]:
     return found[:count]
 
 
-def _measure(report: Report, share: float, work: Path, scale: PrefetchScale, tokens: list[int]) -> None:
+def _measure(
+    report: Report,
+    share: float,
+    checkpoint: Path,
+    work: Path,
+    scale: PrefetchScale,
+    tokens: list[int],
+    bandwidth: float,
+) -> None:
     with ExitStack() as stack:
-        runs = {name: Run(name, share, work, tokens) for name in RUNS}
-        for one in runs.values():
-            stack.enter_context(one.runtime)
+        runs = {}
+        for name in RUNS:
+            runs[name] = Run(name, share, checkpoint, work, tokens)
+            stack.callback(runs[name].close)
         interleave({name: partial(one.decode, scale.warm_tokens) for name, one in runs.items()}, 1)
         turns = interleave({name: partial(one.decode, scale.turn_tokens) for name, one in runs.items()}, scale.rounds)
         gate_same_bits(
@@ -132,11 +162,52 @@ def _measure(report: Report, share: float, work: Path, scale: PrefetchScale, tok
         )
         for one in runs.values():
             one.runtime.check()
+        limits = _limits(runs[ALL], turns[ALL], bandwidth, scale.warm_tokens)
+        skills = runs["policy, reading ahead always"].runtime.stats().skills
     plain = [turn.tokens_per_s for turn in turns[PLAIN]]
     for name, found in turns.items():
         report.tables.setdefault("Decode from disk", []).append(_row(share, name, found, plain))
+    for name, limit in limits.items():
+        report.tables.setdefault("What an oracle would leave, from the run's trace", []).append(
+            {"cached": f"{share:.0%}", "oracle": name, **limit}
+        )
+    for skill in skills:
+        report.tables.setdefault("Recall among the k most probable, which is precision; combined among 2 k", []).append(
+            {"cached": f"{share:.0%}", **asdict(skill)}
+        )
     speed = ratios([turn.tokens_per_s for turn in turns[ALL]], plain)
     report.target(f"{share:.0%}: everything on / plain LRU, tokens/s", speed.median, "at least", 1.5)
+    stall_ms = Spread.of([turn.stall_ms for turn in turns[ALL]]).median
+    oracle_ms = float(str(limits[ORACLE]["stall ms"]))
+    report.target(f"{share:.0%}: stall / one-layer oracle's", stall_ms / max(oracle_ms, 1e-9), "at most", 1.1)
+
+
+def _limits(one: Run, turns: list[Turn], bandwidth: float, warm_passes: int) -> dict[str, Row]:
+    """What knowledge of the future would leave, at this run's pace."""
+    runtime, trace = one.runtime, one.runtime.trace()
+    pass_ms = Spread.of([1e3 / turn.tokens_per_s - turn.stall_ms for turn in turns]).median
+    moe_ms = Spread.of([turn.moe_ms - turn.stall_ms for turn in turns]).median
+    layers = trace.geometry.layers
+    pace = Pace(runtime.layers[0].layout.nbytes / bandwidth, moe_ms / 1e3 / layers, (pass_ms - moe_ms) / 1e3 / layers)
+    slots = runtime.tier.table.usable_slots
+    policies: dict[str, tuple[Callable[[], CachePolicy], int]] = {
+        "LRU, nothing known": (lambda: make_policy("lru", trace.geometry), 0),
+        "policy, nothing known": (lambda: make_policy("auto", trace.geometry), 0),
+        ORACLE: (lambda: make_policy("auto", trace.geometry), 1),
+        "Belady, one layer known": (lambda: belady_for(trace), 1),
+        "Belady, a pass known": (lambda: belady_for(trace), layers),
+    }
+    found = {}
+    for name, (make, known) in policies.items():
+        stalls = replay_stalls(trace, make(), slots, pace, oracle_layers=known, warm_passes=warm_passes)
+        found[name] = {
+            "stall ms": 1e3 * stalls.stall_s / stalls.tokens,
+            "reads": stalls.reads / stalls.tokens,
+            "disk ms": 1e3 * pace.read_s * stalls.reads / stalls.tokens,
+            "compute ms": pass_ms,
+            "tokens/s": stalls.tokens / stalls.seconds,
+        }
+    return found
 
 
 def _row(share: float, name: str, turns: list[Turn], plain: list[float]) -> Row:
@@ -146,6 +217,7 @@ def _row(share: float, name: str, turns: list[Turn], plain: list[float]) -> Row:
         "tokens/s": Spread.of([turn.tokens_per_s for turn in turns]),
         "/ LRU": ratios([turn.tokens_per_s for turn in turns], plain),
         "stall ms": Spread.of([turn.stall_ms for turn in turns]),
+        "experts ms": Spread.of([turn.moe_ms - turn.stall_ms for turn in turns]).median,
         "of it late ms": Spread.of([turn.late_stall_ms for turn in turns]).median,
         "hit rate": Spread.of([turn.hit_rate for turn in turns]).median,
         "read ahead": Spread.of([turn.issued for turn in turns]).median,

@@ -19,6 +19,7 @@ from offload.hf.dense_placement import DensePlacement
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.hf.fused import fuse
 from offload.hf.lookahead import find_routers, look_ahead
+from offload.learnt import restore_learnt
 from offload.moe.gate import recognise_gate
 from offload.moe.layer import ExpertsLayer
 from offload.prefetcher import Prefetcher
@@ -32,6 +33,7 @@ from offload.store.store import ExpertStore
 from offload.store.writer import conversion_nbytes
 from placement.plan import Plan
 from prefetch.controller import Controller
+from prefetch.learning import Learner
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.named import make_policy
@@ -85,6 +87,7 @@ def assemble(
         runtime.fused = fuse(model, fused if model.device.type == "cpu" else (), runtime)
         if prefetch != "off":
             _prefetch(model, runtime, prefetch)
+        _go_on_learning(runtime)
         if above is not None or prepared.plan.ram_slots == prepared.plan.expert_count:
             runtime.preload(progress)
     except BaseException:
@@ -150,6 +153,15 @@ def _prefetch(model: PreTrainedModel, runtime: Runtime, prefetch: str) -> None:
     prefetcher = Prefetcher(runtime.tier, Predictor(runtime.geometry), top_k, controller, runtime.lock, copies)
     runtime.observer.prefetcher = prefetcher
     look_ahead(routers, runtime.layers, prefetcher)
+
+
+def _go_on_learning(runtime: Runtime) -> None:
+    """What learns while the model runs goes on from where the last run ended; `Runtime.close` keeps it."""
+    prefetcher = runtime.observer.prefetcher
+    candidates = {"policy": runtime.tier.policy, "predictor": None if prefetcher is None else prefetcher.predictor}
+    runtime.learners = {name: one for name, one in candidates.items() if isinstance(one, Learner)}
+    if runtime.learners:
+        restore_learnt(runtime.store, runtime.learners)
 
 
 def _layers(model: PreTrainedModel, prepared: Prepared) -> list[ExpertsLayer]:

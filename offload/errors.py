@@ -111,3 +111,7 @@ class SlowDeviceWarning(UserWarning):
 
 class SlowReadWarning(UserWarning):
     """Reads do not go the fast way; the message says why."""
+
+
+class LearntFileWarning(UserWarning):
+    """What predictors learnt in an earlier run cannot be read, or what they learnt in this one cannot be kept."""

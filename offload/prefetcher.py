@@ -90,6 +90,8 @@ class Prefetcher:
             active: int64, the experts that it chose.
         """
         with self._lock:
+            # What the layer turned out not to need must not hold up what it does.
+            self._cancel_other_than(layer, active)
             self._logits[layer] = own
             for distance, logits in enumerate(ahead, start=1):
                 target = layer + distance
@@ -160,12 +162,16 @@ class Prefetcher:
         """The layer is computed; it needed `experts` (int64 ids) for one decoded token."""
         self.predictor.observe(layer, experts, self._logits.pop(layer, None))
         self._foreseen.pop(layer, None)
-        first, end = self._first_keys[layer], self._first_keys[layer + 1]
-        unneeded = [key for key in self.tier.reading_ahead if first <= key < end]
-        if unneeded:
-            self.tier.cancel_ahead(unneeded)
         if self.copies is not None:
             self.copies.end_layer(layer)
+
+    def _cancel_other_than(self, layer: int, active: npt.NDArray[np.int64]) -> None:
+        """End reads ahead of experts of `layer` that it does not need."""
+        first, end = self._first_keys[layer], self._first_keys[layer + 1]
+        ahead = [key for key in self.tier.reading_ahead if first <= key < end]
+        if ahead:
+            needed = set((first + active).tolist())
+            self.tier.cancel_ahead([key for key in ahead if key not in needed])
 
     def note_pass(self, seconds: float) -> None:
         """A decoded token took so long: for the controller, and for what can arrive in time."""

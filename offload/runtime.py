@@ -20,6 +20,7 @@ from offload.devices.link import CHUNK_NBYTES
 from offload.errors import ClosedError, DoesNotFitError, UnsupportedOperationError
 from offload.fork_guard import hold_at_fork
 from offload.hf.dense_placement import DensePlacement
+from offload.learnt import save_learnt
 from offload.moe.costs import ObservedCosts
 from offload.moe.layer import ExpertsLayer
 from offload.moe.step import moe_step
@@ -27,7 +28,7 @@ from offload.moe.tiered_step import Accelerated, retried_step
 from offload.observer import StepObserver
 from offload.reconciliation import MemoryUse, Reconciliation, reconcile
 from offload.recorder import TraceRecorder
-from offload.statistics import AcceleratorStatistics, Statistics, accelerator_statistics
+from offload.statistics import AcceleratorStatistics, Statistics, accelerator_statistics, prefetch_figures
 from offload.store.progress import Progress
 from offload.store.store import ExpertStore
 from offload.tiers.accelerated import TierPair
@@ -39,6 +40,7 @@ from offload.tiers.transfer import ReadEngine, ReadRequest
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import MINIMUM_SLOTS, kv_nbytes, pass_nbytes
+from prefetch.learning import Learner
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.lru import LruPolicy
@@ -87,7 +89,8 @@ class Runtime:
         self.dense: DensePlacement | None = None
         self._dense_copied_before = 0
         self.memory: MemoryUse | None = None
-        self.closed = self._released = False
+        self.learners: dict[str, Learner] = {}
+        self.closed = self._released = self._decoded = False
         self.lock = threading.RLock()
         self._caches: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self.reset_stats()
@@ -266,7 +269,7 @@ class Runtime:
 
     def count_pass(self, tokens: int, *, decode: bool, seconds: float) -> None:
         """Note one finished forward pass of the whole model."""
-        passes = self._passes
+        passes, self._decoded = self._passes, self._decoded or decode
         if decode:
             passes.decode_tokens += tokens
             passes.decode_s += seconds
@@ -310,12 +313,7 @@ class Runtime:
             slots_planned=self.plan.ram_slots,
             fused=dict(self.fused),
             policy=type(self.tier.policy).__name__,
-            prefetching=self.observer.prefetcher is not None and self.observer.prefetcher.on,
-            prefetches_issued=counters.ahead_issued,
-            prefetches_used=counters.ahead_used,
-            prefetches_late=counters.ahead_late,
-            prefetches_wasted=counters.ahead_wasted,
-            late_stall_s=counters.late_stall_s,
+            **prefetch_figures(counters, self.observer.prefetcher),
             accelerator=self._accelerator_stats(),
         )
 
@@ -361,10 +359,12 @@ class Runtime:
     # --- ending ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop the readers and free the slots. May be called again."""
+        """Stop the readers, free the slots and keep what was learnt. May be called again."""
         with self.lock:
             if self._released:
                 return
+            if not self.closed and self.learners and self._decoded:
+                save_learnt(self.store, self.learners)
             self.closed = True
             if self.dense is not None:
                 self.dense.close()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from offload.prefetcher import Prefetcher
 from offload.sizes import format_size
-from offload.tiers.expert_tier import ExpertTier
+from offload.tiers.expert_tier import ExpertTier, TierCounters
+from prefetch.predictors.predictor import Skill
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,19 @@ def accelerator_statistics(tier: ExpertTier, dense_bytes_copied: int) -> Acceler
     )  # fmt: skip
 
 
+def prefetch_figures(counters: TierCounters, prefetcher: Prefetcher | None) -> dict[str, Any]:
+    """What `Statistics` says of reading ahead."""
+    return {
+        "prefetching": prefetcher is not None and prefetcher.on,
+        "prefetches_issued": counters.ahead_issued,
+        "prefetches_used": counters.ahead_used,
+        "prefetches_late": counters.ahead_late,
+        "prefetches_wasted": counters.ahead_wasted,
+        "late_stall_s": counters.late_stall_s,
+        "skills": () if prefetcher is None else tuple(prefetcher.predictor.skills()),
+    }
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Counted since the model was loaded, or since `reset_stats()`.
@@ -82,6 +97,8 @@ class Statistics:
         prefetches_late: those that were still on their way then.
         prefetches_wasted: those that left or were cancelled before they were routed.
         late_stall_s: seconds of `read_stall_s` in which all that was waited for had been read ahead, too late.
+        skills: precision and recall of what was foreseen, by layer and distance, since the model was loaded; empty
+            where nothing is foreseen.
         accelerator: what its tier did, None without one. `hits` and `misses` above are then of the experts that it had
             not.
     """
@@ -109,6 +126,7 @@ class Statistics:
     prefetches_late: int = 0
     prefetches_wasted: int = 0
     late_stall_s: float = 0.0
+    skills: tuple[Skill, ...] = ()
     accelerator: AcceleratorStatistics | None = None
 
     @property
@@ -116,6 +134,11 @@ class Statistics:
         """Hits / (hits + misses); 0 before the first step."""
         routed = self.hits + self.misses
         return self.hits / routed if routed else 0.0
+
+    @property
+    def stall_s_by_cause(self) -> dict[str, float]:
+        """`read_stall_s` by what was waited for: reads that began too late, and reads that nobody foresaw."""
+        return {"read ahead too late": self.late_stall_s, "not read ahead": self.read_stall_s - self.late_stall_s}
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -132,6 +155,7 @@ class Statistics:
         return {
             **asdict(self),
             "hit_rate": self.hit_rate,
+            "stall_s_by_cause": self.stall_s_by_cause,
             "decode_tokens_per_s": self.decode_tokens_per_s,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
         }

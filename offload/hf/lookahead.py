@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from cpu_kernels.linear import linear
+from offload.devices.host_threads import kernel_pool
 from offload.moe.layer import ExpertsLayer
 from offload.prefetcher import Prefetcher
 
@@ -55,7 +57,7 @@ class _Hook:
         last = min(layer + prefetcher.predictor.depth, len(routers) - 1)
         self._layer = layer
         self._counts = [layers[index].count for index in range(layer, last + 1)]
-        self._next = [routers[index] for index in range(layer + 1, last + 1)]
+        self._next = [_logits_by(routers[index], layers[index].count) for index in range(layer + 1, last + 1)]
         self._prefetcher = prefetcher
 
     def __call__(self, _router: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -66,11 +68,43 @@ class _Hook:
         if hidden.numel() != hidden.shape[-1] or not _is_usual(output, self._counts[0]):
             return
         with torch.no_grad():
-            # `forward`, not a call: hooks are for the layer's own token.
-            ahead = [router.forward(*args) for router in self._next]
-        if all(_is_usual(one, count) for one, count in zip(ahead, self._counts[1:], strict=True)):
+            ahead = [logits(args) for logits in self._next]
+        if not any(one is None for one in ahead):
             active = output[2].reshape(-1).numpy().astype(np.int64)
-            self._prefetcher.foresee(self._layer, _logits(output), [_logits(one) for one in ahead], active)
+            self._prefetcher.foresee(self._layer, _logits(output), ahead, active)
+
+
+def _logits_by(router: torch.nn.Module, count: int) -> Callable[[tuple[Any, ...]], Any]:
+    """A function from what a router is called with to its logits, fp32 [count], or None.
+
+    Nearly all routers give W x and choose from it. Where this one does, as a probe shows, the product is all that is
+    computed.
+    """
+
+    def by_forward(args: tuple[Any, ...]) -> Any:
+        # `forward`, not a call: hooks are for the layer's own token.
+        output = router.forward(*args)
+        return _logits(output) if _is_usual(output, count) else None
+
+    weight = router._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or not weight.is_contiguous() or len(weight) != count:
+        return by_forward
+    probe = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(weight.dtype)
+    try:
+        with torch.no_grad():
+            expected, found = by_forward((probe,)), _logits_of(linear(probe, weight, None, kernel_pool()))
+    except Exception:  # noqa: BLE001 - whatever a router of another form raises
+        return by_forward
+    if expected is None or not np.allclose(expected, found, rtol=0.02, atol=0.02 * float(np.abs(found).max())):
+        return by_forward
+
+    def by_product(args: tuple[Any, ...]) -> Any:
+        hidden = args[0]
+        if hidden.dtype is not weight.dtype or not hidden.is_contiguous():
+            return by_forward(args)
+        return _logits_of(linear(hidden, weight, None, kernel_pool()))
+
+    return by_product
 
 
 def _is_usual(output: Any, count: int) -> bool:
@@ -85,4 +119,8 @@ def _is_usual(output: Any, count: int) -> bool:
 
 
 def _logits(output: Any) -> Any:
-    return output[0].reshape(-1).float().numpy()
+    return _logits_of(output[0])
+
+
+def _logits_of(logits: torch.Tensor) -> Any:
+    return logits.reshape(-1).float().numpy()

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -136,6 +137,9 @@ def remove_store(root: str | os.PathLike[str], key: str) -> None:
             # Out of sight first: a removal that dies half-way leaves no store that looks whole.
             with files.storage_errors("removing", path):
                 files.rename(path, partial)
+            learnt = directory / names.learnt_file(lock_key)
+            with files.storage_errors("removing", learnt), suppress(FileNotFoundError):
+                files.unlink(learnt)
         remove_partial(partial)
 
 

@@ -1,7 +1,8 @@
 """What the files and directories under a root are called.
 
-A store is `<model>-<key>`, its lock `.<key>.lock`, and what is being written or removed `.<key>.partial`. The key,
-`<16 hex digits of the identity>-<format>`, leaves the model's name out: one model under two names has one lock.
+A store is `<model>-<key>`, its lock `.<key>.lock`, what is being written or removed `.<key>.partial`, and what was
+learnt while its model ran `.<key>.learnt.npz`. The key, `<16 hex digits of the identity>-<format>`, leaves the model's
+name out: one model under two names has one lock.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ def store_directory(name: str, key: str) -> str:
 def lock_file(key: str) -> str:
     """The lock of a key."""
     return f".{key}.lock"
+
+
+def learnt_file(key: str) -> str:
+    """Where what was learnt of a model while it ran is kept; not part of the store."""
+    return f".{key}.learnt.npz"
 
 
 def partial_directory(key: str) -> str:

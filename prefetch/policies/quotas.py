@@ -1,13 +1,12 @@
-"""Per-layer quotas over any policy that values experts."""
+"""Per-layer quotas over a policy that values experts."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
-
 from prefetch.policies.base import CachePolicy, Scores
 from prefetch.policies.geometry import Geometry
+from prefetch.policies.valued import ValuedPolicy
 
 
 def shallow_first(geometry: Geometry, slots: int, whole_layers: int) -> tuple[int, ...]:
@@ -28,7 +27,7 @@ class QuotaPolicy(CachePolicy):
     says whom. Where no layer is above its quota, the inner policy chooses freely.
     """
 
-    def __init__(self, inner: CachePolicy, geometry: Geometry, whole_layers: int = 0) -> None:
+    def __init__(self, inner: ValuedPolicy, geometry: Geometry, whole_layers: int = 0) -> None:
         """Share slots out as `shallow_first` does.
 
         Args:
@@ -40,7 +39,7 @@ class QuotaPolicy(CachePolicy):
         self.geometry = geometry
         self.whole_layers = whole_layers
         self.quotas = shallow_first(geometry, geometry.total, whole_layers)
-        self._resident: list[set[int]] = [set() for _ in geometry.counts]
+        self._held = [0] * geometry.layers
         self._layer_of = geometry.layer_of.tolist()
 
     def on_resize(self, slots: int) -> None:
@@ -66,22 +65,29 @@ class QuotaPolicy(CachePolicy):
 
     def on_insert(self, key: int) -> None:
         """Counts towards its layer."""
-        self._resident[self._layer_of[key]].add(key)
+        before = self.inner.residents
         self.inner.on_insert(key)
+        self._held[self._layer_of[key]] += self.inner.residents - before
 
     def on_evict(self, key: int) -> None:
         """Does not count any more."""
-        self._resident[self._layer_of[key]].remove(key)
         self.inner.on_evict(key)
+        self._held[self._layer_of[key]] -= 1
 
     def victim(self, pinned: Collection[int]) -> int | None:
         """From the layer the furthest above its quota that has an unpinned key."""
-        above = [len(resident) - quota for resident, quota in zip(self._resident, self.quotas, strict=True)]
-        for layer in np.argsort(above, kind="stable")[::-1].tolist():
-            if above[layer] <= 0:
-                break
-            others = set().union(*(keys for other, keys in enumerate(self._resident) if other != layer))
-            found = self.inner.victim(others.union(pinned))
-            if found is not None:
-                return found
-        return self.inner.victim(pinned)
+        found = self.victims(pinned, 1)
+        return found[0] if found else None
+
+    def victims(self, pinned: Collection[int], count: int) -> list[int]:
+        """From the layer the furthest above its quota as many as it is above, then from the next; then from any."""
+        found: list[int] = []
+        above = [held - quota for held, quota in zip(self._held, self.quotas, strict=True)]
+        while len(found) < count and (most := max(above)) > 0:
+            # Of equal ones the deepest.
+            layer = len(above) - 1 - above[::-1].index(most)
+            above[layer] = 0
+            found += self.inner.layer_victims(layer, pinned, min(most, count - len(found)))
+        if len(found) < count:
+            found += self.inner.victims({*pinned, *found}, count - len(found))
+        return found

@@ -12,8 +12,9 @@ from prefetch.jit import entry, inner
 # What is known of each expert of a layer to come.
 BIAS, ROUTER, TRANSITION, PREVIOUS, POPULAR, INPUTS = range(6)
 
-# Rows of the counts that `score` adds to: correct among the k most probable, by predictor, and k in all.
-BY_ROUTER, BY_TRANSITION, BY_PREVIOUS, COMBINED, ROWS = range(5)
+# Rows of the counts that `score` adds to: correct among the k most probable, by predictor, those among the 2 k most
+# probable of all together, and k in all.
+BY_ROUTER, BY_TRANSITION, BY_PREVIOUS, COMBINED, COMBINED_TWICE, ROWS = range(6)
 
 _FLOOR = 0.01
 
@@ -22,11 +23,6 @@ _FLOOR = 0.01
 def _log_odds(share: float) -> Any:
     kept = min(max(share, _FLOOR), 1.0 - _FLOOR)
     return np.log(kept / (1.0 - kept))
-
-
-@inner
-def _kth_largest(values: Any, k: int) -> Any:
-    return np.sort(values)[len(values) - k]
 
 
 @entry(
@@ -61,9 +57,10 @@ def predict(
     experts = len(logits)
     spread = max(np.std(logits), 1e-6)
     # Half way between the last expert that would be picked and the first that would not.
-    edge = _kth_largest(logits, top_k)
+    ordered = np.sort(logits)
+    edge = ordered[experts - top_k]
     if top_k < experts:
-        edge = 0.5 * (edge + _kth_largest(logits, top_k + 1))
+        edge = 0.5 * (edge + ordered[experts - top_k - 1])
     for expert in range(experts):
         follows = 0.0
         for one in active:
@@ -85,9 +82,9 @@ def _correct(values: Any, used: Any, k: int) -> Any:
     return np.sum(used[order[:k]])
 
 
-@entry("void(float64[:, ::1], float64[::1], float64[::1], float64, float64[::1], float64[::1])")
-def learn(inputs: Any, probabilities: Any, used: Any, rate: float, weights: Any, counts: Any) -> None:
-    """The layer came: one step of gradient descent on the log loss, and the count of what was right.
+@entry("void(float64[:, ::1], float64[::1], float64[::1], float64, float64[::1])")
+def learn(inputs: Any, probabilities: Any, used: Any, rate: float, weights: Any) -> None:
+    """The layer came: one step of gradient descent on the log loss.
 
     Args:
         inputs: float64 [experts, INPUTS] of the prediction.
@@ -95,18 +92,32 @@ def learn(inputs: Any, probabilities: Any, used: Any, rate: float, weights: Any,
         used: float64 [experts], 1 where needed.
         rate: of learning.
         weights: float64 [INPUTS]; updated.
-        counts: float64 [ROWS + 1]: correct among the k most probable by each predictor, and k; added to, where k is
-            the number of experts that were needed.
     """
     step = np.zeros(INPUTS)
     for expert in range(len(used)):
-        step += (used[expert] - probabilities[expert]) * inputs[expert]
-    weights += rate * step / len(used)
+        error = used[expert] - probabilities[expert]
+        for place in range(INPUTS):
+            step[place] += error * inputs[expert, place]
+    for place in range(INPUTS):
+        weights[place] += rate * step[place] / len(used)
+
+
+@entry("void(float64[:, ::1], float64[::1], float64[::1], float64[::1])")
+def score(inputs: Any, probabilities: Any, used: Any, counts: Any) -> None:
+    """Count what was right.
+
+    Args:
+        inputs: float64 [experts, INPUTS] of the prediction.
+        probabilities: float64 [experts], the prediction.
+        used: float64 [experts], 1 where needed.
+        counts: float64 [ROWS + 1]; added to. k is the number of experts that were needed.
+    """
     k = int(np.sum(used))
     counts[BY_ROUTER] += _correct(inputs[:, ROUTER], used, k)
     counts[BY_TRANSITION] += _correct(inputs[:, TRANSITION], used, k)
     counts[BY_PREVIOUS] += _correct(inputs[:, PREVIOUS] + 0.01 * inputs[:, POPULAR], used, k)
     counts[COMBINED] += _correct(probabilities, used, k)
+    counts[COMBINED_TWICE] += _correct(probabilities, used, min(2 * k, len(used)))
     counts[ROWS] += k
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from prefetch.learning import check_tables
 from prefetch.policies.geometry import Geometry
 from prefetch.predictors import combine_kernel as kernel
 
@@ -17,6 +18,12 @@ Ints = npt.NDArray[np.int64]
 _START_WEIGHTS = (0.0, 1.5, 0.2, 0.1, 0.2)
 """Of bias, router, transition, previous token and popularity: the router of the layer itself is what is worth most."""
 
+DEPTH = 3
+"""Layers ahead that are predicted unless told otherwise."""
+
+SCORED = 8
+"""One token in so many is scored: sorting is most of what a prediction costs."""
+
 _RATE = 0.05
 _OFFSET_RATE = 0.05
 _DECAY = 0.95
@@ -24,8 +31,10 @@ _DECAY = 0.95
 
 @dataclass(frozen=True)
 class Skill:
-    """How often predictors were right of one layer, as recall among the k most probable with k the experts needed
-    (which is precision at the same k). NaN before the first prediction.
+    """How often predictors were right of one layer.
+
+    Recall among the k most probable, with k the experts that were needed, is also precision at k; recall at 2 k is
+    twice the precision there. One token in `SCORED` is counted.
 
     Attributes:
         layer: that was predicted.
@@ -34,6 +43,7 @@ class Skill:
         transition: what followed the earlier layer's experts before.
         previous: what the token before needed, then what is popular.
         combined: all of them.
+        combined_2k: recall of all of them among the 2 k most probable.
     """
 
     layer: int
@@ -42,6 +52,7 @@ class Skill:
     transition: float
     previous: float
     combined: float
+    combined_2k: float
 
 
 @dataclass
@@ -67,7 +78,7 @@ class Predictor:
     residual between the two layers' hidden states, which is DALI's correction (arXiv 2602.03495), learnt online.
     """
 
-    def __init__(self, geometry: Geometry, depth: int = 2) -> None:
+    def __init__(self, geometry: Geometry, depth: int = DEPTH) -> None:
         if depth < 1:
             raise ValueError(f"depth={depth}: expected at least one layer ahead")
         self.geometry = geometry
@@ -81,6 +92,7 @@ class Predictor:
             for ahead in range(1, depth + 1)
             if layer + ahead < layers
         }
+        self._observed = [0] * layers
         self._previous = [np.zeros(count) for count in geometry.counts]
         self._popular = [np.full(count, 0.1) for count in geometry.counts]
         self._active: list[Ints] = [np.zeros(0, np.int64) for _ in geometry.counts]
@@ -129,14 +141,14 @@ class Predictor:
                 if logits is not None:
                     self._offsets[layer, ahead] *= 1.0 - _OFFSET_RATE
                     self._offsets[layer, ahead] += _OFFSET_RATE * (logits - pending.logits)
-                kernel.learn(
-                    pending.inputs, pending.probabilities, used, _RATE, self.weights[layer, ahead - 1],
-                    self.counts[layer, ahead - 1],
-                )  # fmt: skip
+                kernel.learn(pending.inputs, pending.probabilities, used, _RATE, self.weights[layer, ahead - 1])
+                if self._observed[layer] % SCORED == 0:
+                    kernel.score(pending.inputs, pending.probabilities, used, self.counts[layer, ahead - 1])
             if layer >= ahead:
                 kernel.note_transition(
                     self._transitions[layer - ahead, ahead], self._active[layer - ahead], used, _DECAY
                 )
+        self._observed[layer] += 1
         self._active[layer] = experts
         self._previous[layer] = used
         popular = self._popular[layer]
@@ -173,11 +185,6 @@ class Predictor:
             ValueError: it is of another model, or damaged; nothing was taken over.
         """
         expected = self._arrays()
-        if {name: array.shape for name, array in expected.items()} != {
-            name: array.shape for name, array in state.items()
-        }:
-            raise ValueError("what a predictor learnt of another model: its tables have other names or shapes")
-        if not all(np.isfinite(array).all() for array in state.values()):
-            raise ValueError("what a predictor learnt is damaged: it holds numbers that are not finite")
+        check_tables(expected, state)
         for name, array in expected.items():
             array[:] = state[name]

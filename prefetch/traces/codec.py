@@ -14,7 +14,8 @@ from prefetch.policies.geometry import Geometry
 from prefetch.traces.trace import RoutingTrace, TraceError
 
 MAGIC = b"MOETRACE"
-VERSION = 1
+VERSION = 2
+_READ_VERSIONS = (1, 2)
 
 _PREFIX = struct.Struct("<8sHHII")
 """Magic, version, zero, bytes of the header, CRC-32 of all that follows the prefix."""
@@ -31,6 +32,7 @@ def encode(trace: RoutingTrace) -> bytes:
         "passes": trace.passes,
         "tokens": len(trace.experts),
         "scores": trace.scores is not None,
+        "depth": trace.depth,
     }
     text = json.dumps(header).encode()
     narrow = max(trace.geometry.counts) <= 256
@@ -42,6 +44,8 @@ def encode(trace: RoutingTrace) -> bytes:
     ]
     if trace.scores is not None:
         arrays.append(trace.scores.astype("<f2"))
+    if trace.ahead is not None:
+        arrays.append(trace.ahead.astype("<f2"))
     body = text + zlib.compress(b"".join(array.tobytes() for array in arrays), 6)
     return _PREFIX.pack(MAGIC, VERSION, 0, len(text), zlib.crc32(body)) + body
 
@@ -55,8 +59,8 @@ def decode(data: bytes) -> RoutingTrace:
     if len(data) < _PREFIX.size or data[:8] != MAGIC:
         raise TraceError(f"not a routing trace: expected {MAGIC!r} at the start, found {data[:8]!r}")
     _, version, _, header_nbytes, checksum = _PREFIX.unpack_from(data)
-    if version != VERSION:
-        raise TraceError(f"a routing trace of version {version}; this reads version {VERSION}")
+    if version not in _READ_VERSIONS:
+        raise TraceError(f"a routing trace of version {version}; this reads versions up to {VERSION}")
     body = data[_PREFIX.size :]
     if len(body) < header_nbytes or zlib.crc32(body) != checksum:
         raise TraceError("a routing trace that is cut off or damaged: its checksum is wrong; record it again")
@@ -64,7 +68,9 @@ def decode(data: bytes) -> RoutingTrace:
         header = json.loads(body[:header_nbytes])
         geometry = Geometry(tuple(int(count) for count in header["counts"]))
         passes, tokens, top_k = (int(header[name]) for name in ("passes", "tokens", "top_k"))
-        widths = _widths(geometry, passes, tokens, top_k, scores=bool(header["scores"]))
+        depth = int(header["depth"]) if version > 1 else 0
+        scores = bool(header["scores"])
+        widths = _widths(geometry, passes, tokens, top_k, depth, scores=scores)
         raw = _inflate(body[header_nbytes:], sum(nbytes for _, _, nbytes in widths))
         arrays, start = [], 0
         for dtype, shape, nbytes in widths:
@@ -80,12 +86,13 @@ def decode(data: bytes) -> RoutingTrace:
         arrays[0].astype(np.int32),
         arrays[1].astype(np.bool_),
         np.ascontiguousarray(arrays[2].transpose(2, 0, 1)).astype(np.uint16),
-        arrays[3].astype(np.float16) if len(arrays) > 3 else None,
+        arrays[3].astype(np.float16) if scores else None,
+        arrays[-1].astype(np.float16) if depth else None,
     )
 
 
 def _widths(
-    geometry: Geometry, passes: int, tokens: int, top_k: int, *, scores: bool
+    geometry: Geometry, passes: int, tokens: int, top_k: int, depth: int, *, scores: bool
 ) -> list[tuple[str, tuple[int, ...], int]]:
     """(dtype, shape, bytes) of each array."""
     layers, widest = geometry.layers, max(geometry.counts)
@@ -96,6 +103,8 @@ def _widths(
     ]
     if scores:
         found.append(("<f2", (passes, layers, widest)))
+    if depth:
+        found.append(("<f2", (passes, layers, depth, widest)))
     sized = [(dtype, shape, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize) for dtype, shape in found]
     if any(nbytes < 0 for *_, nbytes in sized) or sum(nbytes for *_, nbytes in sized) > _LARGEST_NBYTES:
         raise ValueError(f"{tokens} tokens in {passes} passes")

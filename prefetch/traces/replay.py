@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.belady import BeladyPolicy
+from prefetch.predictors.predictor import Predictor
 from prefetch.traces.trace import LayerStep, RoutingTrace
 
 
@@ -85,25 +88,55 @@ def keys_of(trace: RoutingTrace, step: LayerStep) -> list[int]:
     return [first + expert for expert in step.experts.tolist()]
 
 
-def replay(trace: RoutingTrace, policy: CachePolicy, slots: int, steps: Sequence[LayerStep] | None = None) -> Replay:
+def replay(
+    trace: RoutingTrace,
+    policy: CachePolicy,
+    slots: int,
+    steps: Sequence[LayerStep] | None = None,
+    predictor: Predictor | None = None,
+) -> Replay:
     """Run the whole trace, from an empty cache.
 
     Args:
-        trace: the trace.
-        policy: empty.
+        trace: the routing.
+        policy: new, or as another trace left it, with an empty cache.
         slots: of the cache.
         steps: the trace's, where the caller has them already.
+        predictor: tells the policy of layers to come, as a runtime's look ahead does; learns meanwhile. None for a
+            policy that is told nothing.
+
+    Raises:
+        ValueError: there is a predictor, and the trace has no logits ahead.
     """
+    if predictor is not None and trace.ahead is None:
+        raise ValueError(f"trace {trace.name!r} has no logits of later routers, which a predictor needs")
     model = CacheModel(policy, slots)
     counted = {True: [0, 0], False: [0, 0]}
-    for step in trace.steps() if steps is None else steps:
+    for place, step in enumerate(trace.steps() if steps is None else steps):
+        told = predictor if step.tokens == 1 else None
+        if told is not None:
+            _foresee(trace, place // trace.geometry.layers, step, told, policy)
         keys = keys_of(trace, step)
         missing = len(model.step(keys, step.shares))
         counted[step.prefill][0] += len(keys) - missing
         counted[step.prefill][1] += missing
         if step.scores is not None:
             policy.on_scores(int(trace.geometry.first_keys[step.layer]), step.scores)
+        if told is not None:
+            # Logits but for a constant, which no prediction depends on.
+            logits = None if step.scores is None else np.log(np.maximum(step.scores.astype(np.float64), 1e-7))
+            told.observe(step.layer, step.experts, logits)
     return Replay(*counted[True], *counted[False])
+
+
+def _foresee(trace: RoutingTrace, index: int, step: LayerStep, predictor: Predictor, policy: CachePolicy) -> None:
+    """What the router of one layer lets foresee of the next ones."""
+    assert trace.ahead is not None
+    for ahead in range(1, min(predictor.depth, trace.depth, trace.geometry.layers - 1 - step.layer) + 1):
+        target = step.layer + ahead
+        logits = trace.ahead[index, step.layer, ahead - 1, : trace.geometry.counts[target]].astype(np.float64)
+        probabilities = predictor.predict(step.layer, ahead, logits, step.experts, trace.top_k)
+        policy.on_forecast(int(trace.geometry.first_keys[target]), probabilities)
 
 
 def belady_for(trace: RoutingTrace) -> BeladyPolicy:

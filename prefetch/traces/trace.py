@@ -56,6 +56,9 @@ class RoutingTrace:
         pass_prefill: bool [passes], whether a pass had several tokens of a sequence.
         experts: uint16 [tokens of all passes, layers, top_k]; expert ids of a token in a layer, all different.
         scores: fp16 [passes, layers, largest layer], the router's mean probabilities over a pass's tokens, or None.
+        ahead: fp16 [passes, layers, depth, largest layer], what the routers of the next 1 to depth layers say (logits)
+            of the hidden state that the layer's own router saw, in passes of one token; 0 in others, beyond the last
+            layer and beyond a layer's experts. None where not recorded.
     """
 
     name: str
@@ -65,6 +68,7 @@ class RoutingTrace:
     pass_prefill: npt.NDArray[np.bool_]
     experts: Ids
     scores: npt.NDArray[np.float16] | None = None
+    ahead: npt.NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
         layers, widest = self.geometry.layers, max(self.geometry.counts)
@@ -80,6 +84,15 @@ class RoutingTrace:
             raise TraceError("a token goes to one expert twice")
         if self.scores is not None and self.scores.shape != (len(self.pass_tokens), layers, widest):
             raise TraceError(f"scores of {self.scores.shape}, expected {(len(self.pass_tokens), layers, widest)}")
+        if self.ahead is not None:
+            whole = (len(self.pass_tokens), layers, self.depth, widest)
+            if self.ahead.ndim != 4 or self.ahead.shape != whole or not self.depth:
+                raise TraceError(f"logits ahead of {self.ahead.shape}, expected {whole}")
+
+    @property
+    def depth(self) -> int:
+        """Layers that `ahead` reaches; 0 where it was not recorded."""
+        return 0 if self.ahead is None or self.ahead.ndim < 3 else self.ahead.shape[2]
 
     @property
     def passes(self) -> int:

@@ -80,6 +80,7 @@ def test_the_counts_are_what_they_say() -> None:
     (skill,) = predictor.skills()
     assert (skill.layer, skill.ahead) == (2, 2)
     assert skill.router == pytest.approx(2 / 3)
+    assert skill.combined_2k >= skill.combined
     # What was not foreseen again is not counted again.
     predictor.observe(2, np.array([0, 1, 2], np.int64))
     assert predictor.skills() == [skill]
