@@ -80,7 +80,7 @@ class Run:
 
     def __init__(self, name: str, share: float, checkpoint: Path, work: Path, tokens: list[int]) -> None:
         ram = budget_for(checkpoint, share, CONTEXT_TOKENS)
-        self.model = offload.load(
+        self.model: Any = offload.load(
             checkpoint, ram=ram, nvme=store_root(work), context=CONTEXT_TOKENS, progress=False, **RUNS[name]
         )
         self.runtime: Any = self.model.offload
@@ -197,7 +197,7 @@ def _limits(one: Run, turns: list[Turn], bandwidth: float, warm_passes: int) -> 
         "Belady, one layer known": (lambda: belady_for(trace), 1),
         "Belady, a pass known": (lambda: belady_for(trace), layers),
     }
-    found = {}
+    found: dict[str, Row] = {}
     for name, (make, known) in policies.items():
         stalls = replay_stalls(trace, make(), slots, pace, oracle_layers=known, warm_passes=warm_passes)
         found[name] = {

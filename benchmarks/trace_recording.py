@@ -84,7 +84,7 @@ def _tokens(tokenizer: Any, texts: list[str], length: int, piece: int) -> list[i
 @torch.no_grad()
 def record(model: PreTrainedModel, tokens: list[int], prompt_tokens: int, name: str) -> RoutingTrace:
     """The trace of a prefill of `prompt_tokens` and of decoding the other tokens one by one."""
-    routers = [layer.mlp.gate for layer in model.get_submodule("model.layers").children()]
+    routers = [layer.get_submodule("mlp.gate") for layer in model.get_submodule("model.layers").children()]
     seen: list[torch.Tensor] = []
     hooks = [
         router.register_forward_hook(lambda _router, args, _output: seen.append(args[0].view(len(tokens), -1)))

@@ -39,7 +39,8 @@ def _later_table() -> np.ndarray:
     """
     shares = np.minimum(np.arange(_STEPS + 2) / _STEPS, 1.0)[:, None]
     visits = np.arange(_VISITS)
-    return np.sum(shares * (1.0 - shares) ** visits / (1.5 + visits + PATIENCE_PASSES), axis=1)
+    table: np.ndarray = np.sum(shares * (1.0 - shares) ** visits / (1.5 + visits + PATIENCE_PASSES), axis=1)
+    return table
 
 
 _LATER = _later_table()
