@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, DynamicCache
@@ -80,10 +80,10 @@ class Run:
 
     def __init__(self, name: str, share: float, checkpoint: Path, work: Path, tokens: list[int]) -> None:
         ram = budget_for(checkpoint, share, CONTEXT_TOKENS)
-        self.model: Any = offload.load(
+        self.model = offload.load(
             checkpoint, ram=ram, nvme=store_root(work), context=CONTEXT_TOKENS, progress=False, **RUNS[name]
         )
-        self.runtime: Any = self.model.offload
+        self.runtime = cast(Any, self.model.offload)
         self.runtime.record_trace()
         self._cache = DynamicCache(config=self.model.config)
         self._tokens = tokens
