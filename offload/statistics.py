@@ -7,7 +7,8 @@ from typing import Any
 
 from offload.prefetcher import Prefetcher
 from offload.sizes import format_size
-from offload.tiers.expert_tier import ExpertTier, TierCounters
+from offload.tiers.counters import TierCounters
+from offload.tiers.expert_tier import ExpertTier
 from prefetch.predictors.predictor import Skill
 
 
