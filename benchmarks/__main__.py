@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
     "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch", "ablation", "kv_kernels",
-    "simulator",
+    "simulator", "kv",
 )  # fmt: skip
 
 
@@ -32,6 +33,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         formats,
         gpu,
         kernels,
+        kv,
         kv_kernels,
         large_model,
         llama_cpp,
@@ -68,6 +70,11 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "prefetch": lambda work: prefetch.run(work, prefetch.QUICK if quick else prefetch.FULL),
         "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK if quick else kv_kernels.FULL),
         "simulator": lambda work: simulator.run(simulator.QUICK if quick else simulator.FULL),
+        "kv": lambda work: kv.run(
+            work,
+            replace(shape if quick else large_model.LIKE_30B_A3B, layers=(kv.QUICK if quick else kv.FULL).model_layers),
+            kv.QUICK if quick else kv.FULL,
+        ),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
         "llama_cpp_mixtral": lambda work: llama_cpp.run(
             work, shape if quick else checkpoints.LIKE_MIXTRAL, llama_cpp.QUICK if quick else llama_cpp.FULL

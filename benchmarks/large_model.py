@@ -34,6 +34,7 @@ from offload.hf.skeleton import make_skeleton
 from offload.hf.spec import build_spec
 from offload.quantisation import make_quantisation
 from offload.store import BundleSource, ExpertGroup, NoProgress, Progress
+from placement.kv import KvChoice
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import make_plan
@@ -112,7 +113,9 @@ class PreparedRandom:
 
     finishes_beside_conversion: ClassVar[bool] = False
 
-    def __init__(self, shape: checkpoints.Shape, ram: int) -> None:
+    def __init__(
+        self, shape: checkpoints.Shape, ram: int, context_tokens: int = _CONTEXT_TOKENS, kv: KvChoice | None = None
+    ) -> None:
         quantisation = make_quantisation(QUANT)
         self._skeleton = make_skeleton(shape.config(), torch.bfloat16)
         modules = [name for name, _ in experts_modules(self._skeleton)]
@@ -120,10 +123,10 @@ class PreparedRandom:
         self.bundles: BundleSource = RandomBundles(shape, quantisation.experts, modules)
         self._formats = linears_to_quantise(self._skeleton, quantisation)
         self.spec: ModelSpec = build_spec(
-            self._skeleton, self.bundles.groups, name=self.bundles.name, context_tokens=_CONTEXT_TOKENS, casts=False,
+            self._skeleton, self.bundles.groups, name=self.bundles.name, context_tokens=context_tokens, casts=False,
             formats=self._formats, alone=list(self._formats), quantisation=quantisation,
         )  # fmt: skip
-        self.plan: Plan = make_plan(self.spec, Workload(_CONTEXT_TOKENS), ram)
+        self.plan: Plan = make_plan(self.spec, Workload(context_tokens), ram, kv=kv)
 
     def finish(self, progress: Progress) -> PreTrainedModel:
         """Random weights in place of those that a checkpoint would have."""

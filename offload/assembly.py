@@ -19,6 +19,8 @@ from offload.hf.dense_placement import DensePlacement
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.hf.fused import fuse
 from offload.hf.lookahead import find_routers, look_ahead
+from offload.hf.paged.adopt import page_caches
+from offload.kv.paging import Paging
 from offload.learnt import restore_learnt
 from offload.moe.gate import recognise_gate
 from offload.moe.layer import ExpertsLayer
@@ -31,6 +33,7 @@ from offload.store.convert import convert, find_store
 from offload.store.progress import NoProgress, Progress
 from offload.store.store import ExpertStore
 from offload.store.writer import conversion_nbytes
+from placement.kv import KvPlan
 from placement.plan import Plan
 from prefetch.controller import Controller
 from prefetch.learning import Learner
@@ -85,6 +88,8 @@ def assemble(
             runtime.dense = DensePlacement(model, prepared.plan.vram, above)
         # Those are the CPU's kernels.
         runtime.fused = fuse(model, fused if model.device.type == "cpu" else (), runtime)
+        if prepared.plan.kv is not None:
+            runtime.paging = _page(model, prepared.plan.kv, device, store_root)
         if prefetch != "off":
             _prefetch(model, runtime, prefetch)
         _go_on_learning(runtime)
@@ -109,6 +114,13 @@ def _accelerator(request: AcceleratorRequest, plan: Plan) -> Accelerator:
     driver.limit(plan.vram.budget_nbytes)
     use = plan.vram.use
     return CudaDevice(driver, plan.vram.budget_nbytes - use.kv_nbytes - use.activation_nbytes)
+
+
+def _page(model: PreTrainedModel, plan: KvPlan, device: HostDevice, store_root: Path) -> Paging:
+    """Keep KV caches in blocks, in RAM and in a file beside the expert stores."""
+    paging = Paging(device, plan.ram_nbytes, store_root, plan.format)
+    page_caches(model, paging)
+    return paging
 
 
 def _store_and_model(prepared: Prepared, store_root: Path, progress: Progress) -> tuple[ExpertStore, PreTrainedModel]:

@@ -115,3 +115,7 @@ class SlowReadWarning(UserWarning):
 
 class LearntFileWarning(UserWarning):
     """What predictors learnt in an earlier run cannot be read, or what they learnt in this one cannot be kept."""
+
+
+class SlowKvWarning(UserWarning):
+    """Attention does not compute where the KV cache's blocks lie; the message says why."""

@@ -40,6 +40,8 @@ def load(
     device: str | None = None,
     vram: int | str | None = None,
     link: str | None = None,
+    kv: str = "auto",
+    kv_ram: int | str | None = None,
     progress: bool | None = None,
 ) -> PreTrainedModel:
     """A transformers model whose experts lie on disk and, as far as the budget goes, in RAM.
@@ -79,6 +81,10 @@ def load(
         vram: of a GPU's memory what may be used, None for all that is free; of "host" the size of its accelerator's,
             which takes as much of the host's beside `ram`.
         link: bytes per second to the host's accelerator, such as "25GB/s", which is the default.
+        kv: format of the KV cache: "auto" for the model's dtype, "bf16", "fp16", "fp32", or, rounding what is older
+            than 128 tokens, "fp8", "int8" or "int4". In the model's dtype it stays one that grows in place while it
+            fits; otherwise it lies in blocks, in RAM and beyond that on disk, and is attended there.
+        kv_ram: bound on the memory of such blocks, as `ram`; None for what the plan gives them.
         progress: show bars; None where stderr is a terminal and HF_HUB_DISABLE_PROGRESS_BARS is not set.
 
     Raises:
@@ -89,6 +95,7 @@ def load(
     request = make_request(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
         fused=fused, quant=quant, policy=policy, prefetch=prefetch, device=device, vram=vram, link=link,
+        kv=kv, kv_ram=kv_ram,
     )  # fmt: skip
     _check_device(request)
     prepared = _prepare(
@@ -124,6 +131,8 @@ def plan(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     quant: str | Mapping[str, str | None] | None = None,
+    kv: str = "auto",
+    kv_ram: int | str | None = None,
 ) -> Plan:
     """What `load` would do with the same arguments, from headers alone; downloads nothing.
 
@@ -133,7 +142,7 @@ def plan(
     """
     request = make_request(
         ram=ram, nvme=None, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
-        quant=quant,
+        quant=quant, kv=kv, kv_ram=kv_ram,
     )  # fmt: skip
     from offload.preparation import prepare_checkpoint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from offload.checkpoint.dtypes import TORCH_DTYPES
 from offload.checkpoint.experts import MappedExperts, map_checkpoint
 from offload.checkpoint.lazy import lazy_state_dict
 from offload.checkpoint.locate import locate_checkpoint
-from offload.errors import DoesNotFitError, InvalidArgumentError
+from offload.errors import DoesNotFitError, InvalidArgumentError, SlowKvWarning
 from offload.hf.dense import load_dense
 from offload.hf.dense_weights import alignment_nbytes
 from offload.hf.dtypes import FORMAT_OF_DTYPE, resolve_dtype
@@ -34,6 +35,7 @@ from offload.sizes import format_size
 from offload.store.progress import Progress
 from offload.store.source import BundleSource
 from placement.hardware_profile import HardwareProfile
+from placement.kv import KvChoice, layout_format, minimum_nbytes
 from placement.memory_use import vram_beside_weights
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
@@ -220,8 +222,10 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
 
 def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedModel) -> Plan:
     workload = Workload(context, request.batch, request.prefill_chunk_tokens)
+    check_kv(spec, request)
     try:
-        plan = make_plan(spec, workload, request.ram_nbytes, profile_for(spec, request.store_root))
+        profile = profile_for(spec, request.store_root)
+        plan = make_plan(spec, workload, request.ram_nbytes, profile, kv=request.kv)
     except PlanInfeasibleError as error:
         minimum = error.minimum_ram_nbytes
         raise DoesNotFitError(
@@ -229,6 +233,29 @@ def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedM
             minimum_ram_bytes=minimum,
         ) from error
     return plan if request.accelerator is None else _with_vram(spec, plan, request.accelerator, skeleton)
+
+
+def check_kv(spec: ModelSpec, request: Request) -> None:
+    """See that the KV cache can be what was asked for.
+
+    Raises:
+        InvalidArgumentError: `kv_ram` is too small for any context.
+    """
+    choice = request.kv
+    if not any(shape is not None for shape in spec.kv_shapes):
+        if choice != KvChoice():
+            warnings.warn(
+                f"{spec.name}: no layer keeps keys and values of all tokens, so that kv= and kv_ram= change nothing",
+                SlowKvWarning,
+                stacklevel=2,
+            )
+        return
+    least = minimum_nbytes(spec, request.batch, layout_format(choice.format, spec.dtype))
+    if choice.ram_nbytes is not None and choice.ram_nbytes < least:
+        raise InvalidArgumentError(
+            f"kv_ram={choice.ram_nbytes}: the blocks that {request.batch} sequences write to, and two segments to read "
+            f"into, take {least:,} bytes ({format_size(least)}); give as much or more"
+        )
 
 
 def _with_vram(spec: ModelSpec, plan: Plan, accelerator: AcceleratorRequest, skeleton: PreTrainedModel) -> Plan:

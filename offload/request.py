@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from offload.devices.link import Link, parse_link
 from offload.errors import InvalidArgumentError
 from offload.quantisation import Quantisation, make_quantisation
 from offload.sizes import parse_size
+from placement.kv import KV_CHOICES, KvChoice
 from prefetch.policies.names import POLICIES
 from profiler.memory import available_ram_nbytes
 
@@ -63,6 +64,7 @@ class Request:
         policy: the cache policy's name, or the policy.
         prefetch: "auto", "on" or "off".
         accelerator: None for the CPU alone.
+        kv: format and bound of the KV cache.
     """
 
     ram_nbytes: int
@@ -75,6 +77,7 @@ class Request:
     policy: str | CachePolicy
     prefetch: str
     accelerator: AcceleratorRequest | None = None
+    kv: KvChoice = field(default_factory=KvChoice)
 
 
 def make_request(
@@ -92,6 +95,8 @@ def make_request(
     device: str | None = None,
     vram: int | str | None = None,
     link: str | Link | None = None,
+    kv: str = "auto",
+    kv_ram: int | str | None = None,
 ) -> Request:
     """Check and resolve a user's arguments.
 
@@ -110,6 +115,8 @@ def make_request(
         vram: of a GPU what may be used of its memory, None for all that is free; otherwise the size of the memory of an
             accelerator that the host plays, None for none.
         link: bytes per second to it, None for DEFAULT_LINK.
+        kv: one of KV_CHOICES.
+        kv_ram: bound on the KV cache's memory, None for what the plan gives it.
 
     Raises:
         InvalidArgumentError: naming the argument, what it may be and what it was.
@@ -135,6 +142,7 @@ def make_request(
         _policy(policy),
         _prefetch(prefetch),
         _accelerator(device, vram, link),
+        _kv(kv, kv_ram),
     )
 
 
@@ -176,6 +184,12 @@ def _accelerator(device: object, vram: int | str | None, link: str | Link | None
             f'vram={vram!r}: goes with device="cuda", or with device="host", whose memory plays an accelerator\'s'
         )
     return AcceleratorRequest("host", parse_size(vram, "vram"), parse_link(DEFAULT_LINK if link is None else link))
+
+
+def _kv(format: object, ram: int | str | None) -> KvChoice:
+    if not isinstance(format, str) or format not in KV_CHOICES:
+        raise InvalidArgumentError(f"kv={format!r}: expected one of {', '.join(KV_CHOICES)}")
+    return KvChoice(format, None if ram is None else parse_size(ram, "kv_ram"))
 
 
 def _check_count(name: str, value: object) -> None:

@@ -7,7 +7,6 @@ import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import perf_counter
 from typing import NoReturn, Self
 
@@ -20,6 +19,8 @@ from offload.devices.link import CHUNK_NBYTES
 from offload.errors import ClosedError, DoesNotFitError, UnsupportedOperationError
 from offload.fork_guard import hold_at_fork
 from offload.hf.dense_placement import DensePlacement
+from offload.kv.budget import pass_nbytes
+from offload.kv.paging import Paging
 from offload.learnt import save_learnt
 from offload.moe.costs import ObservedCosts
 from offload.moe.layer import ExpertsLayer
@@ -28,7 +29,13 @@ from offload.moe.tiered_step import Accelerated, retried_step
 from offload.observer import StepObserver
 from offload.reconciliation import MemoryUse, Reconciliation, reconcile
 from offload.recorder import TraceRecorder
-from offload.statistics import AcceleratorStatistics, Statistics, accelerator_statistics, prefetch_figures
+from offload.statistics import (
+    AcceleratorStatistics,
+    Passes,
+    Statistics,
+    accelerator_statistics,
+    prefetch_figures,
+)
 from offload.store.progress import Progress
 from offload.store.store import ExpertStore
 from offload.tiers.accelerated import TierPair
@@ -39,22 +46,12 @@ from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.transfer import ReadEngine, ReadRequest
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
-from placement.planner import MINIMUM_SLOTS, kv_nbytes, pass_nbytes
+from placement.planner import MINIMUM_SLOTS, kv_nbytes
 from prefetch.learning import Learner
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.lru import LruPolicy
 from prefetch.traces.trace import RoutingTrace
-
-
-@dataclass
-class _Passes:
-    """Forward passes of the whole model."""
-
-    prefill_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_tokens: int = 0
-    decode_s: float = 0.0
 
 
 class Runtime:
@@ -86,6 +83,7 @@ class Runtime:
         self._number = {layer.first_key: index for index, layer in enumerate(self.layers)}
         self.accelerated = None if accelerator is None else self._above(accelerator, accelerator_policy)
         self.fused: dict[str, int] = {}
+        self.paging: Paging | None = None
         self.dense: DensePlacement | None = None
         self._dense_copied_before = 0
         self.memory: MemoryUse | None = None
@@ -230,7 +228,7 @@ class Runtime:
         self._check_open()
         self.observer.prefill = tokens > 1
         plan = self.plan
-        own = pass_nbytes(self.spec, batch, tokens, past_tokens, all_logits=all_logits)
+        own = pass_nbytes(self.spec, self.paging, batch, tokens, past_tokens, all_logits=all_logits)
         with self.lock:
             if cache is not None:
                 self._caches[cache] = kv_nbytes(self.spec, batch, past_tokens + tokens)
@@ -257,6 +255,8 @@ class Runtime:
                 self.tier.resize(slots)
 
     def _other_caches_nbytes(self, cache: object | None) -> int:
+        if self.paging is not None:
+            return 0
         with self.lock:
             return sum(nbytes for other, nbytes in self._caches.items() if other is not cache)
 
@@ -283,7 +283,7 @@ class Runtime:
 
     def reset_stats(self) -> None:
         """Count from zero."""
-        self._passes = _Passes()
+        self._passes = Passes()
         self._moe_steps = 0
         self._moe_s = 0.0
         self._dense_copied_before = 0 if self.dense is None else self.dense.bytes_copied
@@ -315,6 +315,7 @@ class Runtime:
             policy=type(self.tier.policy).__name__,
             **prefetch_figures(counters, self.observer.prefetcher),
             accelerator=self._accelerator_stats(),
+            kv=None if self.paging is None else self.paging.statistics(),
         )
 
     def _accelerator_stats(self) -> AcceleratorStatistics | None:
@@ -351,6 +352,8 @@ class Runtime:
         """Prove that every slot, key and read is accounted for; see `ExpertTier.check`."""
         with self.lock:
             (self.tier if self.accelerated is None else self.accelerated.tiers).check()
+        if self.paging is not None:
+            self.paging.check()
 
     def _tiers(self) -> list[ExpertTier]:
         """The accelerator's first: its copies read what is in the host's."""
@@ -371,6 +374,8 @@ class Runtime:
             for tier in self._tiers():
                 tier.engine.close()
                 tier.release_memory()
+            if self.paging is not None:
+                self.paging.close()
             self._released = True
 
     def _check_open(self) -> None:

@@ -5,11 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from offload.kv.statistics import KvStatistics
 from offload.prefetcher import Prefetcher
 from offload.sizes import format_size
 from offload.tiers.counters import TierCounters
 from offload.tiers.expert_tier import ExpertTier
 from prefetch.predictors.predictor import Skill
+
+
+@dataclass
+class Passes:
+    """Forward passes of the whole model."""
+
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ class Statistics:
             where nothing is foreseen.
         accelerator: what its tier did, None without one. `hits` and `misses` above are then of the experts that it had
             not.
+        kv: what the KV cache in blocks did, since it was made; None where caches grow in place.
     """
 
     hits: int
@@ -129,6 +141,7 @@ class Statistics:
     late_stall_s: float = 0.0
     skills: tuple[Skill, ...] = ()
     accelerator: AcceleratorStatistics | None = None
+    kv: KvStatistics | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -163,9 +176,15 @@ class Statistics:
 
     def __str__(self) -> str:
         reads = "" if self.direct_io else ", buffered reads"
+        kv = ""
+        if self.kv is not None:
+            kv = (
+                f", KV cache {format_size(self.kv.ram_nbytes)} in RAM and {format_size(self.kv.disk_nbytes)} on disk, "
+                f"waited {self.kv.read_stall_s + self.kv.write_stall_s:.2f} s for it"
+            )
         return (
             f"decode {self.decode_tokens_per_s:.2f} tokens/s ({self.decode_tokens}), "
             f"prefill {self.prefill_tokens_per_s:.1f} tokens/s ({self.prefill_tokens}), "
             f"hit rate {self.hit_rate:.1%} ({self.hits} of {self.hits + self.misses}), "
-            f"read {format_size(self.bytes_read)}, waited {self.read_stall_s:.2f} s for reads{reads}"
+            f"read {format_size(self.bytes_read)}, waited {self.read_stall_s:.2f} s for reads{reads}{kv}"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from formats.bundle import BundleLayout
 from formats.elements import ELEMENT_FORMATS
 from formats.packed import MatrixLayout
+from placement.kv import KvShape
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class ModelSpec:
         layers: one entry for each decoder layer; empty where sizes are enough and speed is not asked for.
         head: the output layer, None where `layers` is empty.
         head_is_shared: the output layer's weights are the embedding's, and no bytes of their own.
+        kv_shapes: keys and values of each layer of the cache; None where it is a window or a state, which is not paged.
     """
 
     name: str
@@ -128,6 +130,7 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...] = ()
     head: LinearSpec | None = None
     head_is_shared: bool = False
+    kv_shapes: tuple[KvShape | None, ...] = ()
 
     @property
     def expert_count(self) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from placement.kv import KvPlan
 from placement.prediction import Prediction
 from placement.records import from_json, to_json
 from placement.workload import Workload
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 Tier = Literal["vram", "ram", "nvme"]
 
@@ -20,7 +21,7 @@ class RamUse:
 
     Attributes:
         dense_nbytes: all weights and buffers that are not routed experts.
-        kv_nbytes: cache of `workload.batch` sequences of `workload.context_tokens` tokens.
+        kv_nbytes: cache of `workload.batch` sequences of `workload.context_tokens` tokens, or what of it is in RAM.
         activation_nbytes: activations of the largest forward pass, logits, and what a weight needs while it loads.
         slot_nbytes: expert slots.
     """
@@ -119,6 +120,7 @@ class Plan:
         reader_threads: reads in flight.
         vram: what lives in an accelerator's memory, None for a plan without.
         prediction: expected speed by term, None where no hardware profile was given.
+        kv: a KV cache in blocks; None for one that grows in place, in the model's dtype and in RAM.
     """
 
     model: str
@@ -144,6 +146,7 @@ class Plan:
     reader_threads: int
     vram: VramPlan | None = None
     prediction: Prediction | None = None
+    kv: KvPlan | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.ram_slots <= self.expert_count:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
+from placement.kv import KvChoice, KvPlan, fixed_nbytes, layout_format, minimum_nbytes, plan_kv, scratch_nbytes
+from placement.kv_cost import in_blocks, with_reads
 from placement.model_spec import ModelSpec
 from placement.plan import Plan, RamUse
 from placement.predict import Routing, predict
@@ -82,11 +84,21 @@ def pass_nbytes(spec: ModelSpec, batch: int, tokens: int, past_tokens: int, *, a
     return kv_nbytes(spec, batch, past_tokens + tokens) + activation_nbytes(spec, batch, tokens, all_logits=all_logits)
 
 
-def fixed_ram(spec: ModelSpec, workload: Workload) -> RamUse:
-    """Host memory that the request needs before the first expert slot."""
+def fixed_ram(spec: ModelSpec, workload: Workload, paged_nbytes: int | None = None) -> RamUse:
+    """Host memory that the request needs before the first expert slot.
+
+    Args:
+        spec: the model.
+        workload: what will run.
+        paged_nbytes: memory of a KV cache in blocks; None for one that grows in place.
+    """
     tokens_at_once = min(workload.context_tokens, workload.prefill_chunk_tokens)
-    kv = _page_up(kv_nbytes(spec, workload.batch, workload.context_tokens))
     activations = activation_nbytes(spec, workload.batch, tokens_at_once, all_logits=False)
+    if paged_nbytes is None:
+        kv = _page_up(kv_nbytes(spec, workload.batch, workload.context_tokens))
+    else:
+        kv = _page_up(paged_nbytes + fixed_nbytes(spec, workload))
+        activations += scratch_nbytes(spec, workload)
     return RamUse(
         dense_nbytes=spec.dense_nbytes,
         kv_nbytes=kv,
@@ -102,6 +114,7 @@ def make_plan(
     ram_budget_nbytes: int,
     profile: HardwareProfile | None = None,
     routing: Routing | None = None,
+    kv: KvChoice | None = None,
 ) -> Plan:
     """The plan for a machine without an accelerator: what the runtime executes.
 
@@ -111,15 +124,15 @@ def make_plan(
         ram_budget_nbytes: bound on all that the runtime holds in host memory.
         profile: the machine, for the prediction; None makes none.
         routing: what is known of the experts' popularity, for the prediction.
+        kv: what the user wants of the KV cache; None for the plain one while it fits, else blocks.
 
     Raises:
         PlanInfeasibleError: the budget is below what dense weights, KV, activations and two expert slots need.
         ValueError: `profile` cannot predict this spec.
     """
-    fixed = fixed_ram(spec, workload)
     slot_nbytes = spec.bundle_nbytes
     minimum_slots = min(MINIMUM_SLOTS, spec.expert_count)
-    minimum = fixed.total_nbytes + minimum_slots * slot_nbytes
+    fixed, paged, minimum = _kv_and_fixed(spec, workload, ram_budget_nbytes, KvChoice() if kv is None else kv)
     if ram_budget_nbytes < minimum:
         raise PlanInfeasibleError(
             f"{spec.name} needs at least {minimum:,} bytes of RAM: dense weights {fixed.dense_nbytes:,}, "
@@ -151,16 +164,52 @@ def make_plan(
         kv_nbytes_per_token=spec.kv_nbytes_per_token,
         read_chunk_nbytes=READ_CHUNK_NBYTES,
         reader_threads=READER_THREADS,
-        prediction=predicted(spec, profile, slots, workload, routing) if profile else None,
+        prediction=predicted(spec, profile, slots, workload, routing, paged) if profile else None,
+        kv=paged,
     )
 
 
+def _kv_and_fixed(
+    spec: ModelSpec, workload: Workload, ram_budget_nbytes: int, choice: KvChoice
+) -> tuple[RamUse, KvPlan | None, int]:
+    """Memory before the first slot, the KV cache if it is in blocks, and the least budget that would do.
+
+    A cache that fits and keeps what the model computed grows in place. In blocks, the cache goes before experts: a byte
+    of it that is on disk is read for every token, an expert's only where it is routed to.
+    """
+    slots_nbytes = min(MINIMUM_SLOTS, spec.expert_count) * spec.bundle_nbytes
+    fixed = fixed_ram(spec, workload)
+    minimum = fixed.total_nbytes + slots_nbytes
+    format = layout_format(choice.format, spec.dtype)
+    pageable = any(shape is not None for shape in spec.kv_shapes)
+    within = choice.ram_nbytes is None or fixed.kv_nbytes <= choice.ram_nbytes
+    if not pageable or (format == spec.dtype and within and minimum <= ram_budget_nbytes):
+        return fixed, None, minimum
+    least = minimum_nbytes(spec, workload.batch, format)
+    beside = fixed_ram(spec, workload, 0).total_nbytes
+    experts = max(layer.top_k for layer in spec.experts) * spec.bundle_nbytes
+    room = ram_budget_nbytes - beside
+    # The experts of one layer and token keep their slots where that leaves enough for blocks.
+    paged = plan_kv(spec, workload, choice, max(least, room - experts))
+    paged_minimum = fixed_ram(spec, workload, min(least, paged.ram_nbytes)).total_nbytes + slots_nbytes
+    if format == spec.dtype and within and paged_minimum >= minimum:
+        # Blocks would take more than they save.
+        return fixed, None, minimum
+    return fixed_ram(spec, workload, paged.ram_nbytes), paged, paged_minimum
+
+
 def predicted(
-    spec: ModelSpec, profile: HardwareProfile, ram_slots: int, workload: Workload, routing: Routing | None = None
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    ram_slots: int,
+    workload: Workload,
+    routing: Routing | None = None,
+    kv: KvPlan | None = None,
 ) -> Prediction:
     """What is expected of a plan with so many slots in RAM and nothing on an accelerator."""
     homes = Homes((), (), False, 0, ram_slots, READ_CHUNK_NBYTES, READER_THREADS)
-    return predict(spec, profile, homes, workload, routing)
+    found = predict(in_blocks(spec, kv), profile, homes, workload, routing)
+    return with_reads(found, spec, profile, workload, kv)
 
 
 def _page_up(nbytes: int) -> int:

@@ -50,6 +50,8 @@ def _bench(
     context: int | None,
     dtype: str,
     quant: str | dict[str, str | None] | None,
+    kv: str,
+    kv_ram: int | None,
     revision: str | None,
     trust_remote_code: bool,
     batch: int,
@@ -80,7 +82,7 @@ def _bench(
     reset_peak_rss()
     with quiet_transformers():
         loaded = load(
-            model, ram=ram, nvme=nvme, dtype=dtype, quant=quant, context=context or amount.context_tokens, batch=batch,
+            model, ram=ram, nvme=nvme, dtype=dtype, quant=quant, kv=kv, kv_ram=kv_ram, context=context or amount.context_tokens, batch=batch,
             revision=revision, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
         runtime = cast("Runtime", loaded.offload)

@@ -11,6 +11,7 @@ import click
 from offload.errors import InvalidArgumentError
 from offload.quantisation import make_quantisation, parse_quantisation
 from offload.sizes import parse_size
+from placement.kv import KV_CHOICES
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -92,6 +93,19 @@ _MODEL_OPTIONS = (
         help="In which to compute; auto is the checkpoint's own.",
     ),
     quant_option(),
+    click.option(
+        "--kv",
+        type=click.Choice(KV_CHOICES),
+        default="auto",
+        show_default=True,
+        help="Format of the KV cache; fp8, int8 and int4 round tokens older than 128. auto is the model's dtype.",
+    ),
+    click.option(
+        "--kv-ram",
+        type=Size(),
+        metavar="SIZE",
+        help="Most memory of the KV cache; the rest goes to disk.  [default: as the plan says]",
+    ),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository."),
     click.option("--trust-remote-code", is_flag=True, help="Allow the checkpoint to bring modeling code."),
 )

@@ -79,6 +79,8 @@ def plan_command(as_json: bool, **options: Any) -> None:
     ahead = Ahead(**{name: options.pop(name) for name in names})
     with exit_codes(as_json=as_json):
         asked = Asked(as_json=as_json, simulate=Simulate.asked(options), **options)
+        if (asked.kv != "auto" or asked.kv_ram is not None) and (ahead.asked or asked.skew is not None or asked.remote):
+            raise click.UsageError("--kv and --kv-ram go with a plan for this machine and a model that is here.")
         if ahead.asked or asked.skew is not None:
             _plan_ahead(ahead, asked)
         elif asked.remote:
@@ -97,6 +99,8 @@ class Asked:
     context: int | None
     dtype: str
     quant: str | dict[str, str | None] | None
+    kv: str
+    kv_ram: int | None
     revision: str | None
     trust_remote_code: bool
     batch: int
@@ -176,7 +180,7 @@ def _plan(asked: Asked) -> None:
 
     request = make_request(
         ram=asked.ram, nvme=asked.nvme, context=asked.context, batch=asked.batch, prefill_chunk=PREFILL_CHUNK_TOKENS,
-        max_memory=None, quant=asked.quant,
+        max_memory=None, quant=asked.quant, kv=asked.kv, kv_ram=asked.kv_ram,
     )  # fmt: skip
     try:
         with quiet_transformers():
@@ -196,7 +200,7 @@ def _plan(asked: Asked) -> None:
     profile = profile_for(prepared.spec, request.store_root)
     if asked.prompt != made.workload.prompt_tokens or routing is not None:
         workload = replace(made.workload, prompt_tokens=asked.prompt)
-        made = make_plan(prepared.spec, workload, request.ram_nbytes, profile, routing)
+        made = make_plan(prepared.spec, workload, request.ram_nbytes, profile, routing, kv=request.kv)
     disk = _look_at_disk(request.store_root, prepared.bundles.identity, made)
     _finish(made, disk, prepared.spec, profile, asked)
 
@@ -278,7 +282,7 @@ def _write(plan: Plan, disk: Disk, *, given: bool) -> None:
                 "minimum": f"{format_size(plan.minimum_ram_nbytes)} (--ram {plan.minimum_ram_nbytes})",
                 "experts in RAM": f"{plan.ram_slots} of {plan.expert_count} ({plan.resident_fraction:.0%}); "
                 f"a token uses {plan.experts_per_token}",
-                "KV cache": f"{format_size(plan.kv_nbytes_per_token)} per token",
+                "KV cache": _kv(plan),
                 "disk needed": f"{format_size(plan.disk_nbytes)}; {format_size(disk.free_nbytes)} free in {disk.root}",
                 "store": disk.store,
                 "expected": _expected(plan),
@@ -286,6 +290,18 @@ def _write(plan: Plan, disk: Disk, *, given: bool) -> None:
             }
         ),
     )
+
+
+def _kv(plan: Plan) -> str:
+    if plan.kv is None:
+        return f"{format_size(plan.kv_nbytes_per_token)} per token, grows in place"
+    kv = plan.kv
+    text = f"{format_size(kv.nbytes_per_token)} per token in {kv.format} blocks"
+    if kv.lossy:
+        text += f" (lossy beyond the newest {kv.recent_tokens} tokens)"
+    if kv.spills_at_tokens is None:
+        return f"{text}, all in RAM"
+    return f"{text}; beyond {kv.spills_at_tokens} tokens on disk, {format_size(kv.disk_nbytes)} at the full context"
 
 
 def _expected(plan: Plan) -> str:

@@ -44,6 +44,8 @@ class Settings:
     context: int | None
     dtype: str
     quant: str | dict[str, str | None] | None
+    kv: str
+    kv_ram: int | None
     revision: str | None
     trust_remote_code: bool
     device: str | None
@@ -128,6 +130,8 @@ def _run(settings: Settings, prompt: str) -> None:
             nvme=settings.nvme,
             dtype=settings.dtype,
             quant=settings.quant,
+            kv=settings.kv,
+            kv_ram=settings.kv_ram,
             context=settings.context,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from offload.errors import UnsupportedModelError
 from offload.hf.experts_interface import Step, attach_step, detach_step, experts_modules
+from offload.hf.latents import latent_width
 from offload.hf.layer_kinds import alike_layers, one_of_each_kind
+from placement.kv import KvShape
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,14 @@ class RunSizes:
         kv_fixed_nbytes: bytes of one sequence's cache that do not grow.
         top_k: experts per token, by path of the experts module.
         kv_nbytes_per_token_by_layer: growth of each layer of the cache.
+        kv_shapes: keys and values of each layer of the cache, None where it does not keep all of them.
     """
 
     kv_nbytes_per_token: int
     kv_fixed_nbytes: int
     top_k: dict[str, int]
     kv_nbytes_per_token_by_layer: tuple[int, ...]
+    kv_shapes: tuple[KvShape | None, ...]
 
 
 def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
@@ -48,7 +53,7 @@ def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
     lengths = (2, 3)
     alike = alike_layers(skeleton)
     try:
-        short, long = (_cache_nbytes(skeleton, length, alike) for length in lengths)
+        (short, shapes), (long, _) = (_measure_cache(skeleton, length, alike) for length in lengths)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
             f"{type(skeleton).__name__} cannot be measured without weights ({type(error).__name__}: {error})"
@@ -60,7 +65,7 @@ def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
         found = {path.removeprefix(first): count for path, count in top_k.items() if path.startswith(f"{first}.")}
         top_k |= {name + rest: count for name in names for rest, count in found.items()}
     by_layer = tuple(after - before for before, after in zip(short, long, strict=True))
-    return RunSizes(sum(by_layer), sum(short) - lengths[0] * sum(by_layer), top_k, by_layer)
+    return RunSizes(sum(by_layer), sum(short) - lengths[0] * sum(by_layer), top_k, by_layer, shapes)
 
 
 def _recording_step(name: str, top_k: dict[str, int]) -> Step:
@@ -71,8 +76,10 @@ def _recording_step(name: str, top_k: dict[str, int]) -> Step:
     return step
 
 
-def _cache_nbytes(skeleton: PreTrainedModel, tokens: int, alike: dict[str, list[str]]) -> list[int]:
-    """Bytes of each layer of the cache after a pass."""
+def _measure_cache(
+    skeleton: PreTrainedModel, tokens: int, alike: dict[str, list[str]]
+) -> tuple[list[int], tuple[KvShape | None, ...]]:
+    """Bytes of each layer of the cache after a pass, and shapes of its keys and values."""
     cache = DynamicCache(config=skeleton.config)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     # A default device that the user set would decide where meta kernels make their results.
@@ -81,7 +88,20 @@ def _cache_nbytes(skeleton: PreTrainedModel, tokens: int, alike: dict[str, list[
     # The layer that ran for each; those that did not run may hold something all the same.
     ran = {int(name.rpartition(".")[2]): int(first.rpartition(".")[2]) for first in alike for name in alike[first]}
     held = [sum(t.numel() * t.element_size() for t in _tensors(vars(layer))) for layer in cache.layers]
-    return [held[ran.get(index, index)] for index in range(max(len(held), *ran, 0) if ran else len(held))]
+    latent = latent_width(skeleton)
+    shapes = [_shape(layer, latent) for layer in cache.layers]
+    places = [ran.get(index, index) for index in range(max(len(held), *ran, 0) if ran else len(held))]
+    return [held[place] for place in places], tuple(shapes[place] for place in places)
+
+
+def _shape(layer: Any, latent: int) -> KvShape | None:
+    """Of a layer that keeps all keys and values; where it keeps latents of that width, they are both."""
+    if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None or layer.keys.dim() != 4:
+        return None
+    heads, width, value_width = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
+    if heads == 1 and width == latent:
+        return KvShape(1, width + value_width, 0, width)
+    return KvShape(heads, width, value_width)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

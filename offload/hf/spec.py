@@ -79,4 +79,5 @@ def build_spec(
         layers=layer_specs(skeleton, groups, dense, run.kv_nbytes_per_token_by_layer, formats),
         head=head,
         head_is_shared=head_is_shared,
+        kv_shapes=run.kv_shapes,
     )

@@ -21,7 +21,7 @@ from offload.errors import OffloadError, StorageError
 
 Bytes = npt.NDArray[np.uint8]
 
-_FIXES = {
+FIXES = {
     errno.ENOSPC: "free space there, or use a directory on another disk",
     errno.EDQUOT: "free space in your quota, or use a directory on another disk",
     errno.EROFS: "the file system is read-only; use a directory that can be written",
@@ -90,7 +90,7 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
     except OffloadError:
         raise
     except OSError as error:
-        fix = _FIXES.get(error.errno or 0)
+        fix = FIXES.get(error.errno or 0)
         message = f"{action} {path}: {error.strerror or error}" + (f"; {fix}" if fix else "")
         raise StorageError(error.errno or errno.EIO, message) from error
 

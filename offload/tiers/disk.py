@@ -13,8 +13,8 @@ from pathlib import Path
 from offload.errors import ClosedError, SlowReadWarning, StorageError, StoreCorruptError
 
 READ_ATTEMPTS = 4
-_RETRY_PAUSE_S = 0.002
-_RETRIED = {errno.EIO, errno.EINTR, errno.EAGAIN, errno.ENOMEM}
+RETRY_PAUSE_S = 0.002
+RETRIED = {errno.EIO, errno.EINTR, errno.EAGAIN, errno.ENOMEM}
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
 OpenShard = Callable[[int, bool], int]
@@ -113,14 +113,14 @@ class ShardReader:
                     continue
                 attempts += 1
                 self._count_retry()
-                if error.errno not in _RETRIED or attempts >= READ_ATTEMPTS:
+                if error.errno not in RETRIED or attempts >= READ_ATTEMPTS:
                     raise StorageError(
                         error.errno,
                         f"reading {len(out)} bytes at {offset} failed after {attempts} attempts: {error.strerror}; "
                         "check the disk, then `offload store verify`",
                         str(self.paths[shard]),
                     ) from error
-                time.sleep(_RETRY_PAUSE_S * attempts)
+                time.sleep(RETRY_PAUSE_S * attempts)
                 continue
             if count == 0:
                 attempts += 1

@@ -66,15 +66,28 @@ class ReadRequest:
         shard: index of the store's shard.
         offset: bytes from the shard's start.
         out: where it goes, writable, as long as the bundle, on whatever device.
-        checksum: xxh3-64 of the bundle; None where the host cannot read what arrived.
+        checksum: xxh3-64 of the bundle, or of each of as many equal parts; None where the host cannot read what
+            arrived.
         label: names the expert in messages.
+        fix: what to do about bytes that are wrong.
     """
 
     shard: int
     offset: int
     out: Span
-    checksum: int | None
+    checksum: int | tuple[int, ...] | None
     label: str
+    fix: str = "remove the store with `offload store rm` and load again"
+
+    def wrong_part(self, arrived: memoryview) -> tuple[int, int, int] | None:
+        """Where the first part that is not what it should be starts, its checksum and the right one."""
+        expected = self.checksum if isinstance(self.checksum, tuple) else (self.checksum,)
+        step = len(arrived) // len(expected)
+        for index, right in enumerate(expected):
+            found = xxhash.xxh3_64_intdigest(arrived[index * step : (index + 1) * step])
+            if right is not None and found != right:
+                return index * step, found, right
+        return None
 
 
 class Ticket:
@@ -226,15 +239,16 @@ def _check(queue: ReadQueue, ticket: Ticket) -> BaseException | None:
     if request.checksum is None or not isinstance(out, memoryview):
         return None
     try:
-        if xxhash.xxh3_64_intdigest(out) == request.checksum:
+        if request.wrong_part(out) is None:
             return None
         queue.reader.read(request.shard, request.offset, out)
-        found = xxhash.xxh3_64_intdigest(out)
+        wrong = request.wrong_part(out)
     except BaseException as error:  # noqa: BLE001 - carried to whoever waits for the ticket
         return error
-    if found == request.checksum:
+    if wrong is None:
         return None
+    start, found, expected = wrong
     return StoreCorruptError(
-        f"{request.label} in {queue.reader.paths[request.shard]} at byte {request.offset}: checksum {found:016x}, "
-        f"expected {request.checksum:016x}; remove the store with `offload store rm` and load again"
+        f"{request.label} in {queue.reader.paths[request.shard]} at byte {request.offset + start}: checksum "
+        f"{found:016x}, expected {expected:016x}; {request.fix}"
     )

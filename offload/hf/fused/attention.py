@@ -6,6 +6,7 @@ implementation the config names still decides: "eager" and others go their own w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -27,9 +28,14 @@ TELLING = ("position_bias", "cache", "softcap", "output_attentions")
 
 def fuse_attention(model: PreTrainedModel) -> int:
     """Modules whose forward dispatches through the interface; returns how many."""
+    return swap_forwards(model, _with_kernel)
+
+
+def swap_forwards(model: PreTrainedModel, replacement: Callable[[Any], Any]) -> int:
+    """Give modules another forward where `replacement` has one for theirs; returns how many."""
     count = 0
     for module in model.modules():
-        forward = _with_kernel(type(module).forward)
+        forward = replacement(type(module).forward)
         if forward is not None:
             swap(module, forward)
             count += 1

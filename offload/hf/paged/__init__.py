@@ -1,0 +1,1 @@
+"""The paged KV cache as transformers sees it."""

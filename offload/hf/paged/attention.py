@@ -1,0 +1,122 @@
+"""Attention over cached states where they lie, whatever implementation the model's config names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from offload.hf.fused.attention import TELLING, swap_forwards
+from offload.hf.fused.conditions import is_plain
+from offload.hf.fused.swap import rebind
+from offload.hf.paged.latent import ExpandedStep
+from offload.hf.paged.layer import Step
+from offload.hf.paged.masks import padding_of
+from offload.hf.paged.recognition import is_softmax_attention
+from offload.hf.paged.states import CachedStates
+from offload.kv.attention import attend_by_segments, attend_in_place
+
+_NAME = "ALL_ATTENTION_FUNCTIONS"
+SINKS = "s_aux"
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def page_attention(model: PreTrainedModel) -> int:
+    """Let every module that dispatches through transformers' interface attend to cached states; returns how many."""
+    return swap_forwards(model, _with_paging)
+
+
+@cache
+def _with_paging(forward: Any) -> Any:
+    interface = getattr(forward, "__globals__", {}).get(_NAME)
+    if not isinstance(interface, AttentionInterface) or isinstance(interface, _PagedInterface):
+        return None
+    return rebind(forward, {_NAME: _PagedInterface(interface)})
+
+
+class _PagedInterface(AttentionInterface):
+    """An interface whose functions know cached states."""
+
+    def __init__(self, inner: AttentionInterface) -> None:
+        super().__init__()
+        self._inner = inner
+        self._wrapped: dict[Any, Attention] = {}
+
+    def get_interface(self, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of that name, for cached states too."""
+        function = self._inner.get_interface(attn_implementation, default)
+        if function not in self._wrapped:
+            self._wrapped[function] = _wrap(function)
+        return self._wrapped[function]
+
+
+def _wrap(function: Attention) -> Attention:
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **named: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if type(key) is not CachedStates:
+            return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **named)
+        step: Step | ExpandedStep = key.step
+        told = attention_mask, dropout, scaling, named
+        reason = _obstacle(function, module, query, value, step, told)
+        if reason is None:
+            out = _paged(module, query, step, told)
+            if out is not None:
+                step.paging.note_paged()
+                return out.transpose(1, 2).to(query.dtype).contiguous(), None
+            reason = "an attention mask is not that of causal attention with padding"
+        key, value = (step.gather(side, f"{type(module).__name__}: {reason}") for side in (0, 1))
+        return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **named)
+
+    return attend
+
+
+Told = tuple[torch.Tensor | None, float, float | None, dict[str, Any]]
+
+
+def _obstacle(
+    function: Attention, module: torch.nn.Module, query: torch.Tensor, value: torch.Tensor, step: object, told: Told
+) -> str | None:
+    """Why attention cannot be computed where the blocks lie; None where it can."""
+    _, dropout, _, named = told
+    if type(value) is not CachedStates or value.step is not step or not is_plain(query):
+        return "its query, keys or values are not plain tensors of one update"
+    if dropout or named.get("is_causal") is False:
+        return "dropout, or attention that is not causal"
+    if any(named.get(name) is not None and named[name] is not False for name in TELLING):
+        return "a position bias, soft cap or attention weights are asked for"
+    if not is_softmax_attention(function, module, SINKS in named):
+        return f"{function.__name__} is not softmax attention as the kernels know it"
+    return None
+
+
+def _paged(module: torch.nn.Module, query: torch.Tensor, step: Step | ExpandedStep, told: Told) -> torch.Tensor | None:
+    """[B, Hq, T, V] in fp32; None where the mask is another."""
+    mask, _, scaling, named = told
+    table = step.table
+    padding = padding_of(mask, step.past, query.shape[2])
+    if padding is None:
+        return None
+    valid = None if padding.all_valid else padding.valid
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    sinks = named.get(SINKS)
+    with torch.no_grad():
+        if isinstance(step, ExpandedStep):
+            if step.absorbs and query.shape[2] <= table.settings.few_tokens:
+                return step.release(attend_in_place(table, step.absorb(query), scale, valid=valid, sinks=sinks))
+            return attend_by_segments(
+                table, query, step.keys, step.values, scale, valid=valid, sinks=sinks, expand=step.expand
+            )
+        if query.shape[2] <= table.settings.few_tokens:
+            return attend_in_place(table, query, scale, valid=valid, sinks=sinks)
+        return attend_by_segments(table, query, step.keys, step.values, scale, valid=valid, sinks=sinks)

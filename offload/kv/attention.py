@@ -1,0 +1,273 @@
+"""Attention over a table's blocks, wherever they are.
+
+Exact: a history is cut into segments, each is attended by itself, and the parts are added up in the order of their
+tokens, weighted by their log-sum-exp. Which tier a segment is in changes when it is attended and not the result's bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpu_kernels.kv_blocks import read_tokens
+from cpu_kernels.paged_attention import paged_attention
+from offload.devices.host_threads import kernel_pool
+from offload.kv.stream import Segment, Stream, Unit, on_disk, segments, units_of
+from offload.kv.table import BlockTable
+
+Bool = npt.NDArray[np.bool_]
+Int64 = npt.NDArray[np.int64]
+Part = tuple[torch.Tensor, torch.Tensor]
+Expand = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def attend_in_place(
+    table: BlockTable,
+    query: torch.Tensor,
+    scale: float,
+    *,
+    valid: Bool | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of a sequence's last tokens, whose keys and values are in the table already, by the paged kernel.
+
+    Args:
+        table: the history.
+        query: [B, Hq, T, key width] of its last T tokens.
+        scale: of the scores.
+        valid: bool [B, tokens], False where a token is padding; None for none.
+        sinks: [Hq], a score of each head that has no value; None for none.
+
+    Returns:
+        fp32 [B, Hq, T, value width].
+
+    Raises:
+        StorageError, StoreCorruptError: a block cannot be read.
+    """
+    batch, heads, new, _ = query.shape
+    with table.pool.use():
+        cut = segments(table, table.columns)
+        cold = on_disk(table, cut)
+        # Segment after segment, so that sequences that share one come next to each other.
+        units = sorted(units_of(table, cut, cold))
+        stream = Stream(table, units)
+        # Sequence after sequence, segment after segment: what is where changes nothing in how it is added up.
+        shape = batch, len(cut), heads, new
+        out = torch.empty(*shape, cut[0].layout.output_width)
+        lse = torch.empty(shape)
+        call = _Call(table, cut, query, scale, valid)
+        for first, end in _runs_of_one_layout(cut):
+            resident = ~cold
+            resident[:, :first] = resident[:, end:] = False
+            if resident.any():
+                rows, columns = np.nonzero(resident)
+                found = call(rows, columns, call.addresses(resident))
+                out[rows, columns], lse[rows, columns] = found
+        for unit in units:
+            with stream.take() as addresses:
+                found = call(np.array([unit.row]), np.array([unit.segment]), addresses)
+            out[unit.row, unit.segment], lse[unit.row, unit.segment] = found[0][0], found[1][0]
+        stream.look_ahead()
+    return _merge(out, lse, sinks)
+
+
+def _runs_of_one_layout(cut: list[Segment]) -> list[tuple[int, int]]:
+    """First segment and the one after the last of packed blocks, and of plain ones."""
+    packed = sum(segment.layout is cut[0].layout for segment in cut)
+    return [(0, packed), (packed, len(cut))]
+
+
+class _Call:
+    """The paged kernel over segments, each a list of blocks of its own."""
+
+    def __init__(
+        self, table: BlockTable, cut: list[Segment], query: torch.Tensor, scale: float, valid: Bool | None
+    ) -> None:
+        size = table.settings.block_tokens
+        self._table = table
+        self._cut = cut
+        self._query = query
+        self._scale = scale
+        self._valid = valid
+        self._blocks = np.array([segment.end - segment.first for segment in cut])
+        self._firsts = np.array([segment.first * size for segment in cut])
+        self._lengths = np.minimum(self._firsts + self._blocks * size, table.tokens) - self._firsts
+        new = query.shape[2]
+        self._positions = np.arange(table.tokens - new, table.tokens)
+
+    def addresses(self, which: Bool) -> Int64:
+        """Of the blocks of some segments [sequences, segments], all of them in memory."""
+        columns = np.repeat(which, self._blocks, axis=1)
+        found: Int64 = self._table.pool.addresses[self._table.all_blocks(columns.shape[1])[columns]]
+        return found
+
+    def __call__(self, rows: Int64, columns: Int64, addresses: Int64) -> Part:
+        """Attention of sequence rows[i] to segment columns[i]: out [n, Hq, T, V], lse [n, Hq, T]."""
+        query = self._query if len(rows) == len(self._query) == 1 else self._query[rows]
+        return paged_attention(
+            query,
+            np.concatenate([[0], np.cumsum(self._blocks[columns])]),
+            addresses,
+            self._lengths[columns],
+            self._firsts[columns],
+            np.tile(self._positions, (len(rows), 1)),
+            self._cut[columns[0]].layout,
+            self._scale,
+            valid=None if self._valid is None else self._valid[rows],
+            pool=kernel_pool(),
+        )
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """`merge_lse` over the second dimension: out [B, segments, Hq, T, V], lse [B, segments, Hq, T]."""
+    largest = lse.amax(1, keepdim=True)
+    if sinks is not None:
+        largest = torch.maximum(largest, sinks.float()[None, None, :, None])
+    largest = torch.where(largest == -torch.inf, 0.0, largest)
+    shares = torch.exp(lse - largest)
+    total = shares.sum(1)
+    if sinks is not None:
+        total = total + torch.exp(sinks.float()[None, None, :, None] - largest)[:, 0]
+    merged = (out * shares[..., None]).sum(1)
+    return merged.div_(torch.where(total == 0, 1.0, total)[..., None])
+
+
+def attend_by_segments(
+    table: BlockTable,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    *,
+    valid: Bool | None = None,
+    sinks: torch.Tensor | None = None,
+    expand: Expand | None = None,
+) -> torch.Tensor:
+    """Attention of many new tokens, by matrix products over one segment at a time, in fp32.
+
+    Args:
+        table: the history, which ends with the new tokens.
+        query: [B, Hq, T, D] of its last T tokens.
+        keys: [B, Hk, T, D] of these, as they were before the table rounded them.
+        values: [B, Hk, T, V].
+        scale: of the scores.
+        valid: bool [B, tokens], False where a token is padding; None for none.
+        sinks: [Hq], a score of each head that has no value; None for none.
+        expand: makes keys and values [1, Hk, n, D], [1, Hk, n, V] out of what the table keeps; None where it keeps
+            them.
+
+    Returns:
+        fp32 [B, Hq, T, V].
+
+    Raises:
+        StorageError, StoreCorruptError: a block cannot be read.
+    """
+    batch, _, new, _ = query.shape
+    past = table.tokens - new
+    totals = []
+    with table.pool.use():
+        cut = segments(table, -(-past // table.settings.block_tokens))
+        cold = on_disk(table, cut)
+        stream = Stream(table, units_of(table, cut, cold))
+        for row in range(batch):
+            own = None if valid is None else torch.from_numpy(valid[row])
+            q = query[row : row + 1].float()
+            total = _among_new(
+                q, keys[row : row + 1], values[row : row + 1], scale, None if own is None else own[past:]
+            )
+            for index, segment in enumerate(cut):
+                unit = Unit(index, row, table.blocks(row, segment.first, segment.end))
+                k, v = _read(table, segment, unit, stream if cold[row, index] else None, past)
+                if expand is not None:
+                    k, v = expand(k, v)
+                first = segment.first * table.settings.block_tokens
+                seen = None if own is None else own[first : first + k.shape[2]]
+                total = _add(total, _history(q, k, v, scale, seen))
+            totals.append(total)
+        stream.look_ahead()
+    out, lse = torch.cat([one[0] for one in totals]), torch.cat([one[1] for one in totals])
+    if sinks is not None:
+        whole = torch.logaddexp(lse, sinks.float()[None, :, None])
+        out *= torch.exp(lse - whole)[..., None]
+    return out
+
+
+def _read(table: BlockTable, segment: Segment, unit: Unit, stream: Stream | None, past: int) -> Part:
+    """Keys and values [1, Hk, n, D] of a segment's tokens before `past`, as fp32."""
+    tokens = min(segment.end * table.settings.block_tokens, past) - segment.first * table.settings.block_tokens
+    if stream is None:
+        addresses = table.pool.addresses[unit.blocks]
+        keys, values = read_tokens(addresses, 0, tokens, segment.layout)
+    else:
+        with stream.take() as addresses:
+            keys, values = read_tokens(addresses, 0, tokens, segment.layout)
+    return keys[None], values[None]
+
+
+def _among_new(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, valid: torch.Tensor | None
+) -> Part:
+    """Causal attention of new tokens to each other."""
+    group, new = query.shape[1] // keys.shape[1], query.shape[2]
+    k, v = (part.float().repeat_interleave(group, 1) for part in (keys, values))
+    if valid is None or bool(valid.all()):
+        return _flash(query, k, v, scale, None, causal=True)
+    seen = torch.ones(new, new, dtype=torch.bool).tril_() & valid
+    out, lse = _flash(query, k, v, scale, _additive(seen), causal=False)
+    # Rows of padding see nothing.
+    return out, lse.masked_fill(~seen.any(1), -torch.inf)
+
+
+def _history(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, valid: torch.Tensor | None
+) -> Part | None:
+    """Attention of all new tokens to all of a segment: the query heads that share a key are rows of one product."""
+    _, heads, new, width = query.shape
+    kv_heads, tokens = keys.shape[1:3]
+    rows = query.reshape(1, kv_heads, heads // kv_heads * new, width)
+    mask = None
+    if valid is not None and not bool(valid.all()):
+        if not bool(valid.any()):
+            return None
+        mask = _additive(valid).expand(rows.shape[2], tokens)
+    out, lse = _flash(rows, keys, values, scale, mask, causal=False)
+    return out.reshape(1, heads, new, -1), lse.reshape(1, heads, new)
+
+
+def _additive(seen: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+
+def _flash(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool,
+) -> Part:
+    """Torch's fused attention with its log-sum-exp; it wants keys and values of one width."""
+    width, value_width = keys.shape[3], values.shape[3]
+    if width > value_width:
+        values = torch.nn.functional.pad(values, (0, width - value_width))
+    elif width < value_width:
+        query, keys = (torch.nn.functional.pad(part, (0, value_width - width)) for part in (query, keys))
+    options: Any = {} if mask is None else {"attn_mask": mask[None, None]}
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, 0.0, causal, scale=scale, **options
+    )
+    return out[..., :value_width], lse
+
+
+def _add(total: Part, part: Part | None) -> Part:
+    """Attention over the tokens of both."""
+    if part is None:
+        return total
+    lse = torch.logaddexp(total[1], part[1])
+    shares = [torch.exp(one[1] - lse).nan_to_num_(0.0)[..., None] for one in (total, part)]
+    return total[0] * shares[0] + part[0] * shares[1], lse

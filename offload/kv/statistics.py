@@ -1,0 +1,69 @@
+"""What a paged KV cache did, in figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offload.kv.pool import BlockPool
+
+
+@dataclass(frozen=True)
+class KvStatistics:
+    """Of all caches of a model that are paged, since its pool was made.
+
+    Attributes:
+        format: of old blocks, None for the model's own dtype.
+        ram_nbytes: bytes of blocks in memory now.
+        disk_nbytes: bytes of blocks on disk only now.
+        ram_budget_nbytes: bound on the first, with what blocks are read back into.
+        blocks_written: blocks that were written to disk.
+        blocks_read: blocks that were read back.
+        bytes_written: of them.
+        bytes_read: of them.
+        write_stall_s: seconds that the model waited for memory of blocks that were being written.
+        read_stall_s: seconds that the model waited for blocks from disk.
+        retries: reads and writes that failed or fell short and were repeated.
+        direct_io: False where the file system refused O_DIRECT.
+        paged_steps: attention of one layer in one pass, computed where the blocks lie.
+        gathered_steps: those for which all keys and values of a layer were gathered first.
+        gathered: why, each reason once.
+    """
+
+    format: str | None
+    ram_nbytes: int
+    disk_nbytes: int
+    ram_budget_nbytes: int
+    blocks_written: int
+    blocks_read: int
+    bytes_written: int
+    bytes_read: int
+    write_stall_s: float
+    read_stall_s: float
+    retries: int
+    direct_io: bool
+    paged_steps: int
+    gathered_steps: int
+    gathered: tuple[str, ...]
+
+
+def kv_statistics(pool: BlockPool, format: str | None) -> KvStatistics:
+    """The figures so far."""
+    counters, reader = pool.counters, pool.staging.reader
+    in_ram, on_disk = pool.tiers_nbytes()
+    return KvStatistics(
+        format=format,
+        ram_nbytes=in_ram,
+        disk_nbytes=on_disk,
+        ram_budget_nbytes=pool.ram_nbytes,
+        blocks_written=counters.blocks_written,
+        blocks_read=counters.blocks_read,
+        bytes_written=pool.file.bytes_written,
+        bytes_read=pool.staging.bytes_read,
+        write_stall_s=counters.write_stall_s,
+        read_stall_s=pool.staging.stall_s,
+        retries=reader.retries + pool.file.write_retries,
+        direct_io=reader.direct,
+        paged_steps=counters.paged_steps,
+        gathered_steps=counters.gathered_steps,
+        gathered=tuple(sorted(counters.gathered)),
+    )

@@ -1,0 +1,127 @@
+"""The order in which a layer's history passes: what is on disk is read while the rest is attended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from formats.kv import KvLayout
+from offload.kv.pool import BlockPool
+from offload.kv.table import BlockTable
+
+Bool = npt.NDArray[np.bool_]
+Int64 = npt.NDArray[np.int64]
+
+
+class Segment(NamedTuple):
+    """Consecutive blocks of every sequence, attended in one piece wherever they are.
+
+    Attributes:
+        first: column.
+        end: column after the last.
+        layout: of the blocks.
+    """
+
+    first: int
+    end: int
+    layout: KvLayout
+
+
+class Unit(NamedTuple):
+    """A segment of one sequence.
+
+    Attributes:
+        segment: its number.
+        row: the sequence.
+        blocks: int64, numbers.
+    """
+
+    segment: int
+    row: int
+    blocks: Int64
+
+
+def segments(table: BlockTable, columns: int) -> list[Segment]:
+    """The first so many columns of a table. Where they are cut depends on nothing but the number of tokens."""
+    step = table.settings.segment_blocks
+    packed = min(table.sealed, columns) if table.layouts.packed is not None else 0
+    cuts = [*range(0, packed, step), *range(packed, columns, step), columns]
+    return [Segment(first, end, table.layout_of(first)) for first, end in pairwise(cuts)]
+
+
+def on_disk(table: BlockTable, cut: list[Segment]) -> Bool:
+    """Whether a segment of a sequence has blocks on disk only: bool [sequences, segments]."""
+    if not cut:
+        return np.zeros((table.sequences, 0), np.bool_)
+    cold = table.pool.addresses[table.all_blocks(cut[-1].end)] == 0
+    return np.logical_or.reduceat(cold, [segment.first for segment in cut], axis=1)
+
+
+def units_of(table: BlockTable, cut: list[Segment], which: Bool) -> list[Unit]:
+    """Those segments of sequences for which `which` [sequences, segments] is true, sequence after sequence."""
+    return [
+        Unit(int(index), int(row), table.blocks(int(row), cut[index].first, cut[index].end))
+        for row, index in zip(*np.nonzero(which), strict=True)
+    ]
+
+
+class Stream:
+    """Reads units from disk in the order in which they will be asked for. The caller holds the pool's lock."""
+
+    def __init__(self, table: BlockTable, cold: list[Unit]) -> None:
+        """Begin with the first ones; what was read ahead for anything else is forgotten."""
+        self._pool = table.pool
+        self._follower = table.follower
+        self._units = cold
+        self._keys = [self._pool.key(unit.blocks) for unit in cold]
+        self._next = 0
+        self._done = 0
+        self._pool.staging.drop_all(but=set(self._keys))
+        self._fill()
+
+    @contextmanager
+    def take(self) -> Iterator[Int64]:
+        """Within it, the addresses of the next unit's blocks.
+
+        Raises:
+            StorageError, StoreCorruptError: they cannot be read.
+        """
+        index = self._done
+        self._done += 1
+        key, unit = self._keys[index], self._units[index]
+        if not self._pool.start(key, unit.blocks):
+            # Buffers hold what comes later: the same blocks came up before, for another sequence.
+            self._pool.staging.drop_all()
+            self._pool.start(key, unit.blocks)
+        try:
+            yield self._pool.fetch(key, unit.blocks)
+        finally:
+            if key not in self._keys[self._done : self._done + 1]:
+                self._pool.staging.drop(key)
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._next < len(self._units) and self._pool.start(
+            self._keys[self._next], self._units[self._next].blocks
+        ):
+            self._next += 1
+
+    def look_ahead(self) -> None:
+        """Begin to read what the next table will ask for first."""
+        if self._next == len(self._units):
+            read_ahead(None if self._follower is None else self._follower(), self._pool)
+
+
+def read_ahead(table: BlockTable | None, pool: BlockPool) -> None:
+    """Begin to read a table's first units from disk, as far as there is room. The caller holds the pool's lock."""
+    if table is None or table.pool is not pool:
+        return
+    cut = segments(table, table.columns)
+    for unit in units_of(table, cut, on_disk(table, cut)):
+        if not pool.start(pool.key(unit.blocks), unit.blocks):
+            return

@@ -1,0 +1,274 @@
+"""The history of one layer: which blocks, in which order, for every sequence."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import weakref
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cpu_kernels.kv_blocks import pack_block, read_tokens, write_tokens
+from formats.kv import KvLayout
+from offload.kv.held import Held
+from offload.kv.pool import BlockPool
+from placement.kv_settings import KvSettings
+
+Int64 = npt.NDArray[np.int64]
+
+_SEQUENCES_OF_A_TABLE = 1 << 20
+_numbers = itertools.count()
+
+
+class Layouts(NamedTuple):
+    """How blocks of a layer lie.
+
+    Attributes:
+        plain: of blocks that are written to.
+        packed: of old ones; None where they stay as they are.
+    """
+
+    plain: KvLayout
+    packed: KvLayout | None
+
+
+class BlockTable:
+    """Blocks of one layer. Columns are blocks in the order of tokens, rows are sequences, all of one length.
+
+    The first `sealed` columns stay as they are: packed where the layer packs, plain and full where it does not. The
+    others are plain; only the last is written to, and only where one sequence refers to it.
+
+    Every call takes the pool's lock.
+
+    Attributes:
+        pool: where the blocks are.
+        layouts: see there.
+        settings: see there.
+        tokens: of each sequence.
+        sealed: see above.
+        follower: the table that is attended after this one; its blocks are read ahead.
+    """
+
+    def __init__(self, pool: BlockPool, layouts: Layouts, settings: KvSettings, sequences: int) -> None:
+        self.pool = pool
+        self.layouts = layouts
+        self.settings = settings
+        self.tokens = 0
+        self.sealed = 0
+        self.follower: weakref.ref[BlockTable] | None = None
+        self._number = next(_numbers)
+        self._held = Held(np.zeros((sequences, 0), np.int64), 0)
+        self._finalizer = weakref.finalize(self, pool.abandoned.append, self._held)
+        self._finalizer.atexit = False
+
+    @property
+    def sequences(self) -> int:
+        """Rows."""
+        return len(self._held.blocks)
+
+    @property
+    def columns(self) -> int:
+        """Blocks of a sequence, the last maybe in part."""
+        return -(-self.tokens // self.settings.block_tokens)
+
+    def blocks(self, row: int, first: int, end: int) -> Int64:
+        """Numbers of the blocks in some columns of a sequence."""
+        return self._held.blocks[row, first:end]
+
+    def all_blocks(self, columns: int) -> Int64:
+        """Numbers of the blocks in the first columns of every sequence."""
+        return self._held.blocks[:, :columns]
+
+    def layout_of(self, column: int) -> KvLayout:
+        """How the blocks of a column lie."""
+        packed = self.layouts.packed
+        return packed if packed is not None and column < self.sealed else self.layouts.plain
+
+    def _owner(self, row: int) -> int:
+        return self._number * _SEQUENCES_OF_A_TABLE + row
+
+    # --- growing -----------------------------------------------------------------------------------------------
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor | None) -> None:
+        """Add tokens to every sequence.
+
+        Args:
+            keys: [sequences, heads, T, key width].
+            values: [sequences, heads, T, value width]; None where they are part of the keys.
+
+        Raises:
+            DoesNotFitError, StorageError: no memory can be had for them; the table holds the first of them only.
+        """
+        size, done, new = self.settings.block_tokens, 0, keys.shape[2]
+        with self.pool.use():
+            self._own_tail()
+            while done < new:
+                first = self.tokens // size
+                count = min(new - done, (first + self.settings.piece_blocks) * size - self.tokens)
+                span = slice(done, done + count)
+                self._write(keys[:, :, span], None if values is None else values[:, :, span], first)
+                done += count
+                self._age()
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor | None, first: int) -> None:
+        """Write tokens into the columns from `first` on, made where they are missing."""
+        size, rows, held = self.settings.block_tokens, self.sequences, self._held
+        end = -(-(self.tokens + keys.shape[2]) // size)
+        held.reserve(end)
+        while held.columns < end:
+            held.add(self._new(self.layouts.plain, range(rows)))
+        blocks = np.ascontiguousarray(held.blocks[:, first:end]).reshape(-1)
+        offsets = np.arange(rows + 1) * (end - first)
+        starts = np.full(rows, self.tokens - first * size)
+        write_tokens(keys, values, offsets, self.pool.addresses[blocks], starts, self.layouts.plain)
+        self.tokens += keys.shape[2]
+
+    def _new(self, layout: KvLayout, rows: Iterable[int]) -> list[int]:
+        made: list[int] = []
+        try:
+            for row in rows:
+                made.append(self.pool.new(layout.nbytes, self._owner(row)))
+        except BaseException:
+            self.pool.release(np.array(made, np.int64))
+            raise
+        return made
+
+    def _age(self) -> None:
+        """Pack what is no longer recent, and seal what nobody writes to any more."""
+        size, packed = self.settings.block_tokens, self.layouts.packed
+        end = self.tokens // size - (self.settings.recent_tokens // size if packed is not None else 0)
+        while self.sealed < end:
+            if packed is not None:
+                self._pack(self.sealed, packed)
+            for block in set(self._held.blocks[:, self.sealed].tolist()):
+                self.pool.seal(block, self.sealed * size)
+            self.sealed += 1
+
+    def _pack(self, column: int, layout: KvLayout) -> None:
+        """Put packed blocks in place of a column's plain ones; sequences that shared one share the other."""
+        old, first_rows, row_of = np.unique(self._held.blocks[:, column], return_index=True, return_inverse=True)
+        new = np.array(self._new(layout, first_rows.tolist()), np.int64)
+        addresses = self.pool.addresses
+        for before, after in zip(old, new, strict=True):
+            pack_block(int(addresses[before]), self.layouts.plain, int(addresses[after]), layout)
+        self._replace(column, np.arange(self.sequences), new[row_of], new)
+
+    def _replace(self, column: int, rows: Int64, blocks: Int64, owned: Int64) -> None:
+        """Refer to other blocks; of `owned` there is one reference already."""
+        old = self._held.blocks[rows, column].copy()
+        self.pool.share(blocks)
+        self.pool.release(owned)
+        self._held.blocks[rows, column] = blocks
+        self.pool.release(old)
+
+    def _own_tail(self) -> None:
+        """See that nobody else refers to the blocks that will be written to."""
+        size = self.settings.block_tokens
+        if self.tokens % size == 0:
+            return
+        column = self.tokens // size
+        for row, block in enumerate(self._held.blocks[:, column].tolist()):
+            if self.pool.refs[block] > 1:
+                self._copy(column, row, block)
+
+    def _copy(self, column: int, row: int, block: int) -> None:
+        """Give a sequence a block of its own with the same bytes."""
+        new = np.array(self._new(self.layouts.plain, [row]), np.int64)
+        try:
+            with self.pool.at_hand(np.array([block])) as addresses:
+                target = int(self.pool.addresses[new[0]])
+                ctypes.memmove(target, int(addresses[0]), self.layouts.plain.nbytes)
+        except BaseException:
+            self.pool.release(new)
+            raise
+        self._replace(column, np.array([row]), new, new)
+
+    # --- changing ----------------------------------------------------------------------------------------------
+
+    def crop(self, tokens: int) -> None:
+        """Forget all tokens but the first so many.
+
+        Raises:
+            StorageError, StoreCorruptError: a block that becomes the last cannot be read; nothing has changed.
+        """
+        size = self.settings.block_tokens
+        with self.pool.use():
+            if tokens >= self.tokens:
+                return
+            column = tokens // size
+            if tokens % size and column < self.sealed:
+                self._reopen(column)
+            self.sealed = min(self.sealed, column)
+            self.tokens = tokens
+            self.pool.release(self._held.cut(self.columns))
+
+    def _reopen(self, column: int) -> None:
+        """Make a sealed column one that is written to."""
+        for row, block in enumerate(self._held.blocks[:, column].tolist()):
+            if self.layouts.packed is not None:
+                self._unpack(column, row, block)
+            elif not self.pool.reopen(block):
+                self._copy(column, row, block)
+
+    def _unpack(self, column: int, row: int, block: int) -> None:
+        layouts, size = self.layouts, self.settings.block_tokens
+        assert layouts.packed is not None
+        new = np.array(self._new(layouts.plain, [row]), np.int64)
+        try:
+            with self.pool.at_hand(np.array([block])) as addresses:
+                keys, values = read_tokens(addresses, 0, size, layouts.packed)
+        except BaseException:
+            self.pool.release(new)
+            raise
+        target, start = self.pool.addresses[new], np.zeros(1, np.int64)
+        own = None if layouts.plain.value_from_key else values[None]
+        write_tokens(keys[None], own, np.array([0, 1]), target, start, layouts.plain)
+        self._replace(column, np.array([row]), new, new)
+
+    def select(self, rows: Int64) -> None:
+        """Let the sequences be those of some rows, in that order; a row may come more than once."""
+        with self.pool.use():
+            old = self._held.cut(0)
+            self.pool.share(old.reshape(self.sequences, -1)[rows].reshape(-1))
+            self.pool.release(old)
+            self._held.set(old.reshape(self.sequences, -1)[rows])
+
+    def copy(self) -> BlockTable:
+        """Another table of the same tokens, which shares all blocks until one of them grows."""
+        with self.pool.use():
+            other = BlockTable(self.pool, self.layouts, self.settings, self.sequences)
+            blocks = self._held.blocks[:, : self._held.columns]
+            self.pool.share(blocks.reshape(-1))
+            other._held.set(blocks)
+            other.tokens, other.sealed = self.tokens, self.sealed
+            return other
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def read(
+        self, row: int, first: int, end: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some tokens of one sequence: keys [heads, end - first, key width] and values.
+
+        Raises:
+            StorageError, StoreCorruptError: blocks cannot be read.
+        """
+        size, step = self.settings.block_tokens, self.settings.segment_blocks
+        parts = []
+        with self.pool.use():
+            while first < end:
+                column = first // size
+                last = min(-(-end // size), column + step)
+                if column < self.sealed < last:
+                    last = self.sealed
+                count = min(end, last * size) - first
+                with self.pool.at_hand(self.blocks(row, column, last)) as addresses:
+                    layout = self.layout_of(column)
+                    parts.append(read_tokens(addresses, first - column * size, count, layout, dtype))
+                first += count
+        keys, values = (torch.cat([part[side] for part in parts], 1) for side in (0, 1))
+        return keys, values

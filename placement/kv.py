@@ -1,0 +1,206 @@
+"""Bytes of a KV cache by format, and how it is split over RAM and disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from formats.elements import ELEMENT_FORMATS
+from formats.kv import KvLayout
+from placement.kv_settings import KvSettings
+
+if TYPE_CHECKING:
+    from placement.model_spec import ModelSpec
+    from placement.workload import Workload
+
+SETTINGS = KvSettings()
+
+KV_CHOICES = ("auto", "bf16", "fp16", "fp32", "fp8", "int8", "int4")
+"""What `kv=` may be."""
+
+_MASK_COPIES = 3
+_FP32_COPIES = 5
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """Keys and values of one token in one layer of the cache.
+
+    Attributes:
+        heads: of keys and values.
+        key_width: channels of a head's key.
+        value_width: channels of a head's value; 0 where it is a part of the key.
+        value_from_key: channels of that part, 0 where values are their own.
+    """
+
+    heads: int
+    key_width: int
+    value_width: int
+    value_from_key: int = 0
+
+
+@dataclass(frozen=True)
+class KvChoice:
+    """What the user wants of the KV cache.
+
+    Attributes:
+        format: of KV_CHOICES.
+        ram_nbytes: bound on its memory, None for as much as the plan can give.
+    """
+
+    format: str = "auto"
+    ram_nbytes: int | None = None
+
+
+@dataclass(frozen=True)
+class KvPlan:
+    """A KV cache in blocks.
+
+    Attributes:
+        format: of blocks older than `recent_tokens`, by the name that `formats.kv` gives it.
+        lossy: whether that rounds what the model computed.
+        nbytes_per_token: of one sequence in that format, scales included, all paged layers.
+        recent_tokens: the newest tokens of a sequence, which stay in the model's dtype; 0 where all do.
+        ram_nbytes: bound on the memory of blocks, those included that are read back from disk.
+        disk_nbytes: that blocks take on disk at the full context.
+        spills_at_tokens: cached tokens of each sequence from which on blocks go to disk; None where all fit.
+    """
+
+    format: str
+    lossy: bool
+    nbytes_per_token: int
+    recent_tokens: int
+    ram_nbytes: int
+    disk_nbytes: int
+    spills_at_tokens: int | None
+
+    def __post_init__(self) -> None:
+        if self.ram_nbytes < 0 or self.disk_nbytes < 0:
+            raise ValueError("a KV plan with a negative size")
+
+    def cold_tokens(self, cached_tokens: float) -> float:
+        """Tokens of each sequence whose blocks are on disk when so many are cached."""
+        return 0.0 if self.spills_at_tokens is None else max(0.0, cached_tokens - self.spills_at_tokens)
+
+
+def layout_format(choice: str, dtype: str) -> str:
+    """The format of blocks that `kv=` names, for a model that computes in `dtype`."""
+    if choice == "auto":
+        return dtype
+    return "fp8_e4m3" if choice == "fp8" else choice
+
+
+def is_packed(format: str) -> bool:
+    """Whether blocks of a format are packed when they are full and old, and written in the model's dtype before."""
+    return format not in ELEMENT_FORMATS
+
+
+def token_nbytes(spec: ModelSpec, format: str) -> int:
+    """Bytes of a token in full blocks of a format, all layers that can be paged."""
+    return sum(block_nbytes(shape, format) for shape in _shapes(spec)) // SETTINGS.block_tokens
+
+
+def block_nbytes(shape: KvShape, format: str) -> int:
+    """Bytes of a block."""
+    widths = shape.key_width, shape.value_width, SETTINGS.block_tokens, shape.value_from_key
+    return KvLayout(format, shape.heads, *widths).nbytes
+
+
+def minimum_nbytes(spec: ModelSpec, batch: int, format: str) -> int:
+    """The least memory in which a paged cache works: blocks that are written to, and two segments to read into."""
+    recent = SETTINGS.recent_tokens // SETTINGS.block_tokens if is_packed(format) else 0
+    plain = [block_nbytes(shape, _written(spec, format)) for shape in _shapes(spec)]
+    packed = [block_nbytes(shape, format) for shape in _shapes(spec)]
+    open_nbytes = batch * (recent + 2) * sum(plain)
+    growing = batch * SETTINGS.piece_blocks * (max(plain) + max(packed))
+    return open_nbytes + growing + 2 * _segment_nbytes(spec, format)
+
+
+def plan_kv(spec: ModelSpec, workload: Workload, choice: KvChoice, room_nbytes: int) -> KvPlan:
+    """A cache in blocks.
+
+    Args:
+        spec: with shapes of layers that can be paged.
+        workload: what will run.
+        choice: what the user wants.
+        room_nbytes: memory that there is for it.
+    """
+    format = layout_format(choice.format, spec.dtype)
+    whole = _whole_nbytes(spec, workload.batch, workload.context_tokens, format)
+    ram = min(whole, room_nbytes if choice.ram_nbytes is None else min(choice.ram_nbytes, room_nbytes))
+    each = token_nbytes(spec, format)
+    spills: int | None = None
+    disk = 0
+    if ram < whole:
+        kept = ram - _staging_nbytes(spec, format, ram) - _open_nbytes(spec, workload.batch, format)
+        recent = SETTINGS.recent_tokens if is_packed(format) else 0
+        spills = recent + max(0, kept) // (each * workload.batch) // SETTINGS.block_tokens * SETTINGS.block_tokens
+        disk = each * workload.batch * max(0, workload.context_tokens - spills)
+    return KvPlan(
+        format=format,
+        lossy=format not in (spec.dtype, "fp32"),
+        nbytes_per_token=each,
+        recent_tokens=SETTINGS.recent_tokens if is_packed(format) else 0,
+        ram_nbytes=ram,
+        disk_nbytes=disk,
+        spills_at_tokens=spills,
+    )
+
+
+def fixed_nbytes(spec: ModelSpec, workload: Workload) -> int:
+    """Bytes of layers that are not paged, beside blocks: windows as if they grew, and states."""
+    growing = spec.kv_nbytes_per_token - sum(_token_nbytes_as_is(spec, shape) for shape in _shapes(spec))
+    return workload.batch * (workload.context_tokens * max(0, growing) + spec.kv_fixed_nbytes)
+
+
+def scratch_nbytes(spec: ModelSpec, workload: Workload) -> int:
+    """Bytes of a pass over a paged cache, beside activations: masks, and a segment with queries and sums in fp32."""
+    tokens = min(workload.context_tokens, workload.prefill_chunk_tokens)
+    mask = workload.batch * tokens * workload.context_tokens * _MASK_COPIES
+    widest = max(shape.heads * (shape.key_width + shape.value_width) for shape in _shapes(spec))
+    segment = SETTINGS.segment_blocks * SETTINGS.block_tokens * widest * 4 * 2
+    sums = workload.batch * tokens * spec.attention_nbytes_per_token * _FP32_COPIES
+    return mask + segment + sums
+
+
+def _shapes(spec: ModelSpec) -> list[KvShape]:
+    return [shape for shape in spec.kv_shapes if shape is not None]
+
+
+def _written(spec: ModelSpec, format: str) -> str:
+    """The format of blocks that tokens are written to."""
+    return spec.dtype if is_packed(format) else format
+
+
+def _token_nbytes_as_is(spec: ModelSpec, shape: KvShape) -> int:
+    size = 4 if spec.dtype == "fp32" else 2
+    return shape.heads * (shape.key_width + shape.value_width) * size
+
+
+def _segment_nbytes(spec: ModelSpec, format: str) -> int:
+    written = _written(spec, format)
+    largest = max(max(block_nbytes(shape, format), block_nbytes(shape, written)) for shape in _shapes(spec))
+    return SETTINGS.segment_blocks * largest
+
+
+def _staging_nbytes(spec: ModelSpec, format: str, ram_nbytes: int) -> int:
+    segment = _segment_nbytes(spec, format)
+    return max(2 * segment, min(SETTINGS.staging_segments * segment, ram_nbytes // 4))
+
+
+def _open_nbytes(spec: ModelSpec, batch: int, format: str) -> int:
+    recent = SETTINGS.recent_tokens // SETTINGS.block_tokens if is_packed(format) else 0
+    return batch * (recent + 1) * sum(block_nbytes(shape, _written(spec, format)) for shape in _shapes(spec))
+
+
+def _whole_nbytes(spec: ModelSpec, batch: int, tokens: int, format: str) -> int:
+    """Memory in which a cache of so many tokens never spills."""
+    blocks = -(-tokens // SETTINGS.block_tokens) + 1
+    own = batch * blocks * SETTINGS.block_tokens * token_nbytes(spec, format)
+    beside = _open_nbytes(spec, batch, format) + batch * SETTINGS.piece_blocks * max(
+        block_nbytes(shape, _written(spec, format)) for shape in _shapes(spec)
+    )
+    # A quarter of the memory is set apart for reading, at most.
+    needed = own + beside
+    segments = SETTINGS.staging_segments * _segment_nbytes(spec, format)
+    return max(needed + segments, minimum_nbytes(spec, batch, format))

@@ -1,0 +1,27 @@
+"""How histories are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KvSettings:
+    """Sizes that a cache works with; outputs depend on them in their last bits, as on the order of a sum.
+
+    Attributes:
+        block_tokens: tokens of a block.
+        segment_blocks: blocks that are attended in one piece, whatever tier they are in, and read in one go.
+        recent_tokens: the newest tokens, which stay in the model's own dtype where older ones are packed.
+        staging_segments: segments on their way from disk at once, at least 2.
+        piece_blocks: blocks of a sequence that are written before those that are old enough are packed or may leave.
+        few_tokens: passes of up to so many new tokens attend where the blocks lie; others, which reuse every key
+            many times, through matrix products over a segment at a time.
+    """
+
+    block_tokens: int = 64
+    segment_blocks: int = 16
+    recent_tokens: int = 128
+    staging_segments: int = 6
+    piece_blocks: int = 4
+    few_tokens: int = 8

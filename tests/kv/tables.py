@@ -1,0 +1,83 @@
+"""What the tests of the KV cache share: small pools, and a plain model of what a table holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from formats.kv import KvLayout
+from offload.devices.host import HostDevice
+from offload.kv.pool import BlockPool
+from offload.kv.spill_file import SpillFile
+from offload.kv.table import BlockTable, Layouts
+from placement.kv_settings import KvSettings
+
+SETTINGS = KvSettings(
+    block_tokens=16, segment_blocks=2, recent_tokens=32, staging_segments=3, piece_blocks=1, few_tokens=4
+)
+HEADS, WIDTH, VALUE_WIDTH = 2, 12, 8
+PLAIN = KvLayout("fp32", HEADS, WIDTH, VALUE_WIDTH, SETTINGS.block_tokens)
+
+
+def small_pool(directory: Path, blocks: int, **calls: Callable[..., Any]) -> BlockPool:
+    """A pool with memory for so many plain blocks, beside two segments to read into.
+
+    Args:
+        directory: of its file.
+        blocks: at least 1.
+        calls: `pwrite` and `preadv` instead of the system's.
+    """
+    staging = 2 * SETTINGS.segment_blocks * PLAIN.nbytes
+    pool = BlockPool(HostDevice(), staging + blocks * PLAIN.nbytes, SpillFile(directory, **calls))
+    pool.stage(SETTINGS.segment_blocks, PLAIN.nbytes, 2)
+    return pool
+
+
+def make_table(pool: BlockPool, sequences: int, packed: str | None = None) -> BlockTable:
+    layout = None if packed is None else KvLayout(packed, HEADS, WIDTH, VALUE_WIDTH, SETTINGS.block_tokens)
+    return BlockTable(pool, Layouts(PLAIN, layout), SETTINGS, sequences)
+
+
+def random_states(generator: torch.Generator, sequences: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    keys = torch.randn(sequences, HEADS, tokens, WIDTH, generator=generator)
+    values = torch.randn(sequences, HEADS, tokens, VALUE_WIDTH, generator=generator)
+    return keys, values
+
+
+class Twin:
+    """A table and the plain tensors that it stands for, changed together."""
+
+    def __init__(self, table: BlockTable, seed: int = 0) -> None:
+        self.table = table
+        self.generator = torch.Generator().manual_seed(seed)
+        self.keys, self.values = random_states(self.generator, table.sequences, 0)
+
+    def append(self, tokens: int) -> None:
+        keys, values = random_states(self.generator, self.table.sequences, tokens)
+        self.table.append(keys, values)
+        self.keys, self.values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+
+    def crop(self, tokens: int) -> None:
+        self.table.crop(tokens)
+        self.keys, self.values = self.keys[:, :, :tokens], self.values[:, :, :tokens]
+
+    def select(self, rows: list[int]) -> None:
+        self.table.select(np.array(rows))
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def copy(self) -> Twin:
+        other = Twin(self.table.copy(), seed=int(torch.randint(1 << 30, (), generator=self.generator)))
+        other.keys, other.values = self.keys.clone(), self.values.clone()
+        return other
+
+    def check(self) -> None:
+        """The table holds exactly the tensors' tokens."""
+        assert self.table.tokens == self.keys.shape[2] and self.table.sequences == len(self.keys)
+        for row in range(len(self.keys)):
+            if self.table.tokens:
+                keys, values = self.table.read(row, 0, self.table.tokens)
+                assert torch.equal(keys, self.keys[row]) and torch.equal(values, self.values[row])

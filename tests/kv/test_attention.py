@@ -1,0 +1,122 @@
+"""Attention over tables against float64, and its bits against where blocks lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from offload.kv.attention import attend_by_segments, attend_in_place
+from tests.kv.tables import HEADS, WIDTH, Twin, make_table, small_pool
+
+QUERY_HEADS, SCALE = 2 * HEADS, 0.4
+Bool = npt.NDArray[np.bool_]
+
+
+def _expected(twin: Twin, query: torch.Tensor, valid: Bool | None, sinks: torch.Tensor | None) -> torch.Tensor:
+    tokens, new = twin.keys.shape[2], query.shape[2]
+    group = QUERY_HEADS // HEADS
+    keys, values = (part.double().repeat_interleave(group, 1) for part in (twin.keys, twin.values))
+    scores = SCALE * query.double() @ keys.mT
+    seen = torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new)[None, None]
+    if valid is not None:
+        seen = seen & torch.from_numpy(valid)[:, None, None]
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        column = sinks.double()[None, :, None, None].expand(len(query), -1, new, 1)
+        return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1] @ values
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ values
+
+
+def _query(twin: Twin, new: int) -> torch.Tensor:
+    return torch.randn(len(twin.keys), QUERY_HEADS, new, WIDTH, generator=torch.Generator().manual_seed(9))
+
+
+def _padding(twin: Twin) -> Bool:
+    valid = np.ones((len(twin.keys), twin.keys.shape[2]), np.bool_)
+    # More than a segment of the first sequence is padding.
+    valid[0, :37] = False
+    return valid
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("new", [1, 3])
+def test_in_place(tmp_path: Path, new: int, with_sinks: bool, padded: bool) -> None:
+    sinks = torch.randn(QUERY_HEADS, generator=torch.Generator().manual_seed(4)) if with_sinks else None
+    outs = []
+    for blocks in (14, 60):
+        pool = small_pool(tmp_path, blocks)
+        twin = Twin(make_table(pool, 2))
+        for tokens in (100, 41, new):
+            twin.append(tokens)
+        query, valid = _query(twin, new), _padding(twin) if padded else None
+        for _ in range(2):
+            outs.append(attend_in_place(twin.table, query, SCALE, valid=valid, sinks=sinks))
+        assert (pool.counters.blocks_read > 0) == (blocks == 14)
+        pool.check()
+        pool.close()
+    error = (outs[0] - _expected(twin, query, valid, sinks)).abs().max()
+    assert error < 2e-6
+    assert all(torch.equal(outs[0], other) for other in outs[1:]), "bits depend on where blocks lie"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_by_segments(tmp_path: Path, with_sinks: bool, padded: bool) -> None:
+    sinks = torch.randn(QUERY_HEADS, generator=torch.Generator().manual_seed(4)) if with_sinks else None
+    new, outs = 30, []
+    for blocks in (14, 60):
+        pool = small_pool(tmp_path, blocks)
+        twin = Twin(make_table(pool, 2))
+        for tokens in (90, 21, new):
+            twin.append(tokens)
+        query, valid = _query(twin, new), _padding(twin) if padded else None
+        keys, values = twin.keys[:, :, -new:], twin.values[:, :, -new:]
+        outs.append(attend_by_segments(twin.table, query, keys, values, SCALE, valid=valid, sinks=sinks))
+        pool.check()
+        pool.close()
+    assert (outs[0] - _expected(twin, query, valid, sinks)).abs().max() < 2e-6
+    assert torch.equal(*outs), "bits depend on where blocks lie"
+
+
+def test_padding_in_the_new_tokens(tmp_path: Path) -> None:
+    pool = small_pool(tmp_path, 20)
+    twin = Twin(make_table(pool, 2))
+    twin.append(20)
+    twin.append(30)
+    valid = np.ones((2, 50), np.bool_)
+    valid[1, :35] = False
+    query = _query(twin, 30)
+    keys, values = twin.keys[:, :, -30:], twin.values[:, :, -30:]
+    found = attend_by_segments(twin.table, query, keys, values, SCALE, valid=valid)
+    assert torch.isfinite(found).all()
+    assert (found - _expected(twin, query, valid, None)).abs().max() < 2e-6
+    pool.close()
+
+
+def test_the_next_layer_is_read_ahead(tmp_path: Path) -> None:
+    import weakref
+
+    pool = small_pool(tmp_path, 14)
+    twins = [Twin(make_table(pool, 1), seed) for seed in range(2)]
+    for twin in twins:
+        twin.append(200)
+    twins[0].table.follower = weakref.ref(twins[1].table)
+    query = _query(twins[0], 1)
+    attend_in_place(twins[0].table, query, SCALE)
+    before = pool.counters.blocks_read
+    assert pool.staging.is_busy
+    # What was read ahead is not read again, and a block that is forgotten meanwhile is not mistaken for another.
+    found = attend_in_place(twins[1].table, query, SCALE)
+    assert (found - _expected(twins[1], query, None, None)).abs().max() < 2e-6
+    assert pool.counters.blocks_read > before
+    twins[1].crop(20)
+    twins[1].append(150)
+    found = attend_in_place(twins[1].table, query, SCALE)
+    assert (found - _expected(twins[1], query, None, None)).abs().max() < 2e-6
+    pool.check()
+    pool.close()

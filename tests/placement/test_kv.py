@@ -1,0 +1,103 @@
+"""KV caches in blocks: when they take over, what they take, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from formats.kv import KvLayout
+from placement.kv import KvChoice, KvShape, minimum_nbytes, token_nbytes
+from placement.kv_cost import cold_nbytes, in_blocks
+from placement.passes import Pass
+from placement.plan import Plan
+from placement.planner import PlanInfeasibleError, make_plan
+from placement.workload import Workload
+from tests.placement.machines import machine, model
+
+SHAPE = KvShape(8, 128, 128)
+SPEC = model(layers=4, kv_nbytes_per_token=4 * 4096, kv_shapes=(SHAPE,) * 4)
+LONG = Workload(131072, prompt_tokens=100_000)
+
+
+def _least(workload: Workload, kv: KvChoice) -> int:
+    with pytest.raises(PlanInfeasibleError) as caught:
+        make_plan(SPEC, workload, 0, kv=kv)
+    return caught.value.minimum_ram_nbytes
+
+
+def test_a_cache_that_fits_grows_in_place() -> None:
+    assert make_plan(SPEC, Workload(1000), 1 << 34).kv is None
+    assert make_plan(SPEC, Workload(1000), 1 << 34, kv=KvChoice("bf16", 1 << 30)).kv is None
+
+
+@pytest.mark.parametrize("format", ["auto", "fp8", "int8", "int4", "fp32"])
+def test_the_least_budget_is_the_least(format: str) -> None:
+    choice = KvChoice(format)
+    least = _least(LONG, choice)
+    plan = make_plan(SPEC, LONG, least, kv=choice)
+    assert plan.kv is not None and plan.kv.spills_at_tokens is not None
+    assert plan.ram.total_nbytes <= least and plan.ram_slots >= 2
+    with pytest.raises(PlanInfeasibleError):
+        make_plan(SPEC, LONG, least - 1, kv=choice)
+
+
+def test_what_does_not_fit_is_split_over_ram_and_disk() -> None:
+    fitting = make_plan(SPEC, LONG, 1 << 40)
+    assert fitting.kv is None
+    plan = make_plan(SPEC, LONG, fitting.minimum_ram_nbytes // 2)
+    assert plan.kv is not None and not plan.kv.lossy and plan.kv.recent_tokens == 0
+    spills, each = plan.kv.spills_at_tokens, plan.kv.nbytes_per_token
+    assert spills is not None and 0 < spills < LONG.context_tokens
+    assert plan.kv.disk_nbytes == each * (LONG.context_tokens - spills)
+    assert plan.kv.ram_nbytes >= each * spills
+    assert plan.kv.cold_tokens(spills) == 0 and plan.kv.cold_tokens(spills + 5) == 5
+
+
+def test_a_bound_on_the_cache_leaves_the_rest_to_experts() -> None:
+    small, large = (make_plan(SPEC, LONG, 1 << 31, kv=KvChoice("int8", ram)) for ram in (1 << 28, 1 << 29))
+    assert small.kv is not None and large.kv is not None
+    assert small.kv.ram_nbytes == 1 << 28 < large.kv.ram_nbytes
+    assert small.kv.lossy and small.kv.recent_tokens == 128
+    assert small.kv.disk_nbytes > large.kv.disk_nbytes
+    assert Plan.from_json(small.to_json()) == small
+
+
+def test_bytes_of_a_token_are_the_layouts() -> None:
+    for format in ("bf16", "fp8_e4m3", "int8", "int4"):
+        layout = KvLayout(format, 8, 128, 128)
+        assert token_nbytes(SPEC, format) == 4 * layout.nbytes // 64
+    latent = model(layers=1, kv_shapes=(KvShape(1, 576, 0, 512),))
+    assert token_nbytes(latent, "int8") == KvLayout("int8", 1, 576, 0, value_from_key=512).nbytes // 64
+
+
+def test_layers_that_are_not_paged_count_as_they_are() -> None:
+    mixed = replace(SPEC, kv_shapes=(SHAPE, None, SHAPE, None))
+    assert minimum_nbytes(mixed, 1, "int8") < minimum_nbytes(SPEC, 1, "int8")
+    plans = [make_plan(one, LONG, 1 << 32, kv=KvChoice("int8", 1 << 26)) for one in (SPEC, mixed)]
+    # Two layers of 4096 bytes a token stay in RAM as they are.
+    assert plans[1].ram.kv_nbytes - plans[0].ram.kv_nbytes >= 2 * 4096 * LONG.context_tokens
+    none = replace(SPEC, kv_shapes=(None,) * 4)
+    assert make_plan(none, Workload(1000), 1 << 34, kv=KvChoice("int8")).kv is None
+
+
+def test_blocks_on_disk_cost_their_reads() -> None:
+    profile = machine(gpu=False)
+    cold, warm = (make_plan(SPEC, LONG, 1 << 33, profile, kv=KvChoice("int8", ram)) for ram in (1 << 27, 1 << 31))
+    assert cold.kv is not None and warm.kv is not None and warm.kv.spills_at_tokens is None
+    assert cold.prediction is not None and warm.prediction is not None
+    work = Pass(1, 1, 100_063)
+    nbytes = cold_nbytes(cold.kv, work)
+    assert nbytes == cold.kv.nbytes_per_token * cold.kv.cold_tokens(100_064)
+    reads = cold.prediction.decode.read_nbytes - warm.prediction.decode.read_nbytes
+    assert reads == pytest.approx(cold_nbytes(cold.kv, Pass(1, 1, LONG.cached_tokens)), rel=0.01)
+    assert cold.prediction.decode.terms.disk_s > warm.prediction.decode.terms.disk_s
+    assert cold.prediction.decode.low_s < cold.prediction.decode.seconds < cold.prediction.decode.high_s
+
+
+def test_attention_reads_the_formats_bytes() -> None:
+    plan = make_plan(SPEC, LONG, 1 << 32, kv=KvChoice("int4", 1 << 30))
+    assert plan.kv is not None
+    found = in_blocks(SPEC, plan.kv)
+    assert sum(layer.kv_nbytes_per_token for layer in found.layers) == pytest.approx(plan.kv.nbytes_per_token, abs=4)
+    assert in_blocks(SPEC, None) is SPEC

@@ -1,0 +1,221 @@
+"""Models with a KV cache in blocks, most of it on disk, give what transformers gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+import offload
+from offload.errors import InvalidArgumentError, StorageError
+from offload.hf.paged.layer import PagedLayer
+from placement import kv
+from tests.conftest import TinyCheckpoint
+from tests.hf.reference import assert_logits_close, greedy, prompt, reference_model
+from tests.kv.tables import SETTINGS
+from tests.tiny_models import ARCHITECTURES
+
+CONTEXT = 220
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv, "SETTINGS", SETTINGS)
+
+
+def _least_kv_ram(directory: Path, **options: Any) -> int:
+    with pytest.raises(InvalidArgumentError, match="two segments to read into") as caught:
+        offload.plan(directory, kv_ram=1, **options)
+    return int(str(caught.value).split("take ")[1].split(" ")[0].replace(",", ""))
+
+
+Load = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def load(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> Iterator[Load]:
+    """`load(model_type, dtype, **options)`: with as little memory for the KV cache as works."""
+    loaded: list[PreTrainedModel] = []
+
+    def make(model_type: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+        directory = tiny_checkpoint(model_type, dtype)
+        settings = {"ram": "1GiB", "context": CONTEXT, "batch": 2, **options}
+        if "kv_ram" not in settings:
+            settings["kv_ram"] = _least_kv_ram(directory, **settings)
+        model = offload.load(directory, nvme=store_root, **settings)
+        loaded.append(model)
+        return model
+
+    yield make
+    for model in loaded:
+        model.offload.check()
+        model.offload.close()
+
+
+def _assert_paged(model: PreTrainedModel) -> None:
+    found = model.offload.stats().kv
+    assert found is not None and found.paged_steps > 0
+    assert found.gathered == (), found.gathered
+    assert found.blocks_written > 0 and found.blocks_read > 0, "nothing went to disk: the test shows nothing"
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_fp32_equals_transformers(model_type: str, tiny_checkpoint: TinyCheckpoint, load: Load) -> None:
+    reference, model = reference_model(tiny_checkpoint(model_type), torch.float32), load(model_type)
+    ids = prompt(batch=2, tokens=CONTEXT - 20)
+    padded = torch.ones_like(ids)
+    padded[0, :25] = 0
+    plan = model.offload.plan.kv
+    if model_type not in ("gpt_oss", "qwen3_next"):
+        # Of these two, one layer of three is paged: what blocks need at least is more than a quarter of that.
+        assert plan.ram_nbytes <= 2 * CONTEXT * plan.nbytes_per_token // 4
+    assert torch.equal(greedy(model, ids, 8), greedy(reference, ids, 8))
+    options = {"attention_mask": padded, "prefill_chunk_size": 40, "new_tokens": 6}
+    assert torch.equal(greedy(model, ids, **options), greedy(reference, ids, **options))
+    _assert_paged(model)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2, "num_return_sequences": 2}],
+    ids=["beams", "lookup", "returned"],
+)
+def test_ways_of_generating(
+    model_type: str, options: dict[str, Any], tiny_checkpoint: TinyCheckpoint, load: Load
+) -> None:
+    reference, model = reference_model(tiny_checkpoint(model_type), torch.float32), load(model_type, batch=3)
+    # What repeats can be looked up.
+    ids = prompt(tokens=40).repeat(1, 3)
+    assert torch.equal(greedy(model, ids, **options), greedy(reference, ids, **options))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v2", "mixtral"])
+def test_a_cache_by_hand(model_type: str, tiny_checkpoint: TinyCheckpoint, load: Load) -> None:
+    reference, model = reference_model(tiny_checkpoint(model_type), torch.float32), load(model_type)
+    ids = prompt(batch=2, tokens=CONTEXT)
+    caches = [DynamicCache(config=model.config) for model in (reference, model)]
+
+    def both(first: int, end: int) -> None:
+        with torch.no_grad():
+            expected, found = (
+                one(ids[:, first:end], past_key_values=cache).logits
+                for one, cache in zip((reference, model), caches, strict=True)
+            )
+        assert_logits_close(found, expected)
+
+    both(0, 100)
+    both(100, 130)
+    both(130, 132)
+    both(132, 133)
+    assert any(type(layer) is PagedLayer for layer in caches[1].layers)
+    copied = copy.deepcopy(caches)
+    both(133, 140)
+    caches = copied
+    both(133, 150)
+    for cache in caches:
+        cache.crop(-70)
+        cache.reorder_cache(torch.tensor([1, 1]))
+    ids[0] = ids[1]
+    both(80, 81)
+    both(81, 120)
+    _assert_paged(model)
+
+
+def test_a_cache_that_grew_in_place_is_taken_over(tiny_checkpoint: TinyCheckpoint, load: Load) -> None:
+    reference, model = reference_model(tiny_checkpoint("qwen3_moe"), torch.float32), load("qwen3_moe")
+    ids = prompt(tokens=120)
+    with torch.no_grad():
+        cache = reference(ids[:, :100], use_cache=True).past_key_values
+        expected = reference(ids[:, 100:], past_key_values=copy.deepcopy(cache)).logits
+        found = model(ids[:, 100:], past_key_values=cache).logits
+    assert_logits_close(found, expected)
+
+
+def test_tokens_do_not_depend_on_the_memory(tiny_checkpoint: TinyCheckpoint, load: Load) -> None:
+    ids, found = prompt(batch=2, tokens=CONTEXT - 20), []
+    for options in ({}, {"kv_ram": "400KiB"}):
+        model = load("qwen3_moe", torch.bfloat16, kv="int8", **options)
+        with torch.no_grad():
+            cache = DynamicCache()
+            model(ids[:, :-1], past_key_values=cache)
+            found.append(model(ids[:, -1:], past_key_values=cache).logits)
+    assert torch.equal(*found)
+
+
+def test_a_disk_that_fails_ends_in_a_typed_error_and_the_next_call_works(
+    tiny_checkpoint: TinyCheckpoint, load: Load
+) -> None:
+    reference, model = reference_model(tiny_checkpoint("mixtral"), torch.float32), load("mixtral")
+    ids = prompt(batch=2, tokens=CONTEXT - 20)
+    expected = greedy(reference, ids, 4)
+    assert torch.equal(greedy(model, ids, 4), expected)
+    pool = model.offload.paging.pool
+    reads, writes = pool.staging.reader._preadv, pool.file._pwrite
+
+    def failing(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    pool.staging.reader._preadv = failing
+    with pytest.raises(StorageError, match="Input/output"):
+        greedy(model, ids, 4)
+    pool.staging.reader._preadv, pool.file._pwrite = reads, failing
+    with pytest.raises(StorageError, match="Input/output"):
+        greedy(model, ids, 4)
+    pool.file._pwrite = writes
+    assert torch.equal(greedy(model, ids, 4), expected)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(("format", "bound"), [("int8", 0.02), ("fp8", 0.05), ("bf16", 0.01)])
+def test_lossy_formats_stay_within_their_bounds(
+    model_type: str, format: str, bound: float, tiny_checkpoint: TinyCheckpoint, load: Load
+) -> None:
+    reference = reference_model(tiny_checkpoint(model_type), torch.float32)
+    model = load(model_type, kv=format)
+    ids = prompt(batch=2, tokens=CONTEXT)
+    found = []
+    with torch.no_grad():
+        expected = reference(ids).logits[:, -10:]
+        cache = DynamicCache(config=model.config)
+        for first, end in ((0, 100), (100, CONTEXT - 10), *((i, i + 1) for i in range(CONTEXT - 10, CONTEXT))):
+            found.append(model(ids[:, first:end], past_key_values=cache).logits[:, -1])
+    # Of the median token: where a router nearly ties, rounding sends a token to another expert.
+    error = ((torch.stack(found[2:], 1) - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
+    assert 0 < error < bound, error
+    assert model.offload.plan.kv.lossy
+
+
+def test_int4_stays_within_its_bound(
+    tiny_checkpoint: TinyCheckpoint, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv, "SETTINGS", replace(SETTINGS, block_tokens=64, recent_tokens=64, segment_blocks=1))
+    reference, model = reference_model(tiny_checkpoint("qwen3_moe"), torch.float32), load("qwen3_moe", kv="int4")
+    ids = prompt(batch=2, tokens=CONTEXT)
+    with torch.no_grad():
+        expected = reference(ids).logits[:, -1]
+        cache = DynamicCache()
+        model(ids[:, :-1], past_key_values=cache)
+        found = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert 0 < error < 0.5, error
+    assert model.offload.stats().kv.paged_steps == 3
+
+
+def test_the_default_keeps_the_cache_that_grows_in_place(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
+    with offload.load(tiny_checkpoint("mixtral"), ram="1GiB", nvme=store_root, context=64).offload as runtime:
+        assert runtime.plan.kv is None and runtime.stats().kv is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"kv": "int3"}, {"kv": 8}, {"kv": None}, {"kv_ram": "lots"}, {"kv_ram": 0}, {"kv_ram": 4096}]
+)
+def test_arguments_are_checked_at_the_door(options: dict[str, Any], tiny_checkpoint: TinyCheckpoint) -> None:
+    with pytest.raises(InvalidArgumentError, match="kv"):
+        offload.plan(tiny_checkpoint("mixtral"), ram="1GiB", context=64, **options)
