@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from offload.copy_ahead import CopyAhead
-from offload.devices.base import Accelerator
+from offload.devices.base import Accelerator, Device
 from offload.devices.host import HostDevice
 from offload.devices.host_accelerator import HostAccelerator
 from offload.devices.link import parse_link
@@ -116,7 +116,7 @@ def _accelerator(request: AcceleratorRequest, plan: Plan) -> Accelerator:
     return CudaDevice(driver, plan.vram.budget_nbytes - use.kv_nbytes - use.activation_nbytes)
 
 
-def _page(model: PreTrainedModel, plan: KvPlan, device: HostDevice, store_root: Path) -> Paging:
+def _page(model: PreTrainedModel, plan: KvPlan, device: Device, store_root: Path) -> Paging:
     """Keep KV caches in blocks, in RAM and in a file beside the expert stores."""
     paging = Paging(device, plan.ram_nbytes, store_root, plan.format)
     page_caches(model, paging)

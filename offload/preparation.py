@@ -19,7 +19,7 @@ from offload.checkpoint.dtypes import TORCH_DTYPES
 from offload.checkpoint.experts import MappedExperts, map_checkpoint
 from offload.checkpoint.lazy import lazy_state_dict
 from offload.checkpoint.locate import locate_checkpoint
-from offload.errors import DoesNotFitError, InvalidArgumentError, SlowKvWarning
+from offload.errors import DoesNotFitError, InvalidArgumentError, SlowKvWarning, UnsupportedOperationError
 from offload.hf.dense import load_dense
 from offload.hf.dense_weights import alignment_nbytes
 from offload.hf.dtypes import FORMAT_OF_DTYPE, resolve_dtype
@@ -232,6 +232,11 @@ def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedM
             f"{error}. Give ram={minimum} ({format_size(minimum)}) or more, or a shorter context than {context} tokens",
             minimum_ram_bytes=minimum,
         ) from error
+    if plan.kv is not None and request.accelerator is not None and request.accelerator.device != "host":
+        raise UnsupportedOperationError(
+            f"the KV cache of {spec.name} would lie in blocks in host memory, which the CPU attends to and "
+            f"device={request.accelerator.device!r} does not; leave kv= and kv_ram= out, or load with more ram="
+        )
     return plan if request.accelerator is None else _with_vram(spec, plan, request.accelerator, skeleton)
 
 

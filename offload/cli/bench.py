@@ -82,8 +82,9 @@ def _bench(
     reset_peak_rss()
     with quiet_transformers():
         loaded = load(
-            model, ram=ram, nvme=nvme, dtype=dtype, quant=quant, kv=kv, kv_ram=kv_ram, context=context or amount.context_tokens, batch=batch,
-            revision=revision, trust_remote_code=trust_remote_code, progress=progress,
+            model, ram=ram, nvme=nvme, dtype=dtype, quant=quant, kv=kv, kv_ram=kv_ram,
+            context=context or amount.context_tokens, batch=batch, revision=revision,
+            trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
         runtime = cast("Runtime", loaded.offload)
         with runtime:
