@@ -20,6 +20,7 @@ NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
     "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch", "ablation", "kv_kernels",
     "simulator", "kv",
+    "kv_quality", "kv_prefix",
 )  # fmt: skip
 
 
@@ -35,6 +36,8 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         kernels,
         kv,
         kv_kernels,
+        kv_prefix,
+        kv_quality,
         large_model,
         llama_cpp,
         load,
@@ -74,6 +77,12 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
             work,
             replace(shape if quick else large_model.LIKE_30B_A3B, layers=(kv.QUICK if quick else kv.FULL).model_layers),
             kv.QUICK if quick else kv.FULL,
+        ),
+        "kv_quality": lambda work: kv_quality.run(work, kv_quality.QUICK if quick else kv_quality.FULL),
+        "kv_prefix": lambda work: kv_prefix.run(
+            work,
+            shape if quick else replace(overhead.LAYER_OF_30B, layers=1),
+            kv_prefix.QUICK if quick else kv_prefix.FULL,
         ),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
         "llama_cpp_mixtral": lambda work: llama_cpp.run(

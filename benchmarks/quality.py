@@ -60,8 +60,7 @@ QUICK = QualityScale(windows=8, settings=("bf16", "int8", "int4"))
 def run(work: Path, scale: QualityScale) -> Report:
     """Gate the model without quantisation on transformers, then compare formats with it."""
     report = Report("quality")
-    tokens = encode([document for document in read_documents() if document.held_out], _tokenizer())
-    windows = _windows(tokens, scale.windows)
+    windows = held_out_windows(_tokenizer(), scale.windows)
     _gate(report, work, windows[:BATCH])
     base = math.nan
     for name in scale.settings:
@@ -113,6 +112,11 @@ def _run(work: Path, windows: torch.Tensor, *, quant: Quant = None, dtype: str =
 
 def _tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODEL)
+
+
+def held_out_windows(tokenizer: Any, count: int) -> torch.Tensor:
+    """Text that the example model was not trained on: int64 [count, WINDOW_TOKENS + 1]."""
+    return _windows(encode([document for document in read_documents() if document.held_out], tokenizer), count)
 
 
 def _windows(tokens: npt.NDArray[np.int64], count: int) -> torch.Tensor:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
 from transformers import PreTrainedModel
 
 from offload.copy_ahead import CopyAhead
@@ -14,13 +18,16 @@ from offload.devices.base import Accelerator, Device
 from offload.devices.host import HostDevice
 from offload.devices.host_accelerator import HostAccelerator
 from offload.devices.link import parse_link
+from offload.errors import InvalidArgumentError
 from offload.hf.adopt import adopt
 from offload.hf.dense_placement import DensePlacement
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.hf.fused import fuse
 from offload.hf.lookahead import find_routers, look_ahead
 from offload.hf.paged.adopt import page_caches
+from offload.hf.paged.prefixes import Prefixes, begin_prompts
 from offload.kv.paging import Paging
+from offload.kv.prefix_files import PrefixFiles
 from offload.learnt import restore_learnt
 from offload.moe.gate import recognise_gate
 from offload.moe.layer import ExpertsLayer
@@ -121,6 +128,27 @@ def _page(model: PreTrainedModel, plan: KvPlan, device: Device, store_root: Path
     paging = Paging(device, plan.ram_nbytes, store_root, plan.format)
     page_caches(model, paging)
     return paging
+
+
+def keep_prefixes(model: PreTrainedModel, store_root: Path, budget_nbytes: int, chunk_tokens: int) -> None:
+    """Let a loaded model, whose KV cache lies in blocks, save prefixes beside the expert stores and begin with them."""
+    runtime: Any = model.offload
+    if runtime.paging is None:
+        raise InvalidArgumentError("prefix_cache=: no layer of this model keeps keys and values of all tokens")
+    plan = runtime.plan
+    # What keys and values depend on besides the tokens: weights and how they are rounded, arithmetic, and versions.
+    identity = {
+        "checkpoint": runtime.store.manifest.identity,
+        "experts": plan.format,
+        "dense": plan.dense_format,
+        "dtype": str(model.dtype),
+        "kv": runtime.paging.format,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+    files = PrefixFiles(store_root / "prefixes", budget_nbytes, json.dumps(identity))
+    runtime.prefixes = Prefixes(model, runtime.paging, files, chunk_tokens)
+    begin_prompts(model, runtime.prefixes)
 
 
 def _store_and_model(prepared: Prepared, store_root: Path, progress: Progress) -> tuple[ExpertStore, PreTrainedModel]:

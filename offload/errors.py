@@ -119,3 +119,7 @@ class LearntFileWarning(UserWarning):
 
 class SlowKvWarning(UserWarning):
     """Attention does not compute where the KV cache's blocks lie; the message says why."""
+
+
+class PrefixRejectedWarning(UserWarning):
+    """A saved KV prefix cannot be used and is computed again; the message says why."""

@@ -42,6 +42,7 @@ def load(
     link: str | None = None,
     kv: str = "auto",
     kv_ram: int | str | None = None,
+    prefix_cache: int | str | None = None,
     progress: bool | None = None,
 ) -> PreTrainedModel:
     """A transformers model whose experts lie on disk and, as far as the budget goes, in RAM.
@@ -85,6 +86,9 @@ def load(
             than 128 tokens, "fp8", "int8" or "int4". In the model's dtype it stays one that grows in place while it
             fits; otherwise it lies in blocks, in RAM and beyond that on disk, and is attended there.
         kv_ram: bound on the memory of such blocks, as `ram`; None for what the plan gives them.
+        prefix_cache: bound on the bytes of saved prefixes, beside the expert stores: `model.offload.save_prefix()`
+            keeps the KV cache of a token sequence, and `generate()` begins prompts with the longest that fits. The KV
+            cache then lies in blocks. None keeps none.
         progress: show bars; None where stderr is a terminal and HF_HUB_DISABLE_PROGRESS_BARS is not set.
 
     Raises:
@@ -95,19 +99,22 @@ def load(
     request = make_request(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
         fused=fused, quant=quant, policy=policy, prefetch=prefetch, device=device, vram=vram, link=link,
-        kv=kv, kv_ram=kv_ram,
+        kv=kv, kv_ram=kv_ram, prefix_cache=prefix_cache,
     )  # fmt: skip
     _check_device(request)
     prepared = _prepare(
         model, request, checkpoint, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
     )  # fmt: skip
-    from offload.assembly import assemble
+    from offload.assembly import assemble, keep_prefixes
 
-    return assemble(
+    loaded = assemble(
         prepared, request.store_root, progress_bar(progress), request.fused, request.policy, request.prefetch,
         request.accelerator,
     )  # fmt: skip
+    if request.prefixes_nbytes is not None:
+        keep_prefixes(loaded, request.store_root, request.prefixes_nbytes, prefill_chunk)
+    return loaded
 
 
 def _check_device(request: Request) -> None:

@@ -65,6 +65,7 @@ class Request:
         prefetch: "auto", "on" or "off".
         accelerator: None for the CPU alone.
         kv: format and bound of the KV cache.
+        prefixes_nbytes: bound on saved prefixes, None where none are kept.
     """
 
     ram_nbytes: int
@@ -78,6 +79,7 @@ class Request:
     prefetch: str
     accelerator: AcceleratorRequest | None = None
     kv: KvChoice = field(default_factory=KvChoice)
+    prefixes_nbytes: int | None = None
 
 
 def make_request(
@@ -97,6 +99,7 @@ def make_request(
     link: str | Link | None = None,
     kv: str = "auto",
     kv_ram: int | str | None = None,
+    prefix_cache: int | str | None = None,
 ) -> Request:
     """Check and resolve a user's arguments.
 
@@ -117,6 +120,7 @@ def make_request(
         link: bytes per second to it, None for DEFAULT_LINK.
         kv: one of KV_CHOICES.
         kv_ram: bound on the KV cache's memory, None for what the plan gives it.
+        prefix_cache: bound on the bytes of saved prefixes, for which the KV cache lies in blocks; None for none.
 
     Raises:
         InvalidArgumentError: naming the argument, what it may be and what it was.
@@ -142,7 +146,8 @@ def make_request(
         _policy(policy),
         _prefetch(prefetch),
         _accelerator(device, vram, link),
-        _kv(kv, kv_ram),
+        _kv(kv, kv_ram, blocks=prefix_cache is not None),
+        None if prefix_cache is None else parse_size(prefix_cache, "prefix_cache"),
     )
 
 
@@ -186,10 +191,10 @@ def _accelerator(device: object, vram: int | str | None, link: str | Link | None
     return AcceleratorRequest("host", parse_size(vram, "vram"), parse_link(DEFAULT_LINK if link is None else link))
 
 
-def _kv(format: object, ram: int | str | None) -> KvChoice:
+def _kv(format: object, ram: int | str | None, *, blocks: bool) -> KvChoice:
     if not isinstance(format, str) or format not in KV_CHOICES:
         raise InvalidArgumentError(f"kv={format!r}: expected one of {', '.join(KV_CHOICES)}")
-    return KvChoice(format, None if ram is None else parse_size(ram, "kv_ram"))
+    return KvChoice(format, None if ram is None else parse_size(ram, "kv_ram"), blocks)
 
 
 def _check_count(name: str, value: object) -> None:

@@ -7,8 +7,10 @@ import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
-from typing import NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +55,9 @@ from prefetch.policies.geometry import Geometry
 from prefetch.policies.lru import LruPolicy
 from prefetch.traces.trace import RoutingTrace
 
+if TYPE_CHECKING:
+    from offload.hf.paged.prefixes import Prefixes
+
 
 class Runtime:
     """Executes a plan. Steps are serialised: several threads may generate on one model."""
@@ -84,6 +89,7 @@ class Runtime:
         self.accelerated = None if accelerator is None else self._above(accelerator, accelerator_policy)
         self.fused: dict[str, int] = {}
         self.paging: Paging | None = None
+        self.prefixes: Prefixes | None = None
         self.dense: DensePlacement | None = None
         self._dense_copied_before = 0
         self.memory: MemoryUse | None = None
@@ -316,6 +322,7 @@ class Runtime:
             **prefetch_figures(counters, self.observer.prefetcher),
             accelerator=self._accelerator_stats(),
             kv=None if self.paging is None else self.paging.statistics(),
+            prefix=None if self.prefixes is None else replace(self.prefixes.statistics),
         )
 
     def _accelerator_stats(self) -> AcceleratorStatistics | None:
@@ -323,6 +330,24 @@ class Runtime:
             return None
         copied = 0 if self.dense is None else self.dense.bytes_copied - self._dense_copied_before
         return accelerator_statistics(self.accelerated.tiers.above, copied)
+
+    def save_prefix(self, input_ids: torch.Tensor) -> Path:
+        """Compute the KV cache of a token sequence and keep it on disk for prompts that begin with it.
+
+        Args:
+            input_ids: int64 [1, tokens].
+
+        Returns:
+            The file.
+
+        Raises:
+            UnsupportedOperationError: the model was loaded without `prefix_cache=`, or has layers that keep more
+                than keys and values.
+            InvalidArgumentError, DoesNotFitError, StorageError: see `Prefixes.save`.
+        """
+        if self.prefixes is None:
+            raise UnsupportedOperationError('no prefixes are kept; load with prefix_cache=, such as "1GiB"')
+        return self.prefixes.save(input_ids)
 
     def record_trace(self, name: str | None = None) -> None:
         """Keep the routing of all passes from now on; a trace that was being recorded is dropped.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from offload.kv.prefix_files import PrefixStatistics
 from offload.kv.statistics import KvStatistics
 from offload.prefetcher import Prefetcher
 from offload.sizes import format_size
@@ -114,6 +115,7 @@ class Statistics:
         accelerator: what its tier did, None without one. `hits` and `misses` above are then of the experts that it had
             not.
         kv: what the KV cache in blocks did, since it was made; None where caches grow in place.
+        prefix: what saved prefixes did, since the model was loaded; None where none are kept.
     """
 
     hits: int
@@ -142,6 +144,7 @@ class Statistics:
     skills: tuple[Skill, ...] = ()
     accelerator: AcceleratorStatistics | None = None
     kv: KvStatistics | None = None
+    prefix: PrefixStatistics | None = None
 
     @property
     def hit_rate(self) -> float:

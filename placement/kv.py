@@ -46,10 +46,12 @@ class KvChoice:
     Attributes:
         format: of KV_CHOICES.
         ram_nbytes: bound on its memory, None for as much as the plan can give.
+        blocks: whether it lies in blocks even where it would fit without.
     """
 
     format: str = "auto"
     ram_nbytes: int | None = None
+    blocks: bool = False
 
 
 @dataclass(frozen=True)

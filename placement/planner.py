@@ -182,7 +182,7 @@ def _kv_and_fixed(
     minimum = fixed.total_nbytes + slots_nbytes
     format = layout_format(choice.format, spec.dtype)
     pageable = any(shape is not None for shape in spec.kv_shapes)
-    within = choice.ram_nbytes is None or fixed.kv_nbytes <= choice.ram_nbytes
+    within = not choice.blocks and (choice.ram_nbytes is None or fixed.kv_nbytes <= choice.ram_nbytes)
     if not pageable or (format == spec.dtype and within and minimum <= ram_budget_nbytes):
         return fixed, None, minimum
     least = minimum_nbytes(spec, workload.batch, format)

@@ -53,6 +53,23 @@ class SavedPrefix:
     blocks: Iterator[Bytes]
 
 
+@dataclass
+class PrefixStatistics:
+    """What saved prefixes did.
+
+    Attributes:
+        saved: prefixes that were written, or were there already.
+        reused: calls that began with one.
+        reused_tokens: tokens that were not computed for it.
+        rejected: files that were damaged or foreign, and removed.
+    """
+
+    saved: int = 0
+    reused: int = 0
+    reused_tokens: int = 0
+    rejected: int = 0
+
+
 class PrefixFiles:
     """The prefixes of one model in a directory that models may share.
 

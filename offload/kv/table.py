@@ -247,6 +247,34 @@ class BlockTable:
             other.tokens, other.sealed = self.tokens, self.sealed
             return other
 
+    def restore(self, contents: Iterable[npt.NDArray[np.uint8]], tokens: int, sealed: int) -> None:
+        """Take over the blocks that another table with these layouts had for one sequence; this one is empty.
+
+        Args:
+            contents: uint8, the bytes of the block of each column.
+            tokens: the other's.
+            sealed: the other's.
+
+        Raises:
+            DoesNotFitError, StorageError: no memory can be had for them; the table stays empty.
+            Exception: whatever `contents` raises; likewise.
+        """
+        held, size = self._held, self.settings.block_tokens
+        with self.pool.use():
+            held.reserve(-(-tokens // size))
+            try:
+                for column, content in enumerate(contents):
+                    packed = self.layouts.packed if column < sealed else None
+                    held.add(self._new(packed or self.layouts.plain, [0]))
+                    block = int(held.blocks[0, column])
+                    ctypes.memmove(int(self.pool.addresses[block]), content.ctypes.data, content.nbytes)
+                    if column < sealed:
+                        self.pool.seal(block, column * size)
+            except BaseException:
+                self.pool.release(held.cut(0))
+                raise
+            self.tokens, self.sealed = tokens, sealed
+
     # --- reading -----------------------------------------------------------------------------------------------
 
     def read(

@@ -68,6 +68,14 @@ class PagedLayer(DynamicLayer):
         self.is_initialized = False
         self._dtype: torch.dtype | None = None
 
+    @classmethod
+    def of(cls, paging: Paging, table: BlockTable, dtype: torch.dtype) -> PagedLayer:
+        """A layer whose tokens are in a table already."""
+        layer = cls(paging)
+        layer.dtype, layer.device, layer._dtype = dtype, torch.device("cpu"), dtype
+        layer.table, layer.is_initialized = table, True
+        return layer
+
     @property
     def keys(self) -> torch.Tensor | None:
         """[B, H, S, D], gathered."""
