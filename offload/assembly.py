@@ -26,6 +26,7 @@ from offload.hf.fused import fuse
 from offload.hf.lookahead import find_routers, look_ahead
 from offload.hf.paged.adopt import page_caches
 from offload.hf.paged.prefixes import Prefixes, begin_prompts
+from offload.kernel_preparation import prepare_kernels
 from offload.kv.paging import Paging
 from offload.kv.prefix_files import PrefixFiles
 from offload.learnt import restore_learnt
@@ -93,10 +94,13 @@ def assemble(
         adopt(model, runtime)
         if above is not None and prepared.plan.vram is not None and prepared.plan.vram.head:
             runtime.dense = DensePlacement(model, prepared.plan.vram, above)
+        on_cpu = model.device.type == "cpu"
         # Those are the CPU's kernels.
-        runtime.fused = fuse(model, fused if model.device.type == "cpu" else (), runtime)
+        runtime.fused = fuse(model, fused if on_cpu else (), runtime)
         if prepared.plan.kv is not None:
             runtime.paging = _page(model, prepared.plan.kv, device, store_root)
+        if on_cpu and runtime.dense is None:
+            prepare_kernels(model, layers, progress)
         if prefetch != "off":
             _prefetch(model, runtime, prefetch)
         _go_on_learning(runtime)

@@ -275,8 +275,8 @@ def test_progress_adds_up(directory: Path, tmp_path: Path, monkeypatch: pytest.M
             tasks[-1][3] = True
 
     monkeypatch.setattr("offload.loading.progress_bar", lambda _show: Recorder())
-    for words in (["converting", "experts"], ["dense", "experts"]):
+    for words in (["converting", "kernels", "experts"], ["dense", "kernels", "experts"]):
         tasks.clear()
         offload.load(directory, ram="1GiB", nvme=tmp_path, context=64).offload.close()
-        assert [word in str(task[0]) for word, task in zip(words, tasks, strict=True)] == [True, True]
+        assert [word in str(task[0]) for word, task in zip(words, tasks, strict=True)] == [True] * 3
         assert all(done == total and finished for _, total, done, finished in tasks)

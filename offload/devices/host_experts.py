@@ -10,14 +10,15 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from cpu_kernels.expert_mlp import expert_down, expert_mlp, expert_up
+from cpu_kernels.expert_mlp import compile_kernels, expert_down, expert_mlp, expert_up
 from cpu_kernels.linear import MOST_TOKENS
 from cpu_kernels.packed_expert_mlp import (
+    compile_packed_kernels,
     packed_expert_down,
     packed_expert_mlp,
     packed_expert_up,
 )
-from cpu_kernels.panel_mlp import panel_expert_down, panel_expert_mlp, panel_expert_up
+from cpu_kernels.panel_mlp import compile_panel_kernels, panel_expert_down, panel_expert_mlp, panel_expert_up
 from cpu_kernels.wide_linear import multiplies_natively
 from formats.bundle import BundleLayout
 from offload.devices.base import ExpertBatch
@@ -62,6 +63,16 @@ def run_experts(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, o
         tokens = torch.from_numpy(batch.tokens[pairs])
         result = _run_many(layer, int(batch.addresses[index]), _gather(hidden, tokens))
         _store(result[: len(tokens)], batch.rows[pairs], out)
+
+
+def compile_for(layer: ExpertsLayer) -> None:
+    """Compile the kernels that the layer's experts run on, or load them from Numba's cache."""
+    if layer.layout.is_packed:
+        compile_packed_kernels(layer.layout.format)
+        return
+    compile_kernels(layer.layout)
+    if _in_fp32(layer):
+        compile_panel_kernels(layer.layout.format)
 
 
 def _in_fp32(layer: ExpertsLayer) -> bool:

@@ -41,6 +41,14 @@ def fuse_decoders(model: PreTrainedModel, experts: ExpertsAtHand | None) -> int:
     return len(layers)
 
 
+def write_tape(model: PreTrainedModel) -> None:
+    """Write the tape of one sequence for this thread now, which compiles what it runs; nothing where there is none."""
+    for layer in _layers(model.get_decoder())[:1]:
+        stack = layer.__dict__.get(STACK, (None, 0))[0]
+        if stack is not None:
+            stack.write_tape()
+
+
 def _layers(decoder: nn.Module) -> list[nn.Module]:
     layers = getattr(decoder, "layers", None)
     return list(layers) if isinstance(layers, nn.ModuleList) else []

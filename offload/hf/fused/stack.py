@@ -77,6 +77,10 @@ class Stack:
         """Hooks on the layers themselves must see each layer's output: the stack then leaves them alone."""
         self._watch.also_hooks_of(layers)
 
+    def write_tape(self) -> None:
+        """Write this thread's tape of one sequence ahead."""
+        self._tape(1, None)
+
     def has_done(self, hidden: torch.Tensor) -> bool:
         """Whether a tensor is what this thread's last run returned: all layers are in it."""
         return self._local.__dict__.get("output") is hidden
