@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from offload.sizes import format_size
+
+if TYPE_CHECKING:
+    from placement.plan import Plan
 
 # Lines as long as they are: a key that was wrapped could not be copied, nor read by a program.
 _WIDTH = 4096
@@ -57,3 +62,16 @@ def facts(rows: dict[str, str]) -> Table:
     for name, value in rows.items():
         add_row(made, name, value)
     return made
+
+
+def kv_in_words(plan: Plan) -> str:
+    """How a plan's KV cache lies."""
+    if plan.kv is None:
+        return f"{format_size(plan.kv_nbytes_per_token)} per token, grows in place"
+    kv = plan.kv
+    text = f"{format_size(kv.nbytes_per_token)} per token in {kv.format} blocks"
+    if kv.lossy:
+        text += f" (lossy beyond the newest {kv.recent_tokens} tokens)"
+    if kv.spills_at_tokens is None:
+        return f"{text}, all in RAM"
+    return f"{text}; beyond {kv.spills_at_tokens} tokens on disk, {format_size(kv.disk_nbytes)} at the full context"

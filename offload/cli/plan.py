@@ -10,7 +10,7 @@ import click
 
 from offload.cli.errors import exit_codes
 from offload.cli.options import Size, example, json_option, model_options, routing_options
-from offload.cli.output import add_row, facts, table, write
+from offload.cli.output import add_row, facts, kv_in_words, table, write
 from offload.cli.simulation import Simulate, simulation_options, write_plan_json, write_simulation
 from offload.sizes import format_size
 
@@ -282,7 +282,7 @@ def _write(plan: Plan, disk: Disk, *, given: bool) -> None:
                 "minimum": f"{format_size(plan.minimum_ram_nbytes)} (--ram {plan.minimum_ram_nbytes})",
                 "experts in RAM": f"{plan.ram_slots} of {plan.expert_count} ({plan.resident_fraction:.0%}); "
                 f"a token uses {plan.experts_per_token}",
-                "KV cache": _kv(plan),
+                "KV cache": kv_in_words(plan),
                 "disk needed": f"{format_size(plan.disk_nbytes)}; {format_size(disk.free_nbytes)} free in {disk.root}",
                 "store": disk.store,
                 "expected": _expected(plan),
@@ -290,18 +290,6 @@ def _write(plan: Plan, disk: Disk, *, given: bool) -> None:
             }
         ),
     )
-
-
-def _kv(plan: Plan) -> str:
-    if plan.kv is None:
-        return f"{format_size(plan.kv_nbytes_per_token)} per token, grows in place"
-    kv = plan.kv
-    text = f"{format_size(kv.nbytes_per_token)} per token in {kv.format} blocks"
-    if kv.lossy:
-        text += f" (lossy beyond the newest {kv.recent_tokens} tokens)"
-    if kv.spills_at_tokens is None:
-        return f"{text}, all in RAM"
-    return f"{text}; beyond {kv.spills_at_tokens} tokens on disk, {format_size(kv.disk_nbytes)} at the full context"
 
 
 def _expected(plan: Plan) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offload.cli.output import add_row, facts, table, write
+from offload.cli.output import add_row, facts, kv_in_words, table, write
 from offload.cli.simulation import Simulate, write_plan_json, write_simulation
 from offload.errors import DoesNotFitError, InvalidArgumentError
 from offload.sizes import format_size, parse_size
@@ -192,6 +192,7 @@ def write_report(
     said = {
         "machine": f"{prediction.profile} ({prediction.basis}: a prediction, nothing was run)",
         "routing": prediction.routing,
+        "KV cache": kv_in_words(plan),
         "on disk": f"{format_size(plan.disk_nbytes)} for all {plan.expert_count} experts",
         "twice as fast": in_words(doubling),
         **{f"what if {change.name}": f"{change.decode_tokens_per_s:.2f} tokens/s" for change in changes},

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from offload.trace_summary import TraceSummary
 
 
-@click.group("trace", short_help="Record and show which experts tokens go to.")
+@click.group(
+    "trace",
+    short_help="Record and show which experts tokens go to.",
+    epilog=example(
+        "offload trace record ./Qwen3-30B-A3B -p 'Once' --ram 16GiB -o text.trace", "offload trace show text.trace"
+    ),
+)
 def trace_commands() -> None:
     """Routing traces: which experts every token of a run went to.
 

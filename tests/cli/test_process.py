@@ -58,9 +58,12 @@ finally:
 def test_every_help_shows_an_example() -> None:
     from offload.cli import cli
     from offload.cli.store import store_commands
+    from offload.cli.trace import trace_commands
 
-    commands = {**cli.commands, **store_commands.commands}
-    assert set(commands) == {"run", "plan", "profile", "quantize", "store", "ls", "verify", "rm"}
+    assert set(cli.commands) == {"run", "plan", "bench", "profile", "quantize", "store", "trace"}
+    assert set(store_commands.commands) == {"ls", "verify", "rm"}
+    assert set(trace_commands.commands) == {"record", "show"}
+    commands = {**cli.commands, **store_commands.commands, **trace_commands.commands}
     for command in (cli, *commands.values()):
         assert "Example:\n  offload " in (command.epilog or "")
 

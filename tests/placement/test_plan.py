@@ -46,22 +46,22 @@ def test_a_plan_comes_back(model: ModelSpec, workload: Workload) -> None:
 
 @pytest.mark.parametrize("version", [0, 1, -1, None, "1", 1.0, True, [1]])
 def test_another_version_is_refused(version: Any) -> None:
-    with pytest.raises(ValueError, match="not a plan of version 2"):
+    with pytest.raises(ValueError, match="not a plan of version 3"):
         Plan.from_json(changed("version", to=version))
 
 
 def test_no_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="not a plan of version 2"):
+    with pytest.raises(ValueError, match="not a plan of version 3"):
         Plan.from_json(without("version"))
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", "1", '"plan"', "[" * 100_000, '{"version": 2}'])
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "1", '"plan"', "[" * 100_000, '{"version": 3}'])
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         Plan.from_json(text)
 
 
-OPTIONAL = ("vram", "prediction")
+OPTIONAL = ("vram", "prediction", "kv")
 FIELDS = [(name,) for name in json.loads(PLAN.to_json()) if name not in ("version", *OPTIONAL)]
 FIELDS += [("workload", name) for name in json.loads(PLAN.to_json())["workload"]]
 FIELDS += [("ram", name) for name in json.loads(PLAN.to_json())["ram"]]

@@ -18,7 +18,11 @@ from tests.tiers.readers import Gate
 from tests.tiers.test_expert_tier import EXPERTS, Rig
 
 KEYS = st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=EXPERTS, unique=True)
-GEOMETRY = Geometry((4, EXPERTS - 4))
+FIRST = 4
+GEOMETRY = Geometry((FIRST, EXPERTS - FIRST))
+LAYERS = (range(FIRST), range(FIRST, EXPERTS))
+# A step asks for experts of one layer.
+OF_A_LAYER = st.sampled_from(LAYERS).flatmap(lambda layer: st.lists(st.sampled_from(layer), min_size=1, unique=True))
 
 
 class AheadMachine(RuleBasedStateMachine):
@@ -38,7 +42,7 @@ class AheadMachine(RuleBasedStateMachine):
             self.rig = Rig(3, 2, make_policy("forecast", GEOMETRY))
         return self.rig
 
-    @rule(keys=KEYS, then=KEYS)
+    @rule(keys=OF_A_LAYER, then=KEYS)
     def step_with_reads_ahead(self, keys: list[int], then: list[int]) -> None:
         """As the MoE step: what is needed first, then reads ahead, then work."""
         rig = self.ready()
@@ -93,7 +97,8 @@ class AheadMachine(RuleBasedStateMachine):
         if self.rig is not None:
             self.rig.broken, self.rig.flipped = set(), set()
             self.rig.tier.abandon()
-            self.rig.step(range(EXPERTS))
+            for layer in LAYERS:
+                self.rig.step(layer)
             self.rig.engine.close()
 
 
