@@ -18,7 +18,7 @@ from placement.prediction import PassPrediction, Prediction, Terms
 from placement.routing import FloatArray, HitCurve, LayerDemand, Popularity, demand, popularity_hits
 from placement.workload import Workload
 
-UNCERTAINTY = {"measured": 0.10, "datasheet": 0.35}
+UNCERTAINTY = {"measured": 0.30, "datasheet": 0.35}
 """Share by which seconds may be off, by where the profile comes from; the ends of a range."""
 
 EQUAL = Popularity()
