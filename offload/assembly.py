@@ -99,6 +99,7 @@ def assemble(
         runtime.fused = fuse(model, fused if on_cpu else (), runtime)
         if prepared.plan.kv is not None:
             runtime.paging = _page(model, prepared.plan.kv, device, store_root)
+        # Dense weights that lie in an accelerator's memory are in place only while their layer runs.
         if on_cpu and runtime.dense is None:
             prepare_kernels(model, layers, progress)
         if prefetch != "off":
