@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
-    "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "prefetch", "ablation", "kv_kernels",
-    "simulator", "kv",
-    "kv_quality", "kv_prefix",
+    "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "decision_cost", "prefetch", "ablation",
+    "kv_kernels", "simulator", "kv", "kv_quality", "kv_prefix",
 )  # fmt: skip
 
 
@@ -29,6 +28,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         ablation,
         cache_policies,
         checkpoints,
+        decision_cost,
         decode,
         disk,
         formats,
@@ -69,6 +69,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
             work, shape if quick else large_model.LIKE_30B_A3B, large_model.QUICK if quick else large_model.FULL
         ),
         "cache_policies": lambda work: cache_policies.run(cache_policies.QUICK if quick else cache_policies.FULL),
+        "decision_cost": lambda work: decision_cost.run(work, decision_cost.QUICK if quick else decision_cost.FULL),
         "ablation": lambda _work: ablation.run(ablation.QUICK if quick else ablation.FULL),
         "prefetch": lambda work: prefetch.run(work, prefetch.QUICK if quick else prefetch.FULL),
         "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK if quick else kv_kernels.FULL),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from statistics import fmean
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -12,9 +11,7 @@ import torch
 from benchmarks.ablation_execution import Execution
 from benchmarks.ablation_machine import MODELS, Model
 from benchmarks.ablation_simulation import Ints, Parts, Simulation
-from benchmarks.harness import Report, Row, Spread, say
-from prefetch.scheduler.records import Home, LayerCosts
-from prefetch.scheduler.scheduler import LayerScheduler
+from benchmarks.harness import Report, Row, say
 from prefetch.traces.synthetic import draw
 from prefetch.traces.trace import RoutingTrace
 
@@ -44,7 +41,6 @@ class AblationScale:
         cached: shares of experts on the GPU.
         prefills: prompt tokens.
         new_tokens: decoded, of which `warm_tokens` are not counted.
-        rounds: timings of the scheduler.
         executed_layers, executed_tokens: of the models that are run; a quarter of the tokens is not counted.
         executed_prefill: prompt tokens there.
     """
@@ -53,14 +49,13 @@ class AblationScale:
     prefills: tuple[int, ...]
     new_tokens: int
     warm_tokens: int
-    rounds: int
     executed_layers: int
     executed_tokens: int
     executed_prefill: int
 
 
-FULL = AblationScale((0.25, 0.5, 0.75), (32, 128, 512, 1024), 128, 32, 2000, 4, 24, 32)
-QUICK = AblationScale((0.25,), (32,), 12, 4, 50, 2, 4, 4)
+FULL = AblationScale((0.25, 0.5, 0.75), (32, 128, 512, 1024), 128, 32, 4, 24, 32)
+QUICK = AblationScale((0.25,), (32,), 12, 4, 2, 4, 4)
 
 
 def run(scale: AblationScale, models: tuple[Model, ...] = MODELS) -> Report:
@@ -76,7 +71,6 @@ def run(scale: AblationScale, models: tuple[Model, ...] = MODELS) -> Report:
     report.tables["Simulated: speed over a static mapping"] = rows
     executed = [row for model in models for row in _executed(report, model, scale)]
     report.tables["Executed: speed over a static mapping"] = executed
-    _scheduler_cost(report, scale.rounds)
     for kind, found in (("simulated", rows), ("executed", executed)):
         for phase, bound in (("prefill", PREFILL_TARGET), ("decode", DECODE_TARGET)):
             of_phase = [row for row in found if str(row["phase"]).startswith(phase)]
@@ -186,33 +180,3 @@ def _number(row: Row, column: str) -> float:
     value = row[column]
     assert isinstance(value, float)
     return value
-
-
-def _scheduler_cost(report: Report, rounds: int) -> None:
-    """Microseconds of a layer's schedule, with the call from Python."""
-    for count, bound in ((8, 10.0), (64, 60.0)):
-        slowest = 0.0
-        for phase in ("decode", "prefill"):
-            for disk in (False, True):
-                spread = _schedule_us(count, rounds, prefill=phase == "prefill", disk=disk)
-                slowest = max(slowest, spread.median)
-                report.tables.setdefault("Scheduler, microseconds a layer", []).append(
-                    {"active experts": count, "phase": phase, "from": "disk too" if disk else "memory", "us": spread}
-                )
-        report.target(f"scheduler, {count} active experts, us", slowest, "at most", bound)
-
-
-def _schedule_us(count: int, rounds: int, *, prefill: bool, disk: bool) -> Spread:
-    chance = np.random.default_rng(count)
-    costs = LayerCosts(
-        cpu_token_s=1.0, gpu_expert_s=0.2, gpu_token_s=0.01, link_expert_s=1.5, disk_expert_s=3.0 if disk else 0.0
-    )
-    scheduler = LayerScheduler(costs)
-    found = []
-    for _ in range(rounds):
-        loads = chance.integers(1, 40, count) if prefill else np.ones(count, np.int64)
-        homes = chance.integers(Home.VRAM, Home.DISK + disk, count)
-        begun = perf_counter()
-        scheduler.schedule(loads, homes)
-        found.append(1e6 * (perf_counter() - begun))
-    return Spread.of(found)

@@ -1,17 +1,17 @@
-"""Misses of cache policies on routing traces, between LRU and Belady's optimum, and what a policy costs a layer."""
+"""Misses of cache policies on routing traces, between LRU and Belady's optimum."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 
-from benchmarks.harness import Report, Row, Spread, say
+from benchmarks.harness import Report, Row, say
 from benchmarks.trace_recording import tiny_model_traces
-from prefetch.policies.base import CachePolicy, Scores
+from prefetch.policies.base import CachePolicy
 from prefetch.policies.forecast import ForecastPolicy
+from prefetch.policies.forecast_kernel import LATER_SHARE, LINK_RATE, WEIGHT_RATE
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.named import make_policy
 from prefetch.policies.names import DEFAULT_POLICY, POLICIES
@@ -21,7 +21,6 @@ from prefetch.traces.replay import belady_for, replay
 from prefetch.traces.synthetic import SyntheticRouting, draw
 from prefetch.traces.trace import RoutingTrace
 
-LAYER_TARGET_US = 20.0
 GAP_TARGET = 0.30
 WORSE_TARGET = 0.01
 
@@ -34,13 +33,11 @@ class PolicyScale:
         new_tokens: decoded tokens of each trace.
         shares: of the experts that fit.
         synthetic: routings that are drawn beside the recorded ones.
-        rounds: timings of each policy.
     """
 
     new_tokens: int
     shares: tuple[float, ...]
     synthetic: tuple[SyntheticRouting, ...]
-    rounds: int
 
 
 PROMPT_TOKENS = 64
@@ -50,8 +47,8 @@ SYNTHETIC = (
     SyntheticRouting(12, 64, 8, skew=0.2, locality=0.5),
     SyntheticRouting(12, 64, 8, skew=0.8, topic=1.0),
 )
-FULL = PolicyScale(448, (0.25, 0.5, 0.75), SYNTHETIC, 5)
-QUICK = PolicyScale(48, (0.25,), SYNTHETIC[:1], 1)
+FULL = PolicyScale(448, (0.25, 0.5, 0.75), SYNTHETIC)
+QUICK = PolicyScale(48, (0.25,), SYNTHETIC[:1])
 
 
 class _Unlearnt(ForecastPolicy):
@@ -59,7 +56,7 @@ class _Unlearnt(ForecastPolicy):
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
-        self._rates[3:] = 0.0
+        self._rates[[WEIGHT_RATE, LINK_RATE]] = 0.0
 
 
 class _Timeless(ForecastPolicy):
@@ -75,15 +72,15 @@ class _Unlinked(ForecastPolicy):
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
-        self._rates[4] = 0.0
+        self._rates[LINK_RATE] = 0.0
 
 
 class _NextVisit(ForecastPolicy):
     """Ablation: only the next visit of a layer counts."""
 
-    def _value(self, first: int, end: int, probabilities: Scores) -> None:
-        super()._value(first, end, probabilities)
-        self.fixed[first:end] = 0.0
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self._rates[LATER_SHARE] = 0.0
 
 
 ABLATIONS: dict[str, Callable[[Geometry], CachePolicy]] = {
@@ -116,7 +113,6 @@ def run(scale: PolicyScale) -> Report:
             row = _row(trace, share, gaps, worst, counted=trace.name in recorded)
             report.tables.setdefault("Misses of routed experts, decode", []).append(row)
     _summary(report, gaps, worst)
-    _layer_cost(report, scale.rounds)
     report.notes.append(
         f"{PROMPT_TOKENS} tokens of prefill, then {scale.new_tokens} of decode, from an empty cache. Traces that are "
         "named synthetic are drawn, not run. Belady knows the future. The gap closed is (LRU - policy) / "
@@ -172,44 +168,3 @@ def _summary(report: Report, gaps: dict[tuple[float, str], list[float]], worst: 
     report.target("gap closed by the default policy at 25%, recorded traces", closed, "at least", GAP_TARGET)
     most = max(value for (_, name), value in worst.items() if name == DEFAULT_POLICY)
     report.target("worst excess of misses over LRU, any trace and size", most, "at most", WORSE_TARGET)
-
-
-def _layer_cost(report: Report, rounds: int) -> None:
-    """A decoded token of 48 layers of 256 experts, 8 of them needed, half of these missing."""
-    geometry = Geometry.uniform(48, 256)
-    for name in POLICIES:
-        times = [_layer_us(make_policy(name, geometry), geometry, seed) for seed in range(rounds)]
-        report.tables.setdefault("A layer of 256 experts, 4 of 8 missing, microseconds", []).append(
-            {"policy": name, "us": Spread.of(times)}
-        )
-        report.target(f"{name} in microseconds a layer", Spread.of(times).median, "at most", LAYER_TARGET_US)
-
-
-def _layer_us(policy: CachePolicy, geometry: Geometry, seed: int, tokens: int = 12) -> float:
-    chance = np.random.default_rng(seed)
-    slots = geometry.total // 4
-    policy.on_resize(slots)
-    resident = set(chance.choice(geometry.total, slots, replace=False).tolist())
-    for key in resident:
-        policy.on_insert(key)
-    seconds = []
-    for step in range(tokens * geometry.layers):
-        first = int(geometry.first_keys[step % geometry.layers])
-        layer = range(first, first + 256)
-        here, gone = [key for key in layer if key in resident], [key for key in layer if key not in resident]
-        keys = sorted([*_some(chance, here), *_some(chance, gone)])
-        missing = [key for key in keys if key not in resident]
-        before = perf_counter()
-        policy.on_route(keys)
-        victims = policy.victims(set(keys), len(missing))
-        for victim, key in zip(victims, missing, strict=True):
-            policy.on_evict(victim)
-            policy.on_insert(key)
-        seconds.append(perf_counter() - before)
-        resident.difference_update(victims)
-        resident.update(missing)
-    return 1e6 * float(np.median(seconds))
-
-
-def _some(chance: np.random.Generator, keys: Sequence[int]) -> list[int]:
-    return chance.choice(keys, min(4, len(keys)), replace=False).tolist() if keys else []

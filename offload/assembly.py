@@ -56,7 +56,7 @@ def assemble(
     store_root: Path,
     progress: Progress,
     fused: Iterable[str] = FUSED_KINDS,
-    policy: str | CachePolicy = "lru",
+    policy: str | CachePolicy = "auto",
     prefetch: str = "off",
     accelerator: AcceleratorRequest | None = None,
 ) -> PreTrainedModel:

@@ -35,7 +35,7 @@ def load(
     attn_implementation: str | None = None,
     quant: str | Mapping[str, str | None] | None = None,
     fused: bool | Iterable[str] = True,
-    policy: str | CachePolicy = "lru",
+    policy: str | CachePolicy = "auto",
     prefetch: bool | str = False,
     device: str | None = None,
     vram: int | str | None = None,

@@ -92,7 +92,7 @@ def make_request(
     max_memory: Mapping[str | int, int | str] | None,
     fused: bool | Iterable[str] = True,
     quant: str | Mapping[str, str | None] | None = None,
-    policy: str | CachePolicy = "lru",
+    policy: str | CachePolicy = "auto",
     prefetch: bool | str = False,
     device: str | None = None,
     vram: int | str | None = None,

@@ -106,7 +106,7 @@ def test_policies_and_copies_ahead_change_no_bit(
         (7, 5, "ForecastPolicy", {"policy": "auto", "prefetch": True}),
         (9, 4, "MrsPolicy", {"policy": "mrs", "prefetch": "auto"}),
         (6, 8, "LruPolicy", {"policy": user, "prefetch": True}),
-        (7, 5, "LruPolicy", {}),
+        (7, 5, "LruPolicy", {"policy": "lru"}),
     ]
     seen, issued = [], 0
     for slots, above, name, options in settings:
@@ -125,7 +125,7 @@ def test_policies_and_copies_ahead_change_no_bit(
             stats = runtime.stats()
             upper = stats.accelerator
             assert upper.policy == stats.policy == name
-            assert options or not upper.copies_ahead_issued
+            assert "prefetch" in options or not upper.copies_ahead_issued
             settled = upper.copies_ahead_used + upper.copies_ahead_late + upper.copies_ahead_wasted
             assert settled <= upper.copies_ahead_issued <= settled + above
             assert 0 <= upper.late_copy_stall_s <= upper.copy_stall_s

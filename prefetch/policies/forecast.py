@@ -8,19 +8,22 @@ import numpy as np
 import numpy.typing as npt
 
 from prefetch.learning import check_tables
+from prefetch.policies import forecast_kernel as kernel
 from prefetch.policies.base import Scores
-from prefetch.policies.forecast_kernel import BIAS, FEATURES, INPUTS, PATIENCE_PASSES, SINCE, learn, predict
+from prefetch.policies.forecast_kernel import PATIENCE_PASSES
 from prefetch.policies.geometry import Geometry
+from prefetch.policies.selection_kernel import COST
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
 
 _START_WEIGHTS = (0.5, 0.3, 0.1, 0.3, -0.3, 0.2)
 """Of long, middle and short shares, last use, visits since and bias: near what traces of a trained model teach."""
 
-_DECAYS_AND_RATES = (0.99, 0.9, 0.6, 0.05, 0.07)
+_RATES = (0.99, 0.9, 0.6, 0.05, 0.07, 1.0)
+"""In the order of the kernel's."""
 
 _UNSEEN_VISITS = 20.0
 
-_NOBODY = np.empty(0, np.int64)
+_START_PROBABILITY = 0.1
 
 
 _MOST_SOURCES = 256
@@ -52,64 +55,50 @@ class ForecastPolicy(ValuedPolicy):
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
-        layers = geometry.layers
+        layers, counts = geometry.layers, geometry.counts
         self.weights: Floats = np.tile(np.array(_START_WEIGHTS), (layers, 1))
-        self.probabilities: Floats = np.full(geometry.total, 0.1)
-        self._sources = [_sources(geometry, layer) for layer in range(layers)]
+        self._known = np.zeros((kernel.ROWS, geometry.total), np.float32)
+        self._known[kernel.SINCE] = _UNSEEN_VISITS
+        self._known[kernel.PROBABILITY] = _START_PROBABILITY
+        self._layers = np.zeros((layers, kernel.COLUMNS + 4 * max(counts)), np.int64)
+        shapes: list[tuple[int, int]] = []
+        for layer, own in enumerate(self._layers):
+            sources = _sources(geometry, layer)
+            own[kernel.LINKS] = sum(rows * columns for rows, columns in shapes)
+            own[kernel.SOURCES] = len(sources)
+            own[kernel.SOURCE : kernel.SOURCE + len(sources)] = sources
+            shapes.append((sum(counts[source] for source in sources), counts[layer]))
+        self._links = np.zeros(sum(rows * columns for rows, columns in shapes), np.float32)
+        starts = self._layers[:, kernel.LINKS].tolist()
         self.links = [
-            np.zeros((sum(geometry.counts[source] for source in sources), count), np.float32)
-            for sources, count in zip(self._sources, geometry.counts, strict=True)
+            self._links[start : start + shape[0] * shape[1]].reshape(shape)
+            for start, shape in zip(starts, shapes, strict=True)
         ]
-        self._used: list[Ints] = [_NOBODY] * layers
-        self._rows: list[Ints] = [_NOBODY] * layers
-        self._later: Floats = np.zeros(geometry.total)
-        self._features = np.zeros((geometry.total, FEATURES))
-        self._features[:, SINCE] = _UNSEEN_VISITS
-        self._inputs = np.zeros((geometry.total, INPUTS))
-        self._inputs[:, BIAS] = 1.0
-        self._rates = np.array(_DECAYS_AND_RATES)
-        self._cost = geometry.relative_cost
+        self._rates = np.array(_RATES)
         passes = (np.arange(layers) + 1) / layers
         # A layer's scale is its place in this, counted from the layer that was visited last.
         self._scales = np.tile(1.0 / (passes + PATIENCE_PASSES), 2)
-        self.layer_scale = self._scales[:layers].copy()
+        self.layer_scale[:] = self._scales[:layers]
         for first, end in self._ranges:
             self._value(first, end, self.probabilities[first:end])
 
+    @property
+    def probabilities(self) -> npt.NDArray[np.float32]:
+        """float32 [experts of all layers], that the next visit of its layer needs each."""
+        probabilities: npt.NDArray[np.float32] = self._known[kernel.PROBABILITY]
+        return probabilities
+
     def _value(self, first: int, end: int, probabilities: Scores) -> None:
         """What keys `first` to `end` are worth if the layer's next visit needs them with these probabilities."""
-        cost = self._cost[first:end]
+        cost, later = self._table[COST, first:end], self._known[kernel.LATER, first:end]
         self.values[first:end] = cost * probabilities
-        self.fixed[first:end] = cost * (1.0 - probabilities) * self._later[first:end]
+        self.fixed[first:end] = cost * (1.0 - probabilities) * later * self._rates[kernel.LATER_SHARE]
 
-    def _observe(self, keys: Ints, shares: Floats | None) -> None:
-        layer, first, end = self.layer_range(int(keys[0]))
-        decode = shares is None
-        need = np.zeros(end - first)
-        need[keys - first] = 1.0 if shares is None else shares
-        inputs, probabilities = self._inputs[first:end], self.probabilities[first:end]
-        weights, links = self.weights[layer], self.links[layer]
-        if decode:
-            learn(inputs, weights, links, self._rows[layer], probabilities, need, self._rates)
-        # A prefill's last token would be a source, but nobody tells of one token.
-        self._used[layer] = keys - first if decode else _NOBODY
-        self._rows[layer] = self._rows_of(layer)
-        predict(
-            self._features[first:end], inputs, weights, links, self._rows[layer], probabilities, self._later[first:end],
-            need, decode, self._rates,
+    def _observe(self, visit: Ints, shares: Floats) -> None:
+        kernel.visit_layer(
+            visit, shares, self._table, self._per_layer, self._first_keys, self._known, self.weights, self._links,
+            self._layers, self._scales, self._rates,
         )  # fmt: skip
-        self._value(first, end, probabilities)
-        layers = self.geometry.layers
-        start = layers - 1 - layer
-        self.layer_scale[:] = self._scales[start : start + layers]
-
-    def _rows_of(self, layer: int) -> Ints:
-        """Rows of the layer's links: the experts that this pass used in its sources."""
-        counts, place, rows = self.geometry.counts, 0, []
-        for source in self._sources[layer]:
-            rows.append(self._used[source] + place)
-            place += counts[source]
-        return np.concatenate(rows)
 
     def on_forecast(self, first_key: int, probabilities: Scores) -> None:
         """Counts until the layer is routed."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
+from prefetch.policies.visit_kernel import frequency_recency
 
 
 class FrequencyRecencyPolicy(ValuedPolicy):
@@ -17,17 +18,7 @@ class FrequencyRecencyPolicy(ValuedPolicy):
             raise ValueError(f"decay={decay}: expected 0 to 1")
         super().__init__(geometry)
         self.decay = decay
-        self._frequency: Floats = np.zeros(geometry.total)
-        self._tokens_since: Floats = np.zeros(geometry.total)
+        self._state: Floats = np.zeros((2, geometry.total))
 
-    def _observe(self, keys: Ints, shares: Floats | None) -> None:
-        _, first, end = self.layer_range(int(keys[0]))
-        frequency, since = self._frequency[first:end], self._tokens_since[first:end]
-        frequency *= self.decay
-        self._frequency[keys] += 1.0 if shares is None else shares
-        since += 1.0
-        # A prefill says little about what the next token needs: only decoded uses are recent.
-        if shares is None:
-            self._tokens_since[keys] = 0.0
-        cost = self.geometry.relative_cost[first:end]
-        np.divide(frequency * cost, since + 1.0, out=self.values[first:end])
+    def _observe(self, visit: Ints, shares: Floats) -> None:
+        frequency_recency(visit, shares, self._table, self._state, self.decay)

@@ -6,6 +6,7 @@ import numpy as np
 
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
+from prefetch.policies.visit_kernel import blend
 
 
 class LfuPolicy(ValuedPolicy):
@@ -25,10 +26,7 @@ class LfuPolicy(ValuedPolicy):
             raise ValueError(f"decay={decay}: expected 0 to 1")
         super().__init__(geometry)
         self.decay = decay
-        self.frequency: Floats = np.zeros(geometry.total)
+        self._frequency: Floats = np.zeros((1, geometry.total))
 
-    def _observe(self, keys: Ints, shares: Floats | None) -> None:
-        _, first, end = self.layer_range(int(keys[0]))
-        self.frequency[first:end] *= self.decay
-        self.frequency[keys] += 1.0 if shares is None else shares
-        np.multiply(self.frequency[first:end], self.geometry.relative_cost[first:end], out=self.values[first:end])
+    def _observe(self, visit: Ints, shares: Floats) -> None:
+        blend(visit, shares, self._table, self._frequency, self.decay, 1.0)

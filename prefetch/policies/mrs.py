@@ -7,6 +7,7 @@ import numpy as np
 from prefetch.policies.base import Scores
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
+from prefetch.policies.visit_kernel import LAYER, VISIT_KEYS, blend, touch
 
 
 class MrsPolicy(ValuedPolicy):
@@ -27,31 +28,34 @@ class MrsPolicy(ValuedPolicy):
             raise ValueError(f"alpha={alpha}: expected above 0, at most 1")
         super().__init__(geometry)
         self.alpha = alpha
-        self.scores: Floats = np.zeros(geometry.total)
-        self._activated = np.zeros(geometry.layers, np.int64)
+        self._scores: Floats = np.zeros((1, geometry.total))
+        self._activated = [0] * geometry.layers
         self._scored = False
 
-    def _observe(self, keys: Ints, shares: Floats | None) -> None:
-        layer, first, end = self.layer_range(int(keys[0]))
-        self._activated[layer] = len(keys)
-        if not self._scored:
-            used = np.zeros(end - first)
-            used[keys - first] = 1.0 if shares is None else shares
-            self._blend(first, used)
+    @property
+    def scores(self) -> Floats:
+        """float64 [experts of all layers], S."""
+        scores: Floats = self._scores[0]
+        return scores
+
+    def _observe(self, visit: Ints, shares: Floats) -> None:
+        self._activated[visit[LAYER]] = len(visit) - VISIT_KEYS
+        if self._scored:
+            touch(visit, self._table)
+        else:
+            blend(visit, shares, self._table, self._scores, 1.0 - self.alpha, self.alpha)
 
     def on_scores(self, first_key: int, scores: Scores) -> None:
         """Blends the p highest scores in."""
         self._scored = True
-        top = 2 * int(self._activated[self.geometry.layer_of[first_key]])
+        layer = self._layer_of[first_key]
+        top = 2 * self._activated[layer]
         kept = np.asarray(scores, np.float64)
         if 0 < top < len(kept):
             kept = np.where(kept >= np.partition(kept, -top)[-top], kept, 0.0)
-        self._blend(first_key, kept)
-
-    def _blend(self, first: int, newest: Floats) -> None:
-        end = first + len(newest)
-        scores = self.scores[first:end]
-        scores *= 1.0 - self.alpha
-        scores += self.alpha * newest
-        np.multiply(scores, self.geometry.relative_cost[first:end], out=self.values[first:end])
-        self.refresh_layer(self._layer_of[first])
+        end = first_key + len(kept)
+        blended = self.scores[first_key:end]
+        blended *= 1.0 - self.alpha
+        blended += self.alpha * kept
+        np.multiply(blended, self.geometry.relative_cost[first_key:end], out=self.values[first_key:end])
+        self.refresh_layer(layer)

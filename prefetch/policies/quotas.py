@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from prefetch.policies.base import CachePolicy, Scores
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import ValuedPolicy
@@ -38,13 +40,18 @@ class QuotaPolicy(CachePolicy):
         self.inner = inner
         self.geometry = geometry
         self.whole_layers = whole_layers
-        self.quotas = shallow_first(geometry, geometry.total, whole_layers)
-        self._held = [0] * geometry.layers
+        self._quotas = np.array(shallow_first(geometry, geometry.total, whole_layers), np.int64)
+        self._held = np.zeros(geometry.layers, np.int64)
         self._layer_of = geometry.layer_of.tolist()
+
+    @property
+    def quotas(self) -> tuple[int, ...]:
+        """Slots that each layer may hold before it is the first to give one up."""
+        return tuple(self._quotas.tolist())
 
     def on_resize(self, slots: int) -> None:
         """Shares the slots out anew."""
-        self.quotas = shallow_first(self.geometry, slots, self.whole_layers)
+        self._quotas[:] = shallow_first(self.geometry, slots, self.whole_layers)
         self.inner.on_resize(slots)
 
     def on_route(self, keys: Sequence[int], shares: Sequence[float] | None = None) -> None:
@@ -80,14 +87,8 @@ class QuotaPolicy(CachePolicy):
         return found[0] if found else None
 
     def victims(self, pinned: Collection[int], count: int) -> list[int]:
-        """From the layer the furthest above its quota as many as it is above, then from the next; then from any."""
-        found: list[int] = []
-        above = [held - quota for held, quota in zip(self._held, self.quotas, strict=True)]
-        while len(found) < count and (most := max(above)) > 0:
-            # Of equal ones the deepest.
-            layer = len(above) - 1 - above[::-1].index(most)
-            above[layer] = 0
-            found += self.inner.layer_victims(layer, pinned, min(most, count - len(found)))
-        if len(found) < count:
-            found += self.inner.victims({*pinned, *found}, count - len(found))
-        return found
+        """From the layer the furthest above its quota as many as it is above, then from the next; then from any.
+
+        Of layers that are equally far above, the deepest comes first.
+        """
+        return self.inner.victims_above(self._held - self._quotas, pinned, count)

@@ -9,73 +9,96 @@ import numpy as np
 
 from prefetch.jit import entry, inner, inner_unordered
 
+# Rows of a policy's table, float64 [rows, keys].
+VALUE, FIXED, USED_AT, COST, LAYER_OF, LIVE, SCALED, ROWS = range(8)
+"""VALUE x the scale of the key's layer + FIXED is what is compared; USED_AT counts visits of layers; COST is what a
+miss costs, 1 on average; LAYER_OF is the key's layer; LIVE is VALUE, and infinity for keys that are not resident;
+SCALED is scratch."""
+
+# Rows of what is kept by layer, float64 [rows, layers].
+SCALE, LEAST_NEAR, LEAST_FAR, LAYER_ROWS = range(4)
+"""SCALE lies between the two scales below. The others are no more than the least of its resident keys would be at
+either, and exact where they were last looked at. The least of straight lines bends down, so between the two scales it
+is nowhere below the straight line from one to the other."""
+
+_NEAR, _FAR = 0.5, 4.0
+
+_ROUNDED = 1.0 - 1e-14
+"""What is interpolated may be this much too large."""
+
+_TOLD = 2
+
 TIE = 1e-12
 """Of equal values the one unused for longest goes first: a use counts so much more than the one before."""
 
 
-@inner_unordered
-def _minimum(live: Any, first: int, end: int) -> Any:
-    least = live[first]
-    for key in range(first + 1, end):
-        least = min(least, live[key])
-    return least
+@inner
+def _find_bounds(table: Any, per_layer: Any, layer: int, first: int, end: int) -> None:
+    """Exact bounds of a layer; infinity where no key is resident."""
+    live, fixed = table[LIVE], table[FIXED]
+    near, other_near, far, other_far = np.inf, np.inf, np.inf, np.inf
+    # Two of each: the next minimum need not wait for the last.
+    for key in range(first, end - 1, 2):
+        near = min(near, _NEAR * live[key] + fixed[key])
+        far = min(far, _FAR * live[key] + fixed[key])
+        other_near = min(other_near, _NEAR * live[key + 1] + fixed[key + 1])
+        other_far = min(other_far, _FAR * live[key + 1] + fixed[key + 1])
+    if (end - first) % 2:
+        near = min(near, _NEAR * live[end - 1] + fixed[end - 1])
+        far = min(far, _FAR * live[end - 1] + fixed[end - 1])
+    per_layer[LEAST_NEAR, layer] = min(near, other_near)
+    per_layer[LEAST_FAR, layer] = min(far, other_far)
 
 
 @inner
-def _least_fixed(fixed: Any, live: Any, first: int, end: int) -> Any:
-    """Of resident keys; infinity where there is none."""
-    found = np.inf
+def _limit(per_layer: Any, layer: int) -> Any:
+    """No more than what the layer's least resident key is worth; infinity where there is none."""
+    near, far = per_layer[LEAST_NEAR, layer], per_layer[LEAST_FAR, layer]
+    if near == np.inf:
+        return np.inf
+    return (near + (far - near) * (per_layer[SCALE, layer] - _NEAR) / (_FAR - _NEAR)) * _ROUNDED
+
+
+@inner_unordered
+def _scale_layer(live: Any, fixed: Any, scaled: Any, first: int, end: int, scale: float) -> None:
+    for key in range(first, end):
+        scaled[key] = live[key] * scale + fixed[key]
+
+
+@inner
+def _refresh(table: Any, per_layer: Any, layer: int, first: int, end: int) -> None:
+    """LIVE = VALUE, a little more for what was used later; it stays infinity for what is not resident."""
+    live = table[LIVE]
     for key in range(first, end):
         if live[key] < np.inf:
-            found = min(found, fixed[key])
-    return found
+            live[key] = _live_value(table, key)
+    _find_bounds(table, per_layer, layer, first, end)
 
 
 @inner
-def _refresh(
-    values: Any, fixed: Any, used_at: Any, resident: Any, live: Any, bounds: Any, layer: int, first: int, end: int
-) -> None:
-    """live[key] = values[key], a little more for what was used later, and infinity for what is not resident."""
-    for key in range(first, end):
-        live[key] = values[key] + TIE * used_at[key] if resident[key] else np.inf
-    bounds[0, layer] = _minimum(live, first, end)
-    bounds[1, layer] = _least_fixed(fixed, live, first, end)
+def _live_value(table: Any, key: int) -> Any:
+    return table[VALUE, key] + TIE * table[USED_AT, key]
 
 
-@entry(
-    "void(float64[::1], float64[::1], int64[::1], boolean[::1], float64[::1], float64[:, ::1], int64[::1], int64[::1], "
-    "int64[::1], int64[::1])"
-)
-def update(
-    values: Any, fixed: Any, used_at: Any, resident: Any, live: Any, bounds: Any, layer_of: Any, first_keys: Any,
-    moved: Any, layers: Any,
-) -> None:  # fmt: skip
-    """Bring `live` and `bounds` up to date with keys that came or left and layers whose values changed.
+@inner
+def _lower_bounds(table: Any, per_layer: Any, key: int) -> None:
+    """`key` is among those that can be found."""
+    layer = int(table[LAYER_OF, key])
+    for row, scale in ((LEAST_NEAR, _NEAR), (LEAST_FAR, _FAR)):
+        per_layer[row, layer] = min(per_layer[row, layer], scale * table[LIVE, key] + table[FIXED, key])
 
-    Args:
-        values: float64 [keys].
-        fixed: float64 [keys], see `least`.
-        used_at: int64 [keys].
-        resident: bool [keys]; updated.
-        live: float64 [keys]; updated.
-        bounds: float64 [2, layers], see `least`; updated.
-        layer_of: int64 [keys].
-        first_keys: int64 [layers + 1].
-        moved: int64 [n]: a key that is resident from now on, or -1 - key for one that is not any more; in order.
-        layers: int64 [m], whose values changed.
-    """
+
+@inner
+def _update(table: Any, per_layer: Any, first_keys: Any, moved: Any, layers: Any) -> None:
+    """Bring LIVE and the bounds up to date with keys that came or left and layers whose values changed."""
     for change in moved:
         if change < 0:
-            resident[-1 - change] = False
-            live[-1 - change] = np.inf
-            continue
-        layer = layer_of[change]
-        resident[change] = True
-        live[change] = values[change] + TIE * used_at[change]
-        bounds[0, layer] = min(bounds[0, layer], live[change])
-        bounds[1, layer] = min(bounds[1, layer], fixed[change])
+            table[LIVE, -1 - change] = np.inf
+        else:
+            table[LIVE, change] = _live_value(table, change)
+            _lower_bounds(table, per_layer, change)
     for layer in layers:
-        _refresh(values, fixed, used_at, resident, live, bounds, layer, first_keys[layer], first_keys[layer + 1])
+        _refresh(table, per_layer, layer, first_keys[layer], first_keys[layer + 1])
 
 
 @inner
@@ -114,41 +137,39 @@ def _next_layer(limits: Any, seen: Any) -> int:
     return best
 
 
-@entry(
-    "int64(float64[::1], float64[::1], float64[:, ::1], float64[::1], float64[::1], int64[::1], int64, int64[::1], "
-    "int64[::1])"
-)
-def least(
-    live: Any, fixed: Any, bounds: Any, scaled: Any, layer_scale: Any, first_keys: Any, only: int, pinned: Any,
-    found: Any,
-) -> int:  # fmt: skip
-    """The keys to evict first, in order: a heap of the best so far, then sorted.
+@inner
+def _look_through(
+    table: Any, per_layer: Any, layer: int, first: int, end: int, found: Any, size: int, most: float
+) -> Any:
+    """The best of a layer join the heap of the best so far; (how many there are, the worst of a full heap)."""
+    live, fixed, scaled = table[LIVE], table[FIXED], table[SCALED]
+    scale = per_layer[SCALE, layer]
+    _find_bounds(table, per_layer, layer, first, end)
+    _scale_layer(live, fixed, scaled, first, end, scale)
+    for key in range(first, end):
+        if scaled[key] > most or scaled[key] == np.inf:
+            continue
+        if size < len(found):
+            found[size] = key
+            size += 1
+            if size == len(found):
+                _heapify(found, size, scaled)
+        elif _later(found[0], key, scaled):
+            found[0] = key
+            _sift_down(found, 0, size, scaled)
+        if size == len(found):
+            most = scaled[found[0]]
+    return size, most
 
-    Args:
-        live: float64 [keys], infinity for keys that are not resident; the same before and after.
-        fixed: float64 [keys], what is added to a value once it is scaled.
-        bounds: float64 [2, layers], no more than the least of each layer in `live`, and in `fixed` of resident keys;
-            made exact where it is looked at.
-        scaled: float64 [keys], scratch: value x scale of the key's layer + fixed, which is what is compared.
-        layer_scale: float64 [layers], above 0.
-        first_keys: int64 [layers + 1].
-        only: the layer that keys are to be of, -1 for any.
-        pinned: int64 [P], keys that are not to be found; others than those of the model are ignored.
-        found: int64 [n], filled from the first; n is at least 1.
 
-    Returns:
-        How many were found.
-    """
-    held = np.full(len(pinned), np.inf)
-    for index in range(len(pinned)):
-        if 0 <= pinned[index] < len(live):
-            held[index] = live[pinned[index]]
-            live[pinned[index]] = np.inf
-    size, most, layers = 0, np.inf, len(layer_scale)
+@inner
+def _least(table: Any, per_layer: Any, first_keys: Any, only: int, found: Any) -> int:
+    """Fill `found` with the keys to evict first, in order, of layer `only` or of all (-1); how many there are."""
+    layers = per_layer.shape[1]
+    size, most = 0, np.inf
     limits = np.empty(layers)
     for layer in range(layers):
-        # Where none is resident both are infinite.
-        limits[layer] = bounds[0, layer] * layer_scale[layer] + bounds[1, layer]
+        limits[layer] = _limit(per_layer, layer)
     seen = np.full(layers, only >= 0)
     if only >= 0:
         seen[only] = False
@@ -160,34 +181,93 @@ def least(
         if limits[layer] == most and first_keys[layer] > found[0]:
             break
         seen[layer] = True
-        first, end, scale = first_keys[layer], first_keys[layer + 1], layer_scale[layer]
-        bounds[0, layer] = _minimum(live, first, end)
-        bounds[1, layer] = _least_fixed(fixed, live, first, end)
-        for key in range(first, end):
-            value = live[key] * scale + fixed[key]
-            if value > most or value == np.inf:
-                continue
-            scaled[key] = value
-            if size < len(found):
-                found[size] = key
-                size += 1
-                if size == len(found):
-                    _heapify(found, size, scaled)
-            elif _later(found[0], key, scaled):
-                found[0] = key
-                _sift_down(found, 0, size, scaled)
-            if size == len(found):
-                most = scaled[found[0]]
-    for index in range(len(pinned) - 1, -1, -1):
-        key = pinned[index]
-        if 0 <= key < len(live) and held[index] < np.inf:
-            live[key] = held[index]
-            layer = np.searchsorted(first_keys, key, side="right") - 1
-            bounds[0, layer] = min(bounds[0, layer], held[index])
-            bounds[1, layer] = min(bounds[1, layer], fixed[key])
+        first, end = first_keys[layer], first_keys[layer + 1]
+        size, most = _look_through(table, per_layer, layer, first, end, found, size, most)
+    scaled = table[SCALED]
     if size < len(found):
         _heapify(found, size, scaled)
     for last in range(size - 1, 0, -1):
         found[0], found[last] = found[last], found[0]
         _sift_down(found, 0, last, scaled)
+    return size
+
+
+@inner
+def _hide(live: Any, keys: Any, values: Any) -> None:
+    """Let keys look as if they were not resident; what they had is in `values`."""
+    for index in range(len(keys)):
+        values[index] = np.inf
+        if 0 <= keys[index] < len(live):
+            values[index] = live[keys[index]]
+            live[keys[index]] = np.inf
+
+
+@inner
+def _show(table: Any, per_layer: Any, keys: Any, values: Any) -> None:
+    """Undo `_hide`; backwards, as a key may be named twice."""
+    for index in range(len(keys) - 1, -1, -1):
+        if values[index] < np.inf:
+            table[LIVE, keys[index]] = values[index]
+            _lower_bounds(table, per_layer, keys[index])
+
+
+@inner
+def _furthest_above(above: Any) -> int:
+    """The layer with the most experts above its quota, of equal ones the deepest; -1 where none is above."""
+    furthest = -1
+    for layer in range(len(above)):
+        if above[layer] > 0 and (furthest < 0 or above[layer] >= above[furthest]):
+            furthest = layer
+    return furthest
+
+
+@inner
+def _least_by_quota(table: Any, per_layer: Any, first_keys: Any, above: Any, found: Any) -> int:
+    """As `_least`, but first from layers that are above their quotas."""
+    size, left, values = 0, above.copy(), np.empty(len(found))
+    layer = _furthest_above(left)
+    while size < len(found) and layer >= 0:
+        end = min(len(found), size + left[layer])
+        new = _least(table, per_layer, first_keys, layer, found[size:end])
+        left[layer] = 0
+        # The layer may be looked at once more.
+        _hide(table[LIVE], found[size : size + new], values[size:end])
+        size += new
+        layer = _furthest_above(left)
+    hidden = size
+    if size < len(found):
+        size += _least(table, per_layer, first_keys, -1, found[size:])
+    _show(table, per_layer, found[:hidden], values)
+    return size
+
+
+@entry("int64(float64[:, ::1], float64[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1])")
+def select(table: Any, per_layer: Any, first_keys: Any, told: Any, above: Any, found: Any) -> Any:
+    """Take in what happened since the last call, then find the keys to evict first, in order.
+
+    Args:
+        table: float64 [rows, keys], see above; LIVE is updated, the same for pinned and found keys.
+        per_layer: float64 [rows, layers], see above; its bounds are updated.
+        first_keys: int64 [layers + 1].
+        told: int64: how many moves m and how many changed layers c follow;
+            m keys that came, or -1 - key for one that left, in order; c layers whose values changed; then the
+            keys that are not to be found, of which others than those of the model are ignored.
+        above: int64 [layers], how many experts each layer has above its quota; of no elements where there are none.
+        found: int64 [n], filled from the first.
+
+    Returns:
+        How many were found.
+    """
+    moves, changes = _TOLD + told[0], _TOLD + told[0] + told[1]
+    _update(table, per_layer, first_keys, told[_TOLD:moves], told[moves:changes])
+    if len(found) == 0:
+        return 0
+    pinned = told[changes:]
+    values = np.empty(len(pinned))
+    _hide(table[LIVE], pinned, values)
+    if len(above):
+        size = _least_by_quota(table, per_layer, first_keys, above, found)
+    else:
+        size = _least(table, per_layer, first_keys, -1, found)
+    _show(table, per_layer, pinned, values)
     return size

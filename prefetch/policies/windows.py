@@ -6,6 +6,7 @@ import numpy as np
 
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
+from prefetch.policies.visit_kernel import count_window
 
 
 class WindowPolicy(ValuedPolicy):
@@ -21,17 +22,8 @@ class WindowPolicy(ValuedPolicy):
             raise ValueError(f"window={window}: expected at least one token")
         super().__init__(geometry)
         self.window = window
-        self._before: Floats = np.zeros(geometry.total)
-        self._running: Floats = np.zeros(geometry.total)
-        self._tokens = np.zeros(geometry.layers, np.int64)
+        self._uses: Floats = np.zeros((2, geometry.total))
+        self._tokens: Ints = np.zeros(geometry.layers, np.int64)
 
-    def _observe(self, keys: Ints, shares: Floats | None) -> None:
-        layer, first, end = self.layer_range(int(keys[0]))
-        running, before = self._running[first:end], self._before[first:end]
-        if self._tokens[layer] >= self.window:
-            before[:] = running
-            running[:] = 0.0
-            self._tokens[layer] = 0
-        self._tokens[layer] += 1
-        self._running[keys] += 1.0 if shares is None else shares
-        np.multiply(before + running, self.geometry.relative_cost[first:end], out=self.values[first:end])
+    def _observe(self, visit: Ints, shares: Floats) -> None:
+        count_window(visit, shares, self._table, self._uses, self._tokens, self.window)

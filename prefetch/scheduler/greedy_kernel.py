@@ -67,77 +67,58 @@ def _arrivals(homes: Any, costs: Any) -> Any:
 
 
 @inner
-def _earliest_on_gpu(loads: Any, homes: Any, ready: Any, taken: Any, gpu: float, costs: Any) -> Any:
-    """(expert, finish) of the cached expert that the GPU completes first; more tokens win a tie; -1 for none."""
-    best, finish = -1, np.inf
-    for expert in range(len(loads)):
-        if taken[expert] == 0 and homes[expert] <= BOTH:
-            f = max(gpu, ready[expert]) + gpu_expert_s(costs, loads[expert])
-            if best < 0 or f < finish or (f == finish and loads[expert] > loads[best]):
-                best, finish = expert, f
-    return best, finish
-
-
-@inner
-def _earliest_on_cpu(loads: Any, homes: Any, ready: Any, taken: Any, cpu: float, costs: Any, least_home: int) -> Any:
-    """(expert, finish) of the expert that the CPU completes first; -1 for none."""
-    best, finish = -1, np.inf
-    for expert in range(len(loads)):
-        # A cached expert that was copied in this layer is the GPU's.
-        if taken[expert] == 0 and homes[expert] >= least_home:
-            f = max(cpu, ready[expert]) + cpu_expert_s(costs, loads[expert])
-            if f < finish:
-                best, finish = expert, f
-    return best, finish
-
-
-@inner
-def _latest_to_copy(loads: Any, homes: Any, ready: Any, taken: Any, link: float, costs: Any) -> Any:
-    """(expert, finish) of the uncached expert with the most tokens, of those that arrive on the GPU first."""
-    best, finish = -1, np.inf
-    for expert in range(len(loads)):
-        if taken[expert] == 0 and homes[expert] >= RAM:
-            f = max(link, ready[expert]) + costs[LINK]
-            if best < 0 or f < finish or (f == finish and loads[expert] > loads[best]):
-                best, finish = expert, f
-    return best, finish
+def _is_sooner(finish: float, load: int, best: int, best_finish: float, loads: Any) -> bool:
+    """More tokens win a tie."""
+    return bool(best < 0 or finish < best_finish or (finish == best_finish and load > loads[best]))
 
 
 @inner
 def earliest_completion(loads: Any, homes: Any, costs: Any, units: Any) -> None:
     """Fill `units` by HybriMoE's greedy; ties go to the CPU, then to the GPU."""
     count = len(loads)
-    where = homes.copy()
-    ready = _arrivals(homes, costs)
-    taken = np.zeros(count, np.int64)
-    copied = np.zeros(count, np.int64)
+    where, left, ready = homes.copy(), np.arange(count), _arrivals(homes, costs)
     cpu, gpu, link = 0.0, costs[GPU_BEFORE], costs[LINK_BEFORE]
     first = costs[CPU_FIRST]
-    left = count
-    while left > 0:
-        on_cpu, cpu_done = _earliest_on_cpu(loads, where, ready, taken, cpu, costs, RAM)
-        if on_cpu < 0:
+    while count > 0:
+        on_cpu, on_gpu, to_copy, helped = -1, -1, -1, -1
+        cpu_done, gpu_done, copy_done = np.inf, np.inf, np.inf
+        for place in range(count):
+            expert = left[place]
+            load = loads[expert]
+            if where[expert] >= RAM:
+                done = max(cpu, ready[expert]) + cpu_expert_s(costs, load)
+                if done < cpu_done:
+                    on_cpu, cpu_done = expert, done
+                done = max(link, ready[expert]) + costs[LINK]
+                if _is_sooner(done, load, to_copy, copy_done, loads):
+                    to_copy, copy_done = expert, done
+                continue
+            done = max(gpu, ready[expert]) + gpu_expert_s(costs, load)
+            if _is_sooner(done, load, on_gpu, gpu_done, loads):
+                on_gpu, gpu_done = expert, done
+            # What was copied in this layer is the GPU's.
+            if where[expert] == BOTH and (helped < 0 or load < loads[helped]):
+                helped = expert
+        if on_cpu < 0 and helped >= 0:
             # Nothing uncached is left: the CPU helps with the cached expert of the fewest tokens.
-            for expert in range(count):
-                here = taken[expert] == 0 and homes[expert] == BOTH and copied[expert] == 0
-                if here and (on_cpu < 0 or loads[expert] < loads[on_cpu]):
-                    on_cpu = expert
-                    cpu_done = cpu + cpu_expert_s(costs, loads[expert])
+            on_cpu, cpu_done = helped, cpu + cpu_expert_s(costs, loads[helped])
         cpu_done += first
-        on_gpu, gpu_done = _earliest_on_gpu(loads, where, ready, taken, gpu, costs)
-        to_copy, copy_done = _latest_to_copy(loads, where, ready, taken, link, costs)
         if on_cpu >= 0 and cpu_done <= gpu_done and cpu_done <= copy_done:
-            units[on_cpu] = ON_CPU
-            taken[on_cpu] = 1
-            cpu, first = cpu_done, 0.0
-            left -= 1
+            units[on_cpu], cpu, first = ON_CPU, cpu_done, 0.0
+            count = _remove(left, count, on_cpu)
         elif on_gpu >= 0 and gpu_done <= copy_done:
-            units[on_gpu] = ON_GPU
-            taken[on_gpu] = 1
-            gpu = gpu_done
-            left -= 1
+            units[on_gpu], gpu = ON_GPU, gpu_done
+            count = _remove(left, count, on_gpu)
         else:
-            where[to_copy] = VRAM
-            copied[to_copy] = 1
-            ready[to_copy] = copy_done
-            link = copy_done
+            where[to_copy], ready[to_copy], link = VRAM, copy_done, copy_done
+
+
+@inner
+def _remove(left: Any, count: int, expert: int) -> int:
+    """Take an expert out of the first `count`, which keep their order; how many are left."""
+    place = 0
+    while left[place] != expert:
+        place += 1
+    for later in range(place, count - 1):
+        left[later] = left[later + 1]
+    return count - 1

@@ -10,12 +10,9 @@ import numpy as np
 from prefetch.jit import entry, inner
 from prefetch.scheduler.equal_kernel import best_of_equals
 from prefetch.scheduler.greedy_kernel import earliest_completion
-from prefetch.scheduler.search_kernel import search, search_all
+from prefetch.scheduler.search_kernel import search
 from prefetch.scheduler.split_kernel import best_split
 from prefetch.scheduler.timeline_kernel import BOTH, GPU_EXPERT, GPU_TOKEN, ON_CPU, ON_DISK, ORDERS, run_timeline
-
-FEWEST = 5
-"""Up to so many experts all mappings are tried."""
 
 MOST_EQUAL = 12
 """Up to so many experts of equal load the best mapping is looked for among all pairs of numbers."""
@@ -80,9 +77,7 @@ def choose(what: int, loads: Any, homes: Any, costs: Any, orders: Any, times: An
         best_split(sorted_loads, sorted_homes, costs, mapping)
     elif equal and count <= MOST_EQUAL:
         best_of_equals(sorted_loads, sorted_homes, costs, mapping, table)
-    elif count <= FEWEST:
-        search_all(sorted_loads, sorted_homes, costs, mapping, table)
-    else:
+    elif count > 0:
         search(sorted_loads, sorted_homes, costs, mapping, table)
     cpu, gpu = run_timeline(mapping, sorted_loads, sorted_homes, costs, orders, counts, times)
     for row in range(ORDERS):

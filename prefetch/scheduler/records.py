@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -81,8 +82,7 @@ class LayerCosts:
         return np.array([getattr(self, name) for name in self.__dataclass_fields__], dtype=np.float64)
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """What happens in one layer. Experts are given by their places in the scheduler's input.
 
     Invariant: every expert is in exactly one of `cpu` and `gpu`; `transfers` are those of `gpu` that are not there

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import benchmarks.__main__ as cli
 from benchmarks import (
+    decision_cost,
     decode,
     disk,
     formats,
@@ -35,6 +36,7 @@ from benchmarks.sessions import ModelOptions
 from cpu_kernels.wide_linear import multiplies_natively
 from offload.devices.host import HostDevice
 from placement.datasheets import datasheet
+from prefetch.policies.names import POLICIES
 from tests.benchmarks.conftest import TINY
 
 DECODE = decode.DecodeScale(
@@ -53,6 +55,7 @@ RUNS: dict[str, Callable[[Path], Report]] = {
     "kernels": lambda work: kernels.run(kernels.QUICK),
     "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK),
     "overhead": lambda work: overhead.run(work, TINY, overhead.OverheadScale(rounds=2, steps=1)),
+    "decision_cost": lambda work: decision_cost.run(work, decision_cost.QUICK),
     "simulator": lambda work: simulator.run(simulator.SimulatorScale(3, 8, 2, 6, 1)),
 }
 
@@ -83,6 +86,11 @@ EXPECTED_ROWS = {
     "overhead": {
         "A layer without experts, microseconds": 16,
         "A layer beyond weights and attention, microseconds": 8,
+    },
+    "decision_cost": {
+        "Scheduler, a layer": 8,
+        "Cache policy, a layer": len(POLICIES),
+        "Decode where nothing can be foreseen": 2,
     },
     "simulator": {"Expert events": 12},
 }

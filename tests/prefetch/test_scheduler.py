@@ -147,8 +147,8 @@ def test_prefill_in_memory_is_optimal_where_the_gpu_does_not_count_tokens() -> N
 
 def test_prefill_is_near_the_optimum() -> None:
     found = ratios(decode=False, disk=False, linear_gpu=True, seed=3)
-    assert found.mean() <= 1.01
-    assert found.max() <= 1.10
+    assert found.mean() <= 1.001
+    assert found.max() <= 1.01
 
 
 @pytest.mark.parametrize("linear_gpu", [False, True])
@@ -156,12 +156,12 @@ def test_decode_with_reads_is_optimal(linear_gpu: bool) -> None:
     assert ratios(decode=True, disk=True, linear_gpu=linear_gpu, seed=5).max() == pytest.approx(1.0)
 
 
-def test_prefill_with_reads_is_seldom_far_from_the_optimum() -> None:
-    """Three tiers at once: a hard flow shop, of which a few neighbours are searched."""
-    found = ratios(decode=False, disk=True, linear_gpu=True, seed=4)
-    assert found.mean() <= 1.01
-    assert np.quantile(found, 0.995) <= 1.10
-    assert found.max() <= 1.20
+@pytest.mark.parametrize("linear_gpu", [False, True])
+def test_prefill_with_reads_is_near_the_optimum(linear_gpu: bool) -> None:
+    """Three tiers at once: a flow shop, of which the mappings that no other makes needless are searched."""
+    found = ratios(decode=False, disk=True, linear_gpu=linear_gpu, seed=4)
+    assert found.mean() <= 1.001
+    assert found.max() <= 1.01
 
 
 TIMES = st.floats(0, 50)
