@@ -18,7 +18,7 @@ import numpy as np
 
 from cpu_kernels.activation_quantisation_simd import ROUND, largest_bits, store_bytes, store_words
 from cpu_kernels.jit import carray, inner, task_address
-from cpu_kernels.packed_simd import BLOCK_NBYTES, CODE_NBYTES, source_stamp
+from cpu_kernels.packed_simd import BLOCK_NBYTES, CODE_NBYTES
 from cpu_kernels.packed_tiles import bits_of_float32, int8_pointer, int16_pointer, int32_pointer
 from cpu_kernels.simd import (
     Elements,
@@ -28,6 +28,7 @@ from cpu_kernels.simd import (
     float32_pointer,
     int64_pointer,
 )
+from cpu_kernels.sources import source_stamp
 from formats.packed import COLUMN_BLOCK
 
 KINDS = {name: number for number, name in enumerate(BLOCK_NBYTES)}
@@ -50,8 +51,9 @@ FP16 = Elements("fp16", "generic", source_stamp())
     COLUMNS,
     BLOCKS,  # address of the first row of blocks
     TOKENS_PER_CHUNK,
+    ROWS,  # address of a table of int64, each token's row of x; 0: row 0 is the first token's, and so on
     JOB_FIELDS,
-) = range(9)
+) = range(10)
 
 _INFINITY_BITS = np.int32(0x7F800000)
 _MAGNITUDE_BITS = np.int32(0x7FFFFFFF)
@@ -147,7 +149,8 @@ def _quantise_chunk(fp32, with_fp16, job_address, chunk):
     row_nbytes = (columns + COLUMN_BLOCK - 1) // COLUMN_BLOCK * _BLOCK_NBYTES[kind]
     first = chunk * job[TOKENS_PER_CHUNK]
     for token in range(first, min(first + job[TOKENS_PER_CHUNK], job[TOKENS])):
-        x = job[X] + token * job[X_ROW_BYTES]
+        row = carray(int64_pointer(job[ROWS] + 8 * token), (1,))[0] if job[ROWS] != 0 else token
+        x = job[X] + row * job[X_ROW_BYTES]
         blocks = job[BLOCKS] + token * row_nbytes
         if job[ELEMENT] == 0:
             quantise_row(kind, fp32, 4, x, columns, blocks)

@@ -1,17 +1,25 @@
-"""How functions are compiled: no GIL, C's arithmetic (a division by zero does not raise), and a cache on disk."""
+"""How functions are compiled: no GIL, C's arithmetic (a division by zero does not raise), and a cache on disk.
+
+The key in the cache has a digest of all sources, see `sources`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import njit, types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic as numba_intrinsic
 from numba.np.numpy_support import carray as numba_carray
+
+from cpu_kernels.sources import source_stamp
 
 # What these stand for in kernels differs from what they are in Python: no type would hold for both.
 carray: Any = numba_carray
 intrinsic: Any = numba_intrinsic
+_Cache: Any = FunctionCache
 
 
 def c_function(name: str, result: Any, *arguments: Any) -> Any:
@@ -28,7 +36,29 @@ inner_fused: Any = njit(error_model="numpy", nogil=True, fastmath={"contract"})
 
 def entry(signature: str | None = None) -> Any:
     """Decorator of a function that Python calls; compiled at once where it has a signature, else at its first call."""
-    return njit(signature, cache=True, error_model="numpy", nogil=True)
+
+    def decorate(function: Any) -> Any:
+        dispatcher: Any = njit(error_model="numpy", nogil=True)(function)
+        dispatcher._cache = _StampedCache(function)
+        if signature is not None:
+            dispatcher.compile(signature)
+            dispatcher.disable_compile()
+        return dispatcher
+
+    return decorate
+
+
+def compiled_function(function: Any, result: Any, *arguments: Any) -> int:
+    """Address of a C function, compiled or from the cache; the caller keeps it per process."""
+    compiled: Any = CFunc(function, (arguments, result), {}, {"error_model": "numpy"})
+    compiled._cache = _StampedCache(function)
+    compiled.compile()
+    return int(compiled.address)
+
+
+class _StampedCache(_Cache):  # type: ignore[misc]
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (*super()._index_key(sig, codegen), source_stamp())
 
 
 def task_address(task: Any) -> int:
@@ -36,15 +66,12 @@ def task_address(task: Any) -> int:
 
     The constants that a task closes over are part of its key in the cache.
     """
-    compiled: Any = cfunc(types.void(types.int64, types.int64), cache=True, error_model="numpy")(task)
-    return int(compiled.address)
+    return compiled_function(task, types.void, types.int64, types.int64)
 
 
 def function_address(function: Any, arguments: int) -> int:
     """Address of a compiled function void(int64, ...) of so many arguments, for `call_at`; see `task_address`."""
-    signature = types.void(*[types.int64] * arguments)
-    compiled: Any = cfunc(signature, cache=True, error_model="numpy")(function)
-    return int(compiled.address)
+    return compiled_function(function, types.void, *[types.int64] * arguments)
 
 
 @intrinsic

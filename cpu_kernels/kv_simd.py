@@ -26,7 +26,7 @@ from numba.extending import models, register_model, typeof_impl
 
 from cpu_kernels.isa import converts_fp16
 from cpu_kernels.jit import intrinsic
-from cpu_kernels.simd import source_stamp
+from cpu_kernels.sources import source_stamp
 
 PIECE = 8
 FP8_FACTOR = 256.0

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 
-from cpu_kernels.jit import inner, intrinsic
+from cpu_kernels.jit import compiled_function, inner, intrinsic
 from cpu_kernels.threads_kernel import call_task
 
 _I64 = ir.IntType(64)
@@ -34,9 +34,7 @@ class Launcher(NamedTuple):
 
 def launcher_address(function: Any) -> int:
     """Address of a launcher, compiled or from the cache."""
-    signature = types.void(types.int64, types.int64, types.int64, types.int64)
-    compiled: Any = cfunc(signature, cache=True, error_model="numpy")(function)
-    return int(compiled.address)
+    return compiled_function(function, types.void, *[types.int64] * 4)
 
 
 @intrinsic

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 
-from cpu_kernels.jit import carray, entry, inner, intrinsic
+from cpu_kernels.jit import carray, compiled_function, entry, inner, intrinsic
 from cpu_kernels.simd import int64_pointer
 from cpu_kernels.threads_kernel import call_task
 
@@ -116,8 +116,7 @@ def launch_team(state, task, job, chunks):
 
 def body_address() -> int:
     """Address of the team's body void(int64 data)."""
-    compiled: Any = cfunc(types.void(types.int64), cache=True, error_model="numpy")(_team_body)
-    return int(compiled.address)
+    return compiled_function(_team_body, types.void, types.int64)
 
 
 @entry("void(int64, int64, int64[::1], int64)")

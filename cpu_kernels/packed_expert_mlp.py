@@ -185,7 +185,7 @@ def _run(
     offsets = index_array("pair_offsets", pair_offsets, experts + 1)
     tokens, rows = index_array("pair_tokens", pair_tokens), index_array("pair_rows", pair_rows, pairs)
     pool = shared_pool(threads) if threads is None or isinstance(threads, int) else threads
-    activations_nbytes = x.shape[0] * row_nbytes(columns, layout.format)
+    activations_nbytes = min(pairs, x.shape[0]) * row_nbytes(columns, layout.format)
     sums_nbytes = 4 * pairs * (up_columns + layout.intermediate) if up and down else 0
     hidden_nbytes = pairs * row_nbytes(layout.intermediate, layout.format)
     scratch = workspace(8 * packed_jobs.expert_words(experts, pairs, activations_nbytes, sums_nbytes, hidden_nbytes))

@@ -34,8 +34,8 @@ def blocks_of(columns):
 
 
 @inner
-def fill_quantisation(job, kind, element, x, x_row_bytes, tokens, columns, blocks):
-    """Enter a job of quantisation; returns its chunks."""
+def fill_quantisation(job, kind, element, x, x_row_bytes, rows, tokens, columns, blocks):
+    """Enter a job of quantisation; returns its chunks. rows: address of the table of rows, or 0."""
     job[quantisation.KIND] = kind
     job[quantisation.ELEMENT] = element
     job[quantisation.X] = x
@@ -44,6 +44,7 @@ def fill_quantisation(job, kind, element, x, x_row_bytes, tokens, columns, block
     job[quantisation.COLUMNS] = columns
     job[quantisation.BLOCKS] = blocks
     job[quantisation.TOKENS_PER_CHUNK] = _QUANTISED_AT_ONCE
+    job[quantisation.ROWS] = rows
     return (tokens + _QUANTISED_AT_ONCE - 1) // _QUANTISED_AT_ONCE
 
 
@@ -117,7 +118,7 @@ def run_linear(
     job[kernel.SUM_ROWS] = base + 8 * (tables + tokens)
     job[kernel.OUTPUT_ROWS] = base + 8 * (tables + 2 * tokens)
     job[kernel.OUTPUT] = output
-    chunks = fill_quantisation(quantise, kind, element, x, x_row_bytes, tokens, columns, activations)
+    chunks = fill_quantisation(quantise, kind, element, x, x_row_bytes, 0, tokens, columns, activations)
     launch(launcher, state, tasks[0], quantise, chunks)
     launch(launcher, state, tasks[1], job, split_tiles(job, 1, blocks * tile_bytes_of_block, 1, threads))
 
@@ -161,7 +162,7 @@ def _table_words(experts, pairs):
 
 
 def expert_words(experts: int, pairs: int, activations_nbytes: int, sums_nbytes: int, hidden_nbytes: int) -> int:
-    """Words of 8 bytes that `prepare_experts` needs; the bytes of all rows of each kind."""
+    """Words of 8 bytes that `prepare_experts` needs; the bytes of all rows of each kind, once they are quantised."""
     nbytes = activations_nbytes + sums_nbytes + hidden_nbytes
     return (_TABLES + 3 * experts + 4 * pairs + 7) // 8 * 8 + -(-nbytes // 8) + 2
 
@@ -223,17 +224,25 @@ def prepare_experts(
     hidden_nbytes = blocks_of(shape[INTERMEDIATE]) * block_nbytes(shape[KIND])
     sums_nbytes = 4 * shape[INTERMEDIATE] * (matrices + 1)
     activations = base + 8 * _table_words(experts, pairs)
-    hidden = activations + x_rows * row_nbytes
+    # Rows are quantised once, or once for each pair where there are fewer pairs than rows.
+    by_pair = pairs < x_rows
+    quantised = pairs if by_pair else x_rows
+    hidden = activations + quantised * row_nbytes
     sums = hidden + pairs * hidden_nbytes
     table = _TABLES + 3 * experts
     if not fill_rows(workspace[table : table + pairs], activations, row_nbytes, tokens, x_rows):
         return BAD_TOKEN
+    if by_pair:
+        fill_consecutive(workspace[table : table + pairs], activations, row_nbytes)
     if not fill_rows(workspace[table + pairs : table + 2 * pairs], out_address, out_row_bytes, rows, out_rows):
         return BAD_ROW
     inputs = base + 8 * table
     outputs, between, sum_rows = inputs + 8 * pairs, inputs + 16 * pairs, inputs + 24 * pairs
     quantise = workspace[_QUANTISE_JOB : _QUANTISE_JOB + quantisation.JOB_FIELDS]
-    chunks = fill_quantisation(quantise, shape[KIND], element, x_address, x_row_bytes, x_rows, x_columns, activations)
+    chunks = fill_quantisation(
+        quantise, shape[KIND], element, x_address, x_row_bytes, tokens.ctypes.data if by_pair else 0, quantised,
+        x_columns, activations,
+    )  # fmt: skip
     _fill_phase(workspace, 0, tasks[0], _QUANTISE_JOB, chunks)
     phase = 1
     if up:

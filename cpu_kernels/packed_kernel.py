@@ -21,9 +21,15 @@ from cpu_kernels.packed_tiles import (
     most_tokens,
     packed_block,
     packed_store,
+    packed_widen,
     packed_zero,
     prefetch_codes,
     scales_nbytes,
+    tile_keep,
+    tile_load,
+    widened_block,
+    widened_nbytes,
+    widened_scratch,
 )
 from cpu_kernels.simd import element_pointer, float32_pointer, float32_to_element, int64_pointer
 from formats.packed import BLOCK_ROWS, COLUMN_BLOCK, TILE_ROWS
@@ -61,7 +67,12 @@ _PREFETCH_BYTES = 4096
 # Tokens whose activations pass a chunk's tiles one tile after the other: they should stay in the second-level cache.
 _TOKENS_TOGETHER = 64
 
+# Blocks of fp8 that are widened at a time, about half of a first-level cache, and for how many tokens at least.
+_WIDENED_BLOCKS = 4
+_WIDENED_FROM = 8
+
 _ONE, _TWO, _FOUR, _EIGHT = Tokens(1), Tokens(2), Tokens(4), Tokens(8)
+_WIDENED, _TOGETHER = Tokens(_WIDENED_BLOCKS), Tokens(_TOKENS_TOGETHER)
 
 
 @inner
@@ -91,6 +102,37 @@ def _tile(code, codes, scales, blocks, inputs, sums, offset, rows, tokens):
         token += 2
     if tokens > token:
         _columns(code, _ONE, codes, scales, blocks, inputs + 8 * token, sums + 8 * token, offset, rows)
+
+
+@inner
+def _widened_columns(code, count, widened, first, blocks, inputs, kept, sums, offset, rows, last):
+    """Some widened blocks of one row tile times count.count tokens; sums so far are kept between calls."""
+    tile = tile_load(count, kept) if first > 0 else packed_zero(count)
+    for block in range(blocks):
+        tile = widened_block(code, tile, widened + block * widened_nbytes(code), inputs, first + block)
+    if last:
+        packed_store(code, tile, sums, offset, rows)
+    else:
+        tile_keep(tile, kept)
+
+
+@inner
+def _widened_tile(code, codes, scales, blocks, inputs, sums, offset, rows, tokens):
+    """As `_tile`, for many tokens: blocks are widened once for all, as many at a time as stay in the nearest cache."""
+    widened = widened_scratch(code, _WIDENED, _TOGETHER)
+    kept = widened + _WIDENED_BLOCKS * widened_nbytes(code)
+    for first in range(0, blocks, _WIDENED_BLOCKS):
+        count = min(_WIDENED_BLOCKS, blocks - first)
+        last = first + count == blocks
+        for block in range(count):
+            prefetch_codes(code, codes + (first + block) * codes_nbytes(code) + _PREFETCH_BYTES)
+            packed_widen(code, codes, scales, widened + block * widened_nbytes(code), first + block)
+        for token in range(0, tokens - 3, 4):
+            x, out, keep = inputs + 8 * token, sums + 8 * token, kept + 4 * TILE_ROWS * token
+            _widened_columns(code, _FOUR, widened, first, count, x, keep, out, offset, rows, last)
+        for token in range(tokens // 4 * 4, tokens):
+            x, out, keep = inputs + 8 * token, sums + 8 * token, kept + 4 * TILE_ROWS * token
+            _widened_columns(code, _ONE, widened, first, count, x, keep, out, offset, rows, last)
 
 
 @inner
@@ -156,7 +198,10 @@ def run_chunk(code, with_fp16, job_address, chunk):
                     scales_of_tile = scales + tile * blocks * scales_nbytes(code)
                 offset = 4 * (matrix * job[ROWS] + first + start)
                 codes_of_tile = codes + tile * blocks * codes_nbytes(code)
-                _tile(code, codes_of_tile, scales_of_tile, blocks, inputs, sums, offset, rows, tokens)
+                if widened_nbytes(code) > 0 and tokens >= _WIDENED_FROM:
+                    _widened_tile(code, codes_of_tile, scales_of_tile, blocks, inputs, sums, offset, rows, tokens)
+                else:
+                    _tile(code, codes_of_tile, scales_of_tile, blocks, inputs, sums, offset, rows, tokens)
         sum_rows = carray(int64_pointer(sums), (tokens,))
         output_rows = carray(int64_pointer(job[OUTPUT_ROWS] + 8 * pair), (tokens,))
         for token in range(tokens):

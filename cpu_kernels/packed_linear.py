@@ -13,7 +13,8 @@ from cpu_kernels import packed_jobs as jobs
 from cpu_kernels.activation_quantisation_kernel import ELEMENT_NUMBERS, KINDS, quantise_task
 from cpu_kernels.isa import converts_fp16, isa_of_format
 from cpu_kernels.packed_kernel import OUTPUT_NUMBERS, packed_task
-from cpu_kernels.packed_simd import BLOCK_NBYTES, PackedCode, source_stamp
+from cpu_kernels.packed_simd import BLOCK_NBYTES, PackedCode
+from cpu_kernels.sources import source_stamp
 from cpu_kernels.tensors import FORMAT_OF_DTYPE, describe
 from cpu_kernels.threads import Pool, shared_pool
 from cpu_kernels.workspace import workspace

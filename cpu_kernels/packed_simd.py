@@ -18,11 +18,8 @@ codes it would saturate, so `madd_words` widens codes to 16 bits instead.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -78,6 +75,11 @@ class PackedCode:
     def most_tokens(self) -> int:
         """Tokens of the largest tile whose sums stay in registers: 4, or 8 where there are 32 of 512 bits."""
         return 8 if self.isa == "avx512_vnni" else 4
+
+    @property
+    def widened_nbytes(self) -> int:
+        """Bytes of a block of fp8 that is widened once for many tokens; 0: other formats gain nothing by it."""
+        return 4 * TILE_ROWS * (COLUMN_BLOCK + 1) if self.format == "fp8_e4m3" else 0
 
     @property
     def activation(self) -> str:
@@ -351,18 +353,20 @@ def _e4m3_to_float(builder: Any, rows: Any, byte: int) -> Any:
     return builder.select(is_nan, nan, value)
 
 
+def _floats_of_step(builder: Any, codes: Any, step: int) -> list[Any]:
+    rows = load(builder, codes, _I32_ROWS, step * STEP_BYTES)
+    return [_e4m3_to_float(builder, rows, byte) for byte in range(4)]
+
+
 def _add_scaled_floats(
-    builder: Any, code: PackedCode, totals: list[Any], codes: Any, scale: Any, inputs: Sequence[Any]
+    builder: Any, totals: list[Any], weights_of: Callable[[int], list[Any]], scales: Any, inputs: Sequence[Any]
 ) -> list[Any]:
     sums = [ir.Constant(F32_ROWS, None)] * len(inputs)
     for step in range(COLUMN_BLOCK // 4):
-        rows = load(builder, codes, _I32_ROWS, step * STEP_BYTES)
-        for byte in range(4):
-            weights = _e4m3_to_float(builder, rows, byte)
+        for byte, weights in enumerate(weights_of(step)):
             for token, address in enumerate(inputs):
                 x = splat(builder, load(builder, address, _F32, 16 * step + 4 * byte), TILE_ROWS)
                 sums[token] = call(builder, "llvm.fma.v16f32", F32_ROWS, weights, x, sums[token])
-    scales = splat(builder, load(builder, scale, _F32), TILE_ROWS)
     return [
         call(builder, "llvm.fma.v16f32", F32_ROWS, value, scales, total)
         for value, total in zip(sums, totals, strict=True)
@@ -377,15 +381,30 @@ def add_block(
     totals: <16 x float> for each token. codes, scales: addresses of the block's codes and scales.
     inputs: address of each token's block of activations.
     """
-    add = _add_scaled_floats if code.format == "fp8_e4m3" else _add_scaled_integers
-    return add(builder, code, totals, codes, scales, inputs)
+    if code.format == "fp8_e4m3":
+        scale = splat(builder, load(builder, scales, _F32), TILE_ROWS)
+        return _add_scaled_floats(builder, totals, lambda step: _floats_of_step(builder, codes, step), scale, inputs)
+    return _add_scaled_integers(builder, code, totals, codes, scales, inputs)
 
 
-@cache
-def source_stamp() -> str:
-    """Digest of the sources that compiled packed kernels come from; see `simd.source_stamp`."""
-    digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), here.parent / "formats" / "packed.py"]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def widen_block(builder: Any, codes: Any, scale: Any, widened: Any) -> None:
+    """Write a block of fp8_e4m3 as fp32 to an address, column by column, then its scale 16 times."""
+
+    def put(value: Any, offset: int) -> None:
+        at = builder.add(widened, ir.Constant(_I64, offset))
+        builder.store(value, builder.inttoptr(at, F32_ROWS.as_pointer()), align=1)
+
+    for step in range(COLUMN_BLOCK // 4):
+        for byte, weights in enumerate(_floats_of_step(builder, codes, step)):
+            put(weights, 4 * TILE_ROWS * (4 * step + byte))
+    put(splat(builder, load(builder, scale, _F32), TILE_ROWS), 4 * TILE_ROWS * COLUMN_BLOCK)
+
+
+def add_widened_block(builder: Any, totals: list[Any], widened: Any, inputs: Sequence[Any]) -> list[Any]:
+    """As `add_block`, of a block that `widen_block` wrote; the same bits."""
+
+    def columns_of(step: int) -> list[Any]:
+        return [load(builder, widened, F32_ROWS, 4 * TILE_ROWS * (4 * step + byte)) for byte in range(4)]
+
+    scale = load(builder, widened, F32_ROWS, 4 * TILE_ROWS * COLUMN_BLOCK)
+    return _add_scaled_floats(builder, totals, columns_of, scale, inputs)

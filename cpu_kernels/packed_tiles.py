@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.imputils import lower_constant
 from numba.extending import models, register_model, typeof_impl
 
@@ -79,8 +79,36 @@ class _TileModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, ir.ArrayType(simd.F32_ROWS, fe_type.count))
 
 
+def _at(builder: Any, base: Any, nbytes: int, index: Any) -> Any:
+    return builder.add(base, builder.mul(index, ir.Constant(_I64, nbytes)))
+
+
 def _row(builder: Any, table: Any, index: int) -> Any:
     return simd.load(builder, table, _I64, 8 * index)
+
+
+def _scales_of_block(builder: Any, code: PackedCode, scales: Any, block: Any) -> Any:
+    if code.format == "fp8_e4m3":
+        return _at(builder, scales, 4, builder.udiv(block, ir.Constant(_I64, code.packed.group // COLUMN_BLOCK)))
+    return _at(builder, scales, code.scales_nbytes, block)
+
+
+def _add_to_tile(
+    builder: Any,
+    code: PackedCode,
+    tile: Any,
+    count: int,
+    inputs: Any,
+    block: Any,
+    add: Callable[[list[Any], list[Any]], list[Any]],
+) -> Any:
+    """The tile after `add`, which is given its sums and the addresses of each token's activations of the block."""
+    activations = simd.BLOCK_NBYTES[code.activation]
+    rows = [_at(builder, _row(builder, inputs, token), activations, block) for token in range(count)]
+    totals = add([builder.extract_value(tile, token) for token in range(count)], rows)
+    for token, total in enumerate(totals):
+        tile = builder.insert_value(tile, total, token)
+    return tile
 
 
 @intrinsic
@@ -107,24 +135,91 @@ def packed_block(
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, tile_value, codes, scales, inputs, block = arguments
+        codes_of_block = _at(builder, codes, kernel.codes_nbytes, block)
+        scale = _scales_of_block(builder, kernel, scales, block)
 
-        def at(base: Any, nbytes: int, index: Any) -> Any:
-            return builder.add(base, builder.mul(index, ir.Constant(_I64, nbytes)))
+        def add(totals: list[Any], rows: list[Any]) -> list[Any]:
+            return simd.add_block(builder, kernel, totals, codes_of_block, scale, rows)
 
-        if kernel.format == "fp8_e4m3":
-            blocks_per_scale = kernel.packed.group // COLUMN_BLOCK
-            scale = at(scales, 4, builder.udiv(block, ir.Constant(_I64, blocks_per_scale)))
-        else:
-            scale = at(scales, kernel.scales_nbytes, block)
-        activations = simd.BLOCK_NBYTES[kernel.activation]
-        rows = [at(_row(builder, inputs, token), activations, block) for token in range(tile.count)]
-        totals = [builder.extract_value(tile_value, token) for token in range(tile.count)]
-        totals = simd.add_block(builder, kernel, totals, at(codes, kernel.codes_nbytes, block), scale, rows)
-        for token, total in enumerate(totals):
-            tile_value = builder.insert_value(tile_value, total, token)
-        return tile_value
+        return _add_to_tile(builder, kernel, tile_value, tile.count, inputs, block, add)
 
     return tile(code, tile, types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def packed_widen(typingctx: Any, code: Any, codes: Any, scales: Any, widened: Any, block: Any) -> tuple[Any, _Codegen]:
+    """Write a block of fp8 as fp32 to an address.
+
+    codes, scales, block: as for `packed_block`. widened: address of `widened_nbytes`.
+    """
+    kernel: PackedCode = code.code
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, codes, scales, widened, block = arguments
+        if kernel.widened_nbytes:
+            scale = _scales_of_block(builder, kernel, scales, block)
+            simd.widen_block(builder, _at(builder, codes, kernel.codes_nbytes, block), scale, widened)
+        return context.get_dummy_value()
+
+    return types.void(code, types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def widened_block(typingctx: Any, code: Any, tile: Any, widened: Any, inputs: Any, block: Any) -> tuple[Any, _Codegen]:
+    """As `packed_block`, of a block that `packed_widen` wrote; the same bits."""
+    kernel: PackedCode = code.code
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, tile_value, widened, inputs, block = arguments
+
+        def add(totals: list[Any], rows: list[Any]) -> list[Any]:
+            return simd.add_widened_block(builder, totals, widened, rows) if kernel.widened_nbytes else totals
+
+        return _add_to_tile(builder, kernel, tile_value, tile.count, inputs, block, add)
+
+    return tile(code, tile, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def tile_load(typingctx: Any, tokens: Any, address: Any) -> tuple[Any, _Codegen]:
+    """The sums that `tile_keep` wrote."""
+    tile = PackedTileType(tokens.count)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = ir.Constant(context.get_value_type(tile), ir.Undefined)
+        for token in range(tile.count):
+            sums = simd.load(builder, arguments[1], simd.F32_ROWS, 4 * TILE_ROWS * token)
+            value = builder.insert_value(value, sums, token)
+        return value
+
+    return tile(tokens, types.int64), codegen
+
+
+@intrinsic
+def tile_keep(typingctx: Any, tile: Any, address: Any) -> tuple[Any, _Codegen]:
+    """Write a tile's sums as they are, 64 bytes for each token."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        for token in range(tile.count):
+            at = builder.add(arguments[1], ir.Constant(_I64, 4 * TILE_ROWS * token))
+            target = builder.inttoptr(at, simd.F32_ROWS.as_pointer())
+            builder.store(builder.extract_value(arguments[0], token), target, align=1)
+        return context.get_dummy_value()
+
+    return types.void(tile, types.int64), codegen
+
+
+@intrinsic
+def widened_scratch(typingctx: Any, code: Any, blocks: Any, tokens: Any) -> tuple[Any, _Codegen]:
+    """Address on the stack of room for blocks.count widened blocks, then for the sums of tokens.count tokens."""
+    nbytes = blocks.count * code.code.widened_nbytes + 4 * TILE_ROWS * tokens.count
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        room = cgutils.alloca_once(builder, ir.ArrayType(_I8, nbytes))
+        room.align = _CACHE_LINE_BYTES
+        return builder.ptrtoint(room, _I64)
+
+    return types.int64(code, blocks, tokens), codegen
 
 
 @intrinsic
@@ -175,6 +270,7 @@ scales_nbytes = _constant("scales_nbytes", lambda code: code.scales_nbytes)
 activation_kind = _constant("activation_kind", lambda code: list(simd.BLOCK_NBYTES).index(code.activation))
 block_scaled = _constant("block_scaled", lambda code: int(code.packed.group_rows > 1))
 most_tokens = _constant("most_tokens", lambda code: code.most_tokens)
+widened_nbytes = _constant("widened_nbytes", lambda code: code.widened_nbytes)
 
 
 @intrinsic

@@ -18,11 +18,8 @@ Addresses are int64. Nothing outside the stated rows is read: the last part of a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -32,6 +29,7 @@ from numba.extending import models, register_model, typeof_impl
 
 from cpu_kernels.isa import Isa
 from cpu_kernels.jit import intrinsic
+from cpu_kernels.sources import source_stamp
 
 LANES = 16
 STEP_BYTES = 64
@@ -57,19 +55,6 @@ class _BFloatType(ir.Type):  # type: ignore[misc]
 
 
 _BF16X32 = ir.VectorType(_BFloatType(), 2 * LANES)
-
-
-@cache
-def source_stamp() -> str:
-    """Digest of this package's sources.
-
-    It is part of the key of every cached kernel: Numba looks at the file of the outermost function only and would
-    reuse a kernel whose inner functions have changed.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

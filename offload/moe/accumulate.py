@@ -11,20 +11,25 @@ from abc import ABC, abstractmethod
 import numpy as np
 import torch
 
-from cpu_kernels.weighted_sum import weighted_sum
+from cpu_kernels.weighted_sum import add_weighted, weighted_sum
 from offload.devices.host_threads import kernel_pool
 from offload.moe.routing import Ints, Routing
 from placement.planner import PAIR_BUFFER_NBYTES
+
+_GROUP_NBYTES = PAIR_BUFFER_NBYTES // 4
+"""Outputs of several experts that are computed at once; they should stay in the caches until they are added."""
 
 
 class Accumulator(ABC):
     """Collects expert outputs of one step.
 
     Attributes:
-        ordered: True when experts must be added one at a time, in ascending order.
+        ordered: True when experts must be added in ascending order.
+        most_pairs: pairs of several experts that may be added at once where that is so.
     """
 
     ordered: bool
+    most_pairs: int
 
     @abstractmethod
     def target(self, pairs: Ints | slice) -> tuple[torch.Tensor, Ints]:
@@ -45,6 +50,7 @@ class PairAccumulator(Accumulator):
     ordered = False
 
     def __init__(self, routing: Routing, hidden: int) -> None:
+        self.most_pairs = routing.weights.numel()
         self._routing = routing
         self._outputs = torch.empty(routing.weights.numel(), hidden, dtype=torch.float32, device="cpu")
         if routing.dropped_rows.size:
@@ -63,18 +69,19 @@ class PairAccumulator(Accumulator):
 
 
 class OrderedAccumulator(Accumulator):
-    """Adds each expert's outputs to the sum, in ascending order of experts. For many pairs."""
+    """Adds some experts' outputs to the sum at a time, in ascending order of experts. For many pairs."""
 
     ordered = True
 
     def __init__(self, routing: Routing, hidden: int) -> None:
+        self.most_pairs = _GROUP_NBYTES // (4 * hidden)
         self._routing = routing
         self._sum = torch.zeros(routing.weights.shape[0], hidden, dtype=torch.float32, device="cpu")
         self._scratch = torch.empty(0, hidden, dtype=torch.float32, device="cpu")
         self._done = 0
 
     def target(self, pairs: Ints | slice) -> tuple[torch.Tensor, Ints]:
-        """A scratch buffer, used again for the next expert."""
+        """A scratch buffer, used again for the next experts."""
         count = len(self._routing.rows[pairs])
         if self._scratch.shape[0] < count:
             self._scratch = torch.empty(count, self._sum.shape[1], dtype=torch.float32, device="cpu")
@@ -89,7 +96,7 @@ class OrderedAccumulator(Accumulator):
         self.add(pairs, self._scratch)
 
     def add(self, pairs: Ints | slice, outputs: torch.Tensor) -> None:
-        """Add the outputs of pairs that are next, fp32 [at least pairs, H], weighted; they are overwritten.
+        """Add the outputs of pairs that are next, fp32 [at least pairs, H], weighted.
 
         Raises:
             RuntimeError: as `added`.
@@ -99,10 +106,8 @@ class OrderedAccumulator(Accumulator):
         if not np.array_equal(rows, expected):
             raise RuntimeError(f"experts were added out of order: pair {self._done} of the step is next")
         self._done += len(rows)
-        outputs = outputs[: len(rows)]
-        outputs *= self._routing.weights.view(-1)[torch.from_numpy(rows), None]
-        # A token goes to an expert once, so that no two of these additions meet.
-        self._sum.index_add_(0, torch.from_numpy(self._routing.tokens[pairs]), outputs)
+        tokens = self._routing.tokens[pairs]
+        add_weighted(self._sum, outputs[: len(rows)], self._routing.weights, rows, tokens, kernel_pool())
 
     def result(self) -> torch.Tensor:
         """The sum."""

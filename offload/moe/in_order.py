@@ -1,4 +1,4 @@
-"""Experts in ascending order, while those ahead load."""
+"""Experts in ascending order, in groups of what is there, while those ahead load."""
 
 from __future__ import annotations
 
@@ -7,25 +7,36 @@ from collections.abc import Generator, Sequence
 
 from offload.tiers.expert_tier import ExpertTier
 
+_MOST_WHILE_LOADING = 4
+
 
 def borrowed_in_order(
-    tier: ExpertTier, keys: Sequence[int], shares: Sequence[float] | None = None
-) -> Generator[int, bool | None]:
-    """Each of `keys` in turn, borrowed until the next one is asked for; as many as slots allow load meanwhile.
+    tier: ExpertTier,
+    keys: Sequence[int],
+    shares: Sequence[float] | None = None,
+    sizes: Sequence[int] | None = None,
+    most: int = 0,
+) -> Generator[list[int], bool | None]:
+    """All of `keys` in turn, in groups borrowed until the next is asked for; as many as slots allow load meanwhile.
 
-    Whoever sends True instead of asking keeps the expert and gives it back by himself.
+    Whoever sends True instead of asking keeps the group and gives it back by himself.
 
     Args:
         tier: where they are or come to be; has at least one slot that nothing else holds.
         keys: ascending.
         shares: see `ExpertTier.borrow`.
+        sizes: of each of `keys`; None: one key is a group.
+        most: sum of sizes of a group that has more than one; while experts load, a group has few, whose slots are soon
+            free.
 
     Raises:
         StorageError, StoreCorruptError: an expert could not be read.
     """
     resident, waiting = tier.borrow(keys, shares)
     borrowed = set(resident)
-    for key in keys:
+    position = 0
+    while position < len(keys):
+        key = keys[position]
         started = tier.start_loads(waiting)
         while key not in borrowed:
             if started or not borrowed:
@@ -38,7 +49,22 @@ def borrowed_in_order(
                 borrowed.discard(last)
                 insort(waiting, last)
             started = tier.start_loads(waiting)
-        kept = yield key
-        borrowed.discard(key)
+        group = _group(keys, position, borrowed, sizes, most, _MOST_WHILE_LOADING if waiting else len(keys))
+        position += len(group)
+        kept = yield group
+        borrowed.difference_update(group)
         if not kept:
-            tier.give_back([key])
+            tier.give_back(group)
+
+
+def _group(
+    keys: Sequence[int], first: int, borrowed: set[int], sizes: Sequence[int] | None, most: int, count: int
+) -> list[int]:
+    """keys[first], and those after it that are borrowed too, at most `count` and of at most `most` in all."""
+    end = first + 1
+    if sizes is not None:
+        total = sizes[first]
+        while end < min(len(keys), first + count) and keys[end] in borrowed and total + sizes[end] <= most:
+            total += sizes[end]
+            end += 1
+    return list(keys[first:end])

@@ -46,8 +46,8 @@ class Routing:
         starts, ends = self.offsets[:-1][numbers], self.offsets[1:][numbers]
         offsets = np.zeros(len(numbers) + 1, dtype=np.int64)
         np.cumsum(ends - starts, out=offsets[1:])
-        if len(numbers) == 1:
-            return offsets, slice(int(starts[0]), int(ends[0]))
+        if numbers and list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
+            return offsets, slice(int(starts[0]), int(ends[-1]))
         return offsets, np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
 
 

@@ -104,10 +104,14 @@ def _in_order(
     accumulator: Accumulator,
     watch: StepWatch | None,
 ) -> None:
-    """Experts compute in ascending order while those ahead load."""
+    """Experts compute in ascending order, in groups of what is there, while those ahead load."""
     keys = [layer.first_key + expert for expert in routing.experts]
-    for index, key in enumerate(borrowed_in_order(tier, keys, shares_of(routing, watch))):
-        compute_borrowed(layer, tier, device, hidden, routing, accumulator, [(key, index)])
+    sizes = np.diff(routing.offsets).tolist()
+    done = 0
+    for group in borrowed_in_order(tier, keys, shares_of(routing, watch), sizes, accumulator.most_pairs):
+        work = list(zip(group, range(done, done + len(group)), strict=True))
+        compute_borrowed(layer, tier, device, hidden, routing, accumulator, work)
+        done += len(group)
 
 
 def shares_of(routing: Routing, watch: StepWatch | None) -> list[float] | None:
