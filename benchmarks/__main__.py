@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
     "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "decision_cost", "prefetch", "ablation",
-    "kv_kernels", "simulator", "kv", "kv_quality", "kv_prefix",
+    "kv_kernels", "simulator", "kv", "kv_quality", "kv_prefix", "kv_sparsity",
 )  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         kv_kernels,
         kv_prefix,
         kv_quality,
+        kv_sparsity,
         large_model,
         llama_cpp,
         load,
@@ -80,6 +81,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
             kv.QUICK if quick else kv.FULL,
         ),
         "kv_quality": lambda work: kv_quality.run(work, kv_quality.QUICK if quick else kv_quality.FULL),
+        "kv_sparsity": lambda work: kv_sparsity.run(work, kv_sparsity.QUICK if quick else kv_sparsity.FULL),
         "kv_prefix": lambda work: kv_prefix.run(
             work,
             shape if quick else replace(overhead.LAYER_OF_30B, layers=1),

@@ -18,6 +18,7 @@ from cpu_kernels.paged_attention import paged_attention
 from cpu_kernels.threads import Pool
 from formats.kv import KvLayout
 
+Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
 
 
@@ -36,10 +37,10 @@ def landmarks(keys: torch.Tensor, block_tokens: int) -> tuple[torch.Tensor, torc
 
 
 def largest_scores(query: torch.Tensor, smallest: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """A bound on the scores, before scaling, that any of the query heads of a key-value head has in each block.
+    """A bound on the scores, before scaling, that any query of a key-value head has in each block.
 
     Args:
-        query: [B, Hq, 1, D].
+        query: [B, Hq, T, D].
         smallest: fp32 [B, Hk, C, D], of `landmarks`.
         largest: fp32 [B, Hk, C, D].
 
@@ -79,10 +80,10 @@ def attend_to_blocks(
     softcap: float | None = None,
     pool: Pool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `paged_attention` for one new token, over some full blocks of each key-value head.
+    """As `paged_attention` for tokens that come after the history, over some full blocks of each key-value head.
 
     Args:
-        query: [B, Hq, 1, D].
+        query: [B, Hq, T, D].
         addresses: int64 [B, C], of a history's blocks; those that no head chose are not looked at.
         chosen: int64 [B, Hk, m], which of them each head attends to.
         layout: of the blocks.
@@ -91,30 +92,66 @@ def attend_to_blocks(
         pool: the threads.
 
     Returns:
-        out fp32 [B, Hq, 1, V], lse fp32 [B, Hq, 1].
+        out fp32 [B, Hq, T, V], lse fp32 [B, Hq, T].
 
     Raises:
         ValueError: see `paged_attention`.
     """
     batch, kv_heads, count = chosen.shape
-    # A head of a block lies as a block of one head does, so each is a sequence of its own.
     lists = np.take_along_axis(addresses[:, None].repeat(kv_heads, 1), chosen, 2)
-    lists += np.arange(kv_heads)[None, :, None] * layout.head_nbytes
-    sequences = batch * kv_heads
-    tokens = count * layout.block_tokens
+    counts = np.full((batch, kv_heads), count)
+    return attend_to_lists(query, counts, lists.reshape(-1), layout, scale, softcap=softcap, pool=pool)
+
+
+def attend_to_lists(
+    query: torch.Tensor,
+    counts: Int64,
+    addresses: Int64,
+    layout: KvLayout,
+    scale: float,
+    *,
+    valid: Bool | None = None,
+    softcap: float | None = None,
+    pool: Pool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of tokens to full blocks before them, of which each key-value head has a list of its own.
+
+    Args:
+        query: [n, Hq, T, D].
+        counts: int64 [n, Hk], blocks of each list, maybe none.
+        addresses: int64, of the blocks of all lists, one list after the other.
+        layout: of the blocks.
+        scale: of the scores.
+        valid: bool [n, Hk, most blocks of a list times block_tokens], False where a token of a list is not seen;
+            None: all are.
+        softcap: see `paged_attention`.
+        pool: the threads.
+
+    Returns:
+        out fp32 [n, Hq, T, V], lse fp32 [n, Hq, T]; of an empty list zeros and minus infinity.
+
+    Raises:
+        ValueError: see `paged_attention`.
+    """
+    kv_heads, new = counts.shape[1], query.shape[2]
+    each = np.ascontiguousarray(counts.reshape(-1))
+    sequences, tokens = len(each), each * layout.block_tokens
+    # A head of a block lies as a block of one head does, so each is a sequence of its own.
+    heads = np.repeat(np.tile(np.arange(kv_heads), len(counts)), each)
     out, lse = paged_attention(
-        query.reshape(sequences, -1, 1, query.shape[3]),
-        np.arange(sequences + 1) * count,
-        np.ascontiguousarray(lists.reshape(-1)),
-        np.full(sequences, tokens),
+        query.reshape(sequences, -1, new, query.shape[3]),
+        np.concatenate([[0], np.cumsum(each)]),
+        addresses + heads * layout.head_nbytes,
+        tokens,
         np.zeros(sequences, np.int64),
-        np.full((sequences, 1), max(tokens - 1, 0)),
+        np.repeat(np.maximum(tokens - 1, 0)[:, None], new, 1),
         replace(layout, kv_heads=1),
         scale,
         softcap=softcap,
+        valid=None if valid is None else valid.reshape(sequences, -1),
         pool=pool,
     )
-    return out.reshape(batch, -1, 1, layout.output_width), lse.reshape(batch, -1, 1)
+    return out.reshape(len(counts), -1, new, layout.output_width), lse.reshape(len(counts), -1, new)
 
 
 def captured_mass(part: torch.Tensor, whole: torch.Tensor) -> float:

@@ -42,6 +42,7 @@ from offload.store.progress import NoProgress, Progress
 from offload.store.store import ExpertStore
 from offload.store.writer import conversion_nbytes
 from placement.kv import KvPlan
+from placement.kv_sparsity import KvSparsity
 from placement.plan import Plan
 from prefetch.controller import Controller
 from prefetch.learning import Learner
@@ -59,6 +60,7 @@ def assemble(
     policy: str | CachePolicy = "auto",
     prefetch: str = "off",
     accelerator: AcceleratorRequest | None = None,
+    sparsity: KvSparsity | None = None,
 ) -> PreTrainedModel:
     """Convert unless the store is there, load dense weights, start the runtime.
 
@@ -72,6 +74,7 @@ def assemble(
         policy: see `Request`.
         prefetch: see `Request`.
         accelerator: what the plan's VRAM is, None for a plan without.
+        sparsity: how KV caches in blocks are attended to in part, None for all of them.
 
     Raises:
         DeviceError: the GPU is not there.
@@ -98,7 +101,7 @@ def assemble(
         # Those are the CPU's kernels.
         runtime.fused = fuse(model, fused if on_cpu else (), runtime)
         if prepared.plan.kv is not None:
-            runtime.paging = _page(model, prepared.plan.kv, device, store_root)
+            runtime.paging = _page(model, prepared.plan.kv, device, store_root, sparsity)
         # Dense weights that lie in an accelerator's memory are in place only while their layer runs.
         if on_cpu and runtime.dense is None:
             prepare_kernels(model, layers, progress)
@@ -128,9 +131,11 @@ def _accelerator(request: AcceleratorRequest, plan: Plan) -> Accelerator:
     return CudaDevice(driver, plan.vram.budget_nbytes - use.kv_nbytes - use.activation_nbytes)
 
 
-def _page(model: PreTrainedModel, plan: KvPlan, device: Device, store_root: Path) -> Paging:
+def _page(
+    model: PreTrainedModel, plan: KvPlan, device: Device, store_root: Path, sparsity: KvSparsity | None
+) -> Paging:
     """Keep KV caches in blocks, in RAM and in a file beside the expert stores."""
-    paging = Paging(device, plan.ram_nbytes, store_root, plan.format)
+    paging = Paging(device, plan.ram_nbytes, store_root, plan.format, sparsity=sparsity)
     page_caches(model, paging)
     return paging
 

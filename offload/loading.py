@@ -42,6 +42,7 @@ def load(
     link: str | None = None,
     kv: str = "auto",
     kv_ram: int | str | None = None,
+    kv_sparsity: str | None = None,
     prefix_cache: int | str | None = None,
     progress: bool | None = None,
 ) -> PreTrainedModel:
@@ -86,6 +87,10 @@ def load(
             than 128 tokens, "fp8", "int8" or "int4". In the model's dtype it stays one that grows in place while it
             fits; otherwise it lies in blocks, in RAM and beyond that on disk, and is attended there.
         kv_ram: bound on the memory of such blocks, as `ram`; None for what the plan gives them.
+        kv_sparsity: attention to a part of the KV cache, which is lossy: a method and the share that it keeps, as
+            "top-k:0.05". "top-k" attends to the best of all blocks, "snapkv" keeps a part of the prompt, "h2o" the
+            blocks with most attention and the newest; `stats().kv.sparsity` says how much of exact attention they have.
+            The cache then lies in blocks. None attends to all of it.
         prefix_cache: bound on the bytes of saved prefixes, beside the expert stores: `model.offload.save_prefix()`
             keeps the KV cache of a token sequence, and `generate()` begins prompts with the longest that fits. The KV
             cache then lies in blocks. None keeps none.
@@ -99,7 +104,7 @@ def load(
     request = make_request(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
         fused=fused, quant=quant, policy=policy, prefetch=prefetch, device=device, vram=vram, link=link,
-        kv=kv, kv_ram=kv_ram, prefix_cache=prefix_cache,
+        kv=kv, kv_ram=kv_ram, kv_sparsity=kv_sparsity, prefix_cache=prefix_cache,
     )  # fmt: skip
     _check_device(request)
     prepared = _prepare(
@@ -110,7 +115,7 @@ def load(
 
     loaded = assemble(
         prepared, request.store_root, progress_bar(progress), request.fused, request.policy, request.prefetch,
-        request.accelerator,
+        request.accelerator, request.kv.sparsity,
     )  # fmt: skip
     if request.prefixes_nbytes is not None:
         keep_prefixes(loaded, request.store_root, request.prefixes_nbytes, prefill_chunk)
@@ -140,6 +145,7 @@ def plan(
     quant: str | Mapping[str, str | None] | None = None,
     kv: str = "auto",
     kv_ram: int | str | None = None,
+    kv_sparsity: str | None = None,
 ) -> Plan:
     """What `load` would do with the same arguments, from headers alone; downloads nothing.
 
@@ -149,7 +155,7 @@ def plan(
     """
     request = make_request(
         ram=ram, nvme=None, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
-        quant=quant, kv=kv, kv_ram=kv_ram,
+        quant=quant, kv=kv, kv_ram=kv_ram, kv_sparsity=kv_sparsity,
     )  # fmt: skip
     from offload.preparation import prepare_checkpoint
 

@@ -235,7 +235,8 @@ def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedM
     if plan.kv is not None and request.accelerator is not None and request.accelerator.device != "host":
         raise UnsupportedOperationError(
             f"the KV cache of {spec.name} would lie in blocks in host memory, which the CPU attends to and "
-            f"device={request.accelerator.device!r} does not; leave kv= and kv_ram= out, or load with more ram="
+            f"device={request.accelerator.device!r} does not; leave kv=, kv_ram= and kv_sparsity= out, or load with "
+            "more ram="
         )
     return plan if request.accelerator is None else _with_vram(spec, plan, request.accelerator, skeleton)
 
@@ -250,7 +251,8 @@ def check_kv(spec: ModelSpec, request: Request) -> None:
     if not any(shape is not None for shape in spec.kv_shapes):
         if choice != KvChoice():
             warnings.warn(
-                f"{spec.name}: no layer keeps keys and values of all tokens, so that kv= and kv_ram= change nothing",
+                f"{spec.name}: no layer keeps keys and values of all tokens, so that kv=, kv_ram= and kv_sparsity= "
+                "change nothing",
                 SlowKvWarning,
                 stacklevel=2,
             )

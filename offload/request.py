@@ -14,6 +14,7 @@ from offload.errors import InvalidArgumentError
 from offload.quantisation import Quantisation, make_quantisation
 from offload.sizes import parse_size
 from placement.kv import KV_CHOICES, KvChoice
+from placement.kv_sparsity import SPARSITY_METHODS, KvSparsity
 from prefetch.policies.names import POLICIES
 from profiler.memory import available_ram_nbytes
 
@@ -64,7 +65,7 @@ class Request:
         policy: the cache policy's name, or the policy.
         prefetch: "auto", "on" or "off".
         accelerator: None for the CPU alone.
-        kv: format and bound of the KV cache.
+        kv: format, bound and sparsity of the KV cache.
         prefixes_nbytes: bound on saved prefixes, None where none are kept.
     """
 
@@ -99,6 +100,7 @@ def make_request(
     link: str | Link | None = None,
     kv: str = "auto",
     kv_ram: int | str | None = None,
+    kv_sparsity: str | None = None,
     prefix_cache: int | str | None = None,
 ) -> Request:
     """Check and resolve a user's arguments.
@@ -120,6 +122,7 @@ def make_request(
         link: bytes per second to it, None for DEFAULT_LINK.
         kv: one of KV_CHOICES.
         kv_ram: bound on the KV cache's memory, None for what the plan gives it.
+        kv_sparsity: one of SPARSITY_METHODS and a share, for which the KV cache lies in blocks; None for all of it.
         prefix_cache: bound on the bytes of saved prefixes, for which the KV cache lies in blocks; None for none.
 
     Raises:
@@ -146,7 +149,7 @@ def make_request(
         _policy(policy),
         _prefetch(prefetch),
         _accelerator(device, vram, link),
-        _kv(kv, kv_ram, blocks=prefix_cache is not None),
+        _kv(kv, kv_ram, kv_sparsity, saved=prefix_cache is not None),
         None if prefix_cache is None else parse_size(prefix_cache, "prefix_cache"),
     )
 
@@ -191,10 +194,39 @@ def _accelerator(device: object, vram: int | str | None, link: str | Link | None
     return AcceleratorRequest("host", parse_size(vram, "vram"), parse_link(DEFAULT_LINK if link is None else link))
 
 
-def _kv(format: object, ram: int | str | None, *, blocks: bool) -> KvChoice:
+def _kv(format: object, ram: int | str | None, sparsity: object, *, saved: bool) -> KvChoice:
     if not isinstance(format, str) or format not in KV_CHOICES:
         raise InvalidArgumentError(f"kv={format!r}: expected one of {', '.join(KV_CHOICES)}")
-    return KvChoice(format, None if ram is None else parse_size(ram, "kv_ram"), blocks)
+    chosen = None if sparsity is None else parse_sparsity(sparsity)
+    if chosen is not None and chosen.evicts and saved:
+        raise InvalidArgumentError(
+            f"kv_sparsity={sparsity!r} and prefix_cache=: {chosen.method} evicts tokens that a saved prefix must hold; "
+            'use kv_sparsity="top-k:..." with it'
+        )
+    nbytes = None if ram is None else parse_size(ram, "kv_ram")
+    return KvChoice(format, nbytes, saved or chosen is not None, chosen)
+
+
+def parse_sparsity(value: object) -> KvSparsity:
+    """A method and a share, as "top-k:0.05".
+
+    Raises:
+        InvalidArgumentError: saying what it may be and what it was.
+    """
+    expected = InvalidArgumentError(
+        f"kv_sparsity={value!r}: expected one of {', '.join(SPARSITY_METHODS)} and a share above 0 and at most 1, such "
+        'as "top-k:0.05"'
+    )
+    if not isinstance(value, str):
+        raise expected
+    method, _, share = value.partition(":")
+    try:
+        found = KvSparsity(method, float(share))
+    except ValueError:
+        raise expected from None
+    if method not in SPARSITY_METHODS or not 0 < found.share <= 1:
+        raise expected
+    return found
 
 
 def _check_count(name: str, value: object) -> None:

@@ -185,6 +185,8 @@ class Statistics:
                 f", KV cache {format_size(self.kv.ram_nbytes)} in RAM and {format_size(self.kv.disk_nbytes)} on disk, "
                 f"waited {self.kv.read_stall_s + self.kv.write_stall_s:.2f} s for it"
             )
+            if self.kv.sparsity is not None:
+                kv += f", {self.kv.sparsity}"
         return (
             f"decode {self.decode_tokens_per_s:.2f} tokens/s ({self.decode_tokens}), "
             f"prefill {self.prefill_tokens_per_s:.1f} tokens/s ({self.prefill_tokens}), "

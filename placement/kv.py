@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from formats.elements import ELEMENT_FORMATS
 from formats.kv import KvLayout
 from placement.kv_settings import KvSettings
+from placement.kv_sparsity import KvSparsity
 
 if TYPE_CHECKING:
     from placement.model_spec import ModelSpec
@@ -47,11 +48,13 @@ class KvChoice:
         format: of KV_CHOICES.
         ram_nbytes: bound on its memory, None for as much as the plan can give.
         blocks: whether it lies in blocks even where it would fit without.
+        sparsity: how it is attended to in part; None for all of it.
     """
 
     format: str = "auto"
     ram_nbytes: int | None = None
     blocks: bool = False
+    sparsity: KvSparsity | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class KvPlan:
         ram_nbytes: bound on the memory of blocks, those included that are read back from disk.
         disk_nbytes: that blocks take on disk at the full context.
         spills_at_tokens: cached tokens of each sequence from which on blocks go to disk; None where all fit.
+        sparsity: method and share of attention to a part of it, as "top-k:0.05", which is lossy; None for all of it.
+        landmarks_nbytes: memory beside blocks in which blocks are known without being read, at the full context.
     """
 
     format: str
@@ -75,6 +80,8 @@ class KvPlan:
     ram_nbytes: int
     disk_nbytes: int
     spills_at_tokens: int | None
+    sparsity: str | None = None
+    landmarks_nbytes: int = 0
 
     def __post_init__(self) -> None:
         if self.ram_nbytes < 0 or self.disk_nbytes < 0:
@@ -146,7 +153,20 @@ def plan_kv(spec: ModelSpec, workload: Workload, choice: KvChoice, room_nbytes: 
         ram_nbytes=ram,
         disk_nbytes=disk,
         spills_at_tokens=spills,
+        sparsity=None if choice.sparsity is None else str(choice.sparsity),
+        landmarks_nbytes=landmarks_nbytes(spec, workload.batch, workload.context_tokens, choice.sparsity),
     )
+
+
+def landmarks_nbytes(spec: ModelSpec, batch: int, tokens: int, sparsity: KvSparsity | None) -> int:
+    """Bytes of what is known of blocks without reading them: two fp32 numbers of each channel of a block's keys.
+
+    As much again is room to grow.
+    """
+    if sparsity is None or sparsity.evicts:
+        return 0
+    blocks = -(-tokens // SETTINGS.block_tokens)
+    return 2 * batch * blocks * sum(shape.heads * shape.key_width * 8 for shape in _shapes(spec))
 
 
 def fixed_nbytes(spec: ModelSpec, workload: Workload) -> int:

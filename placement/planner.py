@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
-from placement.kv import KvChoice, KvPlan, fixed_nbytes, layout_format, minimum_nbytes, plan_kv, scratch_nbytes
+from placement.kv import (
+    KvChoice,
+    KvPlan,
+    fixed_nbytes,
+    landmarks_nbytes,
+    layout_format,
+    minimum_nbytes,
+    plan_kv,
+    scratch_nbytes,
+)
 from placement.kv_cost import in_blocks, with_reads
 from placement.model_spec import ModelSpec
 from placement.plan import Plan, RamUse
@@ -186,16 +195,17 @@ def _kv_and_fixed(
     if not pageable or (format == spec.dtype and within and minimum <= ram_budget_nbytes):
         return fixed, None, minimum
     least = minimum_nbytes(spec, workload.batch, format)
-    beside = fixed_ram(spec, workload, 0).total_nbytes
+    known = landmarks_nbytes(spec, workload.batch, workload.context_tokens, choice.sparsity)
+    beside = fixed_ram(spec, workload, known).total_nbytes
     experts = max(layer.top_k for layer in spec.experts) * spec.bundle_nbytes
     room = ram_budget_nbytes - beside
     # The experts of one layer and token keep their slots where that leaves enough for blocks.
     paged = plan_kv(spec, workload, choice, max(least, room - experts))
-    paged_minimum = fixed_ram(spec, workload, min(least, paged.ram_nbytes)).total_nbytes + slots_nbytes
+    paged_minimum = fixed_ram(spec, workload, known + min(least, paged.ram_nbytes)).total_nbytes + slots_nbytes
     if format == spec.dtype and within and paged_minimum >= minimum:
         # Blocks would take more than they save.
         return fixed, None, minimum
-    return fixed_ram(spec, workload, paged.ram_nbytes), paged, paged_minimum
+    return fixed_ram(spec, workload, known + paged.ram_nbytes), paged, paged_minimum
 
 
 def predicted(

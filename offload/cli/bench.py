@@ -52,6 +52,7 @@ def _bench(
     quant: str | dict[str, str | None] | None,
     kv: str,
     kv_ram: int | None,
+    kv_sparsity: str | None,
     revision: str | None,
     trust_remote_code: bool,
     batch: int,
@@ -82,7 +83,7 @@ def _bench(
     reset_peak_rss()
     with quiet_transformers():
         loaded = load(
-            model, ram=ram, nvme=nvme, dtype=dtype, quant=quant, kv=kv, kv_ram=kv_ram,
+            model, ram=ram, nvme=nvme, dtype=dtype, quant=quant, kv=kv, kv_ram=kv_ram, kv_sparsity=kv_sparsity,
             context=context or amount.context_tokens, batch=batch, revision=revision,
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip

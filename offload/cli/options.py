@@ -10,10 +10,24 @@ import click
 
 from offload.errors import InvalidArgumentError
 from offload.quantisation import make_quantisation, parse_quantisation
+from offload.request import parse_sparsity
 from offload.sizes import parse_size
 from placement.kv import KV_CHOICES
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Sparsity(click.ParamType[str]):
+    """A method and a share, as top-k:0.05; stays as it is."""
+
+    name = "sparsity"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The value; a usage error where it is no sparsity."""
+        try:
+            return str(parse_sparsity(value))
+        except InvalidArgumentError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Size(click.ParamType[int]):
@@ -105,6 +119,12 @@ _MODEL_OPTIONS = (
         type=Size(),
         metavar="SIZE",
         help="Most memory of the KV cache; the rest goes to disk.  [default: as the plan says]",
+    ),
+    click.option(
+        "--kv-sparsity",
+        type=Sparsity(),
+        metavar="METHOD:SHARE",
+        help="Attend to a part of the KV cache, which is lossy: top-k, snapkv or h2o, and the share, as top-k:0.05.",
     ),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository."),
     click.option("--trust-remote-code", is_flag=True, help="Allow the checkpoint to bring modeling code."),

@@ -72,6 +72,8 @@ def kv_in_words(plan: Plan) -> str:
     text = f"{format_size(kv.nbytes_per_token)} per token in {kv.format} blocks"
     if kv.lossy:
         text += f" (lossy beyond the newest {kv.recent_tokens} tokens)"
+    if kv.sparsity is not None:
+        text += f", attended to in part by {kv.sparsity} (lossy)"
     if kv.spills_at_tokens is None:
         return f"{text}, all in RAM"
     return f"{text}; beyond {kv.spills_at_tokens} tokens on disk, {format_size(kv.disk_nbytes)} at the full context"

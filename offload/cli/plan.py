@@ -79,8 +79,11 @@ def plan_command(as_json: bool, **options: Any) -> None:
     ahead = Ahead(**{name: options.pop(name) for name in names})
     with exit_codes(as_json=as_json):
         asked = Asked(as_json=as_json, simulate=Simulate.asked(options), **options)
-        if (asked.kv != "auto" or asked.kv_ram is not None) and (ahead.asked or asked.skew is not None or asked.remote):
-            raise click.UsageError("--kv and --kv-ram go with a plan for this machine and a model that is here.")
+        of_kv = asked.kv != "auto" or asked.kv_ram is not None or asked.kv_sparsity is not None
+        if of_kv and (ahead.asked or asked.skew is not None or asked.remote):
+            raise click.UsageError(
+                "--kv, --kv-ram and --kv-sparsity go with a plan for this machine and a model that is here."
+            )
         if ahead.asked or asked.skew is not None:
             _plan_ahead(ahead, asked)
         elif asked.remote:
@@ -101,6 +104,7 @@ class Asked:
     quant: str | dict[str, str | None] | None
     kv: str
     kv_ram: int | None
+    kv_sparsity: str | None
     revision: str | None
     trust_remote_code: bool
     batch: int
@@ -180,7 +184,7 @@ def _plan(asked: Asked) -> None:
 
     request = make_request(
         ram=asked.ram, nvme=asked.nvme, context=asked.context, batch=asked.batch, prefill_chunk=PREFILL_CHUNK_TOKENS,
-        max_memory=None, quant=asked.quant, kv=asked.kv, kv_ram=asked.kv_ram,
+        max_memory=None, quant=asked.quant, kv=asked.kv, kv_ram=asked.kv_ram, kv_sparsity=asked.kv_sparsity,
     )  # fmt: skip
     try:
         with quiet_transformers():

@@ -46,6 +46,7 @@ class Settings:
     quant: str | dict[str, str | None] | None
     kv: str
     kv_ram: int | None
+    kv_sparsity: str | None
     revision: str | None
     trust_remote_code: bool
     device: str | None
@@ -132,6 +133,7 @@ def _run(settings: Settings, prompt: str) -> None:
             quant=settings.quant,
             kv=settings.kv,
             kv_ram=settings.kv_ram,
+            kv_sparsity=settings.kv_sparsity,
             context=settings.context,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,

@@ -48,36 +48,72 @@ def attend_in_place(
     Raises:
         StorageError, StoreCorruptError: a block cannot be read.
     """
+    return merge_parts(*parts_in_place(table, query, scale, valid=valid), sinks)
+
+
+def parts_in_place(
+    table: BlockTable,
+    query: torch.Tensor,
+    scale: float,
+    *,
+    valid: Bool | None = None,
+    positions: Int64 | None = None,
+    columns: tuple[int, int] | None = None,
+    step: int | None = None,
+    ahead: bool = True,
+) -> Part:
+    """Attention to each segment of a table by itself.
+
+    Args:
+        table: the history.
+        query: [B, Hq, T, key width].
+        scale: of the scores.
+        valid: bool [B, tokens], False where a token is padding; None for none.
+        positions: int64 [T], the queries' in the table, ascending; None for the last T.
+        columns: the first and the one after the last that are attended to; None for all.
+        step: columns of a segment; None for those of the settings.
+        ahead: begin to read what the next table will be asked for, if that is all of it.
+
+    Returns:
+        out fp32 [B, segments, Hq, T, value width] and lse fp32 [B, segments, Hq, T].
+
+    Raises:
+        StorageError, StoreCorruptError: a block cannot be read.
+    """
     batch, heads, new, _ = query.shape
+    start, end = (0, table.columns) if columns is None else columns
     with table.pool.use():
-        cut = segments(table, table.columns)
+        cut = segments(table, end, start, step)
         cold = on_disk(table, cut)
         # Segment after segment, so that sequences that share one come next to each other.
         units = sorted(units_of(table, cut, cold))
         stream = Stream(table, units)
         # Sequence after sequence, segment after segment: what is where changes nothing in how it is added up.
         shape = batch, len(cut), heads, new
-        out = torch.empty(*shape, cut[0].layout.output_width)
+        out = torch.empty(*shape, table.layouts.plain.output_width)
         lse = torch.empty(shape)
-        call = _Call(table, cut, query, scale, valid)
-        for first, end in _runs_of_one_layout(cut):
+        if positions is None:
+            positions = np.arange(table.tokens - new, table.tokens)
+        call = _Call(table, cut, query, scale, positions, valid)
+        for first, last in _runs_of_one_layout(cut):
             resident = ~cold
-            resident[:, :first] = resident[:, end:] = False
+            resident[:, :first] = resident[:, last:] = False
             if resident.any():
-                rows, columns = np.nonzero(resident)
-                found = call(rows, columns, call.addresses(resident))
-                out[rows, columns], lse[rows, columns] = found
+                rows, places = np.nonzero(resident)
+                found = call(rows, places, call.addresses(resident))
+                out[rows, places], lse[rows, places] = found
         for unit in units:
             with stream.take() as addresses:
                 found = call(np.array([unit.row]), np.array([unit.segment]), addresses)
             out[unit.row, unit.segment], lse[unit.row, unit.segment] = found[0][0], found[1][0]
-        stream.look_ahead()
-    return _merge(out, lse, sinks)
+        if ahead:
+            stream.look_ahead()
+    return out, lse
 
 
 def _runs_of_one_layout(cut: list[Segment]) -> list[tuple[int, int]]:
     """First segment and the one after the last of packed blocks, and of plain ones."""
-    packed = sum(segment.layout is cut[0].layout for segment in cut)
+    packed = sum(segment.layout is cut[0].layout for segment in cut) if cut else 0
     return [(0, packed), (packed, len(cut))]
 
 
@@ -85,7 +121,13 @@ class _Call:
     """The paged kernel over segments, each a list of blocks of its own."""
 
     def __init__(
-        self, table: BlockTable, cut: list[Segment], query: torch.Tensor, scale: float, valid: Bool | None
+        self,
+        table: BlockTable,
+        cut: list[Segment],
+        query: torch.Tensor,
+        scale: float,
+        positions: Int64,
+        valid: Bool | None,
     ) -> None:
         size = table.settings.block_tokens
         self._table = table
@@ -96,13 +138,14 @@ class _Call:
         self._blocks = np.array([segment.end - segment.first for segment in cut])
         self._firsts = np.array([segment.first * size for segment in cut])
         self._lengths = np.minimum(self._firsts + self._blocks * size, table.tokens) - self._firsts
-        new = query.shape[2]
-        self._positions = np.arange(table.tokens - new, table.tokens)
+        self._positions = positions
 
     def addresses(self, which: Bool) -> Int64:
         """Of the blocks of some segments [sequences, segments], all of them in memory."""
         columns = np.repeat(which, self._blocks, axis=1)
-        found: Int64 = self._table.pool.addresses[self._table.all_blocks(columns.shape[1])[columns]]
+        first = self._cut[0].first
+        blocks = self._table.all_blocks(first + columns.shape[1])[:, first:]
+        found: Int64 = self._table.pool.addresses[blocks[columns]]
         return found
 
     def __call__(self, rows: Int64, columns: Int64, addresses: Int64) -> Part:
@@ -122,7 +165,7 @@ class _Call:
         )
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+def merge_parts(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """`merge_lse` over the second dimension: out [B, segments, Hq, T, V], lse [B, segments, Hq, T]."""
     largest = lse.amax(1, keepdim=True)
     if sinks is not None:
@@ -134,6 +177,33 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> 
         total = total + torch.exp(sinks.float()[None, None, :, None] - largest)[:, 0]
     merged = (out * shares[..., None]).sum(1)
     return merged.div_(torch.where(total == 0, 1.0, total)[..., None])
+
+
+def attend_few(
+    table: BlockTable,
+    query: torch.Tensor,
+    scale: float,
+    *,
+    valid: Bool | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `attend_in_place`; where the table is attended to in part, that.
+
+    Args:
+        table: the history.
+        query: [B, Hq, T, key width] of its last T tokens.
+        scale: of the scores.
+        valid: bool [B, tokens, evicted ones too], False where a token is padding; None for none.
+        sinks: see there.
+
+    Raises:
+        StorageError, StoreCorruptError: a block cannot be read.
+    """
+    if table.sparsity is not None:
+        out = table.sparsity.attend(table, query, scale, valid, sinks)
+        if out is not None:
+            return out
+    return attend_in_place(table, query, scale, valid=table.held_valid(valid), sinks=sinks)
 
 
 def attend_by_segments(

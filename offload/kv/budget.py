@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from offload.kv.paging import Paging
 from placement import planner
-from placement.kv import fixed_nbytes, scratch_nbytes
+from placement.kv import fixed_nbytes, landmarks_nbytes, scratch_nbytes
 from placement.model_spec import ModelSpec
 from placement.workload import Workload
 
@@ -26,4 +26,5 @@ def pass_nbytes(
         return planner.pass_nbytes(spec, batch, tokens, past_tokens, all_logits=all_logits)
     work = Workload(past_tokens + tokens, batch, tokens)
     beside = fixed_nbytes(spec, work) + scratch_nbytes(spec, work)
+    beside += landmarks_nbytes(spec, batch, work.context_tokens, paging.sparsity)
     return paging.ram_nbytes + beside + planner.activation_nbytes(spec, batch, tokens, all_logits=all_logits)

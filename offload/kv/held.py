@@ -44,3 +44,8 @@ class Held:
     def set(self, blocks: Int64) -> None:
         """Other blocks, [sequences, columns]."""
         self.blocks, self.columns = blocks.copy(), blocks.shape[1]
+
+    def swap(self, other: Held) -> None:
+        """Exchange what is referred to."""
+        self.blocks, other.blocks = other.blocks, self.blocks
+        self.columns, other.columns = other.columns, self.columns

@@ -13,11 +13,13 @@ from offload.devices.base import Device
 from offload.errors import ClosedError, SlowKvWarning
 from offload.hf.dtypes import FORMAT_OF_DTYPE
 from offload.kv.pool import BlockPool
+from offload.kv.sparsity.named import make_sparsity
 from offload.kv.spill_file import SpillFile
 from offload.kv.statistics import KvStatistics, kv_statistics
 from offload.kv.table import BlockTable, Layouts
 from placement import kv
 from placement.kv_settings import KvSettings
+from placement.kv_sparsity import KvSparsity
 
 
 class Paging:
@@ -27,6 +29,7 @@ class Paging:
         format: of blocks, or of old ones where it is a packed one; None for the model's own dtype.
         settings: how histories are cut.
         ram_nbytes: bound on the memory of all blocks.
+        sparsity: how tables are attended to in part; None for all of them.
         latent_width: channels of latents where keys are latents and values the rest of what is cached (MLA), and both
             are kept as one; 0 where they are not.
     """
@@ -38,6 +41,7 @@ class Paging:
         directory: Path,
         format: str | None = None,
         settings: KvSettings | None = None,
+        sparsity: KvSparsity | None = None,
     ) -> None:
         """Nothing is allocated yet.
 
@@ -47,10 +51,12 @@ class Paging:
             directory: where blocks go that leave memory.
             format: see above.
             settings: None for those that plans are made with.
+            sparsity: see above.
         """
         self.format = format
         self.settings = kv.SETTINGS if settings is None else settings
         self.ram_nbytes = ram_nbytes
+        self.sparsity = sparsity
         self.latent_width = 0
         self._device = device
         self._directory = directory
@@ -84,10 +90,21 @@ class Paging:
         format = dtype if self.format is None else self.format
         packed = KvLayout(format, *shape) if kv.is_packed(format) else None
         plain = KvLayout(dtype if packed is not None else format, *shape)
-        pool = self.pool
-        largest = max(plain.nbytes, 0 if packed is None else packed.nbytes)
-        pool.stage(self.settings.segment_blocks, largest, self.settings.staging_segments)
-        return BlockTable(pool, Layouts(plain, packed), self.settings, keys.shape[0])
+        return self.empty_table(Layouts(plain, packed), keys.shape[0])
+
+    def empty_table(self, layouts: Layouts, sequences: int) -> BlockTable:
+        """A table without tokens."""
+        pool, settings = self.pool, self.settings
+        largest = max(layouts.plain.nbytes, 0 if layouts.packed is None else layouts.packed.nbytes)
+        pool.stage(settings.segment_blocks, largest, settings.staging_segments)
+        table = BlockTable(pool, layouts, settings, sequences)
+        if self.sparsity is not None:
+            table.sparsity = make_sparsity(self.sparsity)
+        return table
+
+    def __deepcopy__(self, memo: object) -> Paging:
+        # Copies of a cache share what all caches of a model share.
+        return self
 
     def note_paged(self) -> None:
         """Attention was computed where the blocks lie."""
@@ -98,6 +115,8 @@ class Paging:
         counters = self.pool.counters
         counters.gathered_steps += 1
         counters.gathered.add(reason)
+        if self.sparsity is not None:
+            counters.sparsity.refused.add(reason)
         with self._lock:
             if reason in self._warned:
                 return
@@ -113,7 +132,7 @@ class Paging:
         """The figures so far; None before the first token."""
         with self._lock:
             pool = self._pool
-        return None if pool is None else kv_statistics(pool, self.format)
+        return None if pool is None else kv_statistics(pool, self.format, self.sparsity)
 
     def check(self) -> None:
         """Prove that blocks are accounted for; see `BlockPool.check`."""

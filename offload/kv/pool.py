@@ -18,6 +18,7 @@ from offload.devices.base import Device
 from offload.errors import ClosedError, DoesNotFitError, UnsupportedOperationError
 from offload.kv.held import Held
 from offload.kv.slots import RamSlots
+from offload.kv.sparsity.counters import SparsityCounters
 from offload.kv.spill_file import SpillFile
 from offload.kv.staging import Staging
 from offload.kv.write_back import WriteBack, WriteJob
@@ -38,6 +39,7 @@ class PoolCounters:
         paged_steps: attention calls of layers that computed where blocks lie.
         gathered_steps: attention calls that had to have a layer's keys and values as plain tensors.
         gathered: why, by model class.
+        sparsity: what attention to a part of tables did.
     """
 
     blocks_written: int = 0
@@ -46,6 +48,7 @@ class PoolCounters:
     paged_steps: int = 0
     gathered_steps: int = 0
     gathered: set[str] = field(default_factory=set)
+    sparsity: SparsityCounters = field(default_factory=SparsityCounters)
 
 
 class BlockPool:

@@ -61,10 +61,7 @@ def restored(paging: Paging, description: dict[str, Any], blocks: Iterator[Bytes
         raise StoreCorruptError(
             f"a saved prefix has blocks of {plain.block_tokens} tokens, this model's have {settings.block_tokens}"
         )
-    pool = paging.pool
-    largest = max(plain.nbytes, 0 if packed is None else packed.nbytes)
-    pool.stage(settings.segment_blocks, largest, settings.staging_segments)
-    table = BlockTable(pool, Layouts(plain, packed), settings, 1)
+    table = paging.empty_table(Layouts(plain, packed), 1)
     tokens = int(description["tokens"])
     columns = -(-tokens // settings.block_tokens)
     table.restore(_exactly(columns, blocks), tokens, int(description["sealed"]))

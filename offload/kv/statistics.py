@@ -5,6 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from offload.kv.pool import BlockPool
+from placement.kv_sparsity import KvSparsity
+
+
+@dataclass(frozen=True)
+class SparsityStatistics:
+    """What attention to a part of the KV cache did, which is lossy.
+
+    Attributes:
+        method: which, and the share of tokens or blocks, as "top-k:0.05".
+        sparse_steps: attention of one layer in one pass of few tokens that left cached tokens out.
+        full_steps: that attended to all, because a history was too short to leave any out.
+        captured_mass: mean share of exact attention that the tokens that were attended to, or kept, have: of top-k in
+            the first and every 512th step of each layer, of snapkv for a prompt's last queries, of h2o in all attention
+            until it first evicts. None before the first measurement.
+        measured: how many.
+        evicted_tokens: of all layers and sequences.
+        refused: why attention stayed full elsewhere, each reason once.
+    """
+
+    method: str
+    sparse_steps: int
+    full_steps: int
+    captured_mass: float | None
+    measured: int
+    evicted_tokens: int
+    refused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        mass = "" if self.captured_mass is None else f", {self.captured_mass:.1%} of exact attention captured"
+        return f"{self.method} (lossy) in {self.sparse_steps} of {self.sparse_steps + self.full_steps} steps{mass}"
 
 
 @dataclass(frozen=True)
@@ -27,6 +57,7 @@ class KvStatistics:
         paged_steps: attention of one layer in one pass, computed where the blocks lie.
         gathered_steps: those for which all keys and values of a layer were gathered first.
         gathered: why, each reason once.
+        sparsity: what attention to a part of it did; None where all is attended to.
     """
 
     format: str | None
@@ -44,9 +75,10 @@ class KvStatistics:
     paged_steps: int
     gathered_steps: int
     gathered: tuple[str, ...]
+    sparsity: SparsityStatistics | None
 
 
-def kv_statistics(pool: BlockPool, format: str | None) -> KvStatistics:
+def kv_statistics(pool: BlockPool, format: str | None, sparsity: KvSparsity | None) -> KvStatistics:
     """The figures so far."""
     counters, reader = pool.counters, pool.staging.reader
     in_ram, on_disk = pool.tiers_nbytes()
@@ -66,4 +98,18 @@ def kv_statistics(pool: BlockPool, format: str | None) -> KvStatistics:
         paged_steps=counters.paged_steps,
         gathered_steps=counters.gathered_steps,
         gathered=tuple(sorted(counters.gathered)),
+        sparsity=None if sparsity is None else _sparsity_statistics(pool, sparsity),
+    )
+
+
+def _sparsity_statistics(pool: BlockPool, sparsity: KvSparsity) -> SparsityStatistics:
+    counters = pool.counters.sparsity
+    return SparsityStatistics(
+        method=str(sparsity),
+        sparse_steps=counters.sparse_steps,
+        full_steps=counters.full_steps,
+        captured_mass=counters.captured / counters.measured if counters.measured else None,
+        measured=counters.measured,
+        evicted_tokens=counters.evicted_tokens,
+        refused=tuple(sorted(counters.refused)),
     )

@@ -46,11 +46,18 @@ class Unit(NamedTuple):
     blocks: Int64
 
 
-def segments(table: BlockTable, columns: int) -> list[Segment]:
-    """The first so many columns of a table. Where they are cut depends on nothing but the number of tokens."""
-    step = table.settings.segment_blocks
-    packed = min(table.sealed, columns) if table.layouts.packed is not None else 0
-    cuts = [*range(0, packed, step), *range(packed, columns, step), columns]
+def segments(table: BlockTable, columns: int, first: int = 0, step: int | None = None) -> list[Segment]:
+    """Columns of a table from `first` to `columns`. Where they are cut depends on nothing but the number of tokens.
+
+    Args:
+        table: see above.
+        columns: see above.
+        first: see above.
+        step: columns of a segment; None for those of the settings.
+    """
+    step = table.settings.segment_blocks if step is None else step
+    packed = max(first, min(table.sealed, columns)) if table.layouts.packed is not None else first
+    cuts = [*range(first, packed, step), *range(packed, columns, step), columns]
     return [Segment(first, end, table.layout_of(first)) for first, end in pairwise(cuts)]
 
 
@@ -58,8 +65,9 @@ def on_disk(table: BlockTable, cut: list[Segment]) -> Bool:
     """Whether a segment of a sequence has blocks on disk only: bool [sequences, segments]."""
     if not cut:
         return np.zeros((table.sequences, 0), np.bool_)
-    cold = table.pool.addresses[table.all_blocks(cut[-1].end)] == 0
-    return np.logical_or.reduceat(cold, [segment.first for segment in cut], axis=1)
+    first = cut[0].first
+    cold = table.pool.addresses[table.all_blocks(cut[-1].end)[:, first:]] == 0
+    return np.logical_or.reduceat(cold, [segment.first - first for segment in cut], axis=1)
 
 
 def units_of(table: BlockTable, cut: list[Segment], which: Bool) -> list[Unit]:

@@ -14,10 +14,14 @@ import torch
 
 from cpu_kernels.kv_blocks import pack_block, read_tokens, write_tokens
 from formats.kv import KvLayout
+from offload.errors import UnsupportedOperationError
+from offload.kv.evicted import Evicted
 from offload.kv.held import Held
 from offload.kv.pool import BlockPool
+from offload.kv.sparsity.base import TableSparsity
 from placement.kv_settings import KvSettings
 
+Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
 
 _SEQUENCES_OF_A_TABLE = 1 << 20
@@ -48,9 +52,11 @@ class BlockTable:
         pool: where the blocks are.
         layouts: see there.
         settings: see there.
-        tokens: of each sequence.
+        tokens: of each sequence, that the table holds.
         sealed: see above.
         follower: the table that is attended after this one; its blocks are read ahead.
+        sparsity: attends to a part of the table; None where all of it is attended to.
+        evicted: what it has lost; None where nothing.
     """
 
     def __init__(self, pool: BlockPool, layouts: Layouts, settings: KvSettings, sequences: int) -> None:
@@ -60,6 +66,8 @@ class BlockTable:
         self.tokens = 0
         self.sealed = 0
         self.follower: weakref.ref[BlockTable] | None = None
+        self.sparsity: TableSparsity | None = None
+        self.evicted: Evicted | None = None
         self._number = next(_numbers)
         self._held = Held(np.zeros((sequences, 0), np.int64), 0)
         self._finalizer = weakref.finalize(self, pool.abandoned.append, self._held)
@@ -69,6 +77,15 @@ class BlockTable:
     def sequences(self) -> int:
         """Rows."""
         return len(self._held.blocks)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence, evicted ones too."""
+        return self.tokens + (0 if self.evicted is None else self.evicted.tokens)
+
+    def held_valid(self, valid: Bool | None) -> Bool | None:
+        """Of a mask over all tokens [sequences, length], what belongs to those that the table holds."""
+        return valid if valid is None or self.evicted is None else self.evicted.held(valid)
 
     @property
     def columns(self) -> int:
@@ -144,6 +161,8 @@ class BlockTable:
         while self.sealed < end:
             if packed is not None:
                 self._pack(self.sealed, packed)
+            if self.sparsity is not None:
+                self.sparsity.sealed(self, self.sealed)
             for block in set(self._held.blocks[:, self.sealed].tolist()):
                 self.pool.seal(block, self.sealed * size)
             self.sealed += 1
@@ -190,20 +209,29 @@ class BlockTable:
     # --- changing ----------------------------------------------------------------------------------------------
 
     def crop(self, tokens: int) -> None:
-        """Forget all tokens but the first so many.
+        """Forget all tokens but the first so many of those that the table holds.
 
         Raises:
             StorageError, StoreCorruptError: a block that becomes the last cannot be read; nothing has changed.
+            UnsupportedOperationError: tokens that would be left are evicted; nothing has changed.
         """
         size = self.settings.block_tokens
         with self.pool.use():
             if tokens >= self.tokens:
                 return
+            if self.evicted is not None and tokens < self.evicted.kept:
+                raise UnsupportedOperationError(
+                    f"crop: {self.tokens - tokens} tokens cannot be taken back, for of the ones before the newest "
+                    f"{self.tokens - self.evicted.kept} some were evicted; start a new cache, or load with "
+                    'kv_sparsity="top-k:..." or without'
+                )
             column = tokens // size
             if tokens % size and column < self.sealed:
                 self._reopen(column)
             self.sealed = min(self.sealed, column)
             self.tokens = tokens
+            if self.sparsity is not None:
+                self.sparsity.cut(self)
             self.pool.release(self._held.cut(self.columns))
 
     def _reopen(self, column: int) -> None:
@@ -236,6 +264,57 @@ class BlockTable:
             self.pool.share(old.reshape(self.sequences, -1)[rows].reshape(-1))
             self.pool.release(old)
             self._held.set(old.reshape(self.sequences, -1)[rows])
+            if self.evicted is not None:
+                self.evicted = self.evicted.select(rows)
+            if self.sparsity is not None:
+                self.sparsity.select(rows)
+
+    def drop(self, columns: Int64, valid: Bool | None) -> None:
+        """Evict blocks.
+
+        Args:
+            columns: int64 [sequences, n] of sealed ones, no two of a sequence alike.
+            valid: bool [sequences, length], False where a token is padding; None for none.
+        """
+        size = self.settings.block_tokens
+        with self.pool.use():
+            keep = np.ones((self.sequences, self.columns), np.bool_)
+            np.put_along_axis(keep, columns, False, 1)
+            held = self.held_valid(np.ones((self.sequences, self.length), np.bool_) if valid is None else valid)
+            assert held is not None
+            front = max((int(columns.max()) + 1) * size, 0 if self.evicted is None else self.evicted.kept)
+            stay = np.repeat(keep, size, axis=1)[:, :front]
+            blocks = self._held.blocks[:, : self.columns]
+            left, gone = blocks[keep].reshape(self.sequences, -1), blocks[~keep]
+            missing = columns.shape[1] * size
+            self._note_evicted(missing, held[:, :front][stay].reshape(self.sequences, -1))
+            self._held.set(left)
+            self.pool.release(gone)
+            self.sealed -= columns.shape[1]
+            self.tokens -= missing
+
+    def rewrite(self, keys: torch.Tensor, values: torch.Tensor | None, valid: Bool) -> None:
+        """Hold other tokens instead, out of those that it holds.
+
+        Args:
+            keys: [sequences, heads, T, key width].
+            values: as of `append`.
+            valid: bool [sequences, n], of the first n, among which some are missing, False where one is padding. The
+                others are the last that the table holds, all of them.
+
+        Raises:
+            DoesNotFitError, StorageError: no memory can be had for them; nothing has changed.
+        """
+        with self.pool.use():
+            other = BlockTable(self.pool, self.layouts, self.settings, self.sequences)
+            other.append(keys, values)
+            self._note_evicted(self.tokens - other.tokens, valid)
+            self._held.swap(other._held)
+            self.tokens, self.sealed = other.tokens, other.sealed
+
+    def _note_evicted(self, tokens: int, valid: Bool) -> None:
+        self.evicted = Evicted(tokens + (0 if self.evicted is None else self.evicted.tokens), valid)
+        self.pool.counters.sparsity.evicted_tokens += tokens * self.sequences
 
     def copy(self) -> BlockTable:
         """Another table of the same tokens, which shares all blocks until one of them grows."""
@@ -244,7 +323,8 @@ class BlockTable:
             blocks = self._held.blocks[:, : self._held.columns]
             self.pool.share(blocks.reshape(-1))
             other._held.set(blocks)
-            other.tokens, other.sealed = self.tokens, self.sealed
+            other.tokens, other.sealed, other.evicted = self.tokens, self.sealed, self.evicted
+            other.sparsity = None if self.sparsity is None else self.sparsity.copy()
             return other
 
     def restore(self, contents: Iterable[npt.NDArray[np.uint8]], tokens: int, sealed: int) -> None:
@@ -269,6 +349,8 @@ class BlockTable:
                     block = int(held.blocks[0, column])
                     ctypes.memmove(int(self.pool.addresses[block]), content.ctypes.data, content.nbytes)
                     if column < sealed:
+                        if self.sparsity is not None:
+                            self.sparsity.sealed(self, column)
                         self.pool.seal(block, column * size)
             except BaseException:
                 self.pool.release(held.cut(0))

@@ -161,3 +161,22 @@ def test_more_tokens_than_the_model_is_made_for(invoke: Invoke, checkpoint: Path
     result = invoke("run", checkpoint, "-p", PROMPT, *SMALL, "--nvme", shared_store, "-n", 250)
     assert result.exit_code == 0
     assert "Note: up to 258 tokens with the prompt; the model is made for 256." in result.stderr
+
+
+def test_attention_to_a_part_is_named_lossy(
+    invoke: Invoke, checkpoint: Path, shared_store: Path, expected: str
+) -> None:
+    arguments = ["-p", PROMPT, *SMALL, "--nvme", shared_store, "-n", 40, "--kv-sparsity", "top-k:1"]
+    result = invoke("run", checkpoint, *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["text"] == expected and report["stats"]["kv"]["sparsity"]["method"] == "top-k:1"
+    assert report["plan"]["kv"]["sparsity"] == "top-k:1"
+    shown = invoke("plan", checkpoint, *SMALL, "--kv-sparsity", "h2o:0.2")
+    assert shown.exit_code == 0 and "attended to in part by h2o:0.2 (lossy)" in re.sub(r"\s+", " ", shown.stdout)
+
+
+@pytest.mark.parametrize("value", ["top-k", "best:0.1", "h2o:2"])
+def test_a_sparsity_that_is_none_is_a_usage_error(invoke: Invoke, checkpoint: Path, value: str) -> None:
+    result = invoke("run", checkpoint, "-p", PROMPT, *SMALL, "--kv-sparsity", value)
+    assert result.exit_code == 2 and "expected one of top-k, snapkv, h2o" in re.sub(r"\s+", " ", result.stderr)

@@ -17,7 +17,7 @@ from offload.hf.paged.layer import Step
 from offload.hf.paged.masks import padding_of
 from offload.hf.paged.recognition import is_softmax_attention
 from offload.hf.paged.states import CachedStates
-from offload.kv.attention import attend_by_segments, attend_in_place
+from offload.kv.attention import attend_by_segments, attend_few
 
 _NAME = "ALL_ATTENTION_FUNCTIONS"
 SINKS = "s_aux"
@@ -110,13 +110,26 @@ def _paged(module: torch.nn.Module, query: torch.Tensor, step: Step | ExpandedSt
     valid = None if padding.all_valid else padding.valid
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     sinks = named.get(SINKS)
+    few = query.shape[2] <= table.settings.few_tokens
     with torch.no_grad():
         if isinstance(step, ExpandedStep):
-            if step.absorbs and query.shape[2] <= table.settings.few_tokens:
-                return step.release(attend_in_place(table, step.absorb(query), scale, valid=valid, sinks=sinks))
-            return attend_by_segments(
-                table, query, step.keys, step.values, scale, valid=valid, sinks=sinks, expand=step.expand
-            )
-        if query.shape[2] <= table.settings.few_tokens:
-            return attend_in_place(table, query, scale, valid=valid, sinks=sinks)
-        return attend_by_segments(table, query, step.keys, step.values, scale, valid=valid, sinks=sinks)
+            if step.absorbs and few:
+                return step.release(attend_few(table, step.absorb(query), scale, valid=valid, sinks=sinks))
+            if step.absorbs:
+                _watch(step, step.absorb(query), scale, valid)
+            elif table.sparsity is not None:
+                step.paging.pool.counters.sparsity.refused.add("latents that are not absorbed are attended to in full")
+        elif few:
+            return attend_few(table, query, scale, valid=valid, sinks=sinks)
+        else:
+            _watch(step, query, scale, valid)
+        expand = step.expand if isinstance(step, ExpandedStep) else None
+        held = table.held_valid(valid)
+        return attend_by_segments(table, query, step.keys, step.values, scale, valid=held, sinks=sinks, expand=expand)
+
+
+def _watch(step: Step | ExpandedStep, query: torch.Tensor, scale: float, valid: Any) -> None:
+    """Show a long pass to what will leave tokens out."""
+    sparsity = step.table.sparsity
+    if sparsity is not None and sparsity.watches_prompts:
+        sparsity.watch(step.table, query, scale, valid)

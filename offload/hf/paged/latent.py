@@ -93,7 +93,7 @@ def _expand_kv(
     step = ExpandedStep(module, latents.step, expand)
     keys, values = (
         cached_states(
-            (*new.shape[:2], step.table.tokens, new.shape[3]), new.dtype, step, functools.partial(step.gather, side)
+            (*new.shape[:2], step.table.length, new.shape[3]), new.dtype, step, functools.partial(step.gather, side)
         )
         for side, new in enumerate((step.keys, step.values))
     )

@@ -20,7 +20,7 @@ class Step:
 
     Attributes:
         table: the layer's tokens, the new ones among them.
-        past: tokens before them.
+        past: tokens before them, evicted ones too.
         keys: the new ones, as they came.
         values: the new ones.
     """
@@ -95,9 +95,19 @@ class PagedLayer(DynamicLayer):
         _refuse_assignment(value)
 
     def tensors(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the first so many tokens."""
+        """Keys and values of the first so many tokens.
+
+        Raises:
+            UnsupportedOperationError: some of them were evicted.
+        """
         table = self.table
         assert table is not None and self._dtype is not None
+        if table.evicted is not None:
+            raise UnsupportedOperationError(
+                f"a KV cache that evicted {table.evicted.tokens} tokens of each sequence has no keys and values of all "
+                "tokens to gather, copy into another cache or pickle; load without kv_sparsity=, or with top-k, which "
+                "keeps them"
+            )
         rows = [table.read(row, 0, tokens, self._dtype) for row in range(table.sequences)]
         keys, values = (torch.stack([row[side] for row in rows]) for side in (0, 1))
         latent = table.layouts.plain.value_from_key
@@ -118,14 +128,14 @@ class PagedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         table = self.table
         assert table is not None
-        past = table.tokens
+        past = table.length
         self._append(key_states, value_states)
-        if past == 0:
+        if past == 0 and not (table.sparsity is not None and table.sparsity.watches_prompts):
             return key_states, value_states
         step = Step(self, table, past, (key_states, value_states))
         keys, values = (
             cached_states(
-                (*new.shape[:2], table.tokens, new.shape[3]), new.dtype, step, functools.partial(step.gather, side)
+                (*new.shape[:2], table.length, new.shape[3]), new.dtype, step, functools.partial(step.gather, side)
             )
             for side, new in enumerate((key_states, value_states))
         )
@@ -140,8 +150,8 @@ class PagedLayer(DynamicLayer):
             table.append(keys.detach(), values.detach())
 
     def get_seq_length(self) -> int:
-        """Tokens."""
-        return 0 if self.table is None else self.table.tokens
+        """Tokens, evicted ones too."""
+        return 0 if self.table is None else self.table.length
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -149,7 +159,11 @@ class PagedLayer(DynamicLayer):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As `DynamicLayer.crop`."""
+        """As `DynamicLayer.crop`.
+
+        Raises:
+            UnsupportedOperationError: tokens that would be left are evicted; nothing has changed.
+        """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): expected a negative number, of tokens to remove, or 0")
         if self.table is not None:
