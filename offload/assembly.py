@@ -140,7 +140,7 @@ def _page(
     return paging
 
 
-def keep_prefixes(model: PreTrainedModel, store_root: Path, budget_nbytes: int, chunk_tokens: int) -> None:
+def keep_prefixes(model: PreTrainedModel, store_root: Path, budget_nbytes: int) -> None:
     """Let a loaded model, whose KV cache lies in blocks, save prefixes beside the expert stores and begin with them."""
     runtime: Any = model.offload
     if runtime.paging is None:
@@ -157,7 +157,7 @@ def keep_prefixes(model: PreTrainedModel, store_root: Path, budget_nbytes: int, 
         "torch": torch.__version__,
     }
     files = PrefixFiles(store_root / "prefixes", budget_nbytes, json.dumps(identity))
-    runtime.prefixes = Prefixes(model, runtime.paging, files, chunk_tokens)
+    runtime.prefixes = Prefixes(model, runtime.paging, files, plan.workload.prefill_chunk_tokens)
     begin_prompts(model, runtime.prefixes)
 
 

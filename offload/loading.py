@@ -27,7 +27,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     context: int | None = None,
     batch: int = 1,
-    prefill_chunk: int = PREFILL_CHUNK_TOKENS,
+    prefill_chunk: int | str = PREFILL_CHUNK_TOKENS,
     max_memory: Mapping[str | int, int | str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -60,7 +60,8 @@ def load(
         dtype: "auto" for the checkpoint's own, or bfloat16, float16, float32.
         context: longest sequence in tokens that the KV share holds; longer ones take expert slots.
         batch: sequences at once that the KV share holds.
-        prefill_chunk: prompt tokens that `generate` puts through the model at once.
+        prefill_chunk: prompt tokens that `generate` puts through the model at once. "auto" takes what this machine's
+            profile predicts to be fastest within the budget, and the last bits of outputs then depend on both.
         max_memory: accelerate's spelling of `ram`: {"cpu": "24GiB"}.
         checkpoint: directory or Hub id of the weights of a model on meta.
         revision: of a Hub repository.
@@ -118,7 +119,7 @@ def load(
         request.accelerator, request.kv.sparsity,
     )  # fmt: skip
     if request.prefixes_nbytes is not None:
-        keep_prefixes(loaded, request.store_root, request.prefixes_nbytes, prefill_chunk)
+        keep_prefixes(loaded, request.store_root, request.prefixes_nbytes)
     return loaded
 
 
@@ -137,7 +138,7 @@ def plan(
     dtype: str | torch.dtype = "auto",
     context: int | None = None,
     batch: int = 1,
-    prefill_chunk: int = PREFILL_CHUNK_TOKENS,
+    prefill_chunk: int | str = PREFILL_CHUNK_TOKENS,
     max_memory: Mapping[str | int, int | str] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,

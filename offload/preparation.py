@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -40,6 +40,7 @@ from placement.memory_use import vram_beside_weights
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import PlanInfeasibleError, make_plan
+from placement.prefill_chunk import choose_chunk
 from placement.tensors import TensorSpan
 from placement.vram_planner import with_vram
 from placement.workload import Workload
@@ -221,11 +222,24 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
 
 
 def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedModel) -> Plan:
-    workload = Workload(context, request.batch, request.prefill_chunk_tokens)
     check_kv(spec, request)
+    profile = profile_for(spec, request.store_root)
+
+    def planned(workload: Workload) -> Plan:
+        return make_plan(spec, workload, request.ram_nbytes, profile, kv=request.kv)
+
+    workload = Workload(context, request.batch)
     try:
-        profile = profile_for(spec, request.store_root)
-        plan = make_plan(spec, workload, request.ram_nbytes, profile, kv=request.kv)
+        if request.prefill_chunk_tokens is not None:
+            workload = replace(workload, prefill_chunk_tokens=request.prefill_chunk_tokens)
+        elif profile is None:
+            raise InvalidArgumentError(
+                'prefill_chunk="auto": chosen by predicted speed, and there is no profile of this machine for '
+                f"{spec.name}; run `offload profile`, or give a number of tokens"
+            )
+        else:
+            workload = choose_chunk(workload, planned)
+        plan = planned(workload)
     except PlanInfeasibleError as error:
         minimum = error.minimum_ram_nbytes
         raise DoesNotFitError(

@@ -59,7 +59,7 @@ class Request:
         store_root: directory of expert stores.
         context_tokens: longest sequence, None for the default.
         batch: sequences at once.
-        prefill_chunk_tokens: see `Workload`.
+        prefill_chunk_tokens: see `Workload`; None for what the planner chooses.
         fused: names of FUSED_KINDS.
         quantisation: packed formats.
         policy: the cache policy's name, or the policy.
@@ -73,7 +73,7 @@ class Request:
     store_root: Path
     context_tokens: int | None
     batch: int
-    prefill_chunk_tokens: int
+    prefill_chunk_tokens: int | None
     fused: frozenset[str]
     quantisation: Quantisation
     policy: str | CachePolicy
@@ -89,7 +89,7 @@ def make_request(
     nvme: str | os.PathLike[str] | None,
     context: int | None,
     batch: int,
-    prefill_chunk: int,
+    prefill_chunk: int | str,
     max_memory: Mapping[str | int, int | str] | None,
     fused: bool | Iterable[str] = True,
     quant: str | Mapping[str, str | None] | None = None,
@@ -110,7 +110,7 @@ def make_request(
         nvme: directory, "~" allowed, or None for the cache directory.
         context: tokens.
         batch: sequences.
-        prefill_chunk: tokens.
+        prefill_chunk: tokens, or "auto" for what this machine is predicted to do best with.
         max_memory: accelerate's spelling: {"cpu": size}.
         fused: names of FUSED_KINDS, True for all and False for none.
         quant: see `make_quantisation`.
@@ -137,13 +137,12 @@ def make_request(
     if context is not None:
         _check_count("context", context)
     _check_count("batch", batch)
-    _check_count("prefill_chunk", prefill_chunk)
     return Request(
         ram_nbytes,
         store_root(nvme),
         context,
         batch,
-        prefill_chunk,
+        _chunk(prefill_chunk),
         _fused_kinds(fused),
         make_quantisation(quant),
         _policy(policy),
@@ -232,6 +231,14 @@ def parse_sparsity(value: object) -> KvSparsity:
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise InvalidArgumentError(f"{name}={value!r}: expected a positive whole number")
+
+
+def _chunk(tokens: int | str) -> int | None:
+    if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0:
+        return tokens
+    if tokens == "auto":
+        return None
+    raise InvalidArgumentError(f"prefill_chunk={tokens!r}: expected a positive whole number, or auto")
 
 
 def _fused_kinds(fused: object) -> frozenset[str]:

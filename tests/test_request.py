@@ -50,6 +50,10 @@ def test_counts_are_positive_whole_numbers(name: str, value: Any) -> None:
         make(**{name: value})
 
 
+def test_the_chunk_may_be_left_to_the_planner() -> None:
+    assert make(prefill_chunk="auto").prefill_chunk_tokens is None
+
+
 @pytest.mark.parametrize("name", ["batch", "prefill_chunk"])
 def test_only_the_context_may_be_left_open(name: str) -> None:
     assert make(context=None).context_tokens is None
