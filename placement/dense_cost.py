@@ -71,7 +71,8 @@ def layer_cost(
     device = _device(profile, vram=dense_vram)
     dense = linears_s(layer.linears, device, work.rows)
     attention = attention_s(layer, _device(profile, vram=kv_vram), work)
-    overhead = device.overheads.of_layer(work.new_tokens) + device.overheads.element_s * work.rows * spec.hidden_size
+    overheads = device.overheads_in(layer.linears[0].format if layer.linears else None)
+    overhead = overheads.of_layer(work.new_tokens) + overheads.element_s * work.rows * spec.hidden_size
     # What layers in a row save they save of their products' calls: never all of a layer.
     overhead = max(overhead, -_MOST_SAVED * (dense + attention))
     crossing = _crossing_s(spec, profile, work.rows) if dense_vram and not kv_vram and layer.attention_values else 0.0
@@ -84,7 +85,9 @@ def pass_cost(spec: ModelSpec, profile: HardwareProfile, homes: Homes, work: Pas
     if spec.head is None:
         raise ValueError(f"{spec.name}: the spec has sizes only, no layers to predict from")
     device = _device(profile, vram=homes.head_in_vram)
-    return linears_s((spec.head,), device, work.batch), profile.cpu.overheads.pass_s
+    formats = [layer.linears[0].format for layer in spec.layers if layer.linears]
+    overheads = profile.cpu.overheads_in(formats[0] if formats else None)
+    return linears_s((spec.head,), device, work.batch), overheads.pass_s
 
 
 def _crossing_s(spec: ModelSpec, profile: HardwareProfile, rows: int) -> float:

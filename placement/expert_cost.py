@@ -124,7 +124,7 @@ def expert_cost(
         cost = _mean(reads, profile.gpu is not None, speeds, in_vram, in_ram)
     else:
         cost = _expected(profile, homes, speeds, distinct, in_vram, in_ram)
-    return _with_step(cost, profile.cpu.overheads.step_s if decode else 0.0, in_vram + in_ram)
+    return _with_step(cost, profile.cpu.overheads_in(experts.layout.format).step_s if decode else 0.0, in_vram + in_ram)
 
 
 def _with_step(cost: ExpertCost, step_s: float, found: FloatArray) -> ExpertCost:

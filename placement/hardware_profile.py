@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from formats.packed import PACKED_FORMATS
 from placement.curves import TokenCurve
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class Compute:
         linears: seconds of linear layers, by format.
         attention: of one layer.
         overheads: of a pass whose dense layers run here.
+        packed_overheads: likewise where these layers are packed; None: the same.
     """
 
     memory_nbytes: int
@@ -155,6 +157,12 @@ class Compute:
     linears: tuple[FormatCurve, ...]
     attention: AttentionSpeed
     overheads: Overheads
+    packed_overheads: Overheads | None = None
+
+    def overheads_in(self, format: str | None) -> Overheads:
+        """The overheads of dense layers in a format; None for a layer that has none."""
+        packed = format in PACKED_FORMATS and self.packed_overheads is not None
+        return self.packed_overheads if packed and self.packed_overheads is not None else self.overheads
 
     def expert(self, format: str) -> TokenCurve:
         """The curve of expert MLPs in a format.

@@ -24,6 +24,8 @@ from profiler.timing import Timing, measure
 _MIB = 1 << 20
 _NO_OVERHEADS = Overheads(0.0, 0.0, 0.0)
 _BYTES_PER_POINT = 96 * _MIB
+_PACKED = "int4"
+"""Stands for all packed formats in whole passes; what differs is in the curves."""
 _MIN_BLOCKS, _MAX_BLOCKS = 8, 256
 
 
@@ -38,6 +40,7 @@ class Effort:
         depths: reads in flight.
         share_of_reads: of the bytes that a point of the disk reads otherwise.
         formats: in which kernels are measured; None for all.
+        packed_passes: whether whole passes are measured with packed weights too.
     """
 
     tokens: tuple[int, ...]
@@ -46,10 +49,13 @@ class Effort:
     depths: tuple[int, ...]
     share_of_reads: float
     formats: tuple[str, ...] | None = None
+    packed_passes: bool = True
 
 
 FULL = Effort((1, 2, 4, 8, 16, 32, 128, 512), 0.1, (128 << 10, _MIB, 4 * _MIB), (1, 2, 4), 1.0)
-QUICK = Effort((1, 8, 16, 128), 0.04, (512 << 10, 4 * _MIB), (1, 4), 0.25, ("bf16", "int8", "int4"))
+QUICK = Effort(
+    (1, 8, 16, 128), 0.04, (512 << 10, 4 * _MIB), (1, 4), 0.25, ("bf16", "int8", "int4"), packed_passes=False
+)
 
 
 @dataclass
@@ -108,11 +114,12 @@ def measure_machine(
     provenance = Provenance("measured", machine.describe(), machine.fingerprint, now(), machine.versions)
     profile = HardwareProfile("this machine", cpu, None, None, None, 0, disk, provenance)
     say("forward passes")
-    overheads = subjects.overheads(profile)
+    overheads = subjects.overheads(profile, None)
+    packed = subjects.overheads(profile, _PACKED) if effort.packed_passes and _PACKED in formats else None
     gpu = ("a GPU is there; it is not measured, because the runtime does not use it yet",) if machine.gpus else ()
     return replace(
         profile,
-        cpu=replace(cpu, overheads=overheads),
+        cpu=replace(cpu, overheads=overheads, packed_overheads=packed),
         provenance=replace(provenance, notes=(*notes.told(), *gpu)),
     )
 

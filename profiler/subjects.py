@@ -70,6 +70,9 @@ class Subjects(Protocol):
         """What `call` returns while the CPU's kernels run."""
         ...
 
-    def overheads(self, profile: HardwareProfile) -> Overheads:
-        """What whole forward passes take beyond what `profile`, whose overheads are zero, predicts of them."""
+    def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
+        """What whole forward passes take beyond what `profile`, whose overheads are zero, predicts of them.
+
+        quant: format of the model's weights; None for bf16.
+        """
         ...

@@ -16,7 +16,7 @@ from offload.sizes import format_size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from placement.hardware_profile import Compute, Disk, HardwareProfile
+    from placement.hardware_profile import Compute, Disk, HardwareProfile, Overheads
 
 
 @click.command(
@@ -66,11 +66,18 @@ def _write(profile: HardwareProfile, path: Path) -> None:
         "kept in": str(path),
         "memory": f"{format_size(memory)} available, read at {_speed(profile.cpu.memory_bytes_per_s)}",
         **_disk(profile.disk),
-        "a pass": f"{overheads.pass_s * 1e3:.2f} ms and {overheads.layer_s * 1e6:.0f} us a layer beyond products, "
-        f"attention and reads; {overheads.step_s * 1e6:.0f} us more a layer while not all experts are in RAM",
+        "a pass": _overheads(overheads),
+        **({"a packed pass": _overheads(profile.cpu.packed_overheads)} if profile.cpu.packed_overheads else {}),
         **({"note": "; ".join(origin.notes)} if origin.notes else {}),
     }
     write(facts(known), "", _kernels(profile.cpu))
+
+
+def _overheads(known: Overheads) -> str:
+    return (
+        f"{known.pass_s * 1e3:.2f} ms and {known.layer_s * 1e6:.0f} us a layer beyond products, attention and reads; "
+        f"{known.step_s * 1e6:.0f} us more a layer while not all experts are in RAM"
+    )
 
 
 def _disk(disk: Disk | None) -> dict[str, str]:

@@ -25,7 +25,8 @@ from placement.planner import predicted
 from placement.prediction import Prediction
 from placement.workload import Workload
 
-LAYERS = (4, 8)
+LAYERS = (2, 8)
+"""Far apart, so that noise of either moves what a layer takes by little; deep enough not to stay in the caches."""
 SHORT_TOKENS, PROMPT_TOKENS = 32, 256
 _CONTEXT_TOKENS = 512
 _CACHED_TOKENS = 32
@@ -63,15 +64,16 @@ class Remainders:
     prompt_s: float
 
 
-def measure_overheads(profile: HardwareProfile, directory: Path, repeats: int) -> Overheads:
+def measure_overheads(profile: HardwareProfile, directory: Path, repeats: int, quant: str | None = None) -> Overheads:
     """The overheads that make predictions of the models' passes right.
 
     Args:
         profile: with overheads of zero.
         directory: for the experts; what is written there is removed.
         repeats: passes of decode; a sixth as many of a prompt.
+        quant: format of the models' weights; None for bf16.
     """
-    shallow, deep = (_remainders(profile, directory, layers, repeats) for layers in LAYERS)
+    shallow, deep = (_remainders(profile, directory, layers, repeats, quant) for layers in LAYERS)
     more = LAYERS[1] - LAYERS[0]
     layer_s = (deep.decode_s - shallow.decode_s) / more
     pass_s = max(0.0, shallow.decode_s - LAYERS[0] * layer_s)
@@ -86,9 +88,10 @@ def measure_overheads(profile: HardwareProfile, directory: Path, repeats: int) -
     return Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s)
 
 
-def _remainders(profile: HardwareProfile, directory: Path, layers: int, repeats: int) -> Remainders:
+def _remainders(profile: HardwareProfile, directory: Path, layers: int, repeats: int, quant: str | None) -> Remainders:
     with TemporaryDirectory(prefix=".offload-profile-", dir=directory) as store:
-        model = load(_random_model(layers), ram=4 << 30, nvme=store, context=_CONTEXT_TOKENS, progress=False)
+        made = _random_model(layers)
+        model = load(made, ram=4 << 30, nvme=store, context=_CONTEXT_TOKENS, quant=quant, progress=False)
         with cast("Runtime", model.offload) as runtime:
             few = max(3, repeats // 6)
             short, prompt = (_measure(model, tokens, few) for tokens in (SHORT_TOKENS, PROMPT_TOKENS))

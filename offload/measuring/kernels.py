@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,20 @@ def random_bundle(layout: BundleLayout) -> npt.NDArray[np.uint8]:
     return out
 
 
+def uneven_loads(count: int, tokens: int) -> npt.NDArray[np.int64]:
+    """Numbers of tokens of `count` experts, `tokens` on average, at equal steps of a normal law as wide as Poisson's.
+
+    Kernels take tokens in groups of a few, so that numbers which divide well would be faster than those that come.
+    """
+    if tokens == 1:
+        return np.ones(count, np.int64)
+    law = NormalDist(tokens, math.sqrt(tokens))
+    loads = np.rint([max(0.0, law.inv_cdf((place + 0.5) / count)) for place in range(count)]).astype(np.int64)
+    # Rounding leaves a token or two too many or too few, which the one in the middle takes.
+    loads[count // 2] += count * tokens - loads.sum()
+    return loads
+
+
 class ExpertCalls:
     """Experts of one layer as the MoE step calls the host device; all calls take the next of the same weights."""
 
@@ -80,11 +96,12 @@ class ExpertCalls:
         self._layer = ExpertsLayer("profile", 0, self._copies, layout, dtype, Gate(), "silu")
 
     def product(self, count: int, tokens: int) -> Product:
-        """`count` experts with `tokens` tokens each."""
-        offsets = np.arange(count + 1, dtype=np.int64) * tokens
+        """`count` experts with `tokens` tokens each on average, as uneven as a router makes them."""
+        loads = uneven_loads(count, tokens)
+        offsets = np.concatenate([[0], np.cumsum(loads)])
         rows = np.arange(count * tokens, dtype=np.int64)
-        taken = np.tile(np.arange(tokens, dtype=np.int64), count)
-        hidden = torch.randn(tokens, HIDDEN).to(self._layer.dtype)
+        taken = np.concatenate([np.arange(load, dtype=np.int64) for load in loads])
+        hidden = torch.randn(int(loads.max()), HIDDEN).to(self._layer.dtype)
         out = torch.empty(count * tokens, HIDDEN)
 
         def call() -> None:

@@ -79,6 +79,6 @@ class RuntimeSubjects:
         thread.join()
         return found[0]
 
-    def overheads(self, profile: HardwareProfile) -> Overheads:
+    def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
         """See `Subjects`."""
-        return measure_overheads(profile, self._directory, self._repeats)
+        return measure_overheads(profile, self._directory, self._repeats, quant)

@@ -11,9 +11,10 @@ import torch
 
 from offload.errors import StoreCorruptError
 from offload.measuring import calibration, kernels
-from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls
+from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls, uneven_loads
 from offload.measuring.reads import Scratch
 from offload.measuring.subjects import RuntimeSubjects
+from placement.hardware_profile import FormatCurve
 from profiler.stream import stream_bytes_per_s
 from tests.placement.machines import machine
 
@@ -86,7 +87,9 @@ def test_overheads_come_from_two_depths(
     """Known overheads come back from remainders made of them; a long pass that was disturbed takes no more than all."""
     layer, step, each = 3e-4, 1e-4, 1e-9 * 1024
 
-    def remainders(_profile: object, _directory: Path, layers: int, _repeats: int) -> calibration.Remainders:
+    def remainders(
+        _profile: object, _directory: Path, layers: int, _repeats: int, _quant: str | None
+    ) -> calibration.Remainders:
         decode = 2e-3 + layers * layer
         short = 2e-3 + layers * 2e-3
         long = 2e-3 + layers * (2e-3 + each * (calibration.PROMPT_TOKENS - calibration.SHORT_TOKENS))
@@ -101,7 +104,10 @@ def test_overheads_come_from_two_depths(
     assert found.prompt_layer_s == pytest.approx(2e-3 - element * 32 * 1024, abs=1e-12)
 
 
-def test_overheads_are_what_predictions_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quant", [None, "int4"])
+def test_overheads_are_what_predictions_leave(
+    quant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = {"vocab_size": 64, "hidden_size": 128, "moe_intermediate_size": 64, "head_dim": 32}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
     monkeypatch.setattr(calibration, "_SIZES", calibration._SIZES | sizes)
@@ -111,9 +117,23 @@ def test_overheads_are_what_predictions_leave(tmp_path: Path, monkeypatch: pytes
     with Scratch(tmp_path, 4 << 20) as scratch:
         subjects = RuntimeSubjects(scratch, tmp_path, repeats=3)
         profile = machine(gpu=False, ram=1e12, cpu_flops=1e15)
-        found = subjects.overheads(profile)
+        # The output layer of "int4" is in int8.
+        linears = (*profile.cpu.linears, FormatCurve("int8", profile.cpu.linear("int4")))
+        profile = dataclasses.replace(profile, cpu=dataclasses.replace(profile.cpu, linears=linears))
+        found = subjects.overheads(profile, quant)
         # Signs and sizes are this machine's, and others may use it meanwhile.
         assert all(math.isfinite(value) for value in dataclasses.astuple(found))
         assert min(found.pass_s, found.step_s, found.element_s) >= 0
         assert subjects.beside_kernels(lambda: 2.5) == 2.5
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("count", "tokens"), [(8, 1), (8, 2), (8, 4), (8, 16), (2, 32), (2, 512), (1, 8)])
+def test_loads_are_uneven_around_their_mean(count: int, tokens: int) -> None:
+    loads = uneven_loads(count, tokens)
+    assert loads.sum() == count * tokens
+    assert loads.min() >= 0
+    if count > 1 and tokens > 1:
+        assert loads.max() - loads.min() >= tokens**0.5
+    if tokens == 1:
+        assert (loads == 1).all()

@@ -50,9 +50,9 @@ class Known:
     def beside_kernels(self, call: Callable[[], float]) -> float:
         return 1.25 * call()
 
-    def overheads(self, profile: HardwareProfile) -> Overheads:
+    def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
         self.profile = profile
-        return Overheads(1e-3, 2e-4, 3e-9)
+        return Overheads(1e-3, 2e-4 if quant is None else 5e-4, 3e-9)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,8 @@ def test_every_figure_comes_back() -> None:
     assert found.disk.bytes_per_s(4 << 20, 4) == pytest.approx(2e9, rel=0.01)
     assert found.disk.overlapped_share == pytest.approx(0.8)
     assert found.disk.latency_s == pytest.approx(1e-4, rel=0.1)
-    assert found.cpu.overheads == Overheads(1e-3, 2e-4, 3e-9)
+    assert found.cpu.overheads == found.cpu.overheads_in("bf16") == Overheads(1e-3, 2e-4, 3e-9)
+    assert found.cpu.packed_overheads == found.cpu.overheads_in("int8") == Overheads(1e-3, 5e-4, 3e-9)
     assert subjects.profile is not None
     assert subjects.profile.cpu.overheads == Overheads(0, 0, 0), "overheads are what is left without any"
     assert (found.provenance.kind, found.provenance.fingerprint) == ("measured", MACHINE.fingerprint)
