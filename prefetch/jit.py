@@ -1,10 +1,18 @@
-"""How functions are compiled here: no GIL, C's arithmetic, and a cache on disk."""
+"""How functions are compiled here: no GIL, C's arithmetic, and a cache on disk whose keys have a digest of all sources.
+
+As in `cpu_kernels.jit`, which is on the same floor: Numba looks at the file of the outermost function only, and would
+reuse a function whose inner ones have changed.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core.caching import FunctionCache
 
 # Compiled into whatever calls it.
 inner: Any = njit(error_model="numpy", nogil=True)
@@ -12,7 +20,31 @@ inner: Any = njit(error_model="numpy", nogil=True)
 # Likewise; numbers are never NaN, and minima and sums may be taken in any order, so that vectors take them.
 inner_unordered: Any = njit(error_model="numpy", nogil=True, fastmath={"nnan", "nsz", "reassoc"})
 
+_Cache: Any = FunctionCache
+
 
 def entry(signature: str) -> Any:
     """Decorator of a function that Python calls, compiled when its module is imported."""
-    return njit(signature, cache=True, error_model="numpy", nogil=True)
+
+    def decorate(function: Any) -> Any:
+        dispatcher: Any = njit(error_model="numpy", nogil=True)(function)
+        dispatcher._cache = _StampedCache(function)
+        dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        return dispatcher
+
+    return decorate
+
+
+@cache
+def source_stamp() -> str:
+    """Digest of this package's sources, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class _StampedCache(_Cache):  # type: ignore[misc]
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (*super()._index_key(sig, codegen), source_stamp())
