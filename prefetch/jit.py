@@ -7,8 +7,10 @@ reuse a function whose inner ones have changed.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any
 
 from numba import njit
@@ -40,9 +42,17 @@ def entry(signature: str) -> Any:
 def source_stamp() -> str:
     """Digest of this package's sources, 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for source in _sources(files("prefetch")):
+        digest.update(source)
     return digest.hexdigest()[:16]
+
+
+def _sources(folder: Traversable) -> Iterator[bytes]:
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from _sources(entry)
+        elif entry.name.endswith(".py"):
+            yield entry.read_bytes()
 
 
 class _StampedCache(_Cache):  # type: ignore[misc]
