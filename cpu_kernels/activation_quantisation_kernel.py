@@ -28,7 +28,6 @@ from cpu_kernels.simd import (
     float32_pointer,
     int64_pointer,
 )
-from cpu_kernels.sources import source_stamp
 from formats.packed import COLUMN_BLOCK
 
 KINDS = {name: number for number, name in enumerate(BLOCK_NBYTES)}
@@ -37,9 +36,9 @@ _BLOCK_NBYTES = tuple(BLOCK_NBYTES.values())
 _CODE_NBYTES = tuple(CODE_NBYTES.values())
 
 ELEMENT_NUMBERS = {"fp32": 0, "bf16": 1, "fp16": 2}
-FP32 = Elements("fp32", "generic", source_stamp())
-BF16 = Elements("bf16", "generic", source_stamp())
-FP16 = Elements("fp16", "generic", source_stamp())
+FP32 = Elements("fp32", "generic")
+BF16 = Elements("bf16", "generic")
+FP16 = Elements("fp16", "generic")
 
 # Fields of a job.
 (
@@ -143,7 +142,7 @@ def quantise_row(kind, elements, element_nbytes, x_address, columns, blocks_addr
 
 
 @inner
-def _quantise_chunk(fp32, with_fp16, job_address, chunk):
+def _quantise_chunk(with_fp16, job_address, chunk):
     job = carray(int64_pointer(job_address), (JOB_FIELDS,))
     kind, columns = job[KIND], job[COLUMNS]
     row_nbytes = (columns + COLUMN_BLOCK - 1) // COLUMN_BLOCK * _BLOCK_NBYTES[kind]
@@ -153,7 +152,7 @@ def _quantise_chunk(fp32, with_fp16, job_address, chunk):
         x = job[X] + row * job[X_ROW_BYTES]
         blocks = job[BLOCKS] + token * row_nbytes
         if job[ELEMENT] == 0:
-            quantise_row(kind, fp32, 4, x, columns, blocks)
+            quantise_row(kind, FP32, 4, x, columns, blocks)
         elif job[ELEMENT] == 1:
             quantise_row(kind, BF16, 2, x, columns, blocks)
         elif with_fp16:
@@ -163,9 +162,8 @@ def _quantise_chunk(fp32, with_fp16, job_address, chunk):
 @cache
 def quantise_task(with_fp16: bool) -> int:
     """Address of the compiled task void(int64 job, int64 chunk); compiled or loaded on first use."""
-    fp32 = FP32  # its digest of the sources becomes part of the key in the cache
 
     def task(job: int, chunk: int) -> None:
-        _quantise_chunk(fp32, with_fp16, job, chunk)
+        _quantise_chunk(with_fp16, job, chunk)
 
     return task_address(task)

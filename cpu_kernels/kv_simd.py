@@ -26,7 +26,6 @@ from numba.extending import models, register_model, typeof_impl
 
 from cpu_kernels.isa import converts_fp16
 from cpu_kernels.jit import intrinsic
-from cpu_kernels.sources import source_stamp
 
 PIECE = 8
 FP8_FACTOR = 256.0
@@ -43,12 +42,10 @@ class KvCode:
     Attributes:
         format: one of `formats.kv.KV_FORMATS`.
         halves: whether the CPU widens fp16.
-        stamp: digest of the sources that the compiled code comes from.
     """
 
     format: str
     halves: bool = field(default_factory=converts_fp16)
-    stamp: str = field(default_factory=source_stamp)
 
     @property
     def has_token_scales(self) -> bool:
@@ -74,7 +71,7 @@ class KvCodeType(types.Type):
 
     def __init__(self, code: KvCode) -> None:
         self.code = code
-        super().__init__(name=f"KvCode({code.format}, {code.halves}, {code.stamp})")
+        super().__init__(name=f"KvCode({code.format}, {code.halves})")
 
 
 class PanelShapeType(types.Type):

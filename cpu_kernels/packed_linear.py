@@ -14,7 +14,6 @@ from cpu_kernels.activation_quantisation_kernel import ELEMENT_NUMBERS, KINDS, q
 from cpu_kernels.isa import converts_fp16, isa_of_format
 from cpu_kernels.packed_kernel import OUTPUT_NUMBERS, packed_task
 from cpu_kernels.packed_simd import BLOCK_NBYTES, PackedCode
-from cpu_kernels.sources import source_stamp
 from cpu_kernels.tensors import FORMAT_OF_DTYPE, describe
 from cpu_kernels.threads import Pool, shared_pool
 from cpu_kernels.workspace import workspace
@@ -59,7 +58,7 @@ def _address(name: str, part: torch.Tensor | int, nbytes: int) -> int:
 @cache
 def code_of_format(format: str) -> PackedCode:
     """The code that a packed format is computed with here."""
-    return PackedCode(format, isa_of_format(format), source_stamp())
+    return PackedCode(format, isa_of_format(format))
 
 
 @cache

@@ -49,12 +49,10 @@ class PackedCode:
     Attributes:
         format: a key of PACKED_FORMATS.
         isa: the instructions used.
-        stamp: digest of the sources that compiled code comes from.
     """
 
     format: str
     isa: Isa
-    stamp: str
 
     @property
     def packed(self) -> PackedFormat:

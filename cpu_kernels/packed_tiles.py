@@ -34,7 +34,7 @@ class PackedCodeType(types.Type):
 
     def __init__(self, code: PackedCode) -> None:
         self.code = code
-        super().__init__(name=f"PackedCode({code.format}, {code.isa}, {code.stamp})")
+        super().__init__(name=f"PackedCode({code.format}, {code.isa})")
 
 
 class TokensType(types.Type):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels.jit import entry, inner
-from cpu_kernels.kv_simd import KvCode
 from cpu_kernels.launch import launch_at
 from cpu_kernels.paged_attention_block import BLOCK_TOKENS, GROUP, HEAD_NBYTES, PART_NBYTES
 from cpu_kernels.paged_attention_kernel import (
@@ -113,24 +112,17 @@ def _run(launcher, state, task, ending, job, counts, offsets, lengths, first_pos
     launch_at(launcher, state, ending, job.ctypes.data, counts[1])
 
 
-@inner
-def _stamped(code, job):
-    # The numbers of fields stand in other files: see `paged_attention_kernel`.
-    return job
-
-
 @cache
 def chunk_counter() -> Any:
     """Compiled count(job, offsets, lengths, first_positions, query_positions) → int64 [4].
 
     How many chunks, ends and rows of parts there are, and the bytes of scratch that `chunk_runner`'s function needs.
     """
-    code = KvCode("fp32")
 
     def count(job: Any, offsets: Any, lengths: Any, first_positions: Any, query_positions: Any) -> Any:
         none = np.empty((0, 1), np.int64)
         result = np.empty(4, np.int64)
-        counts = _cut(_stamped(code, job), offsets, lengths, first_positions, query_positions, none, none)
+        counts = _cut(job, offsets, lengths, first_positions, query_positions, none, none)
         result[:3], result[3] = counts, 8 * _words(job, counts)[2]
         return result
 
@@ -143,13 +135,12 @@ def chunk_runner() -> Any:
 
     counts: of `chunk_counter`'s function. scratch: int64, aligned to 64 bytes.
     """
-    code = KvCode("fp32")
 
     def run(
         launcher: int, state: int, task: int, ending: int, counts: Any, scratch: Any, job: Any, offsets: Any,
         lengths: Any, first_positions: Any, query_positions: Any,
     ) -> None:  # fmt: skip
-        _run(launcher, state, task, ending, _stamped(code, job), counts, offsets, lengths, first_positions,
+        _run(launcher, state, task, ending, job, counts, offsets, lengths, first_positions,
              query_positions, scratch)  # fmt: skip
 
     return entry(f"void(int64, int64, int64, int64, int64[::1], int64[::1], {_LISTS})")(run)

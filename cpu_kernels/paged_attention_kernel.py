@@ -17,7 +17,6 @@ from cpu_kernels import paged_attention_block as block
 from cpu_kernels.activation_kernel import exp_float32
 from cpu_kernels.jit import call_at, carray, inner, task_address
 from cpu_kernels.kv_panels import dot_panels
-from cpu_kernels.kv_simd import KvCode
 from cpu_kernels.kv_softmax import (
     cap_row,
     exponentials_of_row,
@@ -174,7 +173,7 @@ def _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch):
 
 
 @inner
-def _run_chunk(code, job_address, number):
+def _run_chunk(job_address, number):
     job = carray(int64_pointer(job_address), (JOB_FIELDS,))
     chunk = carray(int64_pointer(job[CHUNKS] + 8 * CHUNK_FIELDS * number), (CHUNK_FIELDS,))
     rows, block_tokens, width = chunk[ROWS], job[BLOCK_TOKENS], job[PART_NBYTES] // 4
@@ -212,7 +211,7 @@ def _keep(memory):
 
 
 @inner
-def _combine_tile(code, job_address, number):
+def _combine_tile(job_address, number):
     """The rows of one tile from their runs, in order."""
     job = carray(int64_pointer(job_address), (JOB_FIELDS,))
     end = carray(int64_pointer(job[ENDS] + 8 * END_FIELDS * number), (END_FIELDS,))
@@ -247,16 +246,12 @@ def _combine_tile(code, job_address, number):
                 out[i] *= inverse
 
 
-# Numba's cache looks at this file alone: a code in a task's closure makes it follow the other sources as well.
-
-
 @cache
 def attention_task() -> int:
     """Address of the compiled task void(int64 job, int64 chunk)."""
-    code = KvCode("fp32")
 
     def task(job: int, chunk: int) -> None:
-        _run_chunk(code, job, chunk)
+        _run_chunk(job, chunk)
 
     return task_address(task)
 
@@ -264,9 +259,8 @@ def attention_task() -> int:
 @cache
 def combine_task() -> int:
     """Address of the compiled task void(int64 job, int64 tile) that ends the work."""
-    code = KvCode("fp32")
 
     def task(job: int, tile: int) -> None:
-        _combine_tile(code, job, tile)
+        _combine_tile(job, tile)
 
     return task_address(task)

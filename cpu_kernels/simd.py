@@ -19,7 +19,7 @@ Addresses are int64. Nothing outside the stated rows is read: the last part of a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -29,7 +29,6 @@ from numba.extending import models, register_model, typeof_impl
 
 from cpu_kernels.isa import Isa
 from cpu_kernels.jit import intrinsic
-from cpu_kernels.sources import source_stamp
 
 LANES = 16
 STEP_BYTES = 64
@@ -64,12 +63,10 @@ class Elements:
     Attributes:
         format: name of the element format: bf16, fp16 or fp32.
         isa: the instructions used.
-        stamp: digest of the sources that the compiled code comes from.
     """
 
     format: str
     isa: Isa
-    stamp: str = field(default_factory=source_stamp)
 
     @property
     def per_step(self) -> int:
@@ -91,7 +88,7 @@ class ElementsType(types.Type):
 
     def __init__(self, elements: Elements) -> None:
         self.elements = elements
-        super().__init__(name=f"Elements({elements.format}, {elements.isa}, {elements.stamp})")
+        super().__init__(name=f"Elements({elements.format}, {elements.isa})")
 
 
 class TileShapeType(types.Type):

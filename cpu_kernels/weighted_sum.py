@@ -11,6 +11,12 @@ from cpu_kernels.threads import Pool
 from cpu_kernels.weighted_sum_kernel import add_weighted_task, run_add_weighted, run_weighted_sum, weighted_sum_task
 
 
+def compile_sums() -> None:
+    """Compile the kernels, or load them from Numba's cache; calls do so on first use otherwise."""
+    weighted_sum_task()
+    add_weighted_task()
+
+
 def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor, pool: Pool) -> torch.Tensor:
     """sum[t] = weights[t, 0] outputs[t k] + weights[t, 1] outputs[t k + 1] + ... in fp32, from left to right.
 

@@ -71,7 +71,7 @@ def layer_cost(
     device = _device(profile, vram=dense_vram)
     dense = linears_s(layer.linears, device, work.rows)
     attention = attention_s(layer, _device(profile, vram=kv_vram), work)
-    overheads = device.overheads_in(layer.linears[0].format if layer.linears else None)
+    overheads = device.overheads_in(layer.dense_format)
     overhead = overheads.of_layer(work.new_tokens) + overheads.element_s * work.rows * spec.hidden_size
     # What layers in a row save they save of their products' calls: never all of a layer.
     overhead = max(overhead, -_MOST_SAVED * (dense + attention))
@@ -85,8 +85,7 @@ def pass_cost(spec: ModelSpec, profile: HardwareProfile, homes: Homes, work: Pas
     if spec.head is None:
         raise ValueError(f"{spec.name}: the spec has sizes only, no layers to predict from")
     device = _device(profile, vram=homes.head_in_vram)
-    formats = [layer.linears[0].format for layer in spec.layers if layer.linears]
-    overheads = profile.cpu.overheads_in(formats[0] if formats else None)
+    overheads = profile.cpu.overheads_in(next((layer.dense_format for layer in spec.layers if layer.linears), None))
     return linears_s((spec.head,), device, work.batch), overheads.pass_s
 
 

@@ -161,8 +161,9 @@ class Compute:
 
     def overheads_in(self, format: str | None) -> Overheads:
         """The overheads of dense layers in a format; None for a layer that has none."""
-        packed = format in PACKED_FORMATS and self.packed_overheads is not None
-        return self.packed_overheads if packed and self.packed_overheads is not None else self.overheads
+        if self.packed_overheads is not None and format in PACKED_FORMATS:
+            return self.packed_overheads
+        return self.overheads
 
     def expert(self, format: str) -> TokenCurve:
         """The curve of expert MLPs in a format.

@@ -81,6 +81,11 @@ class LayerSpec:
     window_tokens: int | None
     experts: int | None
 
+    @property
+    def dense_format(self) -> str | None:
+        """Format of its linear layers, which is that of the first; None where there is none."""
+        return self.linears[0].format if self.linears else None
+
 
 @dataclass(frozen=True)
 class ModelSpec:

@@ -19,6 +19,7 @@ from cpu_kernels.packed_expert_mlp import (
     packed_expert_up,
 )
 from cpu_kernels.panel_mlp import compile_panel_kernels, panel_expert_down, panel_expert_mlp, panel_expert_up
+from cpu_kernels.weighted_sum import compile_sums
 from cpu_kernels.wide_linear import multiplies_natively
 from formats.bundle import BundleLayout
 from offload.devices.base import ExpertBatch
@@ -67,6 +68,7 @@ def run_experts(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, o
 
 def compile_for(layer: ExpertsLayer) -> None:
     """Compile the kernels that the layer's experts run on, or load them from Numba's cache."""
+    compile_sums()
     if layer.layout.is_packed:
         compile_packed_kernels(layer.layout.format)
         return

@@ -176,8 +176,8 @@ class _Runner:
         self.tiers.preload(spec.expert_count)
         self.decode, self.prefill = Phase(), Phase()
         has_all = homes.vram_slots + homes.ram_slots >= spec.expert_count
-        formats = [one.layout.format for one in spec.experts]
-        self._step_s = 0.0 if has_all else profile.cpu.overheads_in(formats[0] if formats else None).step_s
+        format = spec.experts[0].layout.format if spec.experts else None
+        self._step_s = 0.0 if has_all else profile.cpu.overheads_in(format).step_s
         self.spans: list[Span] = []
         self.events = 0
         self.warm = 0

@@ -106,7 +106,7 @@ def test_every_isa_gives_the_bits_of_generic(isa: Isa, format: str, tokens: int)
     if isa == "avx2" and not supports("avx2"):
         pytest.skip("AVX2 is not emulated")
     random = np.random.default_rng(tokens)
-    code = PackedCode(format, isa, "")
+    code = PackedCode(format, isa)
     codes = random.integers(0, 256, code.codes_nbytes, np.uint8)
     if format == "int8":
         codes = np.maximum(codes, 1)
@@ -116,7 +116,7 @@ def test_every_isa_gives_the_bits_of_generic(isa: Isa, format: str, tokens: int)
         scales = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     x = random.integers(-127, 128, (tokens, 64)).astype(np.int8)
     found = run(code, codes, scales, x)
-    expected = run(PackedCode(format, "generic", ""), codes, scales, x)
+    expected = run(PackedCode(format, "generic"), codes, scales, x)
     np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
     assert np.isfinite(found).all()
 
@@ -147,7 +147,7 @@ def assembly(code: PackedCode, tokens: int, triple: str, cpu: str) -> str:
 def test_it_compiles_to_the_instructions_it_is_named_after(
     format: str, isa: Isa, triple: str, cpu: str, instruction: str, count: int, tokens: int
 ) -> None:
-    text = assembly(PackedCode(format, isa, ""), tokens, triple, cpu)
+    text = assembly(PackedCode(format, isa), tokens, triple, cpu)
     found = re.findall(rf"^\s+(?:{{vex}}\s+)?\S*{instruction}.*$", text, re.MULTILINE)
     assert len(found) >= count * tokens
     if isa == "avx512_vnni":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
 
 
-class TableSparsity:
+class TableSparsity(ABC):
     """One table's: it is told what happens to the table, and attends in its place. Lossy.
 
     The table calls `sealed`, `cut`, `select` and `copy` while it holds the pool's lock.
@@ -26,6 +27,7 @@ class TableSparsity:
 
     watches_prompts: bool = False
 
+    @abstractmethod
     def attend(
         self, table: BlockTable, query: torch.Tensor, scale: float, valid: Bool | None, sinks: torch.Tensor | None
     ) -> torch.Tensor | None:
@@ -41,20 +43,21 @@ class TableSparsity:
         Returns:
             fp32 [B, Hq, T, value width]; None where all that the table holds is to be attended to.
         """
-        raise NotImplementedError
 
-    def watch(self, table: BlockTable, query: torch.Tensor, scale: float, valid: Bool | None) -> None:
+    def watch(  # noqa: B027 - top-k needs none
+        self, table: BlockTable, query: torch.Tensor, scale: float, valid: Bool | None
+    ) -> None:
         """See the queries of a long pass, whose tokens are in the table; arguments as of `attend`."""
 
-    def sealed(self, table: BlockTable, column: int) -> None:
+    def sealed(self, table: BlockTable, column: int) -> None:  # noqa: B027 - not all care
         """A column's blocks, which are in memory, will stay as they are."""
 
-    def cut(self, table: BlockTable) -> None:
+    def cut(self, table: BlockTable) -> None:  # noqa: B027 - not all care
         """The table's last tokens were taken back."""
 
-    def select(self, rows: Int64) -> None:
+    def select(self, rows: Int64) -> None:  # noqa: B027 - not all care
         """The sequences are now those of some rows."""
 
+    @abstractmethod
     def copy(self) -> TableSparsity:
         """One of a copied table."""
-        raise NotImplementedError
