@@ -127,7 +127,7 @@ def _read_head(target, fields, head, scratch, place, count, keys, values):
     block_tokens = fields[BLOCK_TOKENS]
     key_panels, value_panels = head + fields[KEYS], head + fields[VALUES]
     if fields[EXPAND_FUNCTION]:
-        key_panels = scratch + 256
+        key_panels = scratch + 512
         value_panels = key_panels + 4 * fields[KEY_COLUMNS] * block_tokens
         call_at(fields[EXPAND_FUNCTION], (fields.ctypes.data, head, place + count, key_panels, value_panels, scratch))
     if fields[FROM_KEY]:
@@ -150,7 +150,7 @@ def row_reader(target: Elements) -> Any:
         block_tokens = fields[BLOCK_TOKENS]
         keys = carray(element_pointer(target, key), (heads, tokens, fields[KEY_WIDTH]))
         values = carray(element_pointer(target, value), (heads, tokens, fields[OUTPUT_WIDTH]))
-        memory = np.empty(64 + (fields[KEY_COLUMNS] + fields[VALUE_COLUMNS]) * block_tokens, np.float32)
+        memory = np.empty(128 + (fields[KEY_COLUMNS] + fields[VALUE_COLUMNS]) * block_tokens, np.float32)
         done = 0
         while done < tokens:
             at = first_token + done

@@ -41,18 +41,21 @@ def _e4m3(x):
 
 
 @inner
-def _place(by_channel, token, column, columns, tokens):
-    """Where a number lies among panels of 16 lanes."""
+def _place(kind, by_channel, token, column, columns, tokens):
+    """Where a number lies among panels of 16 lanes; int8 has pairs of rows."""
+    panel, row, rows, lane = token // _LANES, column, columns, token % _LANES
     if by_channel:
-        return (column // _LANES * tokens + token) * _LANES + column % _LANES
-    return (token // _LANES * columns + column) * _LANES + token % _LANES
+        panel, row, rows, lane = column // _LANES, token, tokens, column % _LANES
+    if kind == FP8:
+        return (panel * rows + row) * _LANES + lane
+    return panel * (rows + rows % 2) * _LANES + row // 2 * 2 * _LANES + 2 * lane + row % 2
 
 
 @entry("void(int64, float32[:, ::1], boolean, int64, int64, int64, int64)")
 def pack_eight_bits(kind: int, rows: Any, by_channel: bool, first: int, end: int, codes: int, scales: int) -> None:
     """The columns [first, end) of rows [tokens, columns] to codes, with one scale a token; kind: FP8 or INT8."""
     tokens, columns = rows.shape
-    lying = carray(int8_pointer(codes), (tokens * columns,))
+    lying = carray(int8_pointer(codes), (tokens * (columns + columns % 2),))
     factors = carray(float32_pointer(scales), (tokens,))
     largest = _LARGEST[0] if kind == FP8 else _LARGEST[1]
     share = _SHARE[0] if kind == FP8 else _SHARE[1]
@@ -68,7 +71,7 @@ def pack_eight_bits(kind: int, rows: Any, by_channel: bool, first: int, end: int
             scaled = rows[token, column] * inverse
             scaled = min(max(scaled, -largest), largest) if finite else _ZERO
             code = _e4m3(scaled) if kind == FP8 else np.int64(np.rint(scaled))
-            lying[_place(by_channel, token, column, columns, tokens)] = code
+            lying[_place(kind, by_channel, token, column, columns, tokens)] = code
 
 
 @inner
@@ -124,7 +127,7 @@ def pack_four_bits(rows: Any, by_channel: bool, codes: Any, scales: Any, zeros: 
             scales[group * across + other], zeros[group * across + other] = scale, zero
             for i in range(_GROUP):
                 lane = group * _GROUP + i
-                # Lane 8 k + i of a panel of 64 is nibble k of word i.
-                nibble, word = lane % _WIDE // 8, lane % 8
-                at = 32 * (lane // _WIDE * across + other) + 4 * word + nibble // 2
+                half, nibble, word = lane % _WIDE // 32, lane % 32 // 8, lane % 8
+                pair = lane // _WIDE * ((across + 1) // 2) + other // 2
+                at = 64 * pair + 32 * half + 4 * word + 2 * (other % 2) + nibble // 2
                 codes[at] |= group_codes[i] << (4 * (nibble % 2))

@@ -13,7 +13,7 @@ from cpu_kernels.kv_simd import (
     KvCode,
     PanelShape,
     dot_rows,
-    expand_row,
+    expand_rows_at_once,
     panel_add,
     panel_four_rows,
     panel_row,
@@ -24,8 +24,6 @@ from cpu_kernels.kv_simd import (
 _ONE_BY_ONE, _ONE_BY_FOUR = PanelShape(1, 1), PanelShape(1, 4)
 _TWO_BY_ONE, _TWO_BY_TWO = PanelShape(2, 1), PanelShape(2, 2)
 _FOUR_BY_ONE = PanelShape(4, 1)
-# int4: heads by nibbles.
-_ONE_BY_NIBBLES, _TWO_BY_NIBBLES, _FOUR_BY_PAIR = PanelShape(1, 4), PanelShape(2, 4), PanelShape(4, 2)
 
 
 @intrinsic
@@ -40,10 +38,20 @@ def row_nbytes(typingctx: Any, code: Any) -> Any:
 
 
 @intrinsic
+def rows_at_once(typingctx: Any, code: Any) -> Any:
+    """Rows that lie together, as a constant."""
+    kernel: KvCode = code.code
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(ir.IntType(64), 2 if kernel.has_pairs else 1)
+
+    return types.int64(code), codegen
+
+
+@intrinsic
 def _prefetch_like(typingctx: Any, code: Any, shape: Any, address: Any) -> Any:
     """Ask for as many bytes as four rows of a tile have; they need not exist."""
-    panels = 1 if code.code.format == "int4" else shape.shape.panels
-    lines = 4 * code.code.row_nbytes * panels // 64
+    lines = 4 * code.code.row_nbytes * shape.shape.panels // 64
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         i8, i32 = ir.IntType(8), ir.IntType(32)
@@ -69,18 +77,16 @@ def _panels_of(typingctx: Any, shape: Any) -> Any:
 
 
 @inner
-def _tile(
-    code, shape, panel, panel_nbytes, rows, weights, weights_nbytes, out, out_nbytes, add, shift, ahead, ahead_step
-):
+def _tile(code, shape, panel, panel_nbytes, rows, weights, weights_nbytes, out, out_nbytes, add, ahead, ahead_step):
     step = row_nbytes(code)
     tile = panel_zero(code, shape)
     full = rows // 4 * 4
     for row in range(0, full, 4):
         here = panel + row * step
         _prefetch_like(code, shape, ahead + row * ahead_step)
-        tile = panel_four_rows(code, tile, here, panel_nbytes, weights + 4 * row, weights_nbytes, shift)
+        tile = panel_four_rows(code, tile, here, panel_nbytes, weights + 4 * row, weights_nbytes)
     for row in range(full, rows):
-        tile = panel_row(code, tile, panel + row * step, panel_nbytes, weights + 4 * row, weights_nbytes, shift)
+        tile = panel_row(code, tile, panel + row * step, panel_nbytes, weights + 4 * row, weights_nbytes)
     if add:
         panel_add(code, tile, out, out_nbytes)
     else:
@@ -95,7 +101,7 @@ def _sweep(code, shape, panels, panel_nbytes, first, count, rows, weights, weigh
     while panel + width <= count:
         offset = panel * panel_nbytes
         _tile(code, shape, panels + offset, panel_nbytes, rows, weights, weights_nbytes, out + 64 * panel, out_nbytes,
-              add, 0, ahead + offset, width * row_nbytes(code))  # fmt: skip
+              add, ahead + offset, width * row_nbytes(code))  # fmt: skip
         panel += width
     return panel
 
@@ -133,33 +139,11 @@ def multiply_panels(
 
 
 @inner
-def multiply_half_panel(code, panel, shift, rows, weights, weights_nbytes, heads, out, out_nbytes, add, ahead):
-    """As `multiply_panels` for 32 lanes of one panel of int4: those of the nibbles from bit `shift`, 0 or 16, on."""
-    head = 0
-    step = row_nbytes(code)
-    while head < heads:
-        left = heads - head
-        at, target = weights + head * weights_nbytes, out + head * out_nbytes
-        if left >= 4:
-            for pair in range(2):
-                _tile(code, _FOUR_BY_PAIR, panel, 0, rows, at, weights_nbytes, target + 64 * pair, out_nbytes, add,
-                      shift + 8 * pair, ahead, step)  # fmt: skip
-            head += 4
-        elif left >= 2:
-            _tile(code, _TWO_BY_NIBBLES, panel, 0, rows, at, weights_nbytes, target, out_nbytes, add, shift, ahead,
-                  step)  # fmt: skip
-            head += 2
-        else:
-            _tile(code, _ONE_BY_NIBBLES, panel, 0, rows, at, weights_nbytes, target, out_nbytes, add, shift, ahead,
-                  step)  # fmt: skip
-            head += 1
-
-
-@inner
 def expand_rows(code, rows, count, out, out_nbytes):
-    """Write `count` rows of a panel as fp32, out_nbytes from row to row."""
-    for row in range(count):
-        expand_row(code, rows + row * row_nbytes(code), out + row * out_nbytes)
+    """Write `count` rows of a panel as fp32, out_nbytes from row to row; where rows lie in pairs, of the last both."""
+    step = rows_at_once(code)
+    for row in range(0, count, step):
+        expand_rows_at_once(code, rows + row * row_nbytes(code), out + row * out_nbytes, out_nbytes)
 
 
 @inner

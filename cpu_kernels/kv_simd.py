@@ -6,9 +6,10 @@ fp32 and added with one fused multiply-add a head, so a sum has one order whatev
 depend on how many heads share a panel.
 
     format      what a lane holds
-    fp32 fp16 bf16, int8   the number, or the code
-    fp8_e4m3    the number / 256: its bits, moved, are those of an fp16 number
-    int4        code 16^k of the k-th nibble taken, which tile_store takes back: masking replaces a shift
+    fp32 fp16 bf16   the number
+    fp8_e4m3         the number / 256: its bits, moved, are those of an fp16 number
+
+int8 and int4 are widened here too, and multiplied in `kv_pairs_simd`.
 
 Addresses are int64. Nothing outside the stated rows is read.
 """
@@ -26,6 +27,7 @@ from numba.extending import models, register_model, typeof_impl
 
 from cpu_kernels.isa import converts_fp16
 from cpu_kernels.jit import intrinsic
+from cpu_kernels.kv_pairs_simd import INT4_FACTORS, int4_pairs, int8_pairs
 
 PIECE = 8
 FP8_FACTOR = 256.0
@@ -53,6 +55,11 @@ class KvCode:
         return self.format in ("int8", "fp8_e4m3")
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether rows lie in pairs."""
+        return self.format in ("int8", "int4")
+
+    @property
     def row_nbytes(self) -> int:
         """Bytes of a panel's row."""
         return {"fp32": 64, "fp16": 32, "bf16": 32}.get(self.format, 32 if self.format == "int4" else 16)
@@ -60,7 +67,7 @@ class KvCode:
 
 @dataclass(frozen=True)
 class PanelShape:
-    """Heads x panels of a tile, a compile-time constant; of int4, heads x nibbles of one panel."""
+    """Heads x panels of a tile, a compile-time constant."""
 
     heads: int
     panels: int
@@ -117,7 +124,7 @@ class _TileModel(models.PrimitiveModel):
 
 
 def _tile_type(code: KvCode, shape: PanelShape) -> PanelTileType:
-    return PanelTileType(shape.heads, shape.panels if code.format == "int4" else 2 * shape.panels)
+    return PanelTileType(shape.heads, 2 * shape.panels)
 
 
 def _splat(kind: Any, value: int | float) -> Any:
@@ -179,19 +186,8 @@ def _row(builder: Any, code: KvCode, address: Any) -> list[Any]:
             halves = builder.bitcast(_load(builder, at, ir.VectorType(_I16, PIECE)), ir.VectorType(_F16, PIECE))
             pieces.append(builder.fpext(halves, _F32X8))
         else:
-            raw = _load(builder, at, ir.VectorType(_I8, PIECE))
-            if code.format == "int8":
-                pieces.append(builder.sitofp(builder.sext(raw, _I32X8), _F32X8))
-            else:
-                pieces.append(_fp8_piece(builder, raw, code))
+            pieces.append(_fp8_piece(builder, _load(builder, at, ir.VectorType(_I8, PIECE)), code))
     return pieces
-
-
-def _nibbles(builder: Any, address: Any, shift: Any, count: int) -> list[Any]:
-    """`count` (up to 4) nibbles of each of 8 words, from bit `shift` on; the k-th is its code times 16^k."""
-    words = _load(builder, address, _I32X8)
-    words = builder.lshr(words, _broadcast(builder, builder.trunc(shift, _I32)))
-    return [builder.sitofp(builder.and_(words, _splat(_I32X8, 0xF << (4 * nibble))), _F32X8) for nibble in range(count)]
 
 
 def _in_lane_order(builder: Any, code: KvCode, pieces: list[Any]) -> list[Any]:
@@ -201,8 +197,6 @@ def _in_lane_order(builder: Any, code: KvCode, pieces: list[Any]) -> list[Any]:
             lanes = [lane // 2 + (lane % 2) * PIECE for lane in range(2 * PIECE)]
             ordered += [_pick(builder, even, odd, lanes[:PIECE]), _pick(builder, even, odd, lanes[PIECE:])]
         return ordered
-    if code.format == "int4":
-        return [builder.fmul(piece, _splat(_F32X8, 16.0**-nibble)) for nibble, piece in enumerate(pieces)]
     return pieces
 
 
@@ -226,21 +220,17 @@ def _rows_intrinsic(name: str, rows: int) -> Any:
         panel_nbytes: Any,
         weights: Any,
         weights_nbytes: Any,
-        shift: Any,
     ) -> tuple[Any, _Codegen]:
         kernel: KvCode = code.code
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, value, panel, panel_nbytes, weights, weights_nbytes, shift = arguments
+            _, value, panel, panel_nbytes, weights, weights_nbytes = arguments
             for row in range(rows):
                 at = _at(builder, panel, row * kernel.row_nbytes)
-                if kernel.format == "int4":
-                    pieces = _nibbles(builder, at, shift, tile.pieces)
-                else:
-                    pieces = []
-                    for _ in range(tile.pieces // 2):
-                        pieces += _row(builder, kernel, at)
-                        at = builder.add(at, panel_nbytes)
+                pieces = []
+                for _ in range(tile.pieces // 2):
+                    pieces += _row(builder, kernel, at)
+                    at = builder.add(at, panel_nbytes)
                 weight = _at(builder, weights, 4 * row)
                 for head in range(tile.heads):
                     factor = _broadcast(builder, _load(builder, weight, _F32))
@@ -252,14 +242,13 @@ def _rows_intrinsic(name: str, rows: int) -> Any:
                         value = builder.insert_value(value, total, place)
             return value
 
-        return tile(code, tile, *[types.int64] * 5), codegen
+        return tile(code, tile, *[types.int64] * 4), codegen
 
     operation.__name__ = operation.__qualname__ = name
     operation.__doc__ = f"""Add {rows} consecutive row(s), each times its weight of each head.
 
     panel: address of the first panel's row, panel_nbytes before that of the next panel.
     weights: address of the first head's fp32 weight of that row, weights_nbytes before that of the next head.
-    shift: bits below the first nibble of int4; else not looked at.
     """
     return intrinsic(operation)
 
@@ -297,23 +286,42 @@ panel_add = _store_intrinsic("panel_add", True)
 
 
 @intrinsic
-def expand_row(typingctx: Any, code: Any, row: Any, out: Any) -> tuple[Any, _Codegen]:
-    """Write one row of a panel as fp32: its numbers, or codes that lack their scales (fp8_e4m3: codes / 256)."""
+def expand_rows_at_once(typingctx: Any, code: Any, rows: Any, out: Any, out_nbytes: Any) -> tuple[Any, _Codegen]:
+    """Write `rows_at_once` rows of a panel as fp32: numbers, or codes that lack their scales (fp8_e4m3: codes / 256).
+
+    rows: address of the first. out: address of the first's fp32, out_nbytes before the next one's.
+    """
     kernel: KvCode = code.code
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, row, out = arguments
-        if kernel.format == "int4":
-            low = _nibbles(builder, row, ir.Constant(_I64, 0), 4)
-            high = _nibbles(builder, row, ir.Constant(_I64, 16), 4)
-            pieces = _in_lane_order(builder, kernel, low) + _in_lane_order(builder, kernel, high)
+        _, rows, out, out_nbytes = arguments
+        if kernel.has_pairs:
+            pairs = int8_pairs(builder, rows)
+            factors: tuple[float, ...] = (1.0,) * len(pairs)
+            if kernel.format == "int4":
+                pairs = [*int4_pairs(builder, rows), *int4_pairs(builder, _at(builder, rows, 32))]
+                factors = INT4_FACTORS * 2
+            written = [_codes_of_row(builder, pairs, factors, row) for row in range(2)]
         else:
-            pieces = _in_lane_order(builder, kernel, _row(builder, kernel, row))
-        for index, piece in enumerate(pieces):
-            _store(builder, _at(builder, out, 4 * PIECE * index), piece)
+            written = [_in_lane_order(builder, kernel, _row(builder, kernel, rows))]
+        for pieces in written:
+            for index, piece in enumerate(pieces):
+                _store(builder, _at(builder, out, 4 * PIECE * index), piece)
+            out = builder.add(out, out_nbytes)
         return context.get_dummy_value()
 
-    return types.void(code, types.int64, types.int64), codegen
+    return types.void(code, types.int64, types.int64, types.int64), codegen
+
+
+def _codes_of_row(builder: Any, pairs: list[Any], factors: tuple[float, ...], row: int) -> list[Any]:
+    """The codes of the first or the second row of pairs as fp32."""
+    pieces = []
+    for pair, factor in zip(pairs, factors, strict=True):
+        words, half = builder.bitcast(pair, _I32X8), _splat(_I32X8, 16)
+        codes = builder.ashr(words if row else builder.shl(words, half), half)
+        number = builder.sitofp(codes, _F32X8)
+        pieces.append(number if factor == 1 else builder.fmul(number, _splat(_F32X8, 1 / factor)))
+    return pieces
 
 
 DOT_TOKENS, DOT_HEADS = 4, 2

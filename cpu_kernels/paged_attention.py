@@ -29,6 +29,7 @@ def layout_fields(layout: KvLayout) -> Int64:
     """A layout as jobs of kernels have it: int64 [LAYOUT_FIELDS]."""
     fields = np.zeros(block_fields.LAYOUT_FIELDS, np.int64)
     fields[block_fields.KEY_WIDTH] = layout.key_width
+    fields[block_fields.KEY_ROWS] = layout.key_rows
     fields[block_fields.KEY_COLUMNS] = layout.key_columns
     fields[block_fields.VALUE_COLUMNS] = layout.value_columns
     fields[block_fields.OUTPUT_WIDTH] = layout.output_width
@@ -61,6 +62,9 @@ def _job_template(layout: KvLayout) -> Int64:
     if layout.is_int4:
         job[block_fields.INT4_SCORES_FUNCTION] = block_fields.int4_scores_function()
         job[block_fields.INT4_VALUES_FUNCTION] = block_fields.int4_values_function()
+    elif layout.format == "int8" and not layout.value_from_key:
+        job[block_fields.MULTIPLY_FUNCTION] = block_fields.multiply_int8_function()
+        job[block_fields.ROUNDS_WEIGHTS] = 1
     elif not layout.value_from_key:
         job[block_fields.MULTIPLY_FUNCTION] = block_fields.multiply_function(code)
     return job

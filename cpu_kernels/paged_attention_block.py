@@ -17,16 +17,18 @@ from numba.core import types
 from numba.extending import overload
 
 from cpu_kernels.jit import call_at, carray, function_address, inner, intrinsic
-from cpu_kernels.kv_panels import expand_rows, multiply_half_panel, multiply_panels, row_nbytes
+from cpu_kernels.kv_pairs import add_int4_half, multiply_int8_panels, round_row, round_rows
+from cpu_kernels.kv_panels import expand_rows, multiply_panels, row_nbytes
 from cpu_kernels.kv_simd import FP8_FACTOR, KvCode
 from cpu_kernels.kv_softmax import multiply_row, rows_add, rows_store, rows_sum
-from cpu_kernels.packing_simd import rows_load, rows_multiply, rows_splat, rows_type
+from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_multiply, rows_splat, rows_type
 from cpu_kernels.simd import float32_pointer, int64_pointer
 
 # Fields of a job that describe its blocks.
 (
     GROUP,  # query heads of a key-value head
     KEY_WIDTH,
+    KEY_ROWS,  # of a panel of keys
     KEY_COLUMNS,
     VALUE_COLUMNS,
     OUTPUT_WIDTH,
@@ -44,12 +46,13 @@ from cpu_kernels.simd import float32_pointer, int64_pointer
     ROW_NBYTES,  # of a panel
     HAS_TOKEN_SCALES,  # fp8_e4m3 and int8
     CODE_FACTOR,  # fp32, as its bits: what a lane's number of `kv_simd` lacks
+    ROUNDS_WEIGHTS,  # int8: MULTIPLY_FUNCTION takes rounded weights
     MULTIPLY_FUNCTION,  # addresses of functions below; the last three 0 where they are not needed
     EXPAND_FUNCTION,
     INT4_SCORES_FUNCTION,
     INT4_VALUES_FUNCTION,
     LAYOUT_FIELDS,
-) = range(24)
+) = range(26)
 
 _OPTIONS: Any = {"error_model": "numpy", "nogil": True}
 
@@ -109,19 +112,28 @@ def code_factor(code):
 
 
 @inner
+def ready_queries(job, queries, rows, out):
+    """Address of queries as `key_scores` takes them; out: address of as much memory."""
+    if not job[ROUNDS_WEIGHTS]:
+        return queries
+    round_rows(queries, job[KEY_WIDTH], rows, out, job[QUERY_NBYTES])
+    return out
+
+
+@inner
 def key_scores(job, head, tokens, queries, rows, out, scratch, ahead):
     """Out[r][t] = queries[r] · key t for the panels of the first `tokens` tokens, scales applied.
 
-    queries: address of fp32 [rows][16 w], zero after key_width. out: address of fp32 [rows][block_tokens]. scratch: as
-    large as queries. ahead: address of what is read next.
+    queries: address of fp32 [rows][16 w], zero after key_width, made ready. out: address of fp32
+    [rows][block_tokens]. scratch: of two rows more than queries. ahead: address of what is read next.
     """
     nbytes, width, out_nbytes = job[QUERY_NBYTES], job[KEY_WIDTH], 4 * job[BLOCK_TOKENS]
     if job[INT4_SCORES_FUNCTION]:
         call_at(job[INT4_SCORES_FUNCTION], (job.ctypes.data, head, tokens, queries, rows, out, scratch, ahead))
         return
     panels = (tokens + 15) // 16
-    call_at(job[MULTIPLY_FUNCTION], (head + job[KEYS], width * job[ROW_NBYTES], panels, width, queries, nbytes, rows,
-                                     out, out_nbytes, 0, ahead))  # fmt: skip
+    call_at(job[MULTIPLY_FUNCTION], (head + job[KEYS], job[KEY_ROWS] * job[ROW_NBYTES], panels, width, queries, nbytes,
+                                     rows, out, out_nbytes, 0, ahead))  # fmt: skip
     if job[HAS_TOKEN_SCALES]:
         factor = float32_at(job.ctypes.data + 8 * CODE_FACTOR)
         for row in range(rows):
@@ -132,8 +144,8 @@ def key_scores(job, head, tokens, queries, rows, out, scratch, ahead):
 def add_values(job, head, tokens, weights, rows, out, scratch, ahead):
     """Out[r][c] += sum over t < tokens of weights[r][t] value t's channel c, scales applied.
 
-    weights: address of fp32 [rows][block_tokens], which 8-bit formats overwrite. out: address of rows of PART_NBYTES.
-    scratch: as large as weights. ahead: address of what is read next.
+    weights: address of fp32 [rows][block_tokens], zero up to a multiple of 16, which 8-bit formats overwrite. out:
+    address of rows of PART_NBYTES. scratch: of two rows more than weights. ahead: address of what is read next.
     """
     nbytes = 4 * job[BLOCK_TOKENS]
     if job[INT4_VALUES_FUNCTION]:
@@ -143,58 +155,67 @@ def add_values(job, head, tokens, weights, rows, out, scratch, ahead):
         factor = float32_at(job.ctypes.data + 8 * CODE_FACTOR)
         for row in range(rows):
             _multiply_some(weights + row * nbytes, head + job[VALUE_SCALES], tokens, factor)
+    if job[ROUNDS_WEIGHTS]:
+        round_rows(weights, tokens, rows, weights, nbytes)
     call_at(job[MULTIPLY_FUNCTION], (head + job[VALUES], job[BLOCK_TOKENS] * job[ROW_NBYTES], job[VALUE_COLUMNS] // 16,
                                      tokens, weights, nbytes, rows, out, job[PART_NBYTES], 1, ahead))  # fmt: skip
 
 
 @inner
-def _int4_scores(code, job, head, tokens, queries, rows, out, scratch, ahead):
+def _int4_scores(job, head, tokens, queries, rows, out, scratch, ahead):
     width, query_nbytes, out_nbytes = job[KEY_WIDTH], job[QUERY_NBYTES], 4 * job[BLOCK_TOKENS]
-    panel_nbytes = width * row_nbytes(code)
+    panel_nbytes = job[KEY_ROWS] * job[ROW_NBYTES]
     for group in range((tokens + 31) // 32):
-        scales, zeros = head + job[KEY_SCALES] + 2 * width * group, head + job[KEY_ZEROS] + 2 * width * group
-        target, offset = out + 128 * group, group // 2 * panel_nbytes
-        for row in range(rows):
-            query, scaled = queries + row * query_nbytes, scratch + row * query_nbytes
-            carray(float32_pointer(target + row * out_nbytes), (32,))[:] = _scale_and_dot(
-                query, scaled, scales, zeros, width
-            )
-        multiply_half_panel(code, head + job[KEYS] + offset, group % 2 * 16, width, scratch, query_nbytes, rows,
-                            target, out_nbytes, True, ahead + offset)  # fmt: skip
+        offset = group // 2 * panel_nbytes
+        place = 2 * width * group
+        _scale_and_round(queries, rows, query_nbytes, head + job[KEY_SCALES] + place, head + job[KEY_ZEROS] + place,
+                         width, scratch, out + 128 * group, out_nbytes, False)  # fmt: skip
+        add_int4_half(head + job[KEYS] + offset + group % 2 * 32, width, scratch, query_nbytes, rows,
+                      out + 128 * group, out_nbytes, ahead + offset + group % 2 * 64)  # fmt: skip
 
 
 @inner
-def _int4_values(code, job, head, tokens, weights, rows, out, scratch, ahead):
+def _int4_values(job, head, tokens, weights, rows, out, scratch, ahead):
     block_tokens, out_nbytes = job[BLOCK_TOKENS], job[PART_NBYTES]
-    nbytes, panel_nbytes = 4 * block_tokens, block_tokens * row_nbytes(code)
+    nbytes, panel_nbytes = 4 * block_tokens, block_tokens * job[ROW_NBYTES]
     for group in range(job[VALUE_COLUMNS] // 32):
-        scales = head + job[VALUE_SCALES] + 2 * block_tokens * group
-        zeros = head + job[VALUE_ZEROS] + 2 * block_tokens * group
-        target, offset = out + 128 * group, group // 2 * panel_nbytes
-        for row in range(rows):
-            shift = _scale_and_dot(weights + row * nbytes, scratch + row * nbytes, scales, zeros, tokens)
-            lanes = carray(float32_pointer(target + row * out_nbytes), (32,))
-            for lane in range(32):
-                lanes[lane] += shift
-        multiply_half_panel(code, head + job[VALUES] + offset, group % 2 * 16, tokens, scratch, nbytes, rows,
-                            target, out_nbytes, True, ahead + offset)  # fmt: skip
+        offset = group // 2 * panel_nbytes
+        place = 2 * block_tokens * group
+        _scale_and_round(weights, rows, nbytes, head + job[VALUE_SCALES] + place, head + job[VALUE_ZEROS] + place,
+                         tokens, scratch, out + 128 * group, out_nbytes, True)  # fmt: skip
+        add_int4_half(head + job[VALUES] + offset + group % 2 * 32, tokens, scratch, nbytes, rows, out + 128 * group,
+                      out_nbytes, ahead + offset + group % 2 * 64)  # fmt: skip
 
 
 @inner
-def _scale_and_dot(row, scaled, scales, zeros, count):
-    """Scaled[i] = row[i] scales[i]; returns the sum of row[i] zeros[i]; scales and zeros are bf16."""
-    total = rows_splat(np.float32(0))
-    full = count // 16 * 16
-    for i in range(0, full, 16):
-        numbers = rows_load(row + 4 * i)
-        rows_store(scaled + 4 * i, rows_multiply(numbers, rows_from_bf16(scales + 2 * i)))
-        total = rows_add(total, rows_multiply(numbers, rows_from_bf16(zeros + 2 * i)))
-    dot = rows_sum(total)
-    for i in range(full, count):
-        number = float32_at(row + 4 * i)
-        carray(float32_pointer(scaled + 4 * i), (1,))[0] = number * bf16_at(scales + 2 * i)
-        dot += number * bf16_at(zeros + 2 * i)
-    return dot
+def _scale_and_round(weights, rows, nbytes, scales, zeros, count, scaled, out, out_nbytes, add):
+    """Scaled[r] = weights[r] scales, rounded, and the sum of weights[r] zeros for each of 32 numbers at out[r].
+
+    weights: address of fp32 [rows][count], nbytes apart, zero up to a multiple of 16. scales, zeros: addresses of bf16
+    [count]. scaled: of two rows more. add: whether to add to what is there.
+    """
+    wide_scales, wide_zeros = scaled + rows * nbytes, scaled + (rows + 1) * nbytes
+    for i in range(0, count, 16):
+        rows_store(wide_scales + 4 * i, rows_from_bf16(scales + 2 * i))
+        rows_store(wide_zeros + 4 * i, rows_from_bf16(zeros + 2 * i))
+    # What follows the last may be anything.
+    for i in range(count, (count + 15) // 16 * 16):
+        carray(float32_pointer(wide_scales + 4 * i), (1,))[0] = np.float32(0)
+        carray(float32_pointer(wide_zeros + 4 * i), (1,))[0] = np.float32(0)
+    for row in range(rows):
+        weight, target = weights + row * nbytes, scaled + row * nbytes
+        total = largest = rows_splat(np.float32(0))
+        for i in range(0, 4 * count, 64):
+            numbers = rows_load(weight + i)
+            product = rows_multiply(numbers, rows_load(wide_scales + i))
+            rows_store(target + i, product)
+            largest = rows_larger(largest, product)
+            total = rows_add(total, rows_multiply(numbers, rows_load(wide_zeros + i)))
+        round_row(target, count, rows_largest(largest), target, nbytes)
+        shift = rows_splat(rows_sum(total))
+        for i in range(0, 128, 64):
+            at = out + row * out_nbytes + i
+            rows_store(at, rows_add(rows_load(at), shift) if add else shift)
 
 
 @inner
@@ -209,7 +230,7 @@ def _multiply_some(row, factors, count, factor):
 def expand_by_token(code, job, head, tokens, out, scratch):
     """Keys with lanes of tokens as fp32 panels of 16 lanes with scales applied: [block_tokens / 16][key_width][16].
 
-    Tokens from `tokens` on may be anything. out: address of fp32. scratch: address of 64 fp32.
+    Tokens from `tokens` on may be anything. out: address of fp32. scratch: address of 128 fp32.
     """
     raise RuntimeError("compiled code only")
 
@@ -222,7 +243,8 @@ def _expand_by_token(code, job, head, tokens, out, scratch):
         width = job[KEY_WIDTH]
         for panel in range((tokens + 15) // 16):
             target = out + 64 * width * panel
-            expand_rows(code, head + job[KEYS] + panel * width * row_nbytes(code), width, target, 64)
+            # A row after an odd last one is overwritten, or lies before the values.
+            expand_rows(code, head + job[KEYS] + panel * job[KEY_ROWS] * row_nbytes(code), width, target, 64)
             if has_token_scales(code):
                 scales = rows_multiply(rows_load(head + job[KEY_SCALES] + 64 * panel), rows_splat(code_factor(code)))
                 for i in range(0, 64 * width, 64):
@@ -230,16 +252,17 @@ def _expand_by_token(code, job, head, tokens, out, scratch):
 
     def int4(code, job, head, tokens, out, scratch):
         width = job[KEY_WIDTH]
-        for row in range((tokens + 63) // 64 * width):
-            expand_rows(code, head + job[KEYS] + row * row_nbytes(code), 1, scratch, 0)
-            panel = row // width
-            channel = row - panel * width
-            for quarter in range(4):
-                place = 2 * ((2 * panel + quarter // 2) * width + channel)
-                scale, zero = bf16_at(head + job[KEY_SCALES] + place), bf16_at(head + job[KEY_ZEROS] + place)
-                numbers = rows_multiply(rows_load(scratch + 64 * quarter), rows_splat(scale))
-                target = out + 64 * ((4 * panel + quarter) * width + channel)
-                rows_store(target, rows_add(numbers, rows_splat(zero)))
+        for panel in range((tokens + 63) // 64):
+            for channel in range(width):
+                if channel % 2 == 0:
+                    row = panel * job[KEY_ROWS] + channel
+                    expand_rows(code, head + job[KEYS] + row * row_nbytes(code), 2, scratch, 256)
+                for quarter in range(4):
+                    place = 2 * ((2 * panel + quarter // 2) * width + channel)
+                    scale, zero = bf16_at(head + job[KEY_SCALES] + place), bf16_at(head + job[KEY_ZEROS] + place)
+                    numbers = rows_load(scratch + channel % 2 * 256 + 64 * quarter)
+                    target = out + 64 * ((4 * panel + quarter) * width + channel)
+                    rows_store(target, rows_add(rows_multiply(numbers, rows_splat(scale)), rows_splat(zero)))
 
     return int4 if kernel.format == "int4" else plain
 
@@ -271,12 +294,15 @@ def _expand_by_channel(code, job, codes, scales, zeros, columns, split, tokens, 
         block_tokens = job[BLOCK_TOKENS]
         for panel in range(columns // 64):
             for token in range(tokens):
-                expand_rows(code, codes + (panel * block_tokens + token) * row_nbytes(code), 1, scratch, 0)
+                if token % 2 == 0:
+                    row = panel * block_tokens + token
+                    expand_rows(code, codes + row * row_nbytes(code), 2, scratch, 256)
                 for quarter in range(4):
                     place = 2 * ((2 * panel + quarter // 2) * block_tokens + token)
-                    numbers = rows_multiply(rows_load(scratch + 64 * quarter), rows_splat(bf16_at(scales + place)))
+                    scale, zero = bf16_at(scales + place), bf16_at(zeros + place)
+                    numbers = rows_load(scratch + token % 2 * 256 + 64 * quarter)
                     target = out + 64 * ((4 * panel + quarter) * block_tokens + token)
-                    rows_store(target, rows_add(numbers, rows_splat(bf16_at(zeros + place))))
+                    rows_store(target, rows_add(rows_multiply(numbers, rows_splat(scale)), rows_splat(zero)))
 
     return int4 if kernel.format == "int4" else plain
 
@@ -284,12 +310,9 @@ def _expand_by_channel(code, job, codes, scales, zeros, columns, split, tokens, 
 @cache
 def int4_scores_function() -> int:
     """Address of `key_scores` for int4: void(job, head, tokens, queries, rows, out, scratch, ahead), all int64."""
-    code = KvCode("int4")
 
     def scores(job, head, tokens, queries, rows, out, scratch, ahead):
-        _int4_scores(
-            code, carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, queries, rows, out, scratch, ahead
-        )
+        _int4_scores(carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, queries, rows, out, scratch, ahead)
 
     return function_address(scores, 8)
 
@@ -297,12 +320,9 @@ def int4_scores_function() -> int:
 @cache
 def int4_values_function() -> int:
     """Address of `add_values` for int4: void(job, head, tokens, weights, rows, out, scratch, ahead), all int64."""
-    code = KvCode("int4")
 
     def values(job, head, tokens, weights, rows, out, scratch, ahead):
-        _int4_values(
-            code, carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, weights, rows, out, scratch, ahead
-        )
+        _int4_values(carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, weights, rows, out, scratch, ahead)
 
     return function_address(values, 8)
 
@@ -323,6 +343,17 @@ def expand_function(code: KvCode) -> int:
                               scratch)  # fmt: skip
 
     return function_address(expand, 6)
+
+
+@cache
+def multiply_int8_function() -> int:
+    """Address of `multiply_int8_panels`, its arguments as int64."""
+
+    def multiply(panels, panel_nbytes, count, rows, weights, weights_nbytes, heads, out, out_nbytes, add, ahead):
+        multiply_int8_panels(panels, panel_nbytes, count, rows, weights, weights_nbytes, heads, out, out_nbytes,
+                             add != 0, ahead)  # fmt: skip
+
+    return function_address(multiply, 11)
 
 
 @cache

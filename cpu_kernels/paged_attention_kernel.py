@@ -154,7 +154,7 @@ def _attend_in_place(job, chunk, head, following, token, tokens, queries, scores
 def _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch):
     """A block's share of more rows, of a block widened to fp32 where it is not."""
     rows, score_nbytes, block_tokens, width = chunk[ROWS], 4 * job[BLOCK_TOKENS], job[BLOCK_TOKENS], job[KEY_WIDTH]
-    keys, values = scratch + 256, scratch + 256 + 4 * job[KEY_COLUMNS] * block_tokens
+    keys, values = scratch + 512, scratch + 512 + 4 * job[KEY_COLUMNS] * block_tokens
     if job[EXPAND_FUNCTION]:
         call_at(job[EXPAND_FUNCTION], (job.ctypes.data, head, tokens, keys, values, scratch))
     else:
@@ -182,14 +182,17 @@ def _run_chunk(job_address, number):
     parts[:, width - 2] = _MINUS_INFINITY
     in_place = (rows <= IN_PLACE_ROWS or not job[EXPAND_FUNCTION]) and not job[FROM_KEY]
     if in_place:
-        extra = rows * max(job[QUERY_NBYTES] // 4, block_tokens)
+        extra = (2 * rows + 2) * max(job[QUERY_NBYTES] // 4, block_tokens)
     else:
-        extra = 64 + (job[KEY_COLUMNS] + job[VALUE_COLUMNS]) * block_tokens
+        extra = 128 + (job[KEY_COLUMNS] + job[VALUE_COLUMNS]) * block_tokens
     memory = np.empty((rows + 1) * block_tokens + extra + 16, np.float32)
     scores = (memory.ctypes.data + 63) // 64 * 64
     scratch = scores + 4 * (rows + 1) * block_tokens
     head_row = (chunk[SEQUENCE] * job[KV_HEADS] + chunk[HEAD]) * job[POSITIONS] * job[GROUP]
     queries = job[QUERIES] + (head_row + chunk[FIRST_ROW]) * job[QUERY_NBYTES]
+    if in_place:
+        queries = block.ready_queries(job, queries, rows, scratch)
+        scratch += rows * job[QUERY_NBYTES]
     length = carray(int64_pointer(job[LENGTHS] + 8 * chunk[SEQUENCE]), (1,))[0]
     addresses = carray(int64_pointer(job[ADDRESSES] + 8 * chunk[FIRST_BLOCK]), (chunk[BLOCKS],))
     for index in range(chunk[BLOCKS]):

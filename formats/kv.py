@@ -7,7 +7,11 @@ and neither scores nor outputs need a sum over lanes:
     keys      lanes are tokens:   [block_tokens / 16][key_width][16 tokens]
     values    lanes are channels: [value_columns / 16][block_tokens][16 channels]
 
-int4 has panels of 64 lanes: a row is eight 32-bit words, lane 8 k + i is nibble k of word i.
+int8 and int4 keep rows in pairs, so that what a multiplication of pairs of 16 bits takes lies side by side; a panel of
+keys has an even number of rows, the last one zero where key_width is odd:
+
+    int8      16 lanes: [rows / 2][16 lanes][2 rows]
+    int4      64 lanes: [rows / 2][2][8 words of 16 bits][2 rows]; lane 32 h + 8 k + i is nibble k of word i of half h
 
     format     value of a code     scales                                                        bits a number
     fp32 fp16 bf16   itself        none                                                          32, 16, 16
@@ -109,6 +113,11 @@ class KvLayout:
         return self.format == "int4"
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether rows of panels lie in pairs."""
+        return self.format in ("int8", "int4")
+
+    @property
     def lanes(self) -> int:
         """Lanes of a panel."""
         return INT4_LANES if self.is_int4 else KV_LANES
@@ -127,6 +136,13 @@ class KvLayout:
     def value_columns(self) -> int:
         """Channels of values in whole panels; 0 where they come from the keys."""
         return round_up(self.value_width, self.lanes)
+
+    @cached_property
+    def key_rows(self) -> int:
+        """Rows of a panel of keys, missing ones of a pair included."""
+        if self.value_from_key:
+            return self.block_tokens
+        return round_up(self.key_width, 2) if self.has_pairs else self.key_width
 
     @cached_property
     def key_columns(self) -> int:
@@ -150,7 +166,7 @@ class KvLayout:
     def _shapes(self) -> list[tuple[str, tuple[int, ...], int]]:
         tokens, lanes = self.block_tokens, self.lanes
         by_channel = bool(self.value_from_key)
-        keys = (self.key_columns // lanes, tokens, lanes) if by_channel else (tokens // lanes, self.key_width, lanes)
+        keys = ((self.key_columns if by_channel else tokens) // lanes, self.key_rows, lanes)
         shapes: list[tuple[str, tuple[int, ...], int]] = [("keys", keys, self.bits)]
         if self.is_int4:
             groups = (self.key_columns // INT4_GROUP, tokens) if by_channel else (tokens // INT4_GROUP, self.key_width)

@@ -86,16 +86,29 @@ def _channel_lanes(name: str, layout: KvLayout) -> bool:
 
 
 def _to_panels(rows: _Codes, name: str, layout: KvLayout) -> _Codes:
-    """[tokens, columns] → panels of lanes, one code an element."""
+    """[tokens, columns] → panels [panels, rows, lanes], one code an element."""
     if not _channel_lanes(name, layout):
-        return np.ascontiguousarray(rows.reshape(-1, layout.lanes, rows.shape[1]).transpose(0, 2, 1))
+        panels = rows.reshape(-1, layout.lanes, rows.shape[1]).transpose(0, 2, 1)
+        missing = layout.key_rows - rows.shape[1]
+        return np.ascontiguousarray(np.pad(panels, ((0, 0), (0, missing), (0, 0))))
     return np.ascontiguousarray(rows.reshape(len(rows), -1, layout.lanes).transpose(1, 0, 2))
 
 
 def _from_panels(panels: _Codes, name: str, layout: KvLayout) -> Any:
     if not _channel_lanes(name, layout):
-        return panels.transpose(0, 2, 1).reshape(-1, panels.shape[1])
+        return panels[:, : layout.key_width].transpose(0, 2, 1).reshape(-1, layout.key_width)
     return panels.transpose(1, 0, 2).reshape(panels.shape[1], -1)
+
+
+def _to_pairs(panels: _Codes) -> _Codes:
+    """[panels, rows, ...] → the elements of two rows side by side, in the shape of before."""
+    pairs = panels.reshape(len(panels), -1, 2, *panels.shape[2:])
+    return np.ascontiguousarray(np.moveaxis(pairs, 2, -1)).reshape(panels.shape)
+
+
+def _from_pairs(pairs: _Codes) -> Any:
+    panels, rows, *lanes = pairs.shape
+    return np.moveaxis(pairs.reshape(panels, rows // 2, *lanes, 2), -1, 2).reshape(pairs.shape)
 
 
 def _pack(name: str, rows: Float32, layout: KvLayout) -> dict[str, _Codes]:
@@ -119,7 +132,8 @@ def _pack(name: str, rows: Float32, layout: KvLayout) -> dict[str, _Codes]:
         is_fp8 = layout.format == "fp8_e4m3"
         codes[:, columns] = nearest_e4m3(bounded) if is_fp8 else np.rint(bounded).astype(np.int8).view(np.uint8)
         scales.append(scale)
-    return {f"{name}s": _to_panels(codes, name, layout), f"{name}_scales": np.stack(scales)}
+    panels = _to_panels(codes, name, layout)
+    return {f"{name}s": _to_pairs(panels) if layout.has_pairs else panels, f"{name}_scales": np.stack(scales)}
 
 
 def _pack_int4(name: str, rows: Float32, layout: KvLayout) -> dict[str, _Codes]:
@@ -137,13 +151,13 @@ def _pack_int4(name: str, rows: Float32, layout: KvLayout) -> dict[str, _Codes]:
         scales[broken] = zeros[broken] = np.nan
         inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
         scaled = np.nan_to_num((groups - zeros[:, None]) * inverse[:, None])
-    codes = np.clip(np.rint(scaled), 0, 15).astype(np.uint32).reshape(grouped.shape)
+    codes = np.clip(np.rint(scaled), 0, 15).astype(np.uint16).reshape(grouped.shape)
     panels = _to_panels(codes.T if by_channel else codes, name, layout)
-    nibbles = panels.reshape(*panels.shape[:2], 8, 8)
-    words = np.zeros((*panels.shape[:2], 8), np.uint32)
-    for k in range(8):
-        words |= nibbles[:, :, k] << np.uint32(4 * k)
-    return {f"{name}s": words, f"{name}_scales": _bf16_bits(scales), f"{name}_zeros": _bf16_bits(zeros)}
+    nibbles = panels.reshape(*panels.shape[:2], 2, 4, 8)
+    words = np.zeros((*panels.shape[:2], 2, 8), np.uint16)
+    for k in range(4):
+        words |= nibbles[:, :, :, k] << np.uint16(4 * k)
+    return {f"{name}s": _to_pairs(words), f"{name}_scales": _bf16_bits(scales), f"{name}_zeros": _bf16_bits(zeros)}
 
 
 def _unpack(name: str, head: Bytes, layout: KvLayout) -> Float32:
@@ -153,8 +167,8 @@ def _unpack(name: str, head: Bytes, layout: KvLayout) -> Float32:
 
     shape = layout.parts[f"{name}s"].shape
     if layout.is_int4:
-        words = part("s", "<u4").reshape(*shape[:2], 1, 8)
-        codes = ((words >> (4 * np.arange(8, dtype=np.uint32))[:, None]) & 15).reshape(shape).astype(np.float32)
+        words = _from_pairs(part("s", "<u2").reshape(*shape[:2], 2, 8))[:, :, :, None]
+        codes = ((words >> (4 * np.arange(4, dtype=np.uint16))[:, None]) & 15).reshape(shape).astype(np.float32)
         lying = _from_panels(codes, name, layout)
         by_channel = _channel_lanes(name, layout)
         lying = lying.T if by_channel else lying
@@ -167,8 +181,9 @@ def _unpack(name: str, head: Bytes, layout: KvLayout) -> Float32:
         stored = part("s", dtype).reshape(shape)
         elements = _from_bf16(stored) if layout.format == "bf16" else stored.astype(np.float32)
         return np.ascontiguousarray(_from_panels(elements, name, layout), np.float32)
-    codes = part("s", "u1" if layout.format == "fp8_e4m3" else "i1").reshape(shape)
-    numbers: Float32 = code_values("fp8_e4m3")[codes] if layout.format == "fp8_e4m3" else codes.astype(np.float32)
+    is_fp8 = layout.format == "fp8_e4m3"
+    codes = part("s", "u1" if is_fp8 else "i1").reshape(shape)
+    numbers: Float32 = code_values("fp8_e4m3")[codes] if is_fp8 else _from_pairs(codes).astype(np.float32)
     rows: Float32 = _from_panels(numbers, name, layout).copy()
     scales = part("_scales", "<f4").reshape(-1, layout.block_tokens)
     split = layout.value_from_key or rows.shape[1]

@@ -31,7 +31,7 @@ from offload.store.locks import store_lock
 Bytes = npt.NDArray[np.uint8]
 Int64 = npt.NDArray[np.int64]
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"KVPREFIX"
 _SUFFIX, _UNFINISHED = ".kvprefix", ".unfinished"
 _LOCK_KEY = "prefixes"

@@ -64,8 +64,9 @@ def test_equals_attention_over_the_chosen_blocks(format: str) -> None:
                 np.array([[319]]), layout, 0.3,
             )  # fmt: skip
             own = slice(head * GROUP, (head + 1) * GROUP)
-            assert (found[row, own].double() - exact[0, own]).abs().max() <= 1e-5
-            assert (lse[row, own].double() - exact_lse[0, own]).abs().max() <= 1e-5
+            bound = 2e-4 if layout.has_pairs else 1e-5
+            assert (found[row, own].double() - exact[0, own]).abs().max() <= bound
+            assert (lse[row, own].double() - exact_lse[0, own]).abs().max() <= bound
 
 
 def test_all_blocks_are_full_attention_and_have_all_of_its_mass() -> None:

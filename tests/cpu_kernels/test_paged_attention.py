@@ -50,8 +50,11 @@ def _compare(blocks: Blocks, group: int, tokens: int, **more: Any) -> None:
     assert found.shape == exact.shape and found.dtype is lse.dtype is torch.float32
     assert torch.equal(lse.isinf(), exact_lse.isinf())
     seen = ~exact_lse.isinf()
-    assert ((lse.double() - exact_lse)[seen].abs() <= 3e-5).all()
-    assert ((found.double() - exact).abs() <= 2e-5 * (1 + exact.abs().max())).all()
+    # A few rows of int8 and int4 are multiplied in integers, with weights of 16 bits.
+    rounded = blocks.layout.format in ("int8", "int4") and not blocks.layout.value_from_key and group * tokens <= 8
+    lse_bound, bound = (3e-4, 1e-4) if rounded else (3e-5, 2e-5)
+    assert ((lse.double() - exact_lse)[seen].abs() <= lse_bound).all()
+    assert ((found.double() - exact).abs() <= bound * (1 + exact.abs().max())).all()
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
@@ -97,7 +100,8 @@ def test_bits_do_not_depend_on_threads_or_other_sequences(format: str) -> None:
     exact, _ = paged_attention_reference(
         query, blocks.offsets, blocks.addresses, blocks.lengths, first, positions, *settings
     )
-    assert (expected[0].double() - exact).abs().max() <= 2e-5
+    # Scores are large here, and their error with them.
+    assert (expected[0].double() - exact).abs().max() <= (5e-4 if format in ("int8", "int4") else 2e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])

@@ -147,6 +147,6 @@ def test_landmarks_bound_what_packed_blocks_hold(tmp_path: Path, format: str) ->
     twin.keys, twin.values = (torch.stack([row[side] for row in rows]) for side in (0, 1))
     query = make_query(twin, 1)
     found = attend_few(twin.table, query, SCALE)
-    assert (found - attention(twin, query, _seen(twin, query))[0]).abs().max() < 5e-6
+    assert (found - attention(twin, query, _seen(twin, query))[0]).abs().max() < (1e-4 if format == "int8" else 5e-6)
     assert twin.table.pool.counters.sparsity.sparse_steps == 1
     twin.table.pool.close()

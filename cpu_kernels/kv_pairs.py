@@ -1,0 +1,161 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Weighted sums of the rows of panels of int8 and int4 in integers, for a few heads, whose weights are rounded first.
+
+A head's weights are rounded to 16 bits: the error of each is at most 1 / 65,534 of the largest, where rounding to int8
+cost 1 / 254. Rounded weights lie as int16 at the start of their row, its scale, fp32, in its last 4 bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from cpu_kernels.jit import carray, inner, intrinsic
+from cpu_kernels.kv_pairs_simd import PairShape, pairs_add_four_rows, pairs_store, pairs_zero, store_rounded
+from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_splat
+from cpu_kernels.simd import float32_pointer
+
+# Heads by panels.
+_FOUR_BY_ONE, _TWO_BY_TWO, _TWO_BY_ONE = PairShape("int8", 4, 2), PairShape("int8", 2, 4), PairShape("int8", 2, 2)
+_ONE_BY_FOUR, _ONE_BY_ONE = PairShape("int8", 1, 8), PairShape("int8", 1, 2)
+# int4: heads by nibbles of a half panel.
+_FOUR_BY_LOW, _FOUR_BY_HIGH = PairShape("int4", 4, 2), PairShape("int4", 4, 2, 2)
+_TWO_BY_HALF, _ONE_BY_HALF = PairShape("int4", 2, 4), PairShape("int4", 1, 4)
+
+_MOST_INT32, _MOST_INT16 = 2**31 - 1, 32767
+# Of a lane before it is multiplied: int8, and a nibble that masking leaves where it stands.
+_LARGEST_CODE = 240
+_ZERO = np.float32(0)
+# Weights whose largest is below count as zeros; their inverse need not be finite.
+_SMALLEST = np.float32(1e-30)
+
+
+@intrinsic
+def _constants_of(typingctx: Any, shape: Any) -> Any:
+    """Bytes of a pair of rows of a panel, and panels of a tile."""
+    kernel: PairShape = shape.shape
+    values = kernel.pair_nbytes, 1 if kernel.format == "int4" else kernel.words // 2
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return cgutils.pack_array(builder, [ir.Constant(ir.IntType(64), value) for value in values])
+
+    return types.UniTuple(types.int64, 2)(shape), codegen
+
+
+@intrinsic
+def _prefetch_like(typingctx: Any, shape: Any, address: Any, panel_nbytes: Any) -> Any:
+    """Ask for 64 bytes a panel, as many as four rows of a tile have; they need not exist."""
+    kernel: PairShape = shape.shape
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i8, i32 = ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for_reading, into_all_levels, of_data = (ir.Constant(i32, value) for value in (0, 3, 1))
+        _, address, panel_nbytes = arguments
+        for _ in range(1 if kernel.format == "int4" else kernel.words // 2):
+            builder.call(prefetch, [builder.inttoptr(address, i8.as_pointer()), for_reading, into_all_levels, of_data])
+            address = builder.add(address, panel_nbytes)
+        return context.get_dummy_value()
+
+    return types.void(shape, types.int64, types.int64), codegen
+
+
+@inner
+def round_row(row, count, largest, out, nbytes):
+    """Weights of one head rounded; a NaN or an infinity makes the scale NaN.
+
+    row: address of fp32 [count], zero up to a multiple of 16. largest: of the magnitudes. out: address of `nbytes`
+    bytes, which may be row's. Of many weights fewer bits are kept, so that the sum of as many products fits 32 bits.
+    """
+    limit = np.float32(min(_MOST_INT16, _MOST_INT32 // (_LARGEST_CODE * max(count, 1))))
+    factor = limit / largest if largest > _SMALLEST else _ZERO
+    for i in range(0, 4 * count, 64):
+        store_rounded(out + i // 2, rows_load(row + i), factor)
+    carray(float32_pointer(out + nbytes - 4), (1,))[0] = largest / limit + (largest - largest)
+
+
+@inner
+def round_rows(rows, count, heads, out, nbytes):
+    """`round_row` for `heads` rows, `nbytes` apart at the address `rows` as at `out`."""
+    for head in range(heads):
+        row = rows + head * nbytes
+        largest = rows_splat(_ZERO)
+        for i in range(0, 4 * count, 64):
+            largest = rows_larger(largest, rows_load(row + i))
+        round_row(row, count, rows_largest(largest), out + head * nbytes, nbytes)
+
+
+@inner
+def _tile(shape, panel, panel_nbytes, rows, weights, nbytes, out, out_nbytes, add, ahead):
+    """One tile; four rows at a time: what follows the last has weights of zero."""
+    pair_nbytes, _ = _constants_of(shape)
+    tile = pairs_zero(shape)
+    for row in range(0, rows, 4):
+        offset = row // 2 * pair_nbytes
+        _prefetch_like(shape, ahead + offset, panel_nbytes)
+        tile = pairs_add_four_rows(shape, tile, panel + offset, panel_nbytes, weights + 2 * row, nbytes)
+    pairs_store(shape, tile, weights + nbytes - 4, nbytes, out, out_nbytes, add)
+
+
+@inner
+def _sweep(shape, panels, panel_nbytes, first, count, rows, weights, nbytes, out, out_nbytes, add, ahead):
+    """Whole tiles of int8 from panel `first` on; returns the panel after them."""
+    _, width = _constants_of(shape)
+    panel = first
+    while panel + width <= count:
+        offset = panel * panel_nbytes
+        _tile(shape, panels + offset, panel_nbytes, rows, weights, nbytes, out + 64 * panel, out_nbytes, add,
+              ahead + offset)  # fmt: skip
+        panel += width
+    return panel
+
+
+@inner
+def multiply_int8_panels(panels, panel_nbytes, count, rows, weights, nbytes, heads, out, out_nbytes, add, ahead):
+    """Out[h][16 p + lane] = sum over r < rows of weights[h][r] panel p's [r][lane]; added to what is there if `add`.
+
+    panels: address of `count` panels, panel_nbytes apart; up to three rows after their last are read and may be
+    anything. weights: address of `round_row`'s [heads], `nbytes` apart. out: address of fp32 [heads][16 count],
+    out_nbytes apart. ahead: address of what is read next, of which as many bytes are asked for.
+    """
+    head = 0
+    while head < heads:
+        at, target = weights + head * nbytes, out + head * out_nbytes
+        if heads - head >= 4:
+            _sweep(_FOUR_BY_ONE, panels, panel_nbytes, 0, count, rows, at, nbytes, target, out_nbytes, add, ahead)
+            head += 4
+        elif heads - head >= 2:
+            done = _sweep(_TWO_BY_TWO, panels, panel_nbytes, 0, count, rows, at, nbytes, target, out_nbytes, add, ahead)
+            _sweep(_TWO_BY_ONE, panels, panel_nbytes, done, count, rows, at, nbytes, target, out_nbytes, add, ahead)
+            head += 2
+        else:
+            done = _sweep(_ONE_BY_FOUR, panels, panel_nbytes, 0, count, rows, at, nbytes, target, out_nbytes, add,
+                          ahead)  # fmt: skip
+            _sweep(_ONE_BY_ONE, panels, panel_nbytes, done, count, rows, at, nbytes, target, out_nbytes, add, ahead)
+            head += 1
+
+
+@inner
+def add_int4_half(half, rows, weights, nbytes, heads, out, out_nbytes, ahead):
+    """Out[h][lane] += sum over r < rows of weights[h][r] [r][lane] for 32 lanes of one panel of int4.
+
+    half: address of these lanes of the first pair of rows. ahead: of what is read next, 64 bytes of every 128. The
+    other arguments are those of `multiply_int8_panels`.
+    """
+    head = 0
+    while head < heads:
+        at, target = weights + head * nbytes, out + head * out_nbytes
+        if heads - head >= 4:
+            _tile(_FOUR_BY_LOW, half, 0, rows, at, nbytes, target, out_nbytes, True, ahead)
+            _tile(_FOUR_BY_HIGH, half, 0, rows, at, nbytes, target + 64, out_nbytes, True, ahead)
+            head += 4
+        elif heads - head >= 2:
+            _tile(_TWO_BY_HALF, half, 0, rows, at, nbytes, target, out_nbytes, True, ahead)
+            head += 2
+        else:
+            _tile(_ONE_BY_HALF, half, 0, rows, at, nbytes, target, out_nbytes, True, ahead)
+            head += 1
