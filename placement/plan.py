@@ -22,7 +22,8 @@ class RamUse:
     Attributes:
         dense_nbytes: all weights and buffers that are not routed experts.
         kv_nbytes: cache of `workload.batch` sequences of `workload.context_tokens` tokens, or what of it is in RAM.
-        activation_nbytes: activations of the largest forward pass, logits, and what a weight needs while it loads.
+        activation_nbytes: activations of the largest forward pass, logits, tables of the cache policy, and what a
+            weight needs while it loads.
         slot_nbytes: expert slots.
     """
 

@@ -20,6 +20,7 @@ from placement.plan import Plan, RamUse
 from placement.predict import Routing, predict
 from placement.prediction import Prediction
 from placement.workload import Workload
+from prefetch.policies.links import tables_nbytes
 
 MINIMUM_SLOTS = 2
 """One expert computes while the next one loads."""
@@ -76,7 +77,7 @@ def kv_nbytes(spec: ModelSpec, batch: int, tokens: int) -> int:
 def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: bool, host: bool = True) -> int:
     """Bytes of activations of a forward pass of `batch` x `tokens` new tokens, logits included.
 
-    On the host with what its allocators keep.
+    On the host with what its allocators keep, and the tables by which the cache policy decides.
     """
     logits = batch * spec.vocab_size * 4 * _SAMPLING_COPIES
     if all_logits:
@@ -84,7 +85,10 @@ def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: b
     top_k = max(layer.top_k for layer in spec.experts)
     pairs = min(PAIR_BUFFER_NBYTES, batch * tokens * top_k * spec.hidden_size * 4)
     step = pairs * _PAIR_BUFFER_COPIES
-    kept = _ALLOCATOR_NBYTES + spec.dense_nbytes // _ALLOCATOR_SHARE_OF_DENSE if host else 0
+    kept = 0
+    if host:
+        kept = _ALLOCATOR_NBYTES + spec.dense_nbytes // _ALLOCATOR_SHARE_OF_DENSE
+        kept += tables_nbytes(tuple(layer.count for layer in spec.experts))
     return batch * tokens * spec.activation_nbytes_per_token + logits + step + kept
 
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from offload.cli.errors import exit_codes
-from offload.cli.options import example, json_option, model_options, progress_option, routing_options
+from offload.cli.options import (
+    example,
+    json_option,
+    model_options,
+    prefill_chunk_option,
+    progress_option,
+    routing_options,
+)
 from offload.cli.output import add_row, table, write, write_json
 
 if TYPE_CHECKING:
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
     epilog=example("offload profile", "offload bench ./Qwen3-30B-A3B --ram 16GiB --quant int4"),
 )
 @model_options
+@prefill_chunk_option
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--prompt", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("-n", "--new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens decoded.")
@@ -55,6 +63,7 @@ def _bench(
     kv_sparsity: str | None,
     revision: str | None,
     trust_remote_code: bool,
+    prefill_chunk: int | str,
     batch: int,
     prompt: int,
     new_tokens: int,
@@ -84,7 +93,7 @@ def _bench(
     with quiet_transformers():
         loaded = load(
             model, ram=ram, nvme=nvme, dtype=dtype, quant=quant, kv=kv, kv_ram=kv_ram, kv_sparsity=kv_sparsity,
-            context=context or amount.context_tokens, batch=batch, revision=revision,
+            context=context or amount.context_tokens, batch=batch, prefill_chunk=prefill_chunk, revision=revision,
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
         runtime = cast("Runtime", loaded.offload)

@@ -10,7 +10,7 @@ import click
 
 from offload.errors import InvalidArgumentError
 from offload.quantisation import make_quantisation, parse_quantisation
-from offload.request import parse_sparsity
+from offload.request import PREFILL_CHUNK_TOKENS, parse_sparsity
 from offload.sizes import parse_size
 from placement.kv import KV_CHOICES
 
@@ -58,6 +58,20 @@ class Quant(click.ParamType[Any]):
         return quant
 
 
+class Chunk(click.ParamType[Any]):
+    """Tokens of a prompt, or auto; becomes what `offload.load` takes as `prefill_chunk`."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """The number or "auto"; a usage error where it is neither."""
+        if value == "auto" or isinstance(value, int):
+            return value
+        if not value.isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is not a number of tokens from 1 on, nor auto", param, ctx)
+        return int(value)
+
+
 def quant_option(*, required: bool = False) -> Callable[[_Command], _Command]:
     """--quant."""
     return click.option(
@@ -75,6 +89,15 @@ nvme_option = click.option(
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Directory of the expert stores, on the fastest disk.  [default: ~/.cache/offload]",
+)
+prefill_chunk_option = click.option(
+    "--prefill-chunk",
+    type=Chunk(),
+    default=PREFILL_CHUNK_TOKENS,
+    show_default=True,
+    metavar="N|auto",
+    help="Tokens of a prompt that go through the model at once; auto takes what this machine's profile predicts to be "
+    "fastest.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Write one JSON object to stdout.")
 progress_option = click.option(

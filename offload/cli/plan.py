@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offload.cli.errors import exit_codes
-from offload.cli.options import Size, example, json_option, model_options, routing_options
+from offload.cli.options import Size, example, json_option, model_options, prefill_chunk_option, routing_options
 from offload.cli.output import add_row, facts, kv_in_words, table, write
 from offload.cli.simulation import Simulate, simulation_options, write_plan_json, write_simulation
 from offload.sizes import format_size
@@ -51,6 +51,7 @@ class Disk:
     ),
 )
 @model_options
+@prefill_chunk_option
 @json_option
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the prompt.")
@@ -79,11 +80,14 @@ def plan_command(as_json: bool, **options: Any) -> None:
     ahead = Ahead(**{name: options.pop(name) for name in names})
     with exit_codes(as_json=as_json):
         asked = Asked(as_json=as_json, simulate=Simulate.asked(options), **options)
+        elsewhere = ahead.asked or asked.skew is not None or asked.remote
         of_kv = asked.kv != "auto" or asked.kv_ram is not None or asked.kv_sparsity is not None
-        if of_kv and (ahead.asked or asked.skew is not None or asked.remote):
+        if of_kv and elsewhere:
             raise click.UsageError(
                 "--kv, --kv-ram and --kv-sparsity go with a plan for this machine and a model that is here."
             )
+        if asked.prefill_chunk == "auto" and elsewhere:
+            raise click.UsageError("--prefill-chunk auto goes with a plan for this machine and a model that is here.")
         if ahead.asked or asked.skew is not None:
             _plan_ahead(ahead, asked)
         elif asked.remote:
@@ -107,6 +111,7 @@ class Asked:
     kv_sparsity: str | None
     revision: str | None
     trust_remote_code: bool
+    prefill_chunk: int | str
     batch: int
     prompt: int
     skew: float | None
@@ -114,6 +119,12 @@ class Asked:
     remote: bool
     simulate: Simulate | None
     as_json: bool
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Of a plan that is not for this machine, whose chunk is a number."""
+        assert isinstance(self.prefill_chunk, int)
+        return self.prefill_chunk
 
     def read_remote(self, context: int) -> RemoteModel:
         """The model on the Hub."""
@@ -130,7 +141,7 @@ class Asked:
 
 def _plan_ahead(ahead: Ahead, asked: Asked) -> None:
     from offload.cli.plan_ahead import make_rig, plan_ahead, read_spec
-    from offload.request import DEFAULT_CONTEXT_TOKENS, PREFILL_CHUNK_TOKENS, store_root
+    from offload.request import DEFAULT_CONTEXT_TOKENS, store_root
     from offload.traces import read_routing
     from placement.workload import Workload
 
@@ -143,25 +154,25 @@ def _plan_ahead(ahead: Ahead, asked: Asked) -> None:
         )
     rig = make_rig(ahead, asked.ram, store_root(asked.nvme))
     routing = read_routing(spec, asked.skew, asked.trace)
-    workload = Workload(tokens, asked.batch, PREFILL_CHUNK_TOKENS, asked.prompt)
+    workload = Workload(tokens, asked.batch, asked.chunk_tokens, asked.prompt)
     plan_ahead(spec, rig, workload, ahead, routing, asked.simulate, as_json=asked.as_json)
 
 
 def _plan_remote(asked: Asked) -> None:
     from offload.errors import DoesNotFitError
     from offload.preparation import profile_for
-    from offload.request import DEFAULT_CONTEXT_TOKENS, PREFILL_CHUNK_TOKENS, make_request
+    from offload.request import DEFAULT_CONTEXT_TOKENS, make_request
     from offload.traces import read_routing
     from placement.planner import PlanInfeasibleError, make_plan
     from placement.workload import Workload
 
     request = make_request(
-        ram=asked.ram, nvme=asked.nvme, context=asked.context, batch=asked.batch, prefill_chunk=PREFILL_CHUNK_TOKENS,
+        ram=asked.ram, nvme=asked.nvme, context=asked.context, batch=asked.batch, prefill_chunk=asked.prefill_chunk,
         max_memory=None, quant=asked.quant,
     )  # fmt: skip
     found = asked.read_remote(asked.context or DEFAULT_CONTEXT_TOKENS)
     tokens = asked.context or min(DEFAULT_CONTEXT_TOKENS, found.spec.max_context_tokens)
-    workload = Workload(tokens, asked.batch, PREFILL_CHUNK_TOKENS, asked.prompt)
+    workload = Workload(tokens, asked.batch, asked.chunk_tokens, asked.prompt)
     profile = profile_for(found.spec, request.store_root)
     try:
         made = make_plan(
@@ -178,12 +189,12 @@ def _plan(asked: Asked) -> None:
     from offload.cli.libraries import quiet_transformers
     from offload.errors import CheckpointNotFoundError
     from offload.preparation import prepare_checkpoint, profile_for
-    from offload.request import PREFILL_CHUNK_TOKENS, make_request
+    from offload.request import make_request
     from offload.traces import read_routing
     from placement.planner import make_plan
 
     request = make_request(
-        ram=asked.ram, nvme=asked.nvme, context=asked.context, batch=asked.batch, prefill_chunk=PREFILL_CHUNK_TOKENS,
+        ram=asked.ram, nvme=asked.nvme, context=asked.context, batch=asked.batch, prefill_chunk=asked.prefill_chunk,
         max_memory=None, quant=asked.quant, kv=asked.kv, kv_ram=asked.kv_ram, kv_sparsity=asked.kv_sparsity,
     )  # fmt: skip
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 
 from offload.cli.errors import EXIT_INTERRUPTED, exit_codes
-from offload.cli.options import Size, example, json_option, model_options, progress_option
+from offload.cli.options import Size, example, json_option, model_options, prefill_chunk_option, progress_option
 from offload.cli.output import write_json
 from offload.cli.prompts import load_tokenizer, prompt_options, read_prompt, tokenize
 
@@ -49,6 +49,7 @@ class Settings:
     kv_sparsity: str | None
     revision: str | None
     trust_remote_code: bool
+    prefill_chunk: int | str
     device: str | None
     vram: int | None
     as_json: bool
@@ -72,6 +73,7 @@ class Generated:
     ),
 )
 @model_options
+@prefill_chunk_option
 @click.option("--device", metavar="NAME", help="A GPU, cuda or cuda:N; no GPU has run this yet.  [default: the CPU]")
 @click.option("--vram", type=Size(), metavar="SIZE", help="Most memory of the GPU.  [default: what is free]")
 @prompt_options
@@ -135,6 +137,7 @@ def _run(settings: Settings, prompt: str) -> None:
             kv_ram=settings.kv_ram,
             kv_sparsity=settings.kv_sparsity,
             context=settings.context,
+            prefill_chunk=settings.prefill_chunk,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
             device=settings.device,

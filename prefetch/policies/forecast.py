@@ -12,6 +12,7 @@ from prefetch.policies import forecast_kernel as kernel
 from prefetch.policies.base import Scores
 from prefetch.policies.forecast_kernel import PATIENCE_PASSES
 from prefetch.policies.geometry import Geometry
+from prefetch.policies.links import sources_of
 from prefetch.policies.selection_kernel import COST
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
 
@@ -24,20 +25,6 @@ _RATES = (0.99, 0.9, 0.6, 0.05, 0.07, 1.0)
 _UNSEEN_VISITS = 20.0
 
 _START_PROBABILITY = 0.1
-
-
-_MOST_SOURCES = 256
-"""Experts of other layers are sources of links as far as this goes: a layer's tables are read with every token."""
-
-
-def _sources(geometry: Geometry, layer: int) -> list[int]:
-    """Whose experts say what follows in a layer's next visit: its own, those of the layer before and of the first."""
-    chosen, experts = [layer], geometry.counts[layer]
-    for source in sorted({max(layer - 1, 0), 0} - {layer}, reverse=True):
-        experts += geometry.counts[source]
-        if experts <= _MOST_SOURCES:
-            chosen.append(source)
-    return chosen
 
 
 class ForecastPolicy(ValuedPolicy):
@@ -63,7 +50,7 @@ class ForecastPolicy(ValuedPolicy):
         self._layers = np.zeros((layers, kernel.COLUMNS + 4 * max(counts)), np.int64)
         shapes: list[tuple[int, int]] = []
         for layer, own in enumerate(self._layers):
-            sources = _sources(geometry, layer)
+            sources = sources_of(counts, layer)
             own[kernel.LINKS] = sum(rows * columns for rows, columns in shapes)
             own[kernel.SOURCES] = len(sources)
             own[kernel.SOURCE : kernel.SOURCE + len(sources)] = sources

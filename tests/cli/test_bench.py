@@ -28,7 +28,8 @@ def profile(monkeypatch: pytest.MonkeyPatch) -> HardwareProfile:
 def test_predicted_beside_measured(
     invoke: Invoke, checkpoint: Path, shared_store: Path, profile: HardwareProfile
 ) -> None:
-    result = invoke("bench", checkpoint, "--nvme", shared_store, *SMALL, "--json", "--batch", "2")
+    options = ("--json", "--batch", "2", "--prefill-chunk", "auto")
+    result = invoke("bench", checkpoint, "--nvme", shared_store, *SMALL, *options)
     assert (result.exit_code, result.stderr) == (0, "")
     found = json.loads(result.stdout)
     figures = found["figures"]
@@ -39,6 +40,7 @@ def test_predicted_beside_measured(
     assert plan.prediction is not None
     assert figures["decode, tokens/s"]["predicted"] == plan.prediction.decode.tokens_per_s
     assert (plan.workload.batch, plan.workload.prompt_tokens, plan.workload.context_tokens) == (2, 8, 14)
+    assert plan.workload.prefill_chunk_tokens == 14, "the planner's choice"
     assert (found["prefill"]["prefill_tokens"], found["prefill"]["decode_tokens"]) == (16, 0)
     assert (found["decode"]["prefill_tokens"], found["decode"]["decode_tokens"]) == (0, 8)
     for phase in ("decode", "prefill"):

@@ -46,6 +46,18 @@ def test_the_table_has_every_figure(invoke: Invoke, checkpoint: Path, tmp_path: 
     assert not (tmp_path / "store").exists()
 
 
+def test_the_prompt_chunk_is_planned(invoke: Invoke, checkpoint: Path) -> None:
+    result = invoke("plan", checkpoint, "--ram", "100MiB", "--prefill-chunk", 64, "--json")
+    assert Plan.from_json(result.stdout) == offload.plan(checkpoint, ram="100MiB", prefill_chunk=64)
+    for wrong in ("0", "-1", "some"):
+        refused = invoke("plan", checkpoint, "--prefill-chunk", wrong)
+        assert (refused.exit_code, refused.stdout) == (2, ""), wrong
+        assert "nor auto" in flat(refused.stderr)
+    elsewhere = invoke("plan", checkpoint, "--gpu", "rtx4090", "--prefill-chunk", "auto")
+    assert elsewhere.exit_code == 2
+    assert "a plan for this machine" in flat(elsewhere.stderr)
+
+
 def test_without_ram_it_says_what_it_took(invoke: Invoke, checkpoint: Path) -> None:
     assert "nine tenths of what is available" in flat(invoke("plan", checkpoint).stdout)
 

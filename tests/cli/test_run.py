@@ -47,7 +47,8 @@ def test_echo_writes_the_prompt_first(invoke: Invoke, checkpoint: Path, shared_s
 
 
 def test_json_has_text_figures_and_plan(invoke: Invoke, checkpoint: Path, shared_store: Path, expected: str) -> None:
-    result = invoke("run", checkpoint, "-p", PROMPT, *SMALL, "--nvme", shared_store, "-n", 40, "--json")
+    options = ["--nvme", shared_store, "-n", 40, "--json", "--prefill-chunk", 3]
+    result = invoke("run", checkpoint, "-p", PROMPT, *SMALL, *options)
     assert (result.exit_code, result.stderr) == (0, "")
     report = json.loads(result.stdout)
     assert list(report) == ["model", "prompt_tokens", "new_tokens", "text", "finish", "stats", "plan"]
@@ -56,7 +57,8 @@ def test_json_has_text_figures_and_plan(invoke: Invoke, checkpoint: Path, shared
     assert report["prompt_tokens"] == len(PROMPT)
     assert report["stats"]["decode_tokens"] == 39
     assert {"hits", "misses", "bytes_read", "hit_rate", "decode_tokens_per_s"} <= set(report["stats"])
-    assert Plan.from_json(json.dumps(report["plan"])).ram_budget_nbytes == 100 << 20
+    plan = Plan.from_json(json.dumps(report["plan"]))
+    assert (plan.ram_budget_nbytes, plan.workload.prefill_chunk_tokens) == (100 << 20, 3)
 
 
 def test_the_end_token_ends_the_text(invoke: Invoke, checkpoint: Path, tmp_path: Path, expected: str) -> None:
