@@ -77,20 +77,26 @@ def _keep(states: Any, steps: Any, count: int, width: int) -> int:
     Returns:
         How many there are: those that it makes needless leave, and beyond `width` the last.
     """
-    for index in range(count):
-        if _is_behind(states[index], states[count]):
+    # What is behind promises no sooner end: those that promise a sooner one can only make the new one needless.
+    begin, end, promise = 0, 0, states[count, _PROMISE]
+    while end < count and states[end, _PROMISE] <= promise:
+        if _is_behind(states[end], states[count]):
             return count
-    kept = 0
-    for index in range(count):
+        begin += states[end, _PROMISE] < promise
+        end += 1
+    place, kept = begin, begin
+    for index in range(begin, count):
         if not _is_behind(states[count], states[index]):
             if kept < index:
                 states[kept], steps[kept] = states[index], steps[index]
             kept += 1
-    place, spare = kept, width + 1
+            place += index < end
+    if place == width:
+        return kept
+    spare = width + 1
     states[spare], steps[spare] = states[count], steps[count]
-    while place > 0 and states[place - 1, _PROMISE] > states[spare, _PROMISE]:
-        states[place], steps[place] = states[place - 1], steps[place - 1]
-        place -= 1
+    for index in range(kept, place, -1):
+        states[index], steps[index] = states[index - 1], steps[index - 1]
     states[place], steps[place] = states[spare], steps[spare]
     return min(kept + 1, width)
 

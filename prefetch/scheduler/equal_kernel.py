@@ -40,7 +40,7 @@ def _last_come_last_served(on_disk: int, copies: int, cpu: int, left: int, load:
 @inner
 def _fill(homes: Any, copies: int, left: int, bits: int, units: Any) -> None:
     """Reads as `bits` says, in the order of experts; further copies are of those in RAM; `left` cached ones stay."""
-    for read in range(64):
+    for read in range(len(homes)):
         copies -= (bits >> read) & 1
     read = 0
     for expert in range(len(homes)):

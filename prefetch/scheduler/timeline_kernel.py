@@ -25,22 +25,23 @@ CPU_ORDER, GPU_ORDER, TRANSFERS, READS, ORDERS = range(5)
 
 @inner
 def sort_by(order: Any, count: int, ready: Any) -> None:
-    """Sort the first `count` places by ready time, stable: an insertion sort, as they are nearly sorted."""
+    """Sort the first `count` places by ready time, then by number: an insertion sort, as they are nearly sorted."""
     for index in range(1, count):
         expert = order[index]
-        place = index
-        while place > 0 and ready[order[place - 1]] > ready[expert]:
+        time, place = ready[expert], index
+        while place > 0 and (
+            ready[order[place - 1]] > time or (ready[order[place - 1]] == time and order[place - 1] > expert)
+        ):
             order[place] = order[place - 1]
             place -= 1
         order[place] = expert
 
 
 @inner
-def pick(order: Any, units: Any, unit: int, homes: Any, least_home: int) -> int:
-    """List the experts of `unit` (any for -1) whose home is `least_home` or further away; how many."""
-    count = 0
+def pick(order: Any, count: int, units: Any, unit: int, homes: Any, nearest: int, furthest: int) -> int:
+    """Append experts of `unit` (any for -1) whose home is between `nearest` and `furthest` to `count` others."""
     for expert in range(len(homes)):
-        if homes[expert] >= least_home and (unit < 0 or units[expert] == unit):
+        if nearest <= homes[expert] <= furthest and (unit < 0 or units[expert] == unit):
             order[count] = expert
             count += 1
     return count
@@ -64,24 +65,30 @@ def run_timeline(units: Any, loads: Any, homes: Any, costs: Any, orders: Any, co
     """
     ready, done = times[0], times[1]
     ready[:] = 0.0
-    counts[READS] = pick(orders[READS], units, -1, homes, ON_DISK)
+    counts[READS] = pick(orders[READS], 0, units, -1, homes, ON_DISK, ON_DISK)
     clock = costs[DISK_BEFORE]
     for expert in orders[READS, : counts[READS]]:
         clock += costs[DISK]
         ready[expert] = clock
-    counts[TRANSFERS] = pick(orders[TRANSFERS], units, ON_GPU, homes, RAM)
+    # What is read comes after what is there, so that little is left to sort.
+    count = pick(orders[TRANSFERS], 0, units, ON_GPU, homes, RAM, RAM)
+    counts[TRANSFERS] = pick(orders[TRANSFERS], count, units, ON_GPU, homes, ON_DISK, ON_DISK)
     sort_by(orders[TRANSFERS], counts[TRANSFERS], ready)
     clock = costs[LINK_BEFORE]
     for expert in orders[TRANSFERS, : counts[TRANSFERS]]:
         clock = max(clock, ready[expert]) + costs[LINK]
         ready[expert] = clock
-    counts[GPU_ORDER] = pick(orders[GPU_ORDER], units, ON_GPU, homes, VRAM)
+    count = pick(orders[GPU_ORDER], 0, units, ON_GPU, homes, VRAM, BOTH)
+    for index in range(counts[TRANSFERS]):
+        orders[GPU_ORDER, count + index] = orders[TRANSFERS, index]
+    counts[GPU_ORDER] = count + counts[TRANSFERS]
     sort_by(orders[GPU_ORDER], counts[GPU_ORDER], ready)
     gpu = costs[GPU_BEFORE]
     for expert in orders[GPU_ORDER, : counts[GPU_ORDER]]:
         gpu = max(gpu, ready[expert]) + costs[GPU_EXPERT] + costs[GPU_TOKEN] * loads[expert]
         done[expert] = gpu
-    counts[CPU_ORDER] = pick(orders[CPU_ORDER], units, ON_CPU, homes, VRAM)
+    count = pick(orders[CPU_ORDER], 0, units, ON_CPU, homes, VRAM, RAM)
+    counts[CPU_ORDER] = pick(orders[CPU_ORDER], count, units, ON_CPU, homes, ON_DISK, ON_DISK)
     sort_by(orders[CPU_ORDER], counts[CPU_ORDER], ready)
     cpu = 0.0
     for index in range(counts[CPU_ORDER]):
