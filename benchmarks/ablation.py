@@ -145,6 +145,10 @@ def _executed(report: Report, model: Model, scale: AblationScale) -> list[Row]:
     warm, prompt = scale.executed_tokens // 4, scale.executed_prefill
     phases = {"decode": (texts.decode, warm), f"prefill {prompt}": (texts.prefill(prompt), 0)}
     rows: list[Row] = []
+    for trace, first in phases.values():
+        # Kernels compile, and caches and memory are touched, before anything is timed.
+        for parts in (STATIC, EXECUTED["all"]):
+            _execute(small, scale.cached[0], parts, trace, first)
     for cached in scale.cached:
         for phase, (trace, first) in phases.items():
             say(f"running {model.name}, {cached:.0%}, {phase}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,17 +155,29 @@ def _compare(
     report.target("engine / raw O_DIRECT loop", ratio.median, "at least", 0.90)
 
 
-def raw_expert_bandwidth(work: Path, checkpoint: Path, nbytes: int = 512 << 20) -> float:
-    """Bytes per second of raw reads of random bundles; the median of three."""
+def expert_blocks(work: Path, checkpoint: Path, nbytes: int, seed: int = 0) -> tuple[Sequence[Path], list[Block]]:
+    """The shards of a checkpoint's store, and reads of random bundles of about so many bytes together."""
+    store, plan, bundles = _store_of(work, checkpoint)
+    count = max(1, min(nbytes // plan.slot_nbytes, len(bundles)))
+    return store.shard_paths, _blocks(store, plan, random.Random(seed).sample(bundles, count))
+
+
+def _store_of(work: Path, checkpoint: Path) -> tuple[ExpertStore, Plan, Bundles]:
     prepared = checkpoints.prepare(checkpoint, None, 1024, checkpoints.store_root(work))
     with closing(prepared.checkpoint):
         store = convert(prepared.bundles, checkpoints.store_root(work))
     bundles = [(group, expert) for group, layer in enumerate(store.groups) for expert in range(layer.count)]
-    count = max(1, min(nbytes // prepared.plan.slot_nbytes, len(bundles)))
+    return store, prepared.plan, bundles
+
+
+def raw_expert_bandwidth(work: Path, checkpoint: Path, nbytes: int = 512 << 20) -> float:
+    """Bytes per second of raw reads of random bundles; the median of three."""
+    store, plan, bundles = _store_of(work, checkpoint)
+    count = max(1, min(nbytes // plan.slot_nbytes, len(bundles)))
     speeds = []
     for seed in range(3):
-        blocks = _blocks(store, prepared.plan, random.Random(seed).sample(bundles, count))
-        seconds = read_blocks(store.shard_paths, blocks, prepared.plan.reader_threads)
+        blocks = _blocks(store, plan, random.Random(seed).sample(bundles, count))
+        seconds = read_blocks(store.shard_paths, blocks, plan.reader_threads)
         speeds.append(sum(block.nbytes for block in blocks) / seconds)
     return statistics.median(speeds)
 

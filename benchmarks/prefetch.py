@@ -15,9 +15,10 @@ from transformers import AutoTokenizer, DynamicCache
 
 import offload
 from benchmarks.checkpoints import budget_for, store_root
-from benchmarks.disk import raw_expert_bandwidth
+from benchmarks.disk import expert_blocks, raw_expert_bandwidth
 from benchmarks.equality import gate_same_bits
 from benchmarks.harness import Report, Row, Spread, interleave, ratios, say
+from benchmarks.read_contention import contention
 from benchmarks.trace_recording import MODEL
 from benchmarks.widened_model import ensure_widened
 from examples.tiny_moe.corpus import read_documents
@@ -48,6 +49,7 @@ class PrefetchScale:
         turn_tokens: decoded in a turn.
         warm_tokens: decoded before; as many as the controller's trial takes.
         rounds: turns of each.
+        contention_nbytes: read beside computing threads, at most all experts.
     """
 
     widened: int
@@ -55,10 +57,17 @@ class PrefetchScale:
     turn_tokens: int
     warm_tokens: int
     rounds: int
+    contention_nbytes: int
 
 
-FULL = PrefetchScale(8, (0.25, 0.5), 48, 96, 5)
-QUICK = PrefetchScale(1, (0.25,), 8, 8, 2)
+FULL = PrefetchScale(8, (0.25, 0.5), 48, 96, 5, 150 << 20)
+QUICK = PrefetchScale(1, (0.25,), 8, 8, 2, 1 << 20)
+
+BALANCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
+"""Seconds of a read over a layer's computation."""
+
+EXPERTS_SHARES = (0.3, 0.7)
+"""Of a layer's computation, what waits for its experts."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,9 @@ def run(work: Path, scale: PrefetchScale) -> Report:
     checkpoint = ensure_widened(work, scale.widened)
     tokens = _text(scale.warm_tokens + scale.rounds * scale.turn_tokens)
     bandwidth = raw_expert_bandwidth(work, checkpoint, 256 << 20)
+    report.tables["Reading beside computing"] = contention(
+        *expert_blocks(work, checkpoint, scale.contention_nbytes), rounds=scale.rounds
+    )
     for share in scale.shares:
         say(f"decoding with {share:.0%} of the experts")
         _measure(report, share, checkpoint, work, scale, tokens, bandwidth)
@@ -162,6 +174,7 @@ def _measure(
         )
         for one in runs.values():
             one.runtime.check()
+        balances = _balances(runs[ALL], scale.warm_tokens)
         limits = _limits(runs[ALL], turns[ALL], bandwidth, scale.warm_tokens)
         skills = runs["policy, reading ahead always"].runtime.stats().skills
     plain = [turn.tokens_per_s for turn in turns[PLAIN]]
@@ -171,6 +184,9 @@ def _measure(
         report.tables.setdefault("What an oracle would leave, from the run's trace", []).append(
             {"cached": f"{share:.0%}", "oracle": name, **limit}
         )
+    for row in balances:
+        limited = report.tables.setdefault("Over plain LRU, reads free of computing", [])
+        limited.append({"cached": f"{share:.0%}", **row})
     for skill in skills:
         report.tables.setdefault("Recall among the k most probable, which is precision; combined among 2 k", []).append(
             {"cached": f"{share:.0%}", **asdict(skill)}
@@ -208,6 +224,30 @@ def _limits(one: Run, turns: list[Turn], bandwidth: float, warm_passes: int) -> 
             "tokens/s": stalls.tokens / stalls.seconds,
         }
     return found
+
+
+def _balances(one: Run, warm_passes: int) -> list[Row]:
+    """What an oracle of one layer reaches over plain LRU at most, whatever reads and computation take."""
+    trace, slots = one.runtime.trace(), one.runtime.tier.table.usable_slots
+
+    def seconds(policy: CachePolicy, pace: Pace, known: int) -> float:
+        return replay_stalls(trace, policy, slots, pace, oracle_layers=known, warm_passes=warm_passes).seconds
+
+    rows: list[Row] = []
+    for share in EXPERTS_SHARES:
+        for balance in BALANCES:
+            pace = Pace(balance, share, 1.0 - share)
+            plain = seconds(make_policy("lru", trace.geometry), pace, 0)
+            rows.append(
+                {
+                    "read / layer": balance,
+                    "experts / layer": share,
+                    "policy": plain / seconds(make_policy("auto", trace.geometry), pace, 0),
+                    ORACLE: plain / seconds(make_policy("auto", trace.geometry), pace, 1),
+                    "Belady, one layer known": plain / seconds(belady_for(trace), pace, 1),
+                }
+            )
+    return rows
 
 
 def _row(share: float, name: str, turns: list[Turn], plain: list[float]) -> Row:

@@ -17,8 +17,8 @@ from prefetch.predictors.predictor import Predictor
 
 Floats = npt.NDArray[np.floating]
 
-LEAST_PROBABILITY = 0.3
-"""What is less probable is not read ahead."""
+LEAST_PROBABILITY = 0.6
+"""What is less probable is not read ahead: a read in vain takes the disk, and often a core, from one that is needed."""
 
 CANCEL_BELOW = 0.1
 """A read ahead ends when a newer prediction says less."""
