@@ -65,7 +65,9 @@ class Chunk(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         """The number or "auto"; a usage error where it is neither."""
-        if value == "auto" or isinstance(value, int):
+        if value == "auto":
+            return "auto"
+        if isinstance(value, int):
             return value
         if not value.isdecimal() or int(value) < 1:
             self.fail(f"{value!r} is not a number of tokens from 1 on, nor auto", param, ctx)
