@@ -29,6 +29,7 @@ from cpu_kernels.rotary_kernel import rotary_task
 from cpu_kernels.tape_experts_kernel import add_sums_task, choice_task, weighing_task
 from cpu_kernels.tensors import FORMAT_OF_DTYPE, elements_of
 from cpu_kernels.threads import Pool
+from cpu_kernels.torch_order import orders_as_torch
 from cpu_kernels.weighted_sum_kernel import weighted_sum_task
 from formats.bundle import BundleLayout
 from formats.packed import COLUMN_BLOCK
@@ -183,17 +184,18 @@ class Tape:
     def choose(self, logits: int, experts: int, tokens: int, top_k: int, *, renormalise: bool, rounded: bool) -> Choice:
         """See `top_k_kernel`; logits [tokens, experts].
 
-        Where a choice is not clear the tape stops in front of the row of its weights: whoever plays it writes
-        the ids and goes on there.
+        Equals come in the order of `torch.topk` where `orders_as_torch` knows it. Where a choice is not clear the tape
+        stops in front of the row of its weights: whoever plays it writes the ids and goes on there.
         """
         choice = Choice(
             self.scratch(tokens * top_k, torch.int64).view(tokens, top_k),
             self.scratch(tokens * top_k, torch.float32).view(tokens, top_k),
             self.scratch(tokens * experts, torch.float32).view(tokens, experts),
         )
+        queue = self.scratch(experts, torch.int64).data_ptr() if orders_as_torch(experts, top_k) else 0
         job = (
             logits, experts, tokens, top_k, choice.ids.data_ptr(), choice.weights.data_ptr(), renormalise, rounded,
-            choice.shares.data_ptr(), self.dtype.itemsize, 0,
+            choice.shares.data_ptr(), self.dtype.itemsize, 0, queue,
         )  # fmt: skip
         self._add(kernel.CHOOSE, choice_task(self.elements), *job)
         self._add(kernel.RUN_TASK, weighing_task(self.elements), *job)

@@ -34,8 +34,9 @@ from cpu_kernels.top_k_kernel import choose_top_k, weigh_top_k
     SHARES,
     ELEMENT_BYTES,
     CLEAR,  # written: 1 if the choice is clear for every token
+    QUEUE,  # address of int64 [experts], scratch for the order of equals; 0 where torch's is not known
     CHOICE_FIELDS,
-) = range(12)
+) = range(13)
 
 # Fields of a job that adds weighted sums to the residual stream.
 A, SUMS, OUT, COUNT, ADD_FIELDS = range(5)
@@ -56,9 +57,10 @@ def _token(elements, job, token):
 def _choose(elements, job_address):
     job = carray(int64_pointer(job_address), (CHOICE_FIELDS,))
     job[CLEAR] = 1
+    queue = carray(int64_pointer(job[QUEUE]), (job[EXPERTS] if job[QUEUE] else 0,))
     for token in range(job[TOKENS]):
         logits, ids, shares, _ = _token(elements, job, token)
-        if not choose_top_k(elements, logits, ids, shares):
+        if not choose_top_k(elements, logits, ids, shares, queue):
             job[CLEAR] = 0
 
 

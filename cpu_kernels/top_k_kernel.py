@@ -8,13 +8,14 @@ import numpy as np
 from cpu_kernels.activation_kernel import exp_float32
 from cpu_kernels.jit import inner
 from cpu_kernels.simd import element_to_float32, float32_to_element
+from cpu_kernels.torch_order_kernel import order_as_torch
 
 # Below this the exponential is no normal fp32.
 _LOWEST = np.float32(-87.3)
 
 
 @inner
-def choose_top_k(elements, logits, ids, shares):
+def choose_top_k(elements, logits, ids, shares, queue):
     """One token's experts, by falling probability.
 
     Args:
@@ -22,10 +23,11 @@ def choose_top_k(elements, logits, ids, shares):
         logits: [E].
         ids: int64 [k], written.
         shares: fp32 [E], written: exp(logit - largest logit), the probabilities but for their sum.
+        queue: int64 [E], scratch for the order of equals; [0 of them] where torch's is not known.
 
     Returns:
-        Whether the choice is clear. If two of the k + 1 largest are equal, or one is NaN, it is not: which comes first
-        is then up to whoever sorts.
+        Whether the choice is clear. If one is NaN, it is not; if two of the k + 1 largest are equal, only where the
+        order in which torch leaves them is known.
     """
     count, k = len(logits), len(ids)
     largest = element_to_float32(elements, logits[0])
@@ -55,8 +57,10 @@ def choose_top_k(elements, logits, ids, shares):
                     best, chosen, equal = share, i, 1
                 elif share == best:
                     equal += 1
-        if equal != 1 or not finite:
+        if not finite:
             return False
+        if equal != 1:
+            return len(queue) > 0 and order_as_torch(shares, ids, queue)
         ids[place] = chosen
         before = best
     return True

@@ -1,6 +1,6 @@
-"""Attention of one new token, as transformers lets a model overwrite an attention function locally.
+"""Attention of one new token and of prompts, as transformers lets a model overwrite an attention function locally.
 
-A module that dispatches through `AttentionInterface` gets an interface of its own whose "sdpa" knows decoding. Which
+A module that dispatches through `AttentionInterface` gets an interface of its own whose "sdpa" knows both. Which
 implementation the config names still decides: "eager" and others go their own way.
 """
 
@@ -10,20 +10,27 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from cpu_kernels.decode_attention import decode_attention
+from cpu_kernels.isa import isa_of_format
+from cpu_kernels.prompt_attention import prompt_attention
 from offload.devices.host_threads import kernel_pool
 from offload.hf.dtypes import FORMAT_OF_DTYPE
 from offload.hf.fused.conditions import is_plain
 from offload.hf.fused.swap import rebind, swap
+from offload.hf.paged.masks import padding_of
 
 _NAME = "ALL_ATTENTION_FUNCTIONS"
 IMPLEMENTATION = "sdpa"
 
 # What transformers' function does not ignore among what a model may tell it, and the kernel does not know.
 TELLING = ("position_bias", "cache", "softcap", "output_attentions")
+
+_PROMPT_TOKENS = 16
+"""From so many new tokens on, laying their keys and values out for a kernel is little of its work."""
 
 
 def fuse_attention(model: PreTrainedModel) -> int:
@@ -67,26 +74,46 @@ def attend(
     scaling: float | None = None,
     **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Transformers' function for "sdpa", or the kernel where one token attends to all that are there."""
-    width = query.shape[3]
+    """Transformers' function for "sdpa", or a kernel where one token, or many, attend to all that came before."""
+    new, width = query.shape[2:]
     if (
-        query.shape[2] == 1
-        and attention_mask is None
+        (new == 1 or new >= _PROMPT_TOKENS)
         and not dropout
         and is_plain(query)
         and is_plain(key)
         and is_plain(value)
         and query.dtype is key.dtype is value.dtype
         and query.dtype in FORMAT_OF_DTYPE
-        and query.stride(3) == 1
-        and key.stride()[2:] == (width, 1)
-        and value.stride(3) == 1
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and not any(named.get(name) is not None and named[name] is not False for name in TELLING)
     ):
         scale = width**-0.5 if scaling is None else scaling
-        return decode_attention(query, key, value, scale, kernel_pool()), None
+        if new == 1:
+            if attention_mask is None and key.stride(2) == width:
+                return decode_attention(query, key, value, scale, kernel_pool()), None
+        elif _is_slow_in_torch(query.dtype) and _is_causal(module, query, key, attention_mask, named):
+            padding = padding_of(attention_mask, key.shape[2] - new, new)
+            if padding is not None:
+                valid = None if padding.all_valid else np.ascontiguousarray(padding.valid)
+                return prompt_attention(query, key, value, scale, valid=valid, pool=kernel_pool()), None
     sdpa = AttentionInterface._global_mapping[IMPLEMENTATION]
     found: tuple[torch.Tensor, torch.Tensor | None] = sdpa(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **named
     )
     return found
+
+
+def _is_causal(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, named: dict[str, Any]
+) -> bool:
+    """Whether a call without a mask is causal from the first token on; a mask says itself what it is."""
+    if mask is not None:
+        return mask.shape[0] == query.shape[0]
+    told = named.get("is_causal")
+    causal = getattr(module, "is_causal", True) if told is None else told
+    return bool(causal) and query.shape[2] == key.shape[2]
+
+
+def _is_slow_in_torch(dtype: torch.dtype) -> bool:
+    """Torch multiplies 16-bit numbers with instructions for them where there are some."""
+    return dtype is torch.float32 or isa_of_format("bf16") != "avx512_bf16"
