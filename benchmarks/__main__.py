@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
-    "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "decision_cost", "prefetch", "ablation",
-    "kv_kernels", "simulator", "kv", "kv_quality", "kv_prefix", "kv_sparsity",
+    "llama_cpp_large", "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "decision_cost",
+    "prefetch", "ablation", "kv_kernels", "simulator", "kv", "kv_quality", "kv_prefix", "kv_sparsity",
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         kv_sparsity,
         large_model,
         llama_cpp,
+        llama_cpp_large,
         load,
         memory,
         overhead,
@@ -88,6 +89,11 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
             kv_prefix.QUICK if quick else kv_prefix.FULL,
         ),
         "llama_cpp": lambda work: llama_cpp.run(work, shape, llama_cpp.QUICK if quick else llama_cpp.FULL),
+        "llama_cpp_large": lambda work: llama_cpp_large.run(
+            work,
+            shape if quick else large_model.LIKE_30B_A3B,
+            llama_cpp_large.QUICK if quick else llama_cpp_large.FULL,
+        ),
         "llama_cpp_mixtral": lambda work: llama_cpp.run(
             work, shape if quick else checkpoints.LIKE_MIXTRAL, llama_cpp.QUICK if quick else llama_cpp.FULL
         ),

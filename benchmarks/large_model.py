@@ -48,7 +48,7 @@ LIKE_30B_A3B = checkpoints.Shape(
 QUANT = "int4"
 _CONTEXT_TOKENS = 1024
 _SMALL_RAM_NBYTES = 8 << 30
-_EVERYTHING = 1 << 50
+EVERYTHING = 1 << 50
 _EMBEDDING_SCALE = 4.0
 """Large beside what attention adds, so that routing follows the token; see `checkpoints`."""
 
@@ -155,14 +155,14 @@ def run(work: Path, shape: checkpoints.Shape, scale: LargeScale) -> Report:
     report = Report("large_model")
     rows = report.tables.setdefault(f"{QUANT}, tokens/s", [])
     say("writing the store and reading it into RAM")
-    model = _load(work, shape, _EVERYTHING)
+    model = load_random(work, shape, EVERYTHING)
     _gate(report, model, shape)
-    nbytes = _bytes_per_token(model, shape)
+    nbytes = weights_of_a_token_nbytes(model, shape)
     decode, shares, prefill = [], [], []
     for round_index in range(scale.rounds):
         say(f"round {round_index + 1}")
-        prefill.append(_prefill(model, shape, scale.prompt_tokens))
-        decode.append(_decode(model, shape, scale.new_tokens))
+        prefill.append(prefill_speed(model, shape, scale.prompt_tokens))
+        decode.append(decode_speed(model, shape, scale.new_tokens))
         shares.append(decode[-1] * nbytes / read_bandwidth())
     rows.append({"where": "all in RAM", "task": "decode", "tokens/s": Spread.of(decode)})
     rows.append({"where": "all in RAM", "task": f"prefill {scale.prompt_tokens}", "tokens/s": Spread.of(prefill)})
@@ -175,9 +175,9 @@ def run(work: Path, shape: checkpoints.Shape, scale: LargeScale) -> Report:
     del model
     gc.collect()
     say("from disk")
-    model = _load(work, shape, _SMALL_RAM_NBYTES)
+    model = load_random(work, shape, _SMALL_RAM_NBYTES)
     peak = _runtime(model).plan.peak_ram_nbytes
-    speed = _decode(model, shape, scale.from_disk_tokens)
+    speed = decode_speed(model, shape, scale.from_disk_tokens)
     rows.append({"where": f"{peak / 2**30:.1f} GiB and disk", "task": "decode", "tokens/s": Spread.of([speed])})
     stats = _runtime(model).stats()
     report.notes.append(f"From disk: hit rate {stats.hit_rate:.2f}, {stats.bytes_read / 1e9:.1f} GB read.")
@@ -186,7 +186,8 @@ def run(work: Path, shape: checkpoints.Shape, scale: LargeScale) -> Report:
     return report
 
 
-def _load(work: Path, shape: checkpoints.Shape, ram: int) -> PreTrainedModel:
+def load_random(work: Path, shape: checkpoints.Shape, ram: int) -> PreTrainedModel:
+    """A model of random weights within so many bytes of RAM; its store is written once."""
     return assemble(PreparedRandom(shape, ram), checkpoints.store_root(work), NoProgress())
 
 
@@ -194,7 +195,7 @@ def _runtime(model: PreTrainedModel) -> Any:
     return model.offload
 
 
-def _bytes_per_token(model: PreTrainedModel, shape: checkpoints.Shape) -> int:
+def weights_of_a_token_nbytes(model: PreTrainedModel, shape: checkpoints.Shape) -> int:
     """Weights that one token is multiplied with."""
     experts = _runtime(model).plan.slot_nbytes * shape.layers * shape.top_k
     linears = sum(
@@ -215,7 +216,8 @@ def _gate(report: Report, model: PreTrainedModel, shape: checkpoints.Shape) -> N
 
 
 @torch.no_grad()
-def _prefill(model: PreTrainedModel, shape: checkpoints.Shape, count: int) -> float:
+def prefill_speed(model: PreTrainedModel, shape: checkpoints.Shape, count: int) -> float:
+    """Tokens a second of a prompt of `count` random tokens."""
     ids = torch.tensor([checkpoints.random_tokens(count, shape.vocab, 2)])
     cache = DynamicCache(config=model.config)
     before = perf_counter()
@@ -224,7 +226,8 @@ def _prefill(model: PreTrainedModel, shape: checkpoints.Shape, count: int) -> fl
 
 
 @torch.no_grad()
-def _decode(model: PreTrainedModel, shape: checkpoints.Shape, count: int) -> float:
+def decode_speed(model: PreTrainedModel, shape: checkpoints.Shape, count: int) -> float:
+    """Tokens a second of `count` random tokens, one at a time, after 18."""
     cache = DynamicCache(config=model.config)
     tokens = checkpoints.random_tokens(16 + 2 + count, shape.vocab, 3)
     model(input_ids=torch.tensor([tokens[:16]]), past_key_values=cache, use_cache=True, logits_to_keep=1)

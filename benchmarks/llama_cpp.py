@@ -135,7 +135,7 @@ def _measure(
     turns = interleave(
         {
             "ours": lambda: _ours(options, vocab, scale),
-            "llama.cpp": lambda: _theirs(tools, file, scale),
+            "llama.cpp": lambda: run_llama_bench(tools, file, scale),
         },
         scale.rounds,
     )
@@ -158,7 +158,7 @@ def _ours(options: ModelOptions, vocab: int, scale: LlamaScale) -> dict[str, flo
     return speeds
 
 
-def _theirs(tools: Path, file: Path, scale: LlamaScale) -> dict[str, float]:
+def run_llama_bench(tools: Path, file: Path, scale: LlamaScale) -> dict[str, float]:
     """One turn of llama-bench, which warms up before each task."""
     prompts = ",".join(map(str, scale.prompts))
     answer = _run(

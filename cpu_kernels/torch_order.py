@@ -37,7 +37,7 @@ def top_k_as_torch(shares: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[n
 
 @cache
 def orders_as_torch(count: int, top_k: int) -> bool:
-    """Whether the kernel leaves equals as this torch does, by rows of `count` numbers of which few to many are equal."""
+    """Whether the kernel leaves equals as this torch does: rows of `count` numbers, few to many of them equal."""
     generator = np.random.default_rng(count)
     kinds = np.linspace(1, 2 * count, _ROWS).astype(np.int64)[:, None]
     shares = (generator.integers(0, 1 << 20, (_ROWS, count)) % kinds).astype(np.float32)

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
 """The order in which torch's `topk` on the CPU leaves equal numbers.
 
-It depends on how the k largest are found: torch calls `std::nth_element` on pairs of number and index, which are compared
-by number alone, and `std::sort` on what came before the k-th (ATen/native/TopKImpl.h). Both go the way of the GNU C++
-library here: introselect with the median of three as pivot (Musser, 1997), then insertion. Another library may
+It depends on how the k largest are found: torch calls `std::nth_element` on pairs of number and index, which are
+compared by number alone, and `std::sort` on what came before the k-th (ATen/native/TopKImpl.h). Both go the way of the
+GNU C++ library here: introselect with the median of three as pivot (Musser, 1997), then insertion. Another library may
 leave equals in another order; `torch_order.orders_as_torch` compares before anybody relies on it.
 """
 

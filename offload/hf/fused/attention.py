@@ -15,8 +15,8 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from cpu_kernels.decode_attention import decode_attention
-from cpu_kernels.isa import isa_of_format
 from cpu_kernels.prompt_attention import prompt_attention
+from cpu_kernels.wide_linear import multiplies_natively
 from offload.devices.host_threads import kernel_pool
 from offload.hf.dtypes import FORMAT_OF_DTYPE
 from offload.hf.fused.conditions import is_plain
@@ -91,7 +91,7 @@ def attend(
         if new == 1:
             if attention_mask is None and key.stride(2) == width:
                 return decode_attention(query, key, value, scale, kernel_pool()), None
-        elif _is_slow_in_torch(query.dtype) and _is_causal(module, query, key, attention_mask, named):
+        elif _takes_prompts(query.dtype) and _is_causal(module, query, key, attention_mask, named):
             padding = padding_of(attention_mask, key.shape[2] - new, new)
             if padding is not None:
                 valid = None if padding.all_valid else np.ascontiguousarray(padding.valid)
@@ -114,6 +114,6 @@ def _is_causal(
     return bool(causal) and query.shape[2] == key.shape[2]
 
 
-def _is_slow_in_torch(dtype: torch.dtype) -> bool:
-    """Torch multiplies 16-bit numbers with instructions for them where there are some."""
-    return dtype is torch.float32 or isa_of_format("bf16") != "avx512_bf16"
+def _takes_prompts(dtype: torch.dtype) -> bool:
+    """Torch attends to 16-bit numbers with instructions for them where there are some; the kernel widens them."""
+    return dtype is torch.float32 or not multiplies_natively(dtype)
