@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import checkpoints
 from benchmarks.gguf_files import ensure_random_gguf
@@ -69,7 +70,8 @@ def _ours(work: Path, shape: checkpoints.Shape, scale: LlamaScale) -> _Turn:
     speeds = {f"prefill {count}": max(prefill_speed(model, shape, count) for _ in range(2)) for count in scale.prompts}
     speeds["decode"] = max(decode_speed(model, shape, scale.new_tokens) for _ in range(2))
     share = speeds["decode"] * weights_of_a_token_nbytes(model, shape) / read_bandwidth()
-    model.offload.close()  # type: ignore[operator]
-    del model
+    runtime: Any = model.offload
+    runtime.close()
+    del model, runtime
     gc.collect()
     return _Turn(speeds, share)
