@@ -104,7 +104,9 @@ def assemble(
             runtime.paging = _page(model, prepared.plan.kv, device, store_root, sparsity)
         # Dense weights that lie in an accelerator's memory are in place only while their layer runs.
         if on_cpu and runtime.dense is None:
-            prepare_kernels(model, layers, progress)
+            # A cache in blocks is attended to by its own ways.
+            attends = runtime.fused.get("attention", 0) > 0 and prepared.plan.kv is None
+            prepare_kernels(model, layers, progress, attends=attends)
         if prefetch != "off":
             _prefetch(model, runtime, prefetch)
         _go_on_learning(runtime)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from cpu_kernels.linear import MOST_TOKENS
 from offload.devices.host_experts import compile_for
+from offload.hf.fused.attention import prepare_attention
 from offload.hf.fused.decoder import write_tape
 from offload.hf.fused.swap import plain_class
 from offload.hf.quantised_linear import QuantisedLinear
@@ -17,13 +18,16 @@ from offload.moe.layer import ExpertsLayer
 from offload.store.progress import Progress
 
 
-def prepare_kernels(model: PreTrainedModel, layers: Iterable[ExpertsLayer], progress: Progress) -> None:
+def prepare_kernels(
+    model: PreTrainedModel, layers: Iterable[ExpertsLayer], progress: Progress, *, attends: bool = False
+) -> None:
     """Have everything at hand that decoding and prompts of this model run.
 
     Args:
         model: with its kernels in place.
         layers: of its experts.
         progress: told once; compiling takes seconds for each format the first time, loading tenths.
+        attends: whether kernels attend to prompts.
     """
     progress.start(0, "Preparing kernels: compiled the first time, then kept")
     try:
@@ -33,6 +37,8 @@ def prepare_kernels(model: PreTrainedModel, layers: Iterable[ExpertsLayer], prog
             for linear in _smallest_of_each_kind(model):
                 for tokens in (1, MOST_TOKENS + 1):
                     linear(torch.zeros(tokens, linear.in_features, dtype=model.dtype, device="cpu"))
+            if attends:
+                prepare_attention(model)
         write_tape(model)
     finally:
         progress.finish()

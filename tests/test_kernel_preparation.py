@@ -17,6 +17,8 @@ from cpu_kernels import (
     linear_kernel,
     packed_kernel,
     packed_linear,
+    paged_attention_block,
+    paged_attention_kernel,
     panel_kernel,
     panel_mlp,
     rms_norm_kernel,
@@ -29,7 +31,8 @@ from tests.conftest import TinyCheckpoint
 
 MODULES = (
     decode_attention_kernel, expert_mlp, expert_mlp_kernel, linear, linear_kernel, packed_kernel, packed_linear,
-    panel_kernel, panel_mlp, rms_norm_kernel, rotary_kernel, tape_experts_kernel, tape_kernel,
+    paged_attention_block, paged_attention_kernel, panel_kernel, panel_mlp, rms_norm_kernel, rotary_kernel,
+    tape_experts_kernel, tape_kernel,
 )  # fmt: skip
 
 
