@@ -148,7 +148,7 @@ def make_request(
         _policy(policy),
         _prefetch(prefetch),
         _accelerator(device, vram, link),
-        _kv(kv, kv_ram, kv_sparsity, saved=prefix_cache is not None),
+        kv_choice(kv, kv_ram, kv_sparsity, saved=prefix_cache is not None),
         None if prefix_cache is None else parse_size(prefix_cache, "prefix_cache"),
     )
 
@@ -193,7 +193,12 @@ def _accelerator(device: object, vram: int | str | None, link: str | Link | None
     return AcceleratorRequest("host", parse_size(vram, "vram"), parse_link(DEFAULT_LINK if link is None else link))
 
 
-def _kv(format: object, ram: int | str | None, sparsity: object, *, saved: bool) -> KvChoice:
+def kv_choice(format: object, ram: int | str | None, sparsity: object, *, saved: bool = False) -> KvChoice:
+    """What `kv=`, `kv_ram=` and `kv_sparsity=` ask for; saved: whether prefixes are to be saved.
+
+    Raises:
+        InvalidArgumentError: one of them means nothing, or they do not go together.
+    """
     if not isinstance(format, str) or format not in KV_CHOICES:
         raise InvalidArgumentError(f"kv={format!r}: expected one of {', '.join(KV_CHOICES)}")
     chosen = None if sparsity is None else parse_sparsity(sparsity)

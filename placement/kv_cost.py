@@ -1,11 +1,12 @@
-"""Seconds of a KV cache in blocks: other bytes to attend to, and those that come from disk."""
+"""Seconds of a KV cache in blocks: other bytes to attend to, only a part of them, and those that come from disk."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from placement.hardware_profile import HardwareProfile
-from placement.kv import SETTINGS, KvPlan, block_nbytes
+from placement.kv import SETTINGS, KvPlan, block_nbytes, landmarks_nbytes
+from placement.kv_sparsity import KvSparsity
 from placement.model_spec import ModelSpec
 from placement.passes import Pass, decode_pass, prefill_passes
 from placement.prediction import PassPrediction, Prediction
@@ -27,10 +28,50 @@ def in_blocks(spec: ModelSpec, kv: KvPlan | None) -> ModelSpec:
     return replace(spec, layers=layers)
 
 
+def with_sparsity(prediction: Prediction, spec: ModelSpec, workload: Workload, kv: KvPlan | None) -> Prediction:
+    """A prediction whose decode attends to a part of the cache; prompts attend to all of it."""
+    if kv is None or kv.sparsity is None:
+        return prediction
+    one = prediction.decode
+    saved_s = one.terms.attention_s * (1 - attended_share(spec, workload, kv))
+    scale = 1 - saved_s / one.terms.total_s
+    terms = replace(one.terms, attention_s=one.terms.attention_s - saved_s)
+    return replace(prediction, decode=replace(one, terms=terms, low_s=one.low_s * scale, high_s=one.high_s * scale))
+
+
+def attended_share(spec: ModelSpec, workload: Workload, kv: KvPlan) -> float:
+    """Share of the cache's bytes that a step's attention reads; top-k reads all landmarks too."""
+    assert kv.sparsity is not None
+    sparsity, cached = KvSparsity.parse(kv.sparsity), decode_pass(workload).cached_tokens
+    landmarks = landmarks_nbytes(spec, 1, SETTINGS.block_tokens, sparsity) / 2 / SETTINGS.block_tokens
+    return min(1.0, _attended_tokens(workload, sparsity) / max(1.0, cached) + landmarks / kv.nbytes_per_token)
+
+
+def _attended_tokens(workload: Workload, sparsity: KvSparsity) -> float:
+    """Tokens that a step attends to; where others are evicted, all that are kept."""
+    cached = decode_pass(workload).cached_tokens
+    if sparsity.method == "snapkv":
+        later = max(0.0, cached - workload.prompt_tokens)
+        return sparsity.share * (cached - later) + later
+    return min(cached, sparsity.share * cached + SETTINGS.recent_tokens + SETTINGS.block_tokens)
+
+
+def _cold_share(spec: ModelSpec, workload: Workload, kv: KvPlan) -> float:
+    """Share of the blocks on disk that a step reads: a block is read whole, whichever of its heads is attended to."""
+    if kv.sparsity is None:
+        return 1.0
+    sparsity = KvSparsity.parse(kv.sparsity)
+    if sparsity.evicts:
+        cold = kv.cold_tokens(decode_pass(workload).cached_tokens)
+        return kv.cold_tokens(_attended_tokens(workload, sparsity)) / cold if cold else 1.0
+    heads = max(shape.heads for shape in spec.kv_shapes if shape is not None)
+    return 1 - (1 - sparsity.share) ** heads
+
+
 def with_reads(
     prediction: Prediction, spec: ModelSpec, profile: HardwareProfile, workload: Workload, kv: KvPlan | None
 ) -> Prediction:
-    """A prediction and the reads of blocks that are on disk, every one once a pass.
+    """A prediction and the reads of blocks that are on disk, every one that is attended to once a pass.
 
     Blocks are read while others of the same layer are attended, so that what takes longer counts.
     """
@@ -38,8 +79,8 @@ def with_reads(
         return prediction
     return replace(
         prediction,
-        decode=_with(prediction.decode, spec, profile, [decode_pass(workload)], kv),
-        prefill=_with(prediction.prefill, spec, profile, prefill_passes(workload), kv),
+        decode=_with(prediction.decode, spec, profile, [decode_pass(workload)], kv, _cold_share(spec, workload, kv)),
+        prefill=_with(prediction.prefill, spec, profile, prefill_passes(workload), kv, 1.0),
     )
 
 
@@ -49,10 +90,10 @@ def cold_nbytes(kv: KvPlan, work: Pass) -> float:
 
 
 def _with(
-    one: PassPrediction, spec: ModelSpec, profile: HardwareProfile, works: list[Pass], kv: KvPlan
+    one: PassPrediction, spec: ModelSpec, profile: HardwareProfile, works: list[Pass], kv: KvPlan, share: float
 ) -> PassPrediction:
     assert profile.disk is not None
-    nbytes = sum(cold_nbytes(kv, work) for work in works)
+    nbytes = share * sum(cold_nbytes(kv, work) for work in works)
     shapes = [shape for shape in spec.kv_shapes if shape is not None]
     segment = SETTINGS.segment_blocks * max(block_nbytes(shape, kv.format) for shape in shapes)
     read_s = nbytes / profile.disk.overlapped_bytes_per_s(segment, _READS_IN_FLIGHT)

@@ -26,5 +26,11 @@ class KvSparsity:
         """Whether tokens are forgotten."""
         return self.method != "top-k"
 
+    @classmethod
+    def parse(cls, text: str) -> KvSparsity:
+        """Of what `str` gives."""
+        method, _, share = text.partition(":")
+        return cls(method, float(share))
+
     def __str__(self) -> str:
         return f"{self.method}:{self.share:g}"

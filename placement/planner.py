@@ -14,7 +14,7 @@ from placement.kv import (
     plan_kv,
     scratch_nbytes,
 )
-from placement.kv_cost import in_blocks, with_reads
+from placement.kv_cost import in_blocks, with_reads, with_sparsity
 from placement.model_spec import ModelSpec
 from placement.plan import Plan, RamUse
 from placement.predict import Routing, predict
@@ -223,7 +223,7 @@ def predicted(
     """What is expected of a plan with so many slots in RAM and nothing on an accelerator."""
     homes = Homes((), (), False, 0, ram_slots, READ_CHUNK_NBYTES, READER_THREADS)
     found = predict(in_blocks(spec, kv), profile, homes, workload, routing)
-    return with_reads(found, spec, profile, workload, kv)
+    return with_reads(with_sparsity(found, spec, workload, kv), spec, profile, workload, kv)
 
 
 def _page_up(nbytes: int) -> int:

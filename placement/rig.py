@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from placement.datasheets import CPUS, DRIVES, GPUS, LINKS, datasheet
 from placement.hardware_profile import HardwareProfile
+from placement.kv import KvChoice
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import PlanInfeasibleError
@@ -26,15 +27,17 @@ class Rig:
         profile: the machine.
         ram_nbytes: budget of host memory.
         vram_nbytes: budget of the accelerator's memory; 0 without one.
+        kv: what the user wants of the KV cache; plans over VRAM keep it whole.
     """
 
     profile: HardwareProfile
     ram_nbytes: int
     vram_nbytes: int
+    kv: KvChoice | None = None
 
     def plan(self, spec: ModelSpec, workload: Workload, routing: Routing | None = None) -> Plan:
         """The plan; see `make_tiered_plan`."""
-        return make_tiered_plan(spec, self.profile, workload, self.ram_nbytes, self.vram_nbytes, routing)
+        return make_tiered_plan(spec, self.profile, workload, self.ram_nbytes, self.vram_nbytes, routing, self.kv)
 
     def with_memory(self, *, ram: int | None = None, vram: int | None = None) -> Rig:
         """The rig with other budgets."""
@@ -59,7 +62,7 @@ class Rig:
         if part == "gpu":
             sheet = datasheet(gpu=name)
             made = _mixed(profile, gpu=sheet.gpu, to_gpu=sheet.to_gpu, from_gpu=sheet.from_gpu)
-            return Rig(made, self.ram_nbytes, sheet.gpu.memory_nbytes if sheet.gpu else 0)
+            return Rig(made, self.ram_nbytes, sheet.gpu.memory_nbytes if sheet.gpu else 0, self.kv)
         if part == "link":
             if profile.gpu is None:
                 raise ValueError("link= needs a GPU")

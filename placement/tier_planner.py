@@ -18,6 +18,7 @@ from placement.dense_cost import layer_cost, pass_cost
 from placement.expert_cost import IntArray, expert_cost
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
+from placement.kv import KvChoice
 from placement.layer_kinds import layer_kinds
 from placement.memory_use import ram_use, vram_use
 from placement.model_spec import ModelSpec
@@ -50,6 +51,7 @@ def make_tiered_plan(
     ram_budget_nbytes: int,
     vram_budget_nbytes: int,
     routing: Routing | None = None,
+    kv: KvChoice | None = None,
 ) -> Plan:
     """The plan with the least expected seconds for a prompt and its new tokens.
 
@@ -61,6 +63,7 @@ def make_tiered_plan(
         vram_budget_nbytes: bound on all that it holds in VRAM; 0, or a machine without an accelerator, gives what
             `make_plan` does.
         routing: what is known of the experts' popularity.
+        kv: what the user wants of the KV cache without VRAM; with it the cache lies in one piece.
 
     Raises:
         PlanInfeasibleError: the budgets are too small; with the RAM that would do beside this VRAM.
@@ -68,7 +71,7 @@ def make_tiered_plan(
     """
     routing = Routing() if routing is None else routing
     if profile.gpu is None or vram_budget_nbytes <= 0:
-        return make_plan(spec, workload, ram_budget_nbytes, profile, routing)
+        return make_plan(spec, workload, ram_budget_nbytes, profile, routing, kv)
     search = _Search(spec, profile, workload, routing)
     best: tuple[float, Homes] | None = None
     least = None

@@ -82,10 +82,8 @@ def plan_command(as_json: bool, **options: Any) -> None:
         asked = Asked(as_json=as_json, simulate=Simulate.asked(options), **options)
         elsewhere = ahead.asked or asked.skew is not None or asked.remote
         of_kv = asked.kv != "auto" or asked.kv_ram is not None or asked.kv_sparsity is not None
-        if of_kv and elsewhere:
-            raise click.UsageError(
-                "--kv, --kv-ram and --kv-sparsity go with a plan for this machine and a model that is here."
-            )
+        if of_kv and asked.remote:
+            raise click.UsageError("--kv, --kv-ram and --kv-sparsity go with a model that is here.")
         if asked.prefill_chunk == "auto" and elsewhere:
             raise click.UsageError("--prefill-chunk auto goes with a plan for this machine and a model that is here.")
         if ahead.asked or asked.skew is not None:
@@ -141,8 +139,9 @@ class Asked:
 
 def _plan_ahead(ahead: Ahead, asked: Asked) -> None:
     from offload.cli.plan_ahead import make_rig, plan_ahead, read_spec
-    from offload.request import DEFAULT_CONTEXT_TOKENS, store_root
+    from offload.request import DEFAULT_CONTEXT_TOKENS, kv_choice, store_root
     from offload.traces import read_routing
+    from placement.kv import KvChoice
     from placement.workload import Workload
 
     tokens = asked.context or DEFAULT_CONTEXT_TOKENS
@@ -153,6 +152,11 @@ def _plan_ahead(ahead: Ahead, asked: Asked) -> None:
             asked.model, asked.revision, asked.quant, asked.dtype, tokens, trust_remote_code=asked.trust_remote_code
         )
     rig = make_rig(ahead, asked.ram, store_root(asked.nvme))
+    kv = kv_choice(asked.kv, asked.kv_ram, asked.kv_sparsity)
+    if kv != KvChoice():
+        if rig.vram_nbytes:
+            raise click.UsageError("--kv, --kv-ram and --kv-sparsity: plans over VRAM keep the KV cache in one piece.")
+        rig = replace(rig, kv=kv)
     routing = read_routing(spec, asked.skew, asked.trace)
     workload = Workload(tokens, asked.batch, asked.chunk_tokens, asked.prompt)
     plan_ahead(spec, rig, workload, ahead, routing, asked.simulate, as_json=asked.as_json)

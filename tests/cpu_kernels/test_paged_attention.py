@@ -104,10 +104,12 @@ def test_bits_do_not_depend_on_threads_or_other_sequences(format: str) -> None:
     assert (expected[0].double() - exact).abs().max() <= (5e-4 if format in ("int8", "int4") else 2e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_rows_of_a_chunk_have_the_bits_of_each_alone(tokens: int) -> None:
-    blocks = random_blocks(KvLayout("fp32", 1, 48, 32), [200])
-    query, positions = _queries(blocks, 5, tokens)
+@pytest.mark.parametrize(
+    ("format", "group", "tokens"), [("fp32", 5, 1), ("fp32", 5, 20), ("bf16", 3, 2), ("int8", 3, 2), ("int4", 3, 2)]
+)
+def test_rows_of_a_chunk_have_the_bits_of_each_alone(format: str, group: int, tokens: int) -> None:
+    blocks = random_blocks(KvLayout(format, 1, 48, 32), [200 if format == "fp32" else 192])
+    query, positions = _queries(blocks, group, tokens)
     first = np.zeros(1, np.int64)
     lists = (blocks.offsets, blocks.addresses, blocks.lengths, first)
     whole, _ = paged_attention(query, *lists, positions, blocks.layout, 0.3, pool=kernel_pool())
@@ -131,13 +133,20 @@ def test_parts_and_sinks_are_merged() -> None:
         merge_lse([])
 
 
-def test_scores_far_apart_and_a_nan() -> None:
+def test_scores_far_apart() -> None:
     blocks = random_blocks(KvLayout("fp32", 2, 32, 32), [300])
     query, positions = _queries(blocks, 2, 1)
     lists = (blocks.offsets, blocks.addresses, blocks.lengths, np.zeros(1, np.int64), positions, blocks.layout)
     found, _ = paged_attention(1e3 * query, *lists, 1e2, pool=kernel_pool())
     exact, _ = paged_attention_reference(1e3 * query, *lists, 1e2)
     assert (found.double() - exact).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("format", ["fp32", "int8", "int4"])
+def test_a_nan_stays_in_its_row(format: str) -> None:
+    blocks = random_blocks(KvLayout(format, 2, 32, 32), [320])
+    query, positions = _queries(blocks, 2, 1)
+    lists = (blocks.offsets, blocks.addresses, blocks.lengths, np.zeros(1, np.int64), positions, blocks.layout)
     query[0, 1, 0, 3] = torch.nan
     found, lse = paged_attention(query, *lists, 0.1, pool=kernel_pool())
     assert found[0, 1].isnan().all() and lse[0, 1].isnan().all()

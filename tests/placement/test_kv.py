@@ -8,7 +8,8 @@ import pytest
 
 from formats.kv import KvLayout
 from placement.kv import KvChoice, KvShape, minimum_nbytes, token_nbytes
-from placement.kv_cost import cold_nbytes, in_blocks
+from placement.kv_cost import attended_share, cold_nbytes, in_blocks
+from placement.kv_sparsity import KvSparsity
 from placement.passes import Pass
 from placement.plan import Plan
 from placement.planner import PlanInfeasibleError, make_plan
@@ -101,3 +102,21 @@ def test_attention_reads_the_formats_bytes() -> None:
     found = in_blocks(SPEC, plan.kv)
     assert sum(layer.kv_nbytes_per_token for layer in found.layers) == pytest.approx(plan.kv.nbytes_per_token, abs=4)
     assert in_blocks(SPEC, None) is SPEC
+
+
+@pytest.mark.parametrize("method", ["top-k", "snapkv", "h2o"])
+def test_attention_to_a_part_is_faster_and_reads_less(method: str) -> None:
+    profile = machine(gpu=False)
+    whole, part = (
+        make_plan(SPEC, LONG, 1 << 33, profile, kv=KvChoice("int8", 1 << 27, sparsity=sparsity))
+        for sparsity in (None, KvSparsity(method, 0.05))
+    )
+    assert part.kv is not None and whole.prediction is not None and part.prediction is not None
+    before, after = whole.prediction.decode, part.prediction.decode
+    share = after.terms.attention_s / before.terms.attention_s
+    assert share == pytest.approx(attended_share(SPEC, LONG, part.kv), rel=0.01)
+    # Besides a twentieth: new tokens, and of top-k landmarks, an eighth of a byte where keys and values take 2.06.
+    assert 0.05 < share < (0.05 + 1 / 16.5 + 0.01 if method == "top-k" else 0.06)
+    assert after.terms.total_s < before.terms.total_s and after.low_s < after.seconds < after.high_s
+    assert after.read_nbytes < before.read_nbytes
+    assert part.prediction.prefill.terms.attention_s == whole.prediction.prefill.terms.attention_s

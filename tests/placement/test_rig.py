@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from placement.datasheets import GPUS, datasheet
+from placement.kv import KvChoice, KvShape
+from placement.kv_sparsity import KvSparsity
 from placement.rig import Rig, cheapest_doubling, sweep, try_change
 from placement.routing import Popularity, PopularityHits, residency
 from placement.workload import Workload
@@ -72,6 +76,16 @@ def test_curves_rise_with_memory_and_fall_with_context() -> None:
     contexts = [speed for _, speed in found["context"]]
     assert contexts[0] >= contexts[-1]
     assert not sweep(rig(), rig().plan(SPEC, WORK), SPEC, points=2)["vram"]
+
+
+def test_curves_know_the_format_of_the_kv_cache() -> None:
+    spec = replace(SPEC, kv_nbytes_per_token=3 * 4096, kv_shapes=(KvShape(8, 128, 128),) * 3)
+    here = replace(rig(), ram_nbytes=1 << 33, kv=KvChoice("int8", sparsity=KvSparsity("top-k", 0.05)))
+    plan = here.plan(spec, WORK)
+    assert plan.kv is not None and (plan.kv.format, plan.kv.sparsity) == ("int8", "top-k:0.05")
+    assert here.with_part("nvme", "gen5").kv == here.with_part("gpu", "rtx3060").kv == here.kv
+    longest = [sweep(one, plan, spec, points=2)["context"][-1][1] for one in (here, replace(here, kv=None))]
+    assert longest[0] > longest[1]
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.9])
