@@ -63,54 +63,6 @@ def split_tiles(job, active, tile_nbytes, granularity, threads):
     return active * job[kernel.CHUNKS_PER_EXPERT]
 
 
-# Where the job of a linear layer and its table of inputs lie in its workspace, in words of 8 bytes.
-LINEAR_JOB = quantisation.JOB_FIELDS
-LINEAR_INPUTS = LINEAR_JOB + kernel.JOB_FIELDS + 3
-
-
-@inner
-def prepare_linear(
-    launcher, state, threads, tasks, kind, tile_bytes_of_block, element, output, x, x_row_bytes, tokens, codes, scales,
-    bias, rows, columns, out, out_row_bytes, workspace, inputs,
-):  # fmt: skip
-    """Enter the job of `run_linear`, which has the other arguments, into its workspace; returns its chunks.
-
-    inputs: address of the table of inputs of a layer with the same x, columns and kind that was prepared before; 0: x
-    is quantised here.
-    """
-    blocks = blocks_of(columns)
-    row_nbytes = blocks * block_nbytes(kind)
-    quantise = workspace[: quantisation.JOB_FIELDS]
-    job = workspace[LINEAR_JOB : LINEAR_JOB + kernel.JOB_FIELDS]
-    tables = LINEAR_INPUTS
-    expert = tables - 3
-    words = (tables + 3 * tokens + 7) // 8 * 8
-    base = workspace.ctypes.data
-    activations = base + 8 * words
-    sums = activations + tokens * row_nbytes if output != kernel.SUMS else out
-    sum_row_bytes = 4 * rows if output != kernel.SUMS else out_row_bytes
-    for token in range(tokens):
-        workspace[tables + token] = activations + token * row_nbytes
-        workspace[tables + tokens + token] = sums + token * sum_row_bytes
-        workspace[tables + 2 * tokens + token] = out + token * out_row_bytes
-    workspace[expert], workspace[expert + 1], workspace[expert + 2] = 0, 0, tokens
-    job[kernel.EXPERTS] = base + 8 * expert
-    job[kernel.ROWS] = rows
-    job[kernel.BLOCKS] = blocks
-    job[kernel.MATRICES] = 1
-    job[kernel.CODES] = codes
-    job[kernel.SCALES] = scales
-    job[kernel.BIAS] = bias
-    job[kernel.INPUT_ROWS] = inputs if inputs else base + 8 * tables
-    job[kernel.SUM_ROWS] = base + 8 * (tables + tokens)
-    job[kernel.OUTPUT_ROWS] = base + 8 * (tables + 2 * tokens)
-    job[kernel.OUTPUT] = output
-    if not inputs:
-        chunks = fill_quantisation(quantise, kind, element, x, x_row_bytes, 0, tokens, columns, activations)
-        launch(launcher, state, tasks[0], quantise, chunks)
-    return split_tiles(job, 1, blocks * tile_bytes_of_block, 1, threads)
-
-
 @entry()
 def run_linear(
     launcher,
@@ -139,16 +91,41 @@ def run_linear(
     task. kind: of activation blocks. tile_bytes_of_block: bytes of codes of a block. element, output: numbers of the
     types of x and of out. codes, scales, bias, x, out: addresses. workspace: int64, `linear_words`.
     """
-    chunks = prepare_linear(
-        launcher, state, threads, tasks, kind, tile_bytes_of_block, element, output, x, x_row_bytes, tokens, codes,
-        scales, bias, rows, columns, out, out_row_bytes, workspace, 0,
-    )  # fmt: skip
-    launch(launcher, state, tasks[1], workspace[LINEAR_JOB : LINEAR_JOB + kernel.JOB_FIELDS], chunks)
+    blocks = blocks_of(columns)
+    row_nbytes = blocks * block_nbytes(kind)
+    quantise = workspace[: quantisation.JOB_FIELDS]
+    job = workspace[quantisation.JOB_FIELDS : quantisation.JOB_FIELDS + kernel.JOB_FIELDS]
+    expert = quantisation.JOB_FIELDS + kernel.JOB_FIELDS
+    tables = expert + 3
+    words = (tables + 3 * tokens + 7) // 8 * 8
+    base = workspace.ctypes.data
+    activations = base + 8 * words
+    sums = activations + tokens * row_nbytes if output != kernel.SUMS else out
+    sum_row_bytes = 4 * rows if output != kernel.SUMS else out_row_bytes
+    for token in range(tokens):
+        workspace[tables + token] = activations + token * row_nbytes
+        workspace[tables + tokens + token] = sums + token * sum_row_bytes
+        workspace[tables + 2 * tokens + token] = out + token * out_row_bytes
+    workspace[expert], workspace[expert + 1], workspace[expert + 2] = 0, 0, tokens
+    job[kernel.EXPERTS] = base + 8 * expert
+    job[kernel.ROWS] = rows
+    job[kernel.BLOCKS] = blocks
+    job[kernel.MATRICES] = 1
+    job[kernel.CODES] = codes
+    job[kernel.SCALES] = scales
+    job[kernel.BIAS] = bias
+    job[kernel.INPUT_ROWS] = base + 8 * tables
+    job[kernel.SUM_ROWS] = base + 8 * (tables + tokens)
+    job[kernel.OUTPUT_ROWS] = base + 8 * (tables + 2 * tokens)
+    job[kernel.OUTPUT] = output
+    chunks = fill_quantisation(quantise, kind, element, x, x_row_bytes, 0, tokens, columns, activations)
+    launch(launcher, state, tasks[0], quantise, chunks)
+    launch(launcher, state, tasks[1], job, split_tiles(job, 1, blocks * tile_bytes_of_block, 1, threads))
 
 
 def linear_words(tokens: int, rows: int, activations_nbytes: int, own_sums: bool) -> int:
     """Words of 8 bytes that `run_linear` needs; activations_nbytes of all tokens."""
-    tables = LINEAR_INPUTS + 3 * tokens
+    tables = quantisation.JOB_FIELDS + kernel.JOB_FIELDS + 3 + 3 * tokens
     sums = (tokens * rows + 1) // 2 if own_sums else 0
     return -(-tables // 8) * 8 + -(-activations_nbytes // 8) + sums
 

@@ -7,14 +7,13 @@ the kernel's own function: `linear`, `packed_linear`, `rms_norm`, `rotary`, `dec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_kernels import expert_mlp_jobs, joint_kernel, packed_jobs, routing_kernel
+from cpu_kernels import expert_mlp_jobs, packed_jobs, routing_kernel
 from cpu_kernels import tape_kernel as kernel
 from cpu_kernels.activation_quantisation_kernel import ELEMENT_NUMBERS, KINDS
 from cpu_kernels.decode_attention_kernel import combine_task, run_task
@@ -36,8 +35,6 @@ from formats.bundle import BundleLayout
 from formats.packed import COLUMN_BLOCK
 
 _ALIGNMENT_BYTES = 64
-# Of the words of a packed linear layer, its workspace's address.
-_WORKSPACE = 15
 
 
 Spot = tuple[int, int]
@@ -103,35 +100,6 @@ class Tape:
 
     def packed_linear(self, x: int, weights: PackedWeights, bias: torch.Tensor | None, tokens: int, out: int) -> None:
         """See `packed_linear.packed_linear`; x and out are addresses of [tokens, K] and [tokens, N]."""
-        self._add(kernel.PACKED_LINEAR, *self._linear_words(x, weights, bias, tokens, out))
-
-    def packed_linears(
-        self, x: int, layers: Sequence[tuple[PackedWeights, torch.Tensor | None, int]], tokens: int
-    ) -> None:
-        """Several `packed_linear` of one x, which is quantised once, in one region of threads.
-
-        Args:
-            x: address of [tokens, K].
-            layers: weights, bias and the address of [tokens, N] of each; all of one K.
-            tokens: rows of x.
-
-        Raises:
-            ValueError: layers whose activations are not quantised alike.
-        """
-        kinds = {(weights.layout.columns, code_of_format(weights.layout.format).activation) for weights, _, _ in layers}
-        if len(kinds) != 1:
-            raise ValueError(f"packed_linears: expected layers of one width and kind of activations, found {kinds}")
-        words = 1 + joint_kernel.JOB_WORDS * len(layers)
-        table, inputs = self.scratch(words, torch.int64).data_ptr(), 0
-        for weights, bias, out in layers:
-            row = self._linear_words(x, weights, bias, tokens, out)
-            self._add(kernel.JOIN_LINEAR, *row, inputs, table, words)
-            inputs = inputs or row[_WORKSPACE] + 8 * packed_jobs.LINEAR_INPUTS
-        self._add(kernel.LAUNCH_JOINED, joint_kernel.joint_task(), table, words)
-
-    def _linear_words(
-        self, x: int, weights: PackedWeights, bias: torch.Tensor | None, tokens: int, out: int
-    ) -> tuple[int, ...]:
         layout = weights.layout
         code = code_of_format(layout.format)
         element = FORMAT_OF_DTYPE[self.dtype]
@@ -139,11 +107,11 @@ class Tape:
         activations_nbytes = tokens * blocks * BLOCK_NBYTES[code.activation]
         words = packed_jobs.linear_words(tokens, layout.rows, activations_nbytes, element != "fp32")
         size = self.dtype.itemsize
-        return (
-            tasks_of_format(layout.format).ctypes.data, KINDS[code.activation], code.codes_nbytes,
-            ELEMENT_NUMBERS[element], OUTPUT_NUMBERS[element], x, layout.columns * size, tokens, *weights.addresses,
-            0 if bias is None else bias.data_ptr(), layout.rows, layout.columns, out, layout.rows * size,
-            self.scratch(words, torch.int64).data_ptr(), words,
+        self._add(
+            kernel.PACKED_LINEAR, tasks_of_format(layout.format).ctypes.data, KINDS[code.activation],
+            code.codes_nbytes, ELEMENT_NUMBERS[element], OUTPUT_NUMBERS[element], x, layout.columns * size, tokens,
+            *weights.addresses, 0 if bias is None else bias.data_ptr(), layout.rows, layout.columns, out,
+            layout.rows * size, self.scratch(words, torch.int64).data_ptr(), words,
         )  # fmt: skip
 
     def rotary(

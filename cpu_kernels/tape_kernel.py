@@ -14,8 +14,6 @@ import numpy as np
 from cpu_kernels import packed_jobs
 from cpu_kernels.decode_attention_kernel import run_decode_attention
 from cpu_kernels.jit import carray, entry, inner, task_address
-from cpu_kernels.joint_kernel import enter_job, launch_jobs
-from cpu_kernels.launch import launch_at
 from cpu_kernels.linear_kernel import run_linear
 from cpu_kernels.rms_norm_kernel import run_rms_norm
 from cpu_kernels.rotary_kernel import run_rotary
@@ -45,9 +43,7 @@ WORDS = 26
     RUN_EXPERTS,
     PACKED_EXPERTS,
     WEIGHTED_SUM,
-    JOIN_LINEAR,  # as PACKED_LINEAR, but only prepared and entered into the table of a row to come
-    LAUNCH_JOINED,
-) = range(13)
+) = range(11)
 
 # Fields of a job of addition.
 _A, _B, _SUM, _COUNT, _ADD_FIELDS = range(5)
@@ -90,31 +86,13 @@ def _float(bits):
 
 
 @inner
-def _prepare_packed_linear(launcher, state, threads, row):
-    """Words: 1 tasks, 16 workspace, 17 its words, 18 table of inputs that were quantised before or 0."""
-    scratch = carray(int64_pointer(row[16]), (row[17],))
-    return packed_jobs.prepare_linear(
-        launcher, state, threads, carray(int64_pointer(row[1]), (2,)), row[2], row[3], row[4], row[5], row[6], row[7],
-        row[8], row[9], row[10], row[11], row[12], row[13], row[14], row[15], scratch, row[18],
-    )  # fmt: skip
-
-
-@inner
 def _run_packed_linear(launcher, state, threads, row):
-    chunks = _prepare_packed_linear(launcher, state, threads, row)
-    task = carray(int64_pointer(row[1]), (2,))[1]
-    launch_at(launcher, state, task, row[16] + 8 * packed_jobs.LINEAR_JOB, chunks)
-
-
-@inner
-def _join_packed_linear(launcher, state, threads, row):
-    """Words: as above, 19 address of the table, 20 its words; whose inputs are quantised here is its first."""
-    chunks = _prepare_packed_linear(launcher, state, threads, row)
-    task = carray(int64_pointer(row[1]), (2,))[1]
-    joined = carray(int64_pointer(row[19]), (row[20],))
-    if not row[18]:
-        joined[0] = 0
-    enter_job(joined, task, row[16] + 8 * packed_jobs.LINEAR_JOB, chunks)
+    tasks = carray(int64_pointer(row[1]), (2,))
+    scratch = carray(int64_pointer(row[16]), (row[17],))
+    packed_jobs.run_linear(
+        launcher, state, threads, tasks, row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[9], row[10],
+        row[11], row[12], row[13], row[14], row[15], scratch,
+    )  # fmt: skip
 
 
 @entry("int64(int64, int64, int64, int64[:, ::1], int64, int64)")
@@ -139,10 +117,6 @@ def run_tape(launcher, state, threads, tape, first, end):
             )  # fmt: skip
         elif kind == PACKED_LINEAR:
             _run_packed_linear(launcher, state, threads, row)
-        elif kind == JOIN_LINEAR:
-            _join_packed_linear(launcher, state, threads, row)
-        elif kind == LAUNCH_JOINED:
-            launch_jobs(launcher, state, row[1], carray(int64_pointer(row[2]), (row[3],)))
         elif kind == ROTARY:
             run_rotary(
                 launcher, state, row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[9], row[10],

@@ -71,28 +71,6 @@ def test_packed_linear(format, dtype, with_bias, pool):
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_packed_linears_are_one_by_one(tokens, pool):
-    x, rows = randn(tokens, 130, dtype=torch.bfloat16), (700, 16, 50)
-    weights, biases = [], [None, randn(16, seed=5), None]
-    for seed, count in enumerate(rows):
-        packed = (torch.from_numpy(part) for part in pack_matrix(randn(count, 130, seed=seed).numpy(), "int4"))
-        weights.append(PackedWeights(*packed, MatrixLayout(count, 130, "int4")))
-    found, expected = ([poisoned(tokens, count, dtype=x.dtype) for count in rows] for _ in range(2))
-    tape = Tape(x.dtype)
-    layers = [(own, bias, out.data_ptr()) for own, bias, out in zip(weights, biases, found, strict=True)]
-    tape.packed_linears(x.data_ptr(), layers, tokens)
-    for _ in range(2):
-        tape.play(pool)
-        for own, bias, out, other in zip(weights, biases, found, expected, strict=True):
-            packed_linear(x, own, other, bias, pool)
-            assert torch.equal(out, other)
-            out.fill_(torch.nan)
-    other_kind = PackedWeights(weights[0].codes, weights[0].scales, MatrixLayout(700, 140, "int4"))
-    with pytest.raises(ValueError, match="one width"):
-        Tape(x.dtype).packed_linears(0, [layers[1], (other_kind, None, 0)], tokens)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("past", [0, 1, 300])

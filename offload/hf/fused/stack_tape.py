@@ -111,7 +111,8 @@ class StackTape:
         x, residual, normed = (tensor.data_ptr() for tensor in (self.x, self.residual, self.normed))
         width, heads, kv_heads = parts.width, parts.heads, parts.kv_heads
         _norm(tape, parts.before, x, batch, at.normed)
-        _linears(tape, ((parts.q, at.q), (parts.k, at.k), (parts.v, at.v)), at.normed, batch)
+        for module, out in ((parts.q, at.q), (parts.k, at.k), (parts.v, at.v)):
+            _linear(tape, module, at.normed, batch, out)
         if parts.norms_first:
             _norms(tape, parts, batch, at.q, at.k)
         tape.rotary(
@@ -187,16 +188,6 @@ def _norms(tape: Tape, parts: DecoderParts, batch: int, q: int, k: int) -> None:
         if norm is not None:
             columns = len(norm.module.get_parameter("weight"))
             _norm(tape, norm, x, batch * heads * parts.width // columns, x)
-
-
-def _linears(tape: Tape, modules: Sequence[tuple[nn.Module, int]], x: int, tokens: int) -> None:
-    """Projections of one x, in one region of threads where they are quantised alike."""
-    packed = [(module.weights, module.bias, out) for module, out in modules if isinstance(module, QuantisedLinear)]
-    if len(packed) == len(modules) and len({weights.layout.format for weights, _, _ in packed}) == 1:
-        tape.packed_linears(x, packed, tokens)
-        return
-    for module, out in modules:
-        _linear(tape, module, x, tokens, out)
 
 
 def _linear(tape: Tape, module: nn.Module, x: int, tokens: int, out: int) -> None:
