@@ -15,6 +15,7 @@ from numba.core import cgutils, types
 
 from cpu_kernels.jit import carray, inner, intrinsic
 from cpu_kernels.kv_pairs_simd import PairShape, pairs_add_four_rows, pairs_store, pairs_zero, store_rounded
+from cpu_kernels.kv_vectors import prefetch
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_splat
 from cpu_kernels.simd import float32_pointer
 
@@ -51,13 +52,9 @@ def _prefetch_like(typingctx: Any, shape: Any, address: Any, panel_nbytes: Any) 
     kernel: PairShape = shape.shape
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        i8, i32 = ir.IntType(8), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        for_reading, into_all_levels, of_data = (ir.Constant(i32, value) for value in (0, 3, 1))
         _, address, panel_nbytes = arguments
         for _ in range(1 if kernel.format == "int4" else kernel.words // 2):
-            builder.call(prefetch, [builder.inttoptr(address, i8.as_pointer()), for_reading, into_all_levels, of_data])
+            prefetch(builder, address)
             address = builder.add(address, panel_nbytes)
         return context.get_dummy_value()
 

@@ -18,11 +18,11 @@ from numba.extending import models, register_model, typeof_impl
 
 from cpu_kernels.isa import supports
 from cpu_kernels.jit import intrinsic
+from cpu_kernels.kv_vectors import PIECE, broadcast, load, offset_by, pick
 from cpu_kernels.packing_simd import rows_type
 
-_WORDS = 8
-_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_I32X8, _I16X16, _F32X8 = ir.VectorType(_I32, _WORDS), ir.VectorType(_I16, 2 * _WORDS), ir.VectorType(_F32, _WORDS)
+_I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+_I32X8, _I16X16, _F32X8 = ir.VectorType(_I32, PIECE), ir.VectorType(_I16, 2 * PIECE), ir.VectorType(_F32, PIECE)
 _I8X16 = ir.VectorType(_I8, 16)
 
 
@@ -85,31 +85,9 @@ class _TileModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, ir.ArrayType(_I32X8, fe_type.heads * fe_type.words))
 
 
-def _splat(value: int) -> Any:
-    return ir.Constant(_I32X8, [value] * _WORDS)
-
-
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
-
-
-def _at(builder: Any, address: Any, offset: int) -> Any:
-    return builder.add(address, ir.Constant(_I64, offset)) if offset else address
-
-
-def _broadcast(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(ir.VectorType(value.type, _WORDS), ir.Undefined)
-    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, _splat(0))
-
-
-def _pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
-
-
 def int8_pairs(builder: Any, address: Any) -> list[Any]:
     """Two rows of 16 lanes as two vectors of pairs, in the order of lanes."""
-    return [builder.sext(_load(builder, _at(builder, address, 16 * half), _I8X16), _I16X16) for half in range(2)]
+    return [builder.sext(load(builder, offset_by(builder, address, 16 * half), _I8X16), _I16X16) for half in range(2)]
 
 
 # Of the vectors of `int4_pairs`: what codes are multiplied with, where masking is all that is done.
@@ -118,7 +96,7 @@ INT4_FACTORS = (1.0, 16.0, 1.0, 1.0)
 
 def int4_pairs(builder: Any, address: Any, first: int = 0, count: int = 4) -> list[Any]:
     """32 lanes of two rows, 8 lanes to a vector of pairs: `count` (2 or 4) of the four from `first` on."""
-    words = _load(builder, address, _I16X16)
+    words = load(builder, address, _I16X16)
     low, above_low, eight, twelve = (ir.Constant(_I16X16, [value] * 16) for value in (0x0F, 0xF0, 8, 12))
     pairs = []
     if first == 0:
@@ -137,7 +115,7 @@ def _multiply_pairs(builder: Any, shape: PairShape, codes: Any, weights: Any) ->
     products = []
     for odd in (0, 1):
         lanes = list(range(odd, 16, 2))
-        wide = [builder.sext(_pick(builder, one, one, lanes), _I32X8) for one in (codes, weights)]
+        wide = [builder.sext(pick(builder, one, one, lanes), _I32X8) for one in (codes, weights)]
         products.append(builder.mul(*wide))
     return builder.add(*products)
 
@@ -167,7 +145,7 @@ def pairs_add_four_rows(
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, value, rows, panel_nbytes, weights, weights_nbytes = arguments
         for pair in range(2):
-            at = _at(builder, rows, pair * kernel.pair_nbytes)
+            at = offset_by(builder, rows, pair * kernel.pair_nbytes)
             if kernel.format == "int4":
                 pieces = int4_pairs(builder, at, kernel.first, kernel.words)
             else:
@@ -175,9 +153,9 @@ def pairs_add_four_rows(
                 for _ in range(kernel.words // 2):
                     pieces += int8_pairs(builder, at)
                     at = builder.add(at, panel_nbytes)
-            weight = _at(builder, weights, 4 * pair)
+            weight = offset_by(builder, weights, 4 * pair)
             for head in range(kernel.heads):
-                factor = builder.bitcast(_broadcast(builder, _load(builder, weight, _I32)), _I16X16)
+                factor = builder.bitcast(broadcast(builder, load(builder, weight, _I32)), _I16X16)
                 weight = builder.add(weight, weights_nbytes)
                 for word, piece in enumerate(pieces):
                     place = head * kernel.words + word
@@ -203,13 +181,13 @@ def pairs_store(
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, value, scales, scales_nbytes, out, out_nbytes, add = arguments
         for head in range(kernel.heads):
-            scale = _broadcast(builder, _load(builder, scales, _F32))
+            scale = broadcast(builder, load(builder, scales, _F32))
             scales = builder.add(scales, scales_nbytes)
             for word in range(kernel.words):
                 number = builder.sitofp(builder.extract_value(value, head * kernel.words + word), _F32X8)
                 if kernel.format == "int4" and INT4_FACTORS[kernel.first + word] != 1:
                     number = builder.fmul(number, ir.Constant(_F32X8, [1 / INT4_FACTORS[kernel.first + word]] * 8))
-                at = builder.inttoptr(_at(builder, out, 4 * _WORDS * word), _F32X8.as_pointer())
+                at = builder.inttoptr(offset_by(builder, out, 4 * PIECE * word), _F32X8.as_pointer())
                 before = builder.select(add, builder.load(at, align=4), ir.Constant(_F32X8, None))
                 builder.store(builder.fadd(before, builder.fmul(number, scale)), at, align=4)
             out = builder.add(out, out_nbytes)

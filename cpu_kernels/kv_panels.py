@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 
 from cpu_kernels.jit import inner, intrinsic
 from cpu_kernels.kv_simd import (
@@ -20,6 +20,7 @@ from cpu_kernels.kv_simd import (
     panel_store,
     panel_zero,
 )
+from cpu_kernels.kv_vectors import offset_by, prefetch
 
 _ONE_BY_ONE, _ONE_BY_FOUR = PanelShape(1, 1), PanelShape(1, 4)
 _TWO_BY_ONE, _TWO_BY_TWO = PanelShape(2, 1), PanelShape(2, 2)
@@ -54,13 +55,8 @@ def _prefetch_like(typingctx: Any, code: Any, shape: Any, address: Any) -> Any:
     lines = 4 * code.code.row_nbytes * shape.shape.panels // 64
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        i8, i32 = ir.IntType(8), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        for_reading, into_all_levels, of_data = (ir.Constant(i32, value) for value in (0, 3, 1))
         for line in range(lines):
-            at = builder.inttoptr(builder.add(arguments[2], ir.Constant(ir.IntType(64), 64 * line)), i8.as_pointer())
-            builder.call(prefetch, [at, for_reading, into_all_levels, of_data])
+            prefetch(builder, offset_by(builder, arguments[2], 64 * line))
         return context.get_dummy_value()
 
     return types.void(code, shape, types.int64), codegen

@@ -28,8 +28,9 @@ from numba.extending import models, register_model, typeof_impl
 from cpu_kernels.isa import converts_fp16
 from cpu_kernels.jit import intrinsic
 from cpu_kernels.kv_pairs_simd import INT4_FACTORS, int4_pairs, int8_pairs
+from cpu_kernels.kv_vectors import PIECE, broadcast, load, offset_by, pick, splat
+from formats.kv import PAIRED_FORMATS
 
-PIECE = 8
 FP8_FACTOR = 256.0
 _Codegen = Callable[[Any, Any, Any, Any], Any]
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -57,7 +58,7 @@ class KvCode:
     @property
     def has_pairs(self) -> bool:
         """Whether rows lie in pairs."""
-        return self.format in ("int8", "int4")
+        return self.format in PAIRED_FORMATS
 
     @property
     def row_nbytes(self) -> int:
@@ -127,18 +128,6 @@ def _tile_type(code: KvCode, shape: PanelShape) -> PanelTileType:
     return PanelTileType(shape.heads, 2 * shape.panels)
 
 
-def _splat(kind: Any, value: int | float) -> Any:
-    return ir.Constant(kind, [value] * kind.count)
-
-
-def _at(builder: Any, address: Any, offset: int) -> Any:
-    return builder.add(address, ir.Constant(_I64, offset)) if offset else address
-
-
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
-
-
 def _store(builder: Any, address: Any, value: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
@@ -148,45 +137,35 @@ def _call(builder: Any, name: str, *arguments: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
 
 
-def _broadcast(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(ir.VectorType(value.type, PIECE), ir.Undefined)
-    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, _splat(_I32X8, 0))
-
-
-def _pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
-
-
 def _fp8_piece(builder: Any, raw: Any, code: KvCode) -> Any:
     """8 bytes of e4m3 as numbers / 256."""
     if code.halves:
         kind = ir.VectorType(_I16, PIECE)
-        moved = builder.shl(builder.sext(raw, kind), _splat(kind, 7))
-        halves = builder.bitcast(builder.and_(moved, _splat(kind, 0xBF80)), ir.VectorType(_F16, PIECE))
+        moved = builder.shl(builder.sext(raw, kind), splat(kind, 7))
+        halves = builder.bitcast(builder.and_(moved, splat(kind, 0xBF80)), ir.VectorType(_F16, PIECE))
         return builder.fpext(halves, _F32X8)
-    moved = builder.shl(builder.sext(raw, _I32X8), _splat(_I32X8, 20))
-    numbers = builder.bitcast(builder.and_(moved, _splat(_I32X8, 0x87F00000)), _F32X8)
-    return builder.fmul(numbers, _splat(_F32X8, 2.0**112))
+    moved = builder.shl(builder.sext(raw, _I32X8), splat(_I32X8, 20))
+    numbers = builder.bitcast(builder.and_(moved, splat(_I32X8, 0x87F00000)), _F32X8)
+    return builder.fmul(numbers, splat(_F32X8, 2.0**112))
 
 
 def _row(builder: Any, code: KvCode, address: Any) -> list[Any]:
     """One row of a panel of 16 lanes as two pieces; those of bf16 are its even and its odd lanes."""
     if code.format == "bf16":
-        pairs = _load(builder, address, _I32X8)
-        even = builder.shl(pairs, _splat(_I32X8, 16))
-        odd = builder.and_(pairs, _splat(_I32X8, 0xFFFF0000))
+        pairs = load(builder, address, _I32X8)
+        even = builder.shl(pairs, splat(_I32X8, 16))
+        odd = builder.and_(pairs, splat(_I32X8, 0xFFFF0000))
         return [builder.bitcast(even, _F32X8), builder.bitcast(odd, _F32X8)]
     pieces = []
     for piece in range(2):
-        at = _at(builder, address, piece * code.row_nbytes // 2)
+        at = offset_by(builder, address, piece * code.row_nbytes // 2)
         if code.format == "fp32":
-            pieces.append(_load(builder, at, _F32X8))
+            pieces.append(load(builder, at, _F32X8))
         elif code.format == "fp16":
-            halves = builder.bitcast(_load(builder, at, ir.VectorType(_I16, PIECE)), ir.VectorType(_F16, PIECE))
+            halves = builder.bitcast(load(builder, at, ir.VectorType(_I16, PIECE)), ir.VectorType(_F16, PIECE))
             pieces.append(builder.fpext(halves, _F32X8))
         else:
-            pieces.append(_fp8_piece(builder, _load(builder, at, ir.VectorType(_I8, PIECE)), code))
+            pieces.append(_fp8_piece(builder, load(builder, at, ir.VectorType(_I8, PIECE)), code))
     return pieces
 
 
@@ -195,7 +174,7 @@ def _in_lane_order(builder: Any, code: KvCode, pieces: list[Any]) -> list[Any]:
         ordered = []
         for even, odd in zip(pieces[::2], pieces[1::2], strict=True):
             lanes = [lane // 2 + (lane % 2) * PIECE for lane in range(2 * PIECE)]
-            ordered += [_pick(builder, even, odd, lanes[:PIECE]), _pick(builder, even, odd, lanes[PIECE:])]
+            ordered += [pick(builder, even, odd, lanes[:PIECE]), pick(builder, even, odd, lanes[PIECE:])]
         return ordered
     return pieces
 
@@ -226,14 +205,14 @@ def _rows_intrinsic(name: str, rows: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, value, panel, panel_nbytes, weights, weights_nbytes = arguments
             for row in range(rows):
-                at = _at(builder, panel, row * kernel.row_nbytes)
+                at = offset_by(builder, panel, row * kernel.row_nbytes)
                 pieces = []
                 for _ in range(tile.pieces // 2):
                     pieces += _row(builder, kernel, at)
                     at = builder.add(at, panel_nbytes)
-                weight = _at(builder, weights, 4 * row)
+                weight = offset_by(builder, weights, 4 * row)
                 for head in range(tile.heads):
-                    factor = _broadcast(builder, _load(builder, weight, _F32))
+                    factor = broadcast(builder, load(builder, weight, _F32))
                     weight = builder.add(weight, weights_nbytes)
                     for index, piece in enumerate(pieces):
                         place = head * tile.pieces + index
@@ -266,8 +245,8 @@ def _store_intrinsic(name: str, add: bool) -> Any:
             for head in range(tile.heads):
                 pieces = [builder.extract_value(value, head * tile.pieces + piece) for piece in range(tile.pieces)]
                 for piece, total in enumerate(_in_lane_order(builder, kernel, pieces)):
-                    at = _at(builder, out, 4 * PIECE * piece)
-                    _store(builder, at, builder.fadd(_load(builder, at, _F32X8), total) if add else total)
+                    at = offset_by(builder, out, 4 * PIECE * piece)
+                    _store(builder, at, builder.fadd(load(builder, at, _F32X8), total) if add else total)
                 out = builder.add(out, out_nbytes)
             return context.get_dummy_value()
 
@@ -299,14 +278,14 @@ def expand_rows_at_once(typingctx: Any, code: Any, rows: Any, out: Any, out_nbyt
             pairs = int8_pairs(builder, rows)
             factors: tuple[float, ...] = (1.0,) * len(pairs)
             if kernel.format == "int4":
-                pairs = [*int4_pairs(builder, rows), *int4_pairs(builder, _at(builder, rows, 32))]
+                pairs = [*int4_pairs(builder, rows), *int4_pairs(builder, offset_by(builder, rows, 32))]
                 factors = INT4_FACTORS * 2
             written = [_codes_of_row(builder, pairs, factors, row) for row in range(2)]
         else:
             written = [_in_lane_order(builder, kernel, _row(builder, kernel, rows))]
         for pieces in written:
             for index, piece in enumerate(pieces):
-                _store(builder, _at(builder, out, 4 * PIECE * index), piece)
+                _store(builder, offset_by(builder, out, 4 * PIECE * index), piece)
             out = builder.add(out, out_nbytes)
         return context.get_dummy_value()
 
@@ -317,10 +296,10 @@ def _codes_of_row(builder: Any, pairs: list[Any], factors: tuple[float, ...], ro
     """The codes of the first or the second row of pairs as fp32."""
     pieces = []
     for pair, factor in zip(pairs, factors, strict=True):
-        words, half = builder.bitcast(pair, _I32X8), _splat(_I32X8, 16)
+        words, half = builder.bitcast(pair, _I32X8), splat(_I32X8, 16)
         codes = builder.ashr(words if row else builder.shl(words, half), half)
         number = builder.sitofp(codes, _F32X8)
-        pieces.append(number if factor == 1 else builder.fmul(number, _splat(_F32X8, 1 / factor)))
+        pieces.append(number if factor == 1 else builder.fmul(number, splat(_F32X8, 1 / factor)))
     return pieces
 
 
@@ -354,12 +333,12 @@ def dot_rows(
         totals = list(sums)
         for half in range(2):
             factors = [
-                _load(builder, _at(builder, builder.add(query, builder.mul(ir.Constant(_I64, head), query_nbytes)),
+                load(builder, offset_by(builder, builder.add(query, builder.mul(ir.Constant(_I64, head), query_nbytes)),
                                    32 * half), _F32X8)
                 for head in range(DOT_HEADS)
             ]  # fmt: skip
             for token in range(DOT_TOKENS):
-                row = _load(builder, _at(builder, at, 64 * token + 32 * half), _F32X8)
+                row = load(builder, offset_by(builder, at, 64 * token + 32 * half), _F32X8)
                 for head in range(DOT_HEADS):
                     place = head * DOT_TOKENS + token
                     totals[place] = _call(builder, "llvm.fma.v8f32", row, factors[head], totals[place])
@@ -377,7 +356,9 @@ def dot_rows(
         builder.position_at_end(done)
         for head in range(DOT_HEADS):
             for token in range(DOT_TOKENS):
-                _store(builder, _at(builder, out, 4 * token), _sum_lanes(builder, totals[head * DOT_TOKENS + token]))
+                _store(
+                    builder, offset_by(builder, out, 4 * token), _sum_lanes(builder, totals[head * DOT_TOKENS + token])
+                )
             out = builder.add(out, out_nbytes)
         return context.get_dummy_value()
 
@@ -389,6 +370,6 @@ def _sum_lanes(builder: Any, vector: Any) -> Any:
     lanes = PIECE
     while lanes > 1:
         lanes //= 2
-        low = _pick(builder, vector, vector, list(range(lanes)))
-        vector = builder.fadd(low, _pick(builder, vector, vector, list(range(lanes, 2 * lanes))))
+        low = pick(builder, vector, vector, list(range(lanes)))
+        vector = builder.fadd(low, pick(builder, vector, vector, list(range(lanes, 2 * lanes))))
     return builder.extract_element(vector, ir.Constant(_I32, 0))

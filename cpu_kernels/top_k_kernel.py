@@ -23,7 +23,7 @@ def choose_top_k(elements, logits, ids, shares, queue):
         logits: [E].
         ids: int64 [k], written.
         shares: fp32 [E], written: exp(logit - largest logit), the probabilities but for their sum.
-        queue: int64 [E], scratch for the order of equals; [0 of them] where torch's is not known.
+        queue: int64 [E], scratch for the order of equals; empty where torch's is not known.
 
     Returns:
         Whether the choice is clear. If one is NaN, it is not; if two of the k + 1 largest are equal, only where the

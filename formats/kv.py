@@ -45,6 +45,7 @@ INT4_LANES = 64
 INT4_GROUP = 32
 _CODE_BITS = {"fp8_e4m3": 8, "int8": 8, "int4": 4}
 KV_FORMATS = (*ELEMENT_FORMATS, *_CODE_BITS)
+PAIRED_FORMATS = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class KvLayout:
     @property
     def has_pairs(self) -> bool:
         """Whether rows of panels lie in pairs."""
-        return self.format in ("int8", "int4")
+        return self.format in PAIRED_FORMATS
 
     @property
     def lanes(self) -> int:

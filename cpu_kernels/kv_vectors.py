@@ -1,0 +1,48 @@
+# mypy: allow-untyped-calls
+"""LLVM code that the kernels of KV blocks share: vectors of 8 lanes at addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+PIECE = 8
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+def offset_by(builder: Any, address: Any, offset: int) -> Any:
+    """An address some bytes further on."""
+    return builder.add(address, ir.Constant(_I64, offset)) if offset else address
+
+
+def load(builder: Any, address: Any, kind: Any) -> Any:
+    """What lies at an address, aligned or not."""
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def splat(kind: Any, value: int | float) -> Any:
+    """A vector constant with one value in all lanes."""
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def broadcast(builder: Any, value: Any) -> Any:
+    """A vector of 8 lanes with one value in all of them."""
+    undefined = ir.Constant(ir.VectorType(value.type, PIECE), ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, undefined, splat(ir.VectorType(_I32, PIECE), 0))
+
+
+def pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    """A vector of some lanes of two, those of the second numbered after the first's."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at an address for reading, into all levels; it need not exist."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    for_reading, into_all_levels, of_data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+    pointer = builder.inttoptr(address, _I8.as_pointer())
+    builder.call(function, [pointer, for_reading, into_all_levels, of_data])
