@@ -9,7 +9,7 @@ from cpu_kernels.decode_attention import decode_attention
 from cpu_kernels.decode_attention_reference import decode_attention_reference
 from cpu_kernels.threads import shared_pool
 from offload.devices.host_threads import kernel_pool
-from tests.cpu_kernels.tensors import DTYPES, poisoned, random
+from tests.cpu_kernels.tensors import DTYPES, attention_inputs
 
 # One token; a run's end; several runs; one head a group; widths that differ and have tails; several sequences.
 SHAPES = [
@@ -22,15 +22,7 @@ SHAPES = [
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As a model has them: a transposed query, and a cache that has room for more, which is poison."""
-    batch, heads, kv_heads, tokens, width, value_width = shape
-    query = poisoned(random((batch, 1, heads, width), dtype, 1)).transpose(1, 2)
-    parts = []
-    for seed, columns in ((2, width), (3, value_width)):
-        room = torch.full((batch, kv_heads, tokens + 9, columns), torch.nan, dtype=dtype)
-        room[:, :, :tokens] = random((batch, kv_heads, tokens, columns), dtype, seed)
-        parts.append(room[:, :, :tokens])
-    return query, parts[0], parts[1]
+    return attention_inputs(*shape[:3], 1, *shape[3:], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,7 @@ import torch
 from cpu_kernels.prompt_attention import prompt_attention
 from cpu_kernels.threads import shared_pool
 from offload.devices.host_threads import kernel_pool
-from tests.cpu_kernels.tensors import DTYPES, poisoned, random
+from tests.cpu_kernels.tensors import DTYPES, attention_inputs
 
 # Batch, heads, key-value heads, new tokens, all tokens, widths: a whole block and one more; a part of a prompt; one
 # head a group; widths that differ and have tails; several tiles of rows and runs of blocks.
@@ -35,22 +35,10 @@ def _reference(
     return (torch.softmax(scores, -1).nan_to_num(0.0) @ v).transpose(1, 2)
 
 
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As a model has them: a transposed query, and a cache that has room for more, which is poison."""
-    batch, heads, kv_heads, new, tokens, width, value_width = shape
-    query = poisoned(random((batch, new, heads, width), dtype, 1)).transpose(1, 2)
-    parts = []
-    for seed, columns in ((2, width), (3, value_width)):
-        room = torch.full((batch, kv_heads, tokens + 9, columns), torch.nan, dtype=dtype)
-        room[:, :, :tokens] = random((batch, kv_heads, tokens, columns), dtype, seed)
-        parts.append(room[:, :, :tokens])
-    return query, parts[0], parts[1]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_float64(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    query, key, value = _inputs(shape, dtype)
+    query, key, value = attention_inputs(*shape, dtype)
     found = prompt_attention(query, key, value, 0.3, pool=kernel_pool())
     exact = _reference(query, key, value, 0.3)
     bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5 * value.double().abs().max()
@@ -60,7 +48,7 @@ def test_equals_float64(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 
 
 def test_padding_is_not_seen_and_sees_nothing_before_it() -> None:
-    query, key, value = _inputs((2, 4, 2, 70, 90, 16, 16), torch.float32)
+    query, key, value = attention_inputs(2, 4, 2, 70, 90, 16, 16, torch.float32)
     valid = np.ones((2, 90), np.bool_)
     valid[0, :30] = False
     found = prompt_attention(query, key, value, 0.3, valid=valid, pool=kernel_pool())
@@ -69,7 +57,7 @@ def test_padding_is_not_seen_and_sees_nothing_before_it() -> None:
 
 
 def test_bits_do_not_depend_on_threads_or_other_sequences() -> None:
-    query, key, value = _inputs((2, 6, 3, 80, 300, 32, 32), torch.bfloat16)
+    query, key, value = attention_inputs(2, 6, 3, 80, 300, 32, 32, torch.bfloat16)
     expected = prompt_attention(query, key, value, 0.2, pool=shared_pool(1))
     for pool in (shared_pool(3), kernel_pool()):
         assert torch.equal(prompt_attention(query, key, value, 0.2, pool=pool), expected)
@@ -78,7 +66,7 @@ def test_bits_do_not_depend_on_threads_or_other_sequences() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    query, key, value = _inputs((1, 4, 2, 20, 20, 16, 16), torch.float32)
+    query, key, value = attention_inputs(1, 4, 2, 20, 20, 16, 16, torch.float32)
     wrong = [
         (query, key[:, :, :19], value[:, :, :19]),
         (query[:, :3], key, value),
