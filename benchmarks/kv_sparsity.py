@@ -31,7 +31,9 @@ from placement.kv import SETTINGS
 MODEL = Path(examples.tiny_recall.__file__).parent / "model"
 SELECTED = 0.05
 POINT = 0.01
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
+# A few rows of these are multiplied with weights of 16 bits.
+ROUNDED_TOLERANCE = 1e-4
 _DEPTHS = 5
 _HEADS, _KV_HEADS, _WIDTH = 32, 4, 128
 _CHUNK_TOKENS = 4096
@@ -170,4 +172,5 @@ def _gate(report: Report, title: str, table: BlockTable, query: torch.Tensor) ->
     out, lse = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     found = merge_parts(out, lse, None)
     off = float((found - attend_in_place(table, query, 0.1)).abs().max())
-    report.gate(title, off <= TOLERANCE, f"{off:.1e} apart, tolerance {TOLERANCE:.0e}")
+    tolerance = ROUNDED_TOLERANCE if (table.layouts.packed or table.layouts.plain).has_pairs else TOLERANCE
+    report.gate(title, off <= tolerance, f"{off:.1e} apart, tolerance {tolerance:.0e}")
