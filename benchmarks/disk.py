@@ -155,11 +155,15 @@ def _compare(
     report.target("engine / raw O_DIRECT loop", ratio.median, "at least", 0.90)
 
 
-def expert_blocks(work: Path, checkpoint: Path, nbytes: int, seed: int = 0) -> tuple[Sequence[Path], list[Block]]:
+def expert_blocks(work: Path, checkpoint: Path, nbytes: int) -> tuple[Sequence[Path], list[Block]]:
     """The shards of a checkpoint's store, and reads of random bundles of about so many bytes together."""
     store, plan, bundles = _store_of(work, checkpoint)
+    return store.shard_paths, _sample(store, plan, bundles, nbytes, seed=0)
+
+
+def _sample(store: ExpertStore, plan: Plan, bundles: Bundles, nbytes: int, seed: int) -> list[Block]:
     count = max(1, min(nbytes // plan.slot_nbytes, len(bundles)))
-    return store.shard_paths, _blocks(store, plan, random.Random(seed).sample(bundles, count))
+    return _blocks(store, plan, random.Random(seed).sample(bundles, count))
 
 
 def _store_of(work: Path, checkpoint: Path) -> tuple[ExpertStore, Plan, Bundles]:
@@ -173,10 +177,9 @@ def _store_of(work: Path, checkpoint: Path) -> tuple[ExpertStore, Plan, Bundles]
 def raw_expert_bandwidth(work: Path, checkpoint: Path, nbytes: int = 512 << 20) -> float:
     """Bytes per second of raw reads of random bundles; the median of three."""
     store, plan, bundles = _store_of(work, checkpoint)
-    count = max(1, min(nbytes // plan.slot_nbytes, len(bundles)))
     speeds = []
     for seed in range(3):
-        blocks = _blocks(store, plan, random.Random(seed).sample(bundles, count))
+        blocks = _sample(store, plan, bundles, nbytes, seed)
         seconds = read_blocks(store.shard_paths, blocks, plan.reader_threads)
         speeds.append(sum(block.nbytes for block in blocks) / seconds)
     return statistics.median(speeds)

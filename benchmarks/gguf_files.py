@@ -5,6 +5,8 @@ llama.cpp's converter wants a tokenizer; a random checkpoint has none, and needs
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,15 @@ _EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj":
 
 def ensure_gguf(checkpoint: Path, work: Path) -> Path:
     """The bf16 GGUF of a Qwen3-MoE checkpoint; written unless it is there."""
-    path = work / "gguf" / f"{checkpoint.name}-bf16.gguf"
+    return _written_once(work, f"{checkpoint.name}-bf16.gguf", partial(_write, checkpoint))
+
+
+def _written_once(work: Path, name: str, write: Callable[[Path], None]) -> Path:
+    path = work / "gguf" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
-        _write(checkpoint, unfinished)
+        write(unfinished)
         unfinished.rename(path)
     return path
 
@@ -70,13 +76,7 @@ def ensure_random_gguf(config: Any, work: Path, name: str) -> Path:
 
     Matrices are turns of one of gaussian weights, so that a model larger than memory is written at the disk's pace.
     """
-    path = work / "gguf" / f"{name}-random-q4_0.gguf"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        _write_random(config, unfinished)
-        unfinished.rename(path)
-    return path
+    return _written_once(work, f"{name}-random-q4_0.gguf", partial(_write_random, config))
 
 
 def _write_random(config: Any, path: Path) -> None:

@@ -19,6 +19,7 @@ from benchmarks.equality import gate_close, relative_rms
 from benchmarks.harness import Report, Spread, interleave
 from benchmarks.machine import read_bandwidth, require_memory
 from offload.devices.base import Device, ExpertBatch, Slab
+from offload.errors import UnsupportedOperationError
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.moe.layer import ExpertsLayer
 from offload.runtime import Runtime
@@ -71,7 +72,7 @@ class NullDevice(Device):
 
     def allocate(self, nbytes: int) -> Slab:
         """Refused: the slots belong to another device."""
-        raise NotImplementedError
+        raise UnsupportedOperationError("the null device has no slots: allocate on the device that it stands for")
 
     def run_experts(self, layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Leaves `out` as it is."""

@@ -223,12 +223,11 @@ def parse_sparsity(value: object) -> KvSparsity:
     )
     if not isinstance(value, str):
         raise expected
-    method, _, share = value.partition(":")
     try:
-        found = KvSparsity(method, float(share))
+        found = KvSparsity.parse(value)
     except ValueError:
         raise expected from None
-    if method not in SPARSITY_METHODS or not 0 < found.share <= 1:
+    if found.method not in SPARSITY_METHODS or not 0 < found.share <= 1:
         raise expected
     return found
 

@@ -28,7 +28,11 @@ class KvSparsity:
 
     @classmethod
     def parse(cls, text: str) -> KvSparsity:
-        """Of what `str` gives."""
+        """Of what `str` gives; neither name nor share is checked.
+
+        Raises:
+            ValueError: the share is no number.
+        """
         method, _, share = text.partition(":")
         return cls(method, float(share))
 
