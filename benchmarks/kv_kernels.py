@@ -14,9 +14,11 @@ import torch
 from benchmarks.equality import gate_close, relative_rms
 from benchmarks.harness import Report, Spread, interleave, ratios, say
 from benchmarks.machine import require_memory
-from cpu_kernels.block_selection import attend_to_blocks, choose_blocks, largest_scores
+from cpu_kernels.block_selection import attend_to_blocks, choose_blocks
+from cpu_kernels.key_sketch import estimate_largest_scores, sketch_blocks
 from cpu_kernels.paged_attention import paged_attention
 from cpu_kernels.paged_attention_reference import paged_attention_reference
+from formats.key_sketch import SketchLayout
 from formats.kv import KV_FORMATS, KvLayout
 from formats.kv_pack import pack_kv_block
 from offload.devices.host_threads import kernel_pool
@@ -220,9 +222,9 @@ def _measure_selection(report: Report, histories: _Histories, rounds: int) -> No
     """A step that attends to the best blocks by landmarks, the choice included, beside one that attends to all."""
     layout, blocks = histories.layout, histories.blocks
     title = f"{SELECTED:.0%} of blocks by landmarks, {layout.format}, head {layout.key_width}"
-    shape = 1, layout.kv_heads, blocks, layout.key_width
-    generator = torch.Generator().manual_seed(0)
-    smallest, largest = -torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)
+    sketch = SketchLayout(layout.key_width, layout.block_tokens)
+    keys = torch.randn(layout.kv_heads, layout.block_tokens, layout.key_width, generator=torch.Generator().manual_seed(0))
+    sketches = sketch_blocks(keys, sketch)[None, :, None].repeat(1, 1, blocks, 1)
     addresses = histories.addresses[:blocks]
     count = max(1, round(SELECTED * blocks))
     all_chosen = choose_blocks(torch.zeros(1, layout.kv_heads, blocks), blocks)
@@ -235,7 +237,7 @@ def _measure_selection(report: Report, histories: _Histories, rounds: int) -> No
 
     def selected() -> float:
         before = perf_counter()
-        attend(choose_blocks(largest_scores(histories.query, smallest, largest), count))
+        attend(choose_blocks(estimate_largest_scores(histories.query, sketches, sketch, kernel_pool()), count))
         return perf_counter() - before
 
     found, exact = attend(all_chosen).double().numpy(), histories.attend(addresses)[0].double().numpy()

@@ -1,10 +1,4 @@
-"""Attention to a few blocks of a history, chosen by landmarks: lossy, and not a byte of the other blocks is read.
-
-A block's landmarks are the smallest and the largest number of each channel of its keys. With them a query's largest
-possible score in a block is known without its keys (Quest, Tang et al., 2024):
-
-    q · k <= sum over channels of max(q_c smallest_c, q_c largest_c)
-"""
+"""Attention to a few blocks of a history, chosen by scores: lossy, and not a byte of the other blocks is read."""
 
 from __future__ import annotations
 
@@ -20,36 +14,6 @@ from formats.kv import KvLayout
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
-
-
-def landmarks(keys: torch.Tensor, block_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest and the largest key of each block, channel by channel.
-
-    Args:
-        keys: [..., tokens, D], tokens a multiple of block_tokens.
-        block_tokens: of a block.
-
-    Returns:
-        fp32 [..., blocks, D], twice.
-    """
-    blocks = keys.float().reshape(*keys.shape[:-2], -1, block_tokens, keys.shape[-1])
-    return blocks.amin(-2), blocks.amax(-2)
-
-
-def largest_scores(query: torch.Tensor, smallest: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """A bound on the scores, before scaling, that any query of a key-value head has in each block.
-
-    Args:
-        query: [B, Hq, T, D].
-        smallest: fp32 [B, Hk, C, D], of `landmarks`.
-        largest: fp32 [B, Hk, C, D].
-
-    Returns:
-        fp32 [B, Hk, C].
-    """
-    batch, kv_heads = smallest.shape[:2]
-    q = query.float().reshape(batch, kv_heads, -1, query.shape[3])
-    return (q.clamp_min(0) @ largest.mT + q.clamp_max(0) @ smallest.mT).amax(2)
 
 
 def choose_blocks(scores: torch.Tensor, count: int, always: int = 1) -> Int64:

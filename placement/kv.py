@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from formats.elements import ELEMENT_FORMATS
+from formats.key_sketch import SketchLayout
 from formats.kv import KvLayout
 from placement.kv_settings import KvSettings
 from placement.kv_sparsity import KvSparsity
@@ -159,14 +160,12 @@ def plan_kv(spec: ModelSpec, workload: Workload, choice: KvChoice, room_nbytes: 
 
 
 def landmarks_nbytes(spec: ModelSpec, batch: int, tokens: int, sparsity: KvSparsity | None) -> int:
-    """Bytes of what is known of blocks without reading them: two fp32 numbers of each channel of a block's keys.
-
-    As much again is room to grow.
-    """
+    """Bytes of what is known of blocks without reading them, a sketch of each; as much again is room to grow."""
     if sparsity is None or sparsity.evicts:
         return 0
     blocks = -(-tokens // SETTINGS.block_tokens)
-    return 2 * batch * blocks * sum(shape.heads * shape.key_width * 8 for shape in _shapes(spec))
+    sketches = (shape.heads * SketchLayout(shape.key_width, SETTINGS.block_tokens).nbytes for shape in _shapes(spec))
+    return 2 * batch * blocks * sum(sketches)
 
 
 def fixed_nbytes(spec: ModelSpec, workload: Workload) -> int:

@@ -169,17 +169,20 @@ def test_plans_count_landmarks(tiny_checkpoint: TinyCheckpoint) -> None:
         offload.plan(tiny_checkpoint("qwen3_moe"), kv_sparsity=sparsity, **sizes)
         for sparsity in (None, "top-k:0.05", "h2o:0.2")
     )
-    # 7 blocks, 3 layers, 2 heads of 16 channels, two numbers of fp32, twice for room.
-    assert with_top_k.kv.landmarks_nbytes == 2 * 7 * 3 * 2 * 16 * 8
+    # 7 blocks, 3 layers, 2 heads: middles, spreads, and factors and signs of 64 tokens, of 64 channels, twice for room.
+    assert with_top_k.kv.landmarks_nbytes == 2 * 7 * 3 * 2 * (4 * 64 + 2 * 64 + 8 * 64)
     assert without.kv.sparsity is None and without.kv.landmarks_nbytes == evicting.kv.landmarks_nbytes == 0
     assert with_top_k.ram.kv_nbytes > without.ram.kv_nbytes
     assert offload.Plan.from_json(with_top_k.to_json()) == with_top_k
 
 
-def test_a_twentieth_of_the_blocks_recalls_as_all_of_them_do(store_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fillers", [4, 32])
+def test_a_twentieth_of_the_blocks_recalls_as_all_of_them_do(
+    fillers: int, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kv, "SETTINGS", KvSettings())
     generator = torch.Generator().manual_seed(11)
-    contexts = [tell_facts(8192, 20, generator, fillers=4) for _ in range(11)]
+    contexts = [tell_facts(8192, 20, generator, fillers) for _ in range(11)]
     found = []
     for options in ({"prefix_cache": 1}, {"kv_sparsity": "top-k:0.05", "kv_ram": "6MiB"}):
         model = offload.load(

@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_kernels.block_selection import landmarks
+from cpu_kernels.key_sketch import estimate_largest_scores, sketch_blocks
 from cpu_kernels.kv_blocks import read_tokens
+from formats.key_sketch import SketchLayout
+from offload.devices.host_threads import kernel_pool
 
 if TYPE_CHECKING:
     from offload.kv.table import BlockTable
@@ -18,7 +20,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 class Landmarks:
-    """The smallest and largest number of each channel of the keys of every sealed block of a table, as it is kept.
+    """Sketches of the keys of every sealed block of a table, as it is kept.
 
     Attributes:
         columns: blocks of each sequence that they are known of.
@@ -26,35 +28,38 @@ class Landmarks:
 
     def __init__(self) -> None:
         self.columns = 0
-        self._bounds = torch.empty(2, 0, 0, 0, 0)
+        self._layout = SketchLayout(0, 0)
+        self._sketches = torch.empty(0, 0, 0, 0, dtype=torch.uint8)
 
-    def bounds(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the first so many blocks: smallest and largest, fp32 [sequences, heads, columns, key width]."""
-        return self._bounds[0, :, :, :columns], self._bounds[1, :, :, :columns]
+    def largest_scores(self, query: torch.Tensor, columns: int) -> torch.Tensor:
+        """Of the first so many blocks, see `estimate_largest_scores`: fp32 [sequences, heads, columns]."""
+        return estimate_largest_scores(query, self._sketches[:, :, :columns], self._layout, kernel_pool())
 
     def add(self, table: BlockTable, column: int) -> None:
         """Those of a column's blocks, which are in memory. The caller holds the pool's lock."""
         assert column == self.columns
         layout = table.layouts.packed or table.layouts.plain
-        self._reserve(table.sequences, layout.kv_heads, column + 1, layout.key_width)
+        self._layout = SketchLayout(layout.key_width, layout.block_tokens)
+        self._reserve(table.sequences, layout.kv_heads, column + 1)
         blocks, rows = np.unique(table.all_blocks(column + 1)[:, column], return_inverse=True)
         found = []
         for block in blocks:
             keys, _ = read_tokens(table.pool.addresses[[block]], 0, layout.block_tokens, layout)
-            found.append(torch.stack(landmarks(keys, layout.block_tokens)))
-        self._bounds[:, :, :, column] = torch.stack(found, 1)[:, rows, :, 0]
+            found.append(sketch_blocks(keys, self._layout))
+        self._sketches[:, :, column] = torch.stack(found)[rows]
         self.columns = column + 1
 
-    def _reserve(self, sequences: int, heads: int, columns: int, width: int) -> None:
-        room = self._bounds.shape[3]
+    def _reserve(self, sequences: int, heads: int, columns: int) -> None:
+        room = self._sketches.shape[2]
         if self.columns == 0:
             room = 0
         if columns > room:
-            # Twice what there was, so that growing copies each number a few times at most.
-            wider = torch.empty(2, sequences, heads, max(columns, 2 * room, 16), width)
+            # Twice what there was, so that growing copies each sketch a few times at most.
+            shape = sequences, heads, max(columns, 2 * room, 16), self._layout.nbytes
+            wider = torch.empty(shape, dtype=torch.uint8)
             if room:
-                wider[:, :, :, : self.columns] = self._bounds[:, :, :, : self.columns]
-            self._bounds = wider
+                wider[:, :, : self.columns] = self._sketches[:, :, : self.columns]
+            self._sketches = wider
 
     def cut(self, columns: int) -> None:
         """Forget all but the first so many blocks."""
@@ -63,10 +68,10 @@ class Landmarks:
     def select(self, rows: Int64) -> None:
         """Those of some sequences."""
         if self.columns:
-            self._bounds = self._bounds[:, torch.from_numpy(rows)]
+            self._sketches = self._sketches[torch.from_numpy(rows)]
 
     def copy(self) -> Landmarks:
         """The same, apart."""
         other = Landmarks()
-        other.columns, other._bounds = self.columns, self._bounds.clone()
+        other.columns, other._layout, other._sketches = self.columns, self._layout, self._sketches.clone()
         return other

@@ -1,7 +1,8 @@
 """Attention to the best blocks by landmarks: lossy; of the other blocks nothing is read, from RAM or from disk.
 
-Bounds of Quest (Tang et al., 2024), kept in memory while blocks are on disk as in ShadowKV (Sun et al., 2024). The
-first block and the newest tokens are always attended to.
+A block is as good as its best token is estimated to be from a sketch of the block's keys (`formats.key_sketch`), kept in
+memory while blocks are on disk as in ShadowKV (Sun et al., 2024). The first block and the newest tokens are always
+attended to.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_kernels.block_selection import captured_mass, choose_blocks, largest_scores
+from cpu_kernels.block_selection import captured_mass, choose_blocks
 from offload.kv.attention import merge_parts, parts_in_place
 from offload.kv.sparsity.base import TableSparsity
 from offload.kv.sparsity.chosen import attend_to_chosen
@@ -69,7 +70,7 @@ class TopK(TableSparsity):
 
     def _choose(self, table: BlockTable, query: torch.Tensor, old: int, count: int, valid: Bool | None) -> Int64:
         """int64 [B, Hk, count], ascending, of the first `old` columns."""
-        scores = largest_scores(query, *self._known.bounds(old))
+        scores = self._known.largest_scores(query, old)
         if valid is None:
             return choose_blocks(scores, count)
         blocks = valid[:, : old * table.settings.block_tokens].reshape(len(valid), old, -1)

@@ -1,4 +1,4 @@
-"""Attention to the best blocks, against the same choice by brute force in float64."""
+"""Attention to the best blocks, against the same choice by the reference of sketches and attention in float64."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from cpu_kernels.key_sketch_reference import largest_scores_reference
+from formats.key_sketch import SketchLayout, sketch_keys
 from offload.kv.attention import attend_few, attend_in_place
 from offload.kv.sparsity.top_k import TopK
 from tests.kv.sparsity.reference import QUERY_HEADS, SCALE, Bool, attention, make_query, padding
-from tests.kv.tables import HEADS, PLAIN, SETTINGS, Twin, make_table, small_pool
+from tests.kv.tables import HEADS, PLAIN, SETTINGS, WIDTH, Twin, make_table, small_pool
 
 SIZE = SETTINGS.block_tokens
 SHARE = 0.25
+SKETCH = SketchLayout(WIDTH, SIZE)
 
 
 def _twin(directory: Path, blocks: int, sequences: int = 2, packed: str | None = None) -> Twin:
@@ -24,7 +27,7 @@ def _twin(directory: Path, blocks: int, sequences: int = 2, packed: str | None =
 
 
 def _seen(twin: Twin, query: torch.Tensor, valid: Bool | None = None) -> Bool:
-    """What brute force chooses: bool [B, Hk, tokens]."""
+    """What the references choose: bool [B, Hk, tokens]."""
     batch, tokens, new = len(twin.keys), twin.keys.shape[2], query.shape[2]
     old = (tokens - max(SETTINGS.recent_tokens, new)) // SIZE
     count = int(np.ceil(SHARE * old))
@@ -33,16 +36,16 @@ def _seen(twin: Twin, query: torch.Tensor, valid: Bool | None = None) -> Bool:
     seen[:, :, old * SIZE :] = True
     for row in range(batch):
         for head in range(HEADS):
-            q = query[row, head * 2 : head * 2 + 2].double().reshape(-1, query.shape[3])
-            bounds = []
+            q = query[row : row + 1, head * 2 : head * 2 + 2]
+            scores = []
             for column in range(old):
                 span = slice(column * SIZE, (column + 1) * SIZE)
-                keys = twin.keys[row, head, span].double()
-                bound = torch.maximum(q * keys.amin(0), q * keys.amax(0)).sum(1).max().item()
-                bounds.append(bound if valid[row, span].any() else -np.inf)
+                sketch = sketch_keys(twin.keys[row, head, span].float().numpy(), SKETCH)
+                score = largest_scores_reference(q, torch.from_numpy(sketch)[None, None, None], SKETCH).item()
+                scores.append(score if valid[row, span].any() else -np.inf)
             first = next(column for column in range(old) if valid[row, column * SIZE : (column + 1) * SIZE].any())
-            bounds[first] = np.inf
-            for column in np.argsort(bounds)[::-1][:count]:
+            scores[first] = np.inf
+            for column in np.argsort(scores)[::-1][:count]:
                 seen[row, head, column * SIZE : (column + 1) * SIZE] = True
     return seen & valid[:, None]
 
@@ -50,7 +53,7 @@ def _seen(twin: Twin, query: torch.Tensor, valid: Bool | None = None) -> Bool:
 @pytest.mark.parametrize("padded", [0, 37, 150])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("new", [1, 3])
-def test_equals_attention_to_the_blocks_with_the_largest_bounds(
+def test_equals_attention_to_the_blocks_with_the_largest_estimates(
     tmp_path: Path, new: int, with_sinks: bool, padded: int
 ) -> None:
     sinks = torch.randn(QUERY_HEADS, generator=torch.Generator().manual_seed(4)) if with_sinks else None
@@ -139,7 +142,7 @@ def test_follows_what_happens_to_the_table(tmp_path: Path, blocks: int) -> None:
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])
-def test_landmarks_bound_what_packed_blocks_hold(tmp_path: Path, format: str) -> None:
+def test_landmarks_are_of_what_packed_blocks_hold(tmp_path: Path, format: str) -> None:
     twin = _twin(tmp_path, 60, packed=format)
     twin.append(200)
     twin.append(41)
