@@ -223,7 +223,8 @@ def _measure_selection(report: Report, histories: _Histories, rounds: int) -> No
     layout, blocks = histories.layout, histories.blocks
     title = f"{SELECTED:.0%} of blocks by landmarks, {layout.format}, head {layout.key_width}"
     sketch = SketchLayout(layout.key_width, layout.block_tokens)
-    keys = torch.randn(layout.kv_heads, layout.block_tokens, layout.key_width, generator=torch.Generator().manual_seed(0))
+    shape = layout.kv_heads, layout.block_tokens, layout.key_width
+    keys = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     sketches = sketch_blocks(keys, sketch)[None, :, None].repeat(1, 1, blocks, 1)
     addresses = histories.addresses[:blocks]
     count = max(1, round(SELECTED * blocks))

@@ -48,11 +48,11 @@ from formats.key_sketch import SKETCH_CHANNELS, SKETCH_TOKENS
 _SIGNS_NBYTES = SKETCH_CHANNELS * SKETCH_TOKENS // 8  # of a panel
 _FACTORS_NBYTES = 2 * SKETCH_TOKENS
 _SUMS_NBYTES = 2 * SKETCH_TOKENS
-# Rows whose tables there are at a time, and what is known of each, fp32: its score at the middles, what a unit of the sums
-# stands for, and the sum of all weights' magnitudes in these units.
+# Rows whose tables there are at a time, and what is known of each, fp32: its score at the middles, what a unit of the
+# sums stands for, and the sum of all weights' magnitudes in these units.
 _TILE_ROWS = 8
 _MIDDLE, _UNIT, _TOTAL, _NUMBERS = range(4)
-_ROW_NBYTES = _SUMS_NBYTES
+_NUMBERS_NBYTES = 128
 _BF16 = Elements("bf16", "generic")
 _ZERO, _HALF = np.float32(0), np.float32(0.5)
 # Weights whose largest four are below count as zeros; the inverse need not be finite.
@@ -64,13 +64,14 @@ _SMALLEST = np.float32(1e-30)
 
 @inner
 def scratch_nbytes(columns):
-    """Of a chunk: a block's middles and spreads in fp32, and what there is of each row of a tile."""
-    return 8 * columns + _TILE_ROWS * (_ROW_NBYTES + columns // SKETCH_CHANNELS * TABLES_NBYTES)
+    """Of a chunk: a block's middles and spreads in fp32, a tile's tables, sums of two of its rows, numbers of all."""
+    tables_nbytes = _TILE_ROWS * columns // SKETCH_CHANNELS * TABLES_NBYTES
+    return 8 * columns + tables_nbytes + 2 * _SUMS_NBYTES + _NUMBERS_NBYTES
 
 
 @inner
 def _size_row(query, middles, columns, row):
-    """Of a row, given by its address, the score at a block's middles and the largest sum of four weights' magnitudes."""
+    """Of a row, given by its address, the score at a block's middles and the largest sum of four magnitudes."""
     middle, size = rows_splat(_ZERO), rows_splat(_ZERO)
     for column in range(0, 4 * columns, 64):
         middle = rows_add_product(middle, query + column, middles + column)
@@ -120,7 +121,6 @@ def _largest_of_tile(one, two, job, queries, rows, sketch, scratch):
     tables = scratch + 8 * columns
     sums_at = tables + _TILE_ROWS * panels * TABLES_NBYTES
     numbers = carray(float32_pointer(sums_at + 2 * _SUMS_NBYTES), (_TILE_ROWS, _NUMBERS))
-    # One thing after the other for all rows: what a row waits for is there when it is its turn.
     for row in range(rows):
         _size_row(queries + 4 * row * columns, scratch, columns, numbers[row])
     for row in range(rows):

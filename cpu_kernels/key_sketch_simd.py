@@ -1,10 +1,10 @@
 # mypy: allow-untyped-calls
 """Code for scores of keys that are known by a sketch (`formats.key_sketch`): sums of looked-up sums of four channels.
 
-A row's weights are query times spread, rounded to integers; a table has the sums of four channels' weights for each of the
-16 values of their bits, made positive by what the negative ones add up to. Tables of two channels' fours that lie in the
-two halves of a vector are made together. What is looked up is at most 127, so that two of them add up in a byte; sums
-over all channels are of 16 bits. All is exact: bits depend neither on the instruction set nor on the order.
+A row's weights are query times spread, rounded to integers; a table has the sums of four channels' weights for each of
+the 16 values of their bits, made positive by what the negative ones add up to. Two tables, one in each half of a
+vector, are made together. What is looked up is at most 127, so that two of them add up in a byte; sums over all channels
+are of 16 bits. All is exact: bits depend neither on the instruction set nor on the order.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ def _bits_of_places(four: int) -> list[int]:
 
 
 def table_places() -> npt.NDArray[np.uint8]:
-    """For each two tables that are made together, and the weights of each of their four channels and what is below zero of
-    all four: the lane that each place takes, or 128 for none; uint8 [8][5][32].
+    """Which lanes make up the tables, uint8 [8][5][32].
+
+    For each two tables that are made together, and for the weights of each of the four channels and what is below zero
+    of all four: the lane that each place takes, or 128 for none.
     """
     has = np.array([_bits_of_places(four) for four in range(_FOURS + 1)])
     lanes = np.array([[pair, pair + _PAIRS] for pair in range(_PAIRS)])
@@ -73,7 +75,7 @@ class SumsShapeType(types.Type):
 
 
 class SumsType(types.Type):
-    """Numba's type of the sums: of each row four vectors of 16 tokens, of which two each are kept as `sums_add` says."""
+    """Numba's type of the sums: of each row four vectors of 16 words, two each kept as `sums_add` says."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -134,7 +136,7 @@ def _splat_float(builder: Any, value: Any) -> Any:
 
 @intrinsic
 def rows_add_product(typingctx: Any, total: Any, a: Any, b: Any) -> Any:
-    """total + a * b, one rounding; a, b: addresses of 16 fp32."""
+    """The sum total + a * b, rounded once; a, b: addresses of 16 fp32."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         total, *at = arguments

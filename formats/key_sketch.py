@@ -4,10 +4,9 @@ Key t of a block is taken for
 
     middle_c + factor_t * (spread_c or -spread_c)
 
-in channel c, where middle_c lies halfway between the block's smallest and largest number of the channel, the sign is that
-of key - middle, spread_c is the mean of |key - middle| over the tokens, and factor_t the one that leaves the least
-squared error of the token's key. Each block has middles and spreads of its own: with ones that all blocks share, or
-without factors, blocks that hold what a query looks for are missed (docs/kv.md).
+in channel c, where middle_c lies halfway between the block's smallest and largest number of the channel, the sign is
+that of key - middle, spread_c is the mean of |key - middle| over the tokens, and factor_t the one that leaves the least
+squared error of the token's key. Each block has middles and spreads of its own. What else was tried: docs/kv.md.
 
 A head's sketch, all numbers little endian, channels padded with zeros to a multiple of 64 (C), tokens by repeating the
 last to a multiple of 64:
@@ -16,11 +15,11 @@ last to a multiple of 64:
     bf16 [C]                 spreads
     of each 64 tokens:
     bf16 [64]                factors; that of token t is number 32 (t // 32) + 16 (t % 2) + t % 32 // 2
-    uint8 [C / 64][16][32]   signs, 1 for plus. Byte j of row 2 r + s has tokens j (low nibble) and 32 + j (high), bit i of
-                             a nibble is channel 16 i + r + 8 s of the 64
+    uint8 [C / 64][16][32]   signs, 1 for plus. Byte j of row 2 r + s has tokens j (low nibble) and 32 + j (high), bit i
+                             of a nibble is channel 16 i + r + 8 s of the 64
 
-so that a nibble is a place in a table of the 16 sums of four channels, and what 32 bytes look up in two such tables adds
-up without a lane being moved.
+so that a nibble is a place in a table of the 16 sums of four channels, and what 32 bytes look up in two such tables
+adds up without a lane being moved.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ def _keys(width: int, tokens: int) -> torch.Tensor:
 
 
 def _sketches(keys: torch.Tensor, layout: SketchLayout) -> torch.Tensor:
-    rows = [[sketch_blocks(keys[row, :, block].contiguous(), layout) for block in range(BLOCKS)] for row in range(BATCH)]
+    rows = [
+        [sketch_blocks(keys[row, :, block].contiguous(), layout) for block in range(BLOCKS)] for row in range(BATCH)
+    ]
     return torch.stack([torch.stack(row, 1) for row in rows])
 
 

@@ -1,7 +1,7 @@
 """Attention to the best blocks by landmarks: lossy; of the other blocks nothing is read, from RAM or from disk.
 
-A block is as good as its best token is estimated to be from a sketch of the block's keys (`formats.key_sketch`), kept in
-memory while blocks are on disk as in ShadowKV (Sun et al., 2024). The first block and the newest tokens are always
+A block is as good as its best token is estimated to be from a sketch of the block's keys (`formats.key_sketch`), kept
+in memory while blocks are on disk as in ShadowKV (Sun et al., 2024). The first block and the newest tokens are always
 attended to.
 """
 
