@@ -3,8 +3,8 @@
 
 A row's weights are query times spread, rounded to integers; a table has the sums of four channels' weights for each of
 the 16 values of their bits, made positive by what the negative ones add up to. Two tables, one in each half of a
-vector, are made together. What is looked up is at most 127, so that two of them add up in a byte; sums over all channels
-are of 16 bits. All is exact: bits depend neither on the instruction set nor on the order.
+vector, are made together. What is looked up is at most 127, so that two of them add up in a byte; sums over all
+channels are of 16 bits. All is exact: bits depend neither on the instruction set nor on the order.
 """
 
 from __future__ import annotations
