@@ -176,13 +176,11 @@ def test_plans_count_landmarks(tiny_checkpoint: TinyCheckpoint) -> None:
     assert offload.Plan.from_json(with_top_k.to_json()) == with_top_k
 
 
-@pytest.mark.parametrize("fillers", [4, 32])
-def test_a_twentieth_of_the_blocks_recalls_as_all_of_them_do(
-    fillers: int, store_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_twentieth_of_the_blocks_recalls_as_all_of_them_do(store_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv, "SETTINGS", KvSettings())
     generator = torch.Generator().manual_seed(11)
-    contexts = [tell_facts(8192, 20, generator, fillers) for _ in range(11)]
+    # Few kinds of token that tell nothing, and many.
+    contexts = [tell_facts(8192, 20, generator, (4, 32)[number % 2]) for number in range(11)]
     found = []
     for options in ({"prefix_cache": 1}, {"kv_sparsity": "top-k:0.05", "kv_ram": "6MiB"}):
         model = offload.load(
