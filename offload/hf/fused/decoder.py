@@ -1,8 +1,9 @@
 """Decoder layers of one new token, all of them in few calls, bit by bit what the kernels do one by one.
 
-Calls of modules, views and checks take longer than the kernels that they surround. So the first layer's forward runs
-the whole stack (`stack.py`), and the other layers hand its result on. That this is what the model does with its layers
-is proven by running its own code on stand-ins.
+Calls of modules, views and checks take longer than the kernels that they surround. So the decoder's forward is one pass
+(`decoder_pass.py`) where that is all it does; where it is not, the first layer's forward runs the whole stack
+(`stack.py`), and the other layers hand its result on. That this is what the model does with its layers is proven by
+running its own code on stand-ins.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from offload.hf.fused.decoder_parts import DecoderParts, dtype_of, find_parts
+from offload.hf.fused.decoder_parts import DecoderParts, dtype_of, find_parts, norm_of
+from offload.hf.fused.decoder_pass import find_pass
 from offload.hf.fused.moe_parts import find_moe_parts
 from offload.hf.fused.stack import ExpertsAtHand, Stack
 from offload.hf.fused.stand_ins import Given, with_children
@@ -33,11 +35,16 @@ def fuse_decoders(model: PreTrainedModel, experts: ExpertsAtHand | None) -> int:
     parts = [found for layer in layers if (found := find_parts(layer, angles)) is not None]
     if len(parts) < len(layers) or len({_sizes(found) for found in parts}) > 1 or dtype_of(parts[0]) is None:
         return 0
-    stack = Stack(parts, [find_moe_parts(found.mlp) for found in parts], experts)
-    stack.watch(layers)
+    last = norm_of(decoder.get_submodule("norm"))
+    stack = Stack(parts, [find_moe_parts(found.mlp) for found in parts], experts, last)
+    stack.watch(decoder)
+    whole = None if last is None else find_pass(decoder, layers, stack)
     for index, layer in enumerate(layers):
         swap(layer, _forward)
         layer.__dict__[STACK] = stack, index
+    if whole is not None:
+        swap(decoder, _whole_forward)
+        decoder.__dict__[STACK] = whole
     return len(layers)
 
 
@@ -111,3 +118,9 @@ def _forward(self: Fused, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
             if done is not None:
                 return done
     return self.plain.forward(self, hidden_states, *args, **kwargs)
+
+
+def _whole_forward(self: Fused, *args: Any, **kwargs: Any) -> Any:
+    whole = self.__dict__.get(STACK)
+    done = None if whole is None else whole.run(args, kwargs)
+    return self.plain.forward(self, *args, **kwargs) if done is None else done

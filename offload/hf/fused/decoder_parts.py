@@ -94,7 +94,7 @@ def find_parts(layer: nn.Module, angles: int) -> DecoderParts | None:
     children = dict(layer.named_children())
     if set(children) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return None
-    before, after = _norm(children["input_layernorm"]), _norm(children["post_attention_layernorm"])
+    before, after = norm_of(children["input_layernorm"]), norm_of(children["post_attention_layernorm"])
     attention = children["self_attn"]
     if before is None or after is None or not _is_prenorm(layer):
         return None
@@ -103,7 +103,7 @@ def find_parts(layer: nn.Module, angles: int) -> DecoderParts | None:
     if not names and set(parts) != set(_PROJECTIONS):
         return None
     projections = [parts[name] for name in _PROJECTIONS]
-    norms = [_norm(parts[name]) for name in names[0]] if names else [None, None]
+    norms = [norm_of(parts[name]) for name in names[0]] if names else [None, None]
     if not all(map(_is_linear, projections)) or (names and None in norms):
         return None
     width = getattr(attention, "head_dim", None)
@@ -122,7 +122,8 @@ def find_parts(layer: nn.Module, angles: int) -> DecoderParts | None:
     return None
 
 
-def _norm(module: nn.Module) -> Norm | None:
+def norm_of(module: nn.Module) -> Norm | None:
+    """The norm that a module is, if it is one that the kernel computes."""
     found = known_form(module)
     return None if found is None else Norm(module, found[0], getattr(module, found[1]))
 

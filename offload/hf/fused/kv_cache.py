@@ -12,6 +12,10 @@ ROOM_TOKENS = 64
 """Buffers hold a multiple of so many tokens; placement.planner counts them."""
 
 
+Form = tuple[int, int, int, torch.dtype]
+"""Sequences, heads, width of a head, dtype."""
+
+
 class Room(NamedTuple):
     """Where the next token goes.
 
@@ -26,12 +30,54 @@ class Room(NamedTuple):
     past: int
 
 
+class _Ahead(NamedTuple):
+    """The room that a tape writes to, which keys and values do not show yet.
+
+    Attributes:
+        form: of the buffers.
+        buffers: of keys and values.
+        addresses, tokens: see `Room`.
+    """
+
+    form: Form
+    buffers: tuple[torch.Tensor, torch.Tensor]
+    addresses: tuple[int, int]
+    tokens: int
+
+
 class GrowingLayer(DynamicLayer):
     """Keys and values are views of buffers with room for tokens to come.
 
     What has been written is not written again: a layer that was set back other than by `crop`, and a copy of a
-    layer, gets buffers of its own when it next grows.
+    layer, gets buffers of its own when it next grows. The views of tokens that a tape wrote are made when asked for.
     """
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """[B, H, S, D]; None before the first token."""
+        self._catch_up()
+        return self.__dict__["keys"]  # type: ignore[no-any-return]
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._catch_up()
+        self.__dict__["keys"] = keys
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """As `keys`."""
+        self._catch_up()
+        return self.__dict__["values"]  # type: ignore[no-any-return]
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self._catch_up()
+        self.__dict__["values"] = values
+
+    def get_seq_length(self) -> int:
+        """Tokens that are there."""
+        state = self.__dict__
+        return int(state["_written"]) if state.get("_ahead") is not None else super().get_seq_length()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -56,8 +102,16 @@ class GrowingLayer(DynamicLayer):
         if self.__dict__.get("_owner") == id(self):
             self._written = min(self._written, self.get_seq_length())
 
-    def room_for_one(self, batch: int, heads: int, width: int, dtype: torch.dtype) -> Room | None:
-        """Room for one more token of each sequence; None where `update` has to make some, or the shape is another."""
+    def room_for_one(self, form: Form) -> Room | None:
+        """Room for one more token of each sequence; None where `update` has to make some, or the form is another."""
+        state = self.__dict__
+        ahead: _Ahead | None = state.get("_ahead")
+        if ahead is not None and state["_owner"] == id(self) and ahead.form == form:
+            past: int = state["_written"]
+            return Room(ahead.addresses, ahead.tokens, past) if past < ahead.tokens else None
+        return self._new_room(form)
+
+    def _new_room(self, form: Form) -> Room | None:
         keys, values = self.keys, self.values
         if not self.is_initialized or keys is None or values is None or keys.dim() != 4:
             return None
@@ -67,6 +121,7 @@ class GrowingLayer(DynamicLayer):
         key_buffer, value_buffer = self._buffers
         if key_buffer is None or value_buffer is None:
             return None
+        batch, heads, width, dtype = form
         shape = (batch, heads, key_buffer.shape[2], width)
         addresses = key_buffer.data_ptr(), value_buffer.data_ptr()
         if (
@@ -80,13 +135,25 @@ class GrowingLayer(DynamicLayer):
             return None
         return Room(addresses, shape[2], past)
 
-    def took_one(self) -> None:
-        """The room for one token has been written to."""
-        key_buffer, value_buffer = self._buffers
-        assert key_buffer is not None and value_buffer is not None
-        self._written += 1
-        self.keys = key_buffer.narrow(2, 0, self._written)
-        self.values = value_buffer.narrow(2, 0, self._written)
+    def took_one(self, room: Room, form: Form) -> None:
+        """The room for one token has been written to.
+
+        Args:
+            room: as `room_for_one` gave it.
+            form: what it was asked for.
+        """
+        state = self.__dict__
+        state["_written"] = room.past + 1
+        if state.get("_ahead") is None:
+            state["_ahead"] = _Ahead(form, tuple(state["_buffers"]), room.addresses, room.tokens)
+
+    def _catch_up(self) -> None:
+        """Let keys and values show all that was written."""
+        state = self.__dict__
+        ahead: _Ahead | None = state.get("_ahead")
+        if ahead is not None:
+            state["_ahead"] = None
+            state["keys"], state["values"] = (buffer.narrow(2, 0, state["_written"]) for buffer in ahead.buffers)
 
     def _may_extend(self, past: int) -> bool:
         """Whether the tensors end where this very layer last wrote."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,8 +22,8 @@ from cpu_kernels.threads import Pool
 from offload.devices.host_threads import kernel_pool
 from offload.hf.fused.attention import IMPLEMENTATION, TELLING
 from offload.hf.fused.conditions import is_plain
-from offload.hf.fused.decoder_parts import DecoderParts, dtype_of
-from offload.hf.fused.kv_cache import GrowingLayer, Room
+from offload.hf.fused.decoder_parts import DecoderParts, Norm, dtype_of
+from offload.hf.fused.kv_cache import Form, GrowingLayer, Room
 from offload.hf.fused.moe_parts import MoeParts
 from offload.hf.fused.stack_tape import Addresses, StackTape, TapedMoe
 from offload.hf.fused.watch import Watch
@@ -49,11 +50,39 @@ class ExpertsAtHand(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A cache that the tape can write the next token of each sequence to.
+
+    Attributes:
+        batch: sequences.
+        layers: of the cache.
+        rooms: of each layer.
+    """
+
+    batch: int
+    layers: list[GrowingLayer]
+    rooms: list[Room]
+
+    @property
+    def past(self) -> int:
+        """Tokens of each sequence that are there."""
+        return self.rooms[0].past
+
+
 class Stack:
-    """The layers of a model, all of one form and one size."""
+    """The layers of a model, all of one form and one size.
+
+    Attributes:
+        dtype: of their weights that are not packed, and of what they take and give.
+    """
 
     def __init__(
-        self, layers: Sequence[DecoderParts], moe: Sequence[MoeParts | None], experts: ExpertsAtHand | None
+        self,
+        layers: Sequence[DecoderParts],
+        moe: Sequence[MoeParts | None],
+        experts: ExpertsAtHand | None,
+        last: Norm | None = None,
     ) -> None:
         """Make a stack; tapes are written when they are first needed.
 
@@ -61,21 +90,32 @@ class Stack:
             layers: the parts of each.
             moe: the parts of each one's MoE block; None where it has another form, or none.
             experts: where the experts come from; None: no block is taped.
+            last: the norm after the last layer, if `normed` is to be asked for.
         """
         self._layers = list(layers)
         self._moe = list(moe)
+        self._last = last
         self._experts = experts
         self._mlps = [parts.mlp for parts in layers]
-        self._configs: list[Any] = [parts.attention.config for parts in layers]
-        self._dtype = dtype_of(layers[0])
+        self._configs: list[Any] = list(
+            {id(parts.attention.config): parts.attention.config for parts in layers}.values()
+        )
+        self.dtype = dtype_of(layers[0])
         self._hidden = len(layers[0].before.module.get_parameter("weight"))
         self._watch = Watch(module for parts in layers for module in parts.modules())
         self._moe_watch = Watch(module for parts in moe if parts is not None for module in parts.modules())
         self._local = threading.local()
 
-    def watch(self, layers: Sequence[nn.Module]) -> None:
-        """Hooks on the layers themselves must see each layer's output: the stack then leaves them alone."""
-        self._watch.also_hooks_of(layers)
+    def watch(self, decoder: nn.Module) -> None:
+        """Leave the layers to their own code when a hook must see one's output, or one is another or has other parts.
+
+        Args:
+            decoder: has the layers as its child "layers".
+        """
+        layers = decoder.get_submodule("layers")
+        self._watch.also_hooks_of(layers.children())
+        self._watch.also_children_of((layers, *layers.children()))
+        self._watch.also_children_of((decoder,), only="layers")
 
     def write_tape(self) -> None:
         """Write this thread's tape of one sequence ahead."""
@@ -95,59 +135,51 @@ class Stack:
         Returns:
             [batch, 1, hidden]; None where the layers' own code must run, and nothing has changed.
         """
-        stored = self._stored(hidden, passed)
-        rooms = None if stored is None else self._rooms(stored, hidden)
         angles = passed.get("position_embeddings")
-        if stored is None or rooms is None or not self._takes(angles, hidden):
+        if not self._takes(hidden, passed) or not self._turns(angles, hidden):
             return None
-        experts = self._experts
-        if experts is None:
-            tape = self._tape(hidden.shape[0], None)
-            out = self._run(tape, hidden, angles, rooms, at_hand=False)
-        else:
-            with experts.lock:
-                addresses = experts.addresses_of_all() if self._moe_watch.finds_nothing() else None
-                tape = self._tape(hidden.shape[0], addresses)
-                out = self._run(tape, hidden, angles, rooms, at_hand=addresses is not None)
-        for layer in stored:
-            layer.took_one()
+        ready = self.ready(passed.get("past_key_values"), hidden.shape[0])
+        if ready is None:
+            return None
+        out = self.decode(ready, lambda x: x.copy_(hidden), angles)
         self._local.output = out
         return out
 
     # --- whether the tape may stand in -------------------------------------------------------------------------
 
-    def _stored(self, hidden: torch.Tensor, passed: dict[str, Any]) -> list[GrowingLayer] | None:
-        """The layers' caches, if the tape can take this call."""
-        cache = passed.get("past_key_values")
+    def ready(self, cache: Any, batch: int) -> Ready | None:
+        """What the tape writes to, if it can take one new token of each of `batch` sequences now."""
         if (
-            hidden.dim() != 3
-            or hidden.shape[1] != 1
-            or hidden.shape[0] > MOST_TOKENS
-            or hidden.dtype is not self._dtype
-            or hidden.shape[2] != self._hidden
-            or passed.get("attention_mask") is not None
+            batch > MOST_TOKENS
             or type(cache) is not DynamicCache
             or len(cache.layers) != len(self._layers)
-            or not is_plain(hidden)
-            or any(passed.get(name) for name in TELLING)
             or any(config._attn_implementation != IMPLEMENTATION for config in self._configs)
             or not self._watch.finds_nothing()
         ):
             return None
-        if not all(type(layer) is GrowingLayer for layer in cache.layers):
-            return None
-        stored: list[GrowingLayer] = cache.layers  # type: ignore[assignment]
-        return stored
-
-    def _rooms(self, stored: list[GrowingLayer], hidden: torch.Tensor) -> list[Room] | None:
-        first = self._layers[0]
-        rooms = [layer.room_for_one(hidden.shape[0], first.kv_heads, first.width, hidden.dtype) for layer in stored]
+        form = self._form(batch)
+        rooms = [layer.room_for_one(form) if type(layer) is GrowingLayer else None for layer in cache.layers]
         found = [room for room in rooms if room is not None]
         if len(found) < len(rooms) or any(room.past != found[0].past for room in found):
             return None
-        return found
+        return Ready(batch, list(cache.layers), found)  # type: ignore[arg-type]  # all of them have given a room
 
-    def _takes(self, angles: Any, hidden: torch.Tensor) -> bool:
+    def _form(self, batch: int) -> Form:
+        assert self.dtype is not None
+        return batch, self._layers[0].kv_heads, self._layers[0].width, self.dtype
+
+    def _takes(self, hidden: torch.Tensor, passed: dict[str, Any]) -> bool:
+        return (
+            hidden.dim() == 3
+            and hidden.shape[1] == 1
+            and hidden.dtype is self.dtype
+            and hidden.shape[2] == self._hidden
+            and passed.get("attention_mask") is None
+            and is_plain(hidden)
+            and not any(passed.get(name) for name in TELLING)
+        )
+
+    def _turns(self, angles: Any, hidden: torch.Tensor) -> bool:
         return (
             type(angles) is tuple
             and len(angles) == 2
@@ -162,26 +194,55 @@ class Stack:
 
     # --- running -----------------------------------------------------------------------------------------------
 
-    def _run(
-        self, tape: StackTape, hidden: torch.Tensor, angles: Any, rooms: list[Room], *, at_hand: bool
+    def decode(
+        self, ready: Ready, enter: Callable[[torch.Tensor], object], angles: Any, *, normed: bool = False
     ) -> torch.Tensor:
+        """All layers, for one new token of each sequence, which the cache then has.
+
+        Args:
+            ready: see `ready`.
+            enter: writes the first layer's input into a tensor [batch, 1, hidden].
+            angles: cosines and sines, [1 or batch, 1, angles] each.
+            normed: with the norm after the last layer.
+
+        Returns:
+            [batch, 1, hidden], a tensor of the caller's own.
+        """
+        experts = self._experts
+        if experts is None:
+            tape = self._tape(ready.batch, None)
+            enter(tape.x)
+            out = self._run(tape, angles, ready.rooms, at_hand=False, normed=normed)
+        else:
+            with experts.lock:
+                addresses = experts.addresses_of_all() if self._moe_watch.finds_nothing() else None
+                tape = self._tape(ready.batch, addresses)
+                enter(tape.x)
+                out = self._run(tape, angles, ready.rooms, at_hand=addresses is not None, normed=normed)
+        form = self._form(ready.batch)
+        for layer, room in zip(ready.layers, ready.rooms, strict=True):
+            layer.took_one(room, form)
+        return out
+
+    def _run(self, tape: StackTape, angles: Any, rooms: list[Room], *, at_hand: bool, normed: bool) -> torch.Tensor:
         pool = kernel_pool()
-        tape.x.copy_(hidden)
         tape.point_to(angles[0], angles[1], rooms)
-        index, row = 0, 0
-        while index < len(self._layers):
-            taped = self._taped_from(tape, index) if at_hand else 0
-            if taped:
-                row = self._play_whole(tape, pool, row, index, index + taped)
+        index, row, layers = 0, 0, len(self._layers)
+        while index < layers:
+            end = tape.whole_until[index] if at_hand else index
+            if end > index:
+                self._play_whole(tape, pool, row, index, end)
             else:
                 tape.play(pool, row, tape.mlp_rows[index])
                 torch.add(tape.residual, self._mlps[index](tape.normed.clone()), out=tape.x)
-                row = tape.end_rows[index]
-            index += max(taped, 1)
-        return tape.x.clone()
+                end = index + 1
+            row, index = tape.end_rows[end - 1], end
+        if normed:
+            tape.play(pool, row, tape.rows)
+        return (tape.last if normed else tape.x).clone()
 
-    def _play_whole(self, tape: StackTape, pool: Pool, row: int, first: int, end: int) -> int:
-        """Layers from `first` to before `end` from the tape alone, from `row` on; returns the row after them."""
+    def _play_whole(self, tape: StackTape, pool: Pool, row: int, first: int, end: int) -> None:
+        """Layers from `first` to before `end` from the tape alone, from `row` on."""
         assert self._experts is not None
         while (stopped := tape.play(pool, row, tape.end_rows[end - 1])) != tape.end_rows[end - 1]:
             choice = tape.choices[bisect_right(tape.end_rows, stopped)]
@@ -189,17 +250,9 @@ class Stack:
             # Which of equals come first is torch's to say.
             choice.ids.copy_(torch.topk(choice.shares, choice.ids.shape[1]).indices)
             row = stopped
-        for choice, first_key in zip(tape.choices[first:end], tape.moe[first:end], strict=True):
-            assert choice is not None and first_key is not None
-            self._experts.note_taped([first_key + expert for expert in sorted(set(choice.ids.view(-1).tolist()))])
-        return stopped
-
-    def _taped_from(self, tape: StackTape, index: int) -> int:
-        """How many layers from here on the tape computes whole."""
-        count = 0
-        while index + count < len(tape.choices) and tape.choices[index + count] is not None:
-            count += 1
-        return count
+        for chosen, first_key in zip(tape.chosen[first:end], tape.moe[first:end], strict=True):
+            assert chosen is not None and first_key is not None
+            self._experts.note_taped([first_key + expert for expert in sorted(set(chosen.tolist()))])
 
     def _tape(self, batch: int, addresses: Addresses | None) -> StackTape:
         tapes: dict[int, StackTape] = self._local.__dict__.setdefault("tapes", {})
@@ -207,7 +260,7 @@ class Stack:
         if tape is None:
             # Tensors made in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
-                tape = tapes[batch] = StackTape(self._layers, self._taped(), batch)
+                tape = tapes[batch] = StackTape(self._layers, self._taped(), self._last, batch)
         if addresses is not None and addresses is not tape.addresses:
             tape.take_addresses(addresses)
         return tape

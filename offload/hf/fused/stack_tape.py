@@ -63,16 +63,22 @@ class StackTape:
         choices: for each layer with a taped MoE block: its last choice; else None.
         mlp_rows: for each layer: the row at which its attention is done.
         end_rows: for each layer: the row at which it is done, if its MoE block is taped; else `mlp_rows`.
+        whole_until: for each layer: the layer before which those end that are taped whole from it on.
+        last: [batch, 1, hidden]; the model's last norm of `x`, after the rows that follow the last layer.
+        chosen: for each layer with a taped MoE block: its last choice, int64 [batch * top_k]; else None.
         moe: for each layer, the key of its first expert if its MoE block is taped, else None.
         addresses: of all experts, as they were last taken; None before.
     """
 
-    def __init__(self, layers: Sequence[DecoderParts], moe: Sequence[TapedMoe | None], batch: int) -> None:
+    def __init__(
+        self, layers: Sequence[DecoderParts], moe: Sequence[TapedMoe | None], last: Norm | None, batch: int
+    ) -> None:
         """Write the tape.
 
         Args:
             layers: parts of each, all of the same sizes.
             moe: for each layer, its taped MoE block or None.
+            last: the norm after the last layer; None where the tape does not compute it.
             batch: sequences.
         """
         first = layers[0]
@@ -84,8 +90,8 @@ class StackTape:
         self._experts = [(taped.layer.first_key, taped.addresses) for taped in moe if taped is not None]
         self.addresses: Addresses | None = None
         self._batch, self._kv_heads, self._width = batch, kv_heads, width
-        self.x, self.residual, self.normed = (
-            self._tape.scratch(batch * hidden).view(batch, 1, hidden) for _ in range(3)
+        self.x, self.residual, self.normed, self.last = (
+            self._tape.scratch(batch * hidden).view(batch, 1, hidden) for _ in range(4)
         )
         self._cos, self._sin = (self._tape.scratch(batch * first.angles).view(batch, 1, first.angles) for _ in range(2))
         counts = (hidden, hidden, heads * width, kv_heads * width, kv_heads * width, heads * width, kv_heads * width)
@@ -100,6 +106,13 @@ class StackTape:
             self.mlp_rows.append(self._tape.rows)
             self.choices.append(None if taped is None else self._moe_rows(taped))
             self.end_rows.append(self._tape.rows)
+        if last is not None:
+            _norm(self._tape, last, self.x.data_ptr(), batch, self.last.data_ptr())
+        self.chosen = [None if choice is None else choice.ids.view(-1).numpy() for choice in self.choices]
+        self.whole_until = list(range(len(layers)))
+        for index in reversed(range(len(layers))):
+            if self.choices[index] is not None:
+                self.whole_until[index] = self.whole_until[index + 1] if index + 1 < len(layers) else index + 1
         self._words = self._tape.words
         self._rooms: list[tuple[int, int] | None] = [None] * len(layers)
         self._places = np.array([spot for spots, _ in self._stores for spot in spots]).T
@@ -172,6 +185,11 @@ class StackTape:
             words[stride] = head * self.x.itemsize
         self._starts[2 * index : 2 * index + 2] = room.addresses
         self._rooms[index] = room.addresses
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self._tape.rows
 
     def play(self, pool: Pool, first: int, end: int) -> int:
         """See `Tape.play`."""

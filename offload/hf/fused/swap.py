@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 STACK = "_offload_stack"
-"""Where a decoder layer keeps the stack that it is part of; the one thing that its copies leave behind."""
+"""Where decoder layers and decoders keep what runs in their place; the one thing that their copies leave behind."""
 
 
 class Fused(torch.nn.Module):
@@ -35,7 +35,11 @@ def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
 
 @cache
 def _subclass(plain: type[torch.nn.Module], forward: Callable[..., Any]) -> type[torch.nn.Module]:
-    members = {"plain": plain, "forward": forward, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    # transformers looks up what a model's outputs can be by its class's module and qualified name.
+    members = {
+        "plain": plain, "forward": forward, "__module__": plain.__module__, "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+    }  # fmt: skip
     return type(f"Fused{plain.__name__}", (Fused, plain), members)
 
 

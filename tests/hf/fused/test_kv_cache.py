@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from offload.hf.fused.kv_cache import ROOM_TOKENS, GrowingLayer
+from offload.hf.fused.kv_cache import ROOM_TOKENS, Form, GrowingLayer
 
 
-def _states(tokens: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def _states(tokens: int, batch: int = 2, value_width: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     # As projections give them: not contiguous.
-    return torch.randn(batch, tokens, 3, 4).transpose(1, 2), torch.randn(batch, tokens, 3, 5).transpose(1, 2)
+    return torch.randn(batch, tokens, 3, 4).transpose(1, 2), torch.randn(batch, tokens, 3, value_width).transpose(1, 2)
+
+
+def _form(batch: int) -> Form:
+    return batch, 3, 4, torch.float32
+
+
+def _write_as_a_tape(layer: GrowingLayer, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Write one token to the room that the layer gives, by addresses alone; False where it gives none."""
+    form = _form(len(keys))
+    room = layer.room_for_one(form)
+    if room is None:
+        return False
+    count = len(keys) * 3 * room.tokens * 4
+    for address, states in zip(room.addresses, (keys, values), strict=True):
+        buffer = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (count,))
+        buffer.reshape(len(keys), 3, room.tokens, 4)[:, :, room.past] = states[:, :, 0].numpy()
+    layer.took_one(room, form)
+    return True
 
 
 OPERATIONS = ["one", "one", "one", "many", "crop", "reorder", "select", "repeat", "reset"]
@@ -50,6 +70,74 @@ def test_equals_concatenation_under_random_operations(seed: int) -> None:
             for layer in (plain, growing):
                 _apply(layer, operation, batch, min(3, tokens - 1))
         assert growing.get_seq_length() == plain.get_seq_length()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_equals_concatenation_where_a_tape_writes(seed: int) -> None:
+    torch.manual_seed(seed)
+    generator = random.Random(seed)
+    plain, growing = DynamicLayer(), GrowingLayer()
+    written = 0
+    for _ in range(200):
+        operation = generator.choice([*["tape"] * 12, *OPERATIONS, "copy", "look"])
+        tokens = plain.get_seq_length()
+        batch = plain.keys.shape[0] if tokens else 2
+        if operation in ("one", "many", "tape"):
+            states = _states(generator.randint(2, 90) if operation == "many" else 1, batch, 4)
+            plain.update(*states)
+            if operation == "tape" and _write_as_a_tape(growing, *states):
+                written += 1
+            else:
+                growing.update(*states)
+        elif operation == "copy":
+            growing = generator.choice([copy.copy, copy.deepcopy])(growing)
+        elif operation == "look" and tokens:
+            assert torch.equal(growing.keys, plain.keys) and torch.equal(growing.values, plain.values)
+        elif tokens:
+            for layer in (plain, growing):
+                _apply(layer, operation, batch, min(3, tokens - 1))
+        assert growing.get_seq_length() == plain.get_seq_length()
+    if plain.get_seq_length():
+        assert torch.equal(growing.keys, plain.keys) and torch.equal(growing.values, plain.values)
+    assert written > 50
+
+
+def test_rooms_are_of_the_form_asked_for_and_end() -> None:
+    layer = GrowingLayer()
+    assert layer.room_for_one(_form(2)) is None
+    layer.update(*_states(5, value_width=4))
+    for _ in range(2):
+        assert layer.room_for_one(_form(1)) is None
+        assert layer.room_for_one((2, 3, 4, torch.bfloat16)) is None
+        assert layer.room_for_one((2, 3, 5, torch.float32)) is None
+        assert _write_as_a_tape(layer, *_states(1, value_width=4))
+    while layer.get_seq_length() < ROOM_TOKENS:
+        assert _write_as_a_tape(layer, *_states(1, value_width=4))
+    assert layer.room_for_one(_form(2)) is None
+    layer.update(*_states(1, value_width=4))
+    assert layer.room_for_one(_form(2)) is not None
+
+
+def test_values_of_another_width_get_no_room() -> None:
+    layer = GrowingLayer()
+    layer.update(*_states(5))
+    assert layer.room_for_one(_form(2)) is None
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_keeps_what_a_tape_had_written(copied: object) -> None:
+    first = GrowingLayer()
+    first.update(*_states(5, value_width=4))
+    assert _write_as_a_tape(first, *_states(1, value_width=4))
+    second = copied(first)  # type: ignore[operator]
+    assert second.room_for_one(_form(2)) is None
+    assert _write_as_a_tape(first, *_states(1, value_width=4))
+    first.reorder_cache(torch.tensor([1, 0]))
+    first.update(*_states(1, value_width=4))
+    assert second.get_seq_length() == 6
+    assert torch.equal(second.keys, first.keys[[1, 0], :, :6]) and torch.equal(
+        second.values, first.values[[1, 0], :, :6]
+    )
 
 
 def test_a_token_is_written_in_place() -> None:
