@@ -11,6 +11,7 @@ from placement.dense_cost import DenseCost, layer_cost, pass_cost
 from placement.expert_cost import ExpertCost, expert_cost
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
+from placement.kept_hits import kept_hits
 from placement.layer_kinds import LayerKind, layer_kinds
 from placement.model_spec import ExpertsSpec, ModelSpec
 from placement.passes import Pass, decode_pass, prefill_passes
@@ -54,6 +55,9 @@ class Routing:
         if self.decode_hits is not None and work.new_tokens == 1 and work.rows == self.decode_rows:
             return self.decode_hits
         layers = tuple((layer.count, min(layer.top_k, layer.count)) for layer in spec.experts)
+        if work.new_tokens == 1:
+            return kept_hits(layers, self.popularity, work.batch)
+        # A prompt needs nearly all experts of a layer: what it finds is what the pass before it left last.
         return popularity_hits(layers, work.rows, self.popularity, work.batch)
 
     def demand(self, experts: ExpertsSpec, work: Pass) -> LayerDemand:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from placement.kept_hits import kept_hits
 from placement.planner import make_plan
 from placement.predict import UNCERTAINTY, predict
-from placement.routing import Popularity, popularity_hits
+from placement.routing import Popularity
 from placement.simulator.simulate import homes_of
 from placement.trace_analysis import Requests, decode_hits, expert_counts, fit_popularity
 from placement.trace_routing import routing_of
@@ -104,7 +105,7 @@ def test_a_prediction_takes_hits_of_the_trace_and_popularity_for_the_rest() -> N
     low_s = told.decode.seconds / (1 + UNCERTAINTY["measured"])
     assert told.decode.low_s == pytest.approx(low_s), "no popularity is guessed at"
     batched = predict(spec, machine(gpu=False), homes_of(plan), Workload(512, 4, prompt_tokens=64), routing)
-    stated = popularity_hits(((32, 4),) * 4, 4, routing.popularity, 4).rate(np.array([float(plan.ram_slots)]))[0]
+    stated = kept_hits(((32, 4),) * 4, routing.popularity, 4).rate(np.array([float(plan.ram_slots)]))[0]
     assert batched.decode.ram_hit_rate == pytest.approx(stated), "the trace has passes of one token"
     assert isinstance(routing.popularity, Popularity)
 
