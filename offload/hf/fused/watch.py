@@ -1,11 +1,19 @@
-"""Seeing whether modules whose calls are left out are as they were: weights and parts in place, nobody listening."""
+"""Seeing whether modules whose calls are left out are as they were: weights and parts in place, nobody listening.
+
+Asked before every pass, when the weights of the one before have pushed all of this out of the caches: so it reads as
+few places as will do, in loops without bytecode.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import is_
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 
 class Watch:
@@ -13,40 +21,76 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
-        self._weights = [
-            (tensors, name, tensor, tensor.data_ptr())
-            for module in modules
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        ]
+        self._held = _Held()
+        for module in modules:
+            for tensors in (module._parameters, module._buffers):
+                self._held.add(tensors)
+        self._addresses = [tensor.data_ptr() for tensor in self._held.values]
         self._hooks = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+        self._handles = -1
         self._states = [module.__dict__ for module in modules]
-        self._children: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+        self._attributes = -1
+        self._children = _Held()
         self.also_hooks_of(modules)
         self.also_children_of(modules)
 
     def also_hooks_of(self, modules: Iterable[nn.Module]) -> None:
         """Modules that nobody may listen to either."""
         self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._handles = -1
 
     def also_children_of(self, modules: Iterable[nn.Module], *, only: str | None = None) -> None:
         """Modules of which nobody may replace the parts, or one part, as adapters do."""
-        self._children += [
-            (module._modules, name, child)
-            for module in modules
-            for name, child in module._modules.items()
-            if child is not None and only in (None, name)
-        ]
+        for module in modules:
+            self._children.add(module._modules, only)
 
     def finds_nothing(self) -> bool:
         """Whether there are no hooks, weights lie where they lay, and nobody has replaced a module or its forward."""
-        if any(self._hooks):
-            return False
-        for children, name, child in self._children:
-            if children.get(name) is not child:
+        return (
+            self._nobody_listens()
+            and self._children.is_as_it_was()
+            and self._held.is_as_it_was()
+            and list(map(torch.Tensor.data_ptr, self._held.values)) == self._addresses
+            and self._no_forward_is_another()
+        )
+
+    def _nobody_listens(self) -> bool:
+        # Whoever registers a hook takes the next handle.
+        if self._handles != RemovableHandle.next_id:
+            if any(self._hooks):
                 return False
-        for tensors, name, tensor, address in self._weights:
-            if tensors.get(name) is not tensor or tensor.data_ptr() != address:
+            self._handles = RemovableHandle.next_id
+        return True
+
+    def _no_forward_is_another(self) -> bool:
+        attributes = sum(map(len, self._states))
+        if self._attributes != attributes:
+            if any("forward" in state for state in self._states):
                 return False
-        return not any("forward" in state for state in self._states)
+            self._attributes = attributes
+        return True
+
+
+class _Held:
+    """What dicts hold under some names, as it is now.
+
+    Attributes:
+        values: that are not None.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self._dicts: list[dict[str, Any]] = []
+        self._names: list[str] = []
+
+    def add(self, holder: dict[str, Any], only: str | None = None) -> None:
+        """What a dict holds now, or holds under one name."""
+        for name, value in holder.items():
+            if value is not None and only in (None, name):
+                self.values.append(value)
+                self._dicts.append(holder)
+                self._names.append(name)
+
+    def is_as_it_was(self) -> bool:
+        """Whether the dicts hold the same."""
+        return all(map(is_, map(dict.get, self._dicts, self._names), self.values))
