@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The MoE rows of a tape: choosing experts, and computing them where all are at hand."""
+"""The MoE rows of a tape: choosing experts, and computing those that are at hand."""
 
 from __future__ import annotations
 
@@ -124,20 +124,35 @@ def choose(row):
 
 @inner
 def _group(row, pairs):
-    """Pairs by expert, and the addresses of the experts' bundles; outputs of pairs that are dropped are cleared."""
+    """Pairs by expert, and the addresses of the experts' bundles; outputs of pairs that are dropped are cleared.
+
+    Experts without an address, and their pairs' outputs, are left alone.
+    """
     count, top_k, hidden = row[6], row[8], row[10]
     ids = carray(int64_pointer(row[4]), (pairs,))
     weights = carray(float32_pointer(row[5]), (pairs,))
     table = carray(int64_pointer(row[14]), (routing_kernel.TABLE_ROWS, pairs + 1))
-    experts, kept, dropped = routing_kernel.group_pairs(ids, weights, count, top_k, table)
+    experts, _, dropped = routing_kernel.group_pairs(ids, weights, count, top_k, table)
     for i in range(dropped):
         output = carray(float32_pointer(row[12] + 4 * hidden * table[routing_kernel.DROPPED, i]), (hidden,))
         for j in range(hidden):
             output[j] = np.float32(0)
     addresses = carray(int64_pointer(row[3]), (count,))
+    here, moved = 0, 0
+    first = table[routing_kernel.OFFSETS, 0]
     for i in range(experts):
-        table[routing_kernel.EXPERTS, i] = addresses[table[routing_kernel.EXPERTS, i]]
-    return table, experts, kept
+        end = table[routing_kernel.OFFSETS, i + 1]
+        address = addresses[table[routing_kernel.EXPERTS, i]]
+        if address:
+            for pair in range(first, end):
+                table[routing_kernel.ROWS, moved] = table[routing_kernel.ROWS, pair]
+                table[routing_kernel.TOKENS, moved] = table[routing_kernel.TOKENS, pair]
+                moved += 1
+            table[routing_kernel.EXPERTS, here] = address
+            here += 1
+            table[routing_kernel.OFFSETS, here] = moved
+        first = end
+    return table, here, moved
 
 
 @inner

@@ -6,7 +6,8 @@ import gc
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -27,6 +28,7 @@ from offload.learnt import save_learnt
 from offload.moe.costs import ObservedCosts
 from offload.moe.layer import ExpertsLayer
 from offload.moe.step import moe_step
+from offload.moe.taped_step import taped_step
 from offload.moe.tiered_step import Accelerated, retried_step
 from offload.observer import StepObserver
 from offload.reconciliation import MemoryUse, Reconciliation, reconcile
@@ -149,23 +151,46 @@ class Runtime:
             raise UnsupportedOperationError(
                 "an offloaded model computes no gradients: its experts are not parameters; use torch.no_grad()"
             )
-        with self.lock, torch.no_grad():
-            self._check_open()
-            before = perf_counter()
-            observer = self.observer
-            observer.begin(self._number[layer.first_key])
-            try:
-                if self.accelerated is None:
-                    out = moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights, observer)
-                else:
-                    out = retried_step(layer, self.accelerated, hidden, top_k_index, top_k_weights, observer)
-            except BaseException:
-                observer.failed()
-                raise
-            observer.finished(top_k_index)
-            self._moe_s += perf_counter() - before
-            self._moe_steps += 1
-            return out
+        with self.lock, torch.no_grad(), self._observed(layer.first_key, top_k_index) as observer:
+            if self.accelerated is None:
+                return moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights, observer)
+            return retried_step(layer, self.accelerated, hidden, top_k_index, top_k_weights, observer)
+
+    @contextmanager
+    def _observed(self, first_key: int, top_k_index: torch.Tensor) -> Iterator[StepObserver]:
+        """One step of a layer, watched and timed. Call with the lock."""
+        self._check_open()
+        before = perf_counter()
+        observer = self.observer
+        observer.begin(self._number[first_key])
+        try:
+            yield observer
+        except BaseException:
+            observer.failed()
+            raise
+        observer.finished(top_k_index)
+        self._moe_s += perf_counter() - before
+        self._moe_steps += 1
+
+    @property
+    def come_to_tapes(self) -> bool:
+        """Whether a tape may compute experts as they come: not with an accelerator, which computes its own."""
+        return self.accelerated is None
+
+    def step_taped(
+        self, first_key: int, choice: torch.Tensor, addresses: npt.NDArray[np.int64], compute: Callable[[], None]
+    ) -> None:
+        """One MoE layer whose experts a tape computes; see `taped_step`. Call with the lock.
+
+        Args:
+            first_key: of the layer's experts.
+            choice: int64 [tokens, top_k], in the tape's memory.
+            addresses: see `taped_step`.
+            compute: see `taped_step`.
+        """
+        with self._observed(first_key, choice) as observer:
+            experts = sorted(set(choice.view(-1).tolist()))
+            taped_step(first_key, experts, addresses, compute, self.tier, observer)
 
     def addresses_of_all(self) -> npt.NDArray[np.int64] | None:
         """Int64 [experts], where each expert's bundle lies; None unless all are in RAM. Call with the lock.
@@ -181,10 +206,11 @@ class Runtime:
             return None
         return self.tier.addresses_of_all(self.plan.expert_count)
 
-    def note_taped(self, keys: list[int]) -> None:
-        """A tape has computed these experts of one layer, ascending, all of them in RAM. Call with the lock."""
-        self.tier.note_hits(keys)
-        self._moe_steps += 1
+    def note_taped(self, layers: list[list[int]]) -> None:
+        """A tape has computed these experts of each of some layers, ascending, all in RAM. Call with the lock."""
+        for keys in layers:
+            self.tier.note_hits(keys)
+        self._moe_steps += len(layers)
 
     def preload(self, progress: Progress) -> None:
         """Read experts in the order of their keys: into all of an accelerator's slots, then into the host's.

@@ -166,6 +166,30 @@ def test_experts_are_those_of_the_kernels(format, dtype, tokens, pool):
     assert len(memory) == 6
 
 
+@pytest.mark.parametrize(("format", "dtype"), [("bf16", torch.bfloat16), ("int4", torch.float32)])
+def test_experts_may_come_one_after_the_other(format, dtype, pool):
+    layout, tokens = BundleLayout(128, 64, format), 3
+    _memory, addresses = bundles_of(layout, 6)
+    x, logits, residual = (randn(tokens, n, dtype=dtype, seed=n) for n in (128, 6, 128))
+    found = []
+    for groups in ([range(6)], [[4], [], [0, 5, 1], [3, 2]]):
+        own, out = np.zeros(6, np.int64), poisoned(tokens, 128, dtype=dtype)
+        tape = Tape(dtype)
+        choice = tape.choose(logits.data_ptr(), 6, tokens, 2, renormalise=True, rounded=False)
+        row = tape.rows
+        sums = tape.experts(layout, "silu", own, choice, x.data_ptr())
+        tape.add_sums(residual.data_ptr(), sums, out.numel(), out.data_ptr())
+        tape.play(pool, end=row)
+        for group in groups:
+            own[list(group)] = addresses[list(group)]
+            tape.play(pool, row, row + 1)
+            own[:] = 0
+        tape.play(pool, row + 1)
+        found.append(out)
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
+
+
 def test_weights_of_zero_leave_an_expert_out(pool):
     layout = BundleLayout(64, 64, "fp32")
     _memory, addresses = bundles_of(layout, 3)

@@ -1,7 +1,8 @@
 """Running a stack of decoder layers for one new token: layer after layer from the tape, Python only where it must.
 
-While all experts of a MoE block are at hand, the tape computes it too, and consecutive layers are one call. Otherwise
-the block's own code runs between two parts of the tape.
+While all experts of a MoE block are at hand, the tape computes it too, and consecutive layers are one call. While some
+are not, it chooses them, and computes them as they come. Blocks that it does not know run by their own code between two
+parts of the tape.
 """
 
 from __future__ import annotations
@@ -45,8 +46,19 @@ class ExpertsAtHand(Protocol):
         """Int64 [experts], where each expert's bundle lies; None unless all are here. Call with the lock."""
         ...
 
-    def note_taped(self, keys: list[int]) -> None:
-        """A tape has computed these experts of one layer."""
+    def note_taped(self, layers: list[list[int]]) -> None:
+        """A tape has computed these experts of each of some layers."""
+        ...
+
+    @property
+    def come_to_tapes(self) -> bool:
+        """Whether `step_taped` may be called."""
+        ...
+
+    def step_taped(
+        self, first_key: int, choice: torch.Tensor, addresses: Addresses, compute: Callable[[], None]
+    ) -> None:
+        """One MoE layer, int64 [tokens, top_k] chosen, whose experts a tape computes as they come. With the lock."""
         ...
 
 
@@ -212,47 +224,67 @@ class Stack:
         if experts is None:
             tape = self._tape(ready.batch, None)
             enter(tape.x)
-            out = self._run(tape, angles, ready.rooms, at_hand=False, normed=normed)
+            out = self._run(tape, angles, ready.rooms, at_hand=False, as_they_come=False, normed=normed)
         else:
             with experts.lock:
-                addresses = experts.addresses_of_all() if self._moe_watch.finds_nothing() else None
+                known = self._moe_watch.finds_nothing()
+                addresses = experts.addresses_of_all() if known else None
                 tape = self._tape(ready.batch, addresses)
                 enter(tape.x)
-                out = self._run(tape, angles, ready.rooms, at_hand=addresses is not None, normed=normed)
+                come = known and addresses is None and experts.come_to_tapes
+                out = self._run(
+                    tape, angles, ready.rooms, at_hand=addresses is not None, as_they_come=come, normed=normed
+                )
         form = self._form(ready.batch)
         for layer, room in zip(ready.layers, ready.rooms, strict=True):
             layer.took_one(room, form)
         return out
 
-    def _run(self, tape: StackTape, angles: Any, rooms: list[Room], *, at_hand: bool, normed: bool) -> torch.Tensor:
+    def _run(
+        self, tape: StackTape, angles: Any, rooms: list[Room], *, at_hand: bool, as_they_come: bool, normed: bool
+    ) -> torch.Tensor:
         pool = kernel_pool()
         tape.point_to(angles[0], angles[1], rooms)
         index, row, layers = 0, 0, len(self._layers)
         while index < layers:
             end = tape.whole_until[index] if at_hand else index
             if end > index:
-                self._play_whole(tape, pool, row, index, end)
+                row = self._play_whole(tape, pool, row, index, end)
+            elif as_they_come and tape.choices[index] is not None:
+                row, end = self._play_as_they_come(tape, pool, row, index), index + 1
             else:
                 tape.play(pool, row, tape.mlp_rows[index])
                 torch.add(tape.residual, self._mlps[index](tape.normed.clone()), out=tape.x)
-                end = index + 1
-            row, index = tape.end_rows[end - 1], end
-        if normed:
-            tape.play(pool, row, tape.rows)
+                row, end = tape.end_rows[index], index + 1
+            index = end
+        if row < tape.end_rows[-1] or normed:
+            tape.play(pool, row, tape.rows if normed else tape.end_rows[-1])
         return (tape.last if normed else tape.x).clone()
 
-    def _play_whole(self, tape: StackTape, pool: Pool, row: int, first: int, end: int) -> None:
-        """Layers from `first` to before `end` from the tape alone, from `row` on."""
+    def _play_whole(self, tape: StackTape, pool: Pool, row: int, first: int, end: int) -> int:
+        """Layers from `first` to before `end` from the tape alone, from `row` on; returns the row after them."""
         assert self._experts is not None
-        while (stopped := tape.play(pool, row, tape.end_rows[end - 1])) != tape.end_rows[end - 1]:
-            choice = tape.choices[bisect_right(tape.end_rows, stopped)]
-            assert choice is not None
-            # Which of equals come first is torch's to say.
-            choice.ids.copy_(torch.topk(choice.shares, choice.ids.shape[1]).indices)
-            row = stopped
+        last = tape.end_rows[end - 1]
+        _play_to(tape, pool, row, last)
+        found = []
         for chosen, first_key in zip(tape.chosen[first:end], tape.moe[first:end], strict=True):
             assert chosen is not None and first_key is not None
-            self._experts.note_taped([first_key + expert for expert in sorted(set(chosen.tolist()))])
+            found.append([first_key + expert for expert in sorted(set(chosen.tolist()))])
+        self._experts.note_taped(found)
+        return last
+
+    def _play_as_they_come(self, tape: StackTape, pool: Pool, row: int, index: int) -> int:
+        """One layer from `row` on, its experts as they come; returns the row that adds them up."""
+        choice, first_key, bundles = tape.choices[index], tape.moe[index], tape.bundles[index]
+        assert self._experts is not None and choice is not None and first_key is not None and bundles is not None
+        experts_row = tape.experts_rows[index]
+        _play_to(tape, pool, row, experts_row)
+
+        def compute() -> None:
+            tape.play(pool, experts_row, experts_row + 1)
+
+        self._experts.step_taped(first_key, choice.ids, bundles, compute)
+        return experts_row + 1
 
     def _tape(self, batch: int, addresses: Addresses | None) -> StackTape:
         tapes: dict[int, StackTape] = self._local.__dict__.setdefault("tapes", {})
@@ -261,7 +293,7 @@ class Stack:
             # Tensors made in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
                 tape = tapes[batch] = StackTape(self._layers, self._taped(), self._last, batch)
-        if addresses is not None and addresses is not tape.addresses:
+        if addresses is not tape.addresses:
             tape.take_addresses(addresses)
         return tape
 
@@ -275,3 +307,13 @@ class Stack:
             else TapedMoe(parts, known[parts.experts], np.zeros(known[parts.experts].count, np.int64))
             for parts in self._moe
         ]
+
+
+def _play_to(tape: StackTape, pool: Pool, row: int, end: int) -> None:
+    """Rows from `row` to before `end`, through choices that are not clear."""
+    while (stopped := tape.play(pool, row, end)) != end:
+        choice = tape.choices[bisect_right(tape.end_rows, stopped)]
+        assert choice is not None
+        # Which of equals come first is torch's to say.
+        choice.ids.copy_(torch.topk(choice.shares, choice.ids.shape[1]).indices)
+        row = stopped

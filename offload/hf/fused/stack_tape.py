@@ -62,12 +62,15 @@ class StackTape:
         normed: [batch, 1, hidden]; likewise: the input of its MLP.
         choices: for each layer with a taped MoE block: its last choice; else None.
         mlp_rows: for each layer: the row at which its attention is done.
+        experts_rows: for each layer with a taped MoE block: the row that computes experts; its choice is made then.
         end_rows: for each layer: the row at which it is done, if its MoE block is taped; else `mlp_rows`.
         whole_until: for each layer: the layer before which those end that are taped whole from it on.
         last: [batch, 1, hidden]; the model's last norm of `x`, after the rows that follow the last layer.
         chosen: for each layer with a taped MoE block: its last choice, int64 [batch * top_k]; else None.
         moe: for each layer, the key of its first expert if its MoE block is taped, else None.
-        addresses: of all experts, as they were last taken; None before.
+        bundles: for each layer, addresses of its experts as its rows take them, if its MoE block is taped, else None;
+            what has the address 0 is not computed.
+        addresses: of all experts, as they were last taken; None where those of `bundles` are others.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class StackTape:
         self._tape = Tape(weight.dtype)
         # A tape lives as long as its thread: it must not hold modules, which hold the runtime.
         self.moe = [None if taped is None else taped.layer.first_key for taped in moe]
-        self._experts = [(taped.layer.first_key, taped.addresses) for taped in moe if taped is not None]
+        self.bundles = [None if taped is None else taped.addresses for taped in moe]
         self.addresses: Addresses | None = None
         self._batch, self._kv_heads, self._width = batch, kv_heads, width
         self.x, self.residual, self.normed, self.last = (
@@ -99,11 +102,13 @@ class StackTape:
         self._stores: list[tuple[list[Spot], list[Spot]]] = []
         self._attentions: list[dict[str, Spot]] = []
         self.mlp_rows: list[int] = []
+        self.experts_rows: list[int] = []
         self.end_rows: list[int] = []
         self.choices: list[Choice | None] = []
         for parts, taped in zip(layers, moe, strict=True):
             self._attention_rows(parts, scratch)
             self.mlp_rows.append(self._tape.rows)
+            self.experts_rows.append(self._tape.rows)
             self.choices.append(None if taped is None else self._moe_rows(taped))
             self.end_rows.append(self._tape.rows)
         if last is not None:
@@ -152,14 +157,16 @@ class StackTape:
             logits, len(parts.weight), batch, parts.top_k, renormalise=parts.renormalise, rounded=parts.rounded
         )
         assert taped.layer.activation is not None
+        self.experts_rows[-1] = tape.rows
         sums = tape.experts(taped.layer.layout, taped.layer.activation, taped.addresses, choice, normed)
         tape.add_sums(self.residual.data_ptr(), sums, self.x.numel(), self.x.data_ptr())
         return choice
 
-    def take_addresses(self, addresses: Addresses) -> None:
-        """Where all experts lie, int64 by key."""
-        for first, own in self._experts:
-            own[:] = addresses[first : first + len(own)]
+    def take_addresses(self, addresses: Addresses | None) -> None:
+        """Where all experts lie, int64 by key; None: no expert is there yet, and `bundles` are filled as they come."""
+        for first, own in zip(self.moe, self.bundles, strict=True):
+            if own is not None and first is not None:
+                own[:] = 0 if addresses is None else addresses[first : first + len(own)]
         self.addresses = addresses
 
     def point_to(self, cos: torch.Tensor, sin: torch.Tensor, rooms: Sequence[Room]) -> None:
