@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from cpu_kernels.linear import linear
 from offload.devices.host_threads import kernel_pool
+from offload.hf.fused.watch import TapeHook
 from offload.moe.layer import ExpertsLayer
 from offload.prefetcher import Prefetcher
 
@@ -44,7 +45,7 @@ def look_ahead(
     ]
 
 
-class _Hook:
+class _Hook(TapeHook):
     """A forward hook of one router."""
 
     def __init__(

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from cpu_kernels.linear import MOST_TOKENS
+from cpu_kernels.tape import Choice
 from cpu_kernels.threads import Pool
 from offload.devices.host_threads import kernel_pool
 from offload.hf.fused.attention import IMPLEMENTATION, TELLING
@@ -279,12 +280,21 @@ class Stack:
         assert self._experts is not None and choice is not None and first_key is not None and bundles is not None
         experts_row = tape.experts_rows[index]
         _play_to(tape, pool, row, experts_row)
+        self._tell_hooks(tape, index, choice)
 
         def compute() -> None:
             tape.play(pool, experts_row, experts_row + 1)
 
         self._experts.step_taped(first_key, choice.ids, bundles, compute)
         return experts_row + 1
+
+    def _tell_hooks(self, tape: StackTape, index: int, choice: Choice) -> None:
+        """Call a router's hooks, all of them of the kind that may be called so, as its own call would."""
+        parts, logits = self._moe[index], tape.logits[index]
+        assert parts is not None and logits is not None
+        for hook in parts.router._forward_hooks.values():
+            hidden = tape.normed.view(len(logits), -1)
+            hook(parts.router, (hidden.clone(),), (logits.clone(), choice.weights.clone(), choice.ids.clone()))
 
     def _tape(self, batch: int, addresses: Addresses | None) -> StackTape:
         tapes: dict[int, StackTape] = self._local.__dict__.setdefault("tapes", {})

@@ -66,6 +66,7 @@ class StackTape:
         end_rows: for each layer: the row at which it is done, if its MoE block is taped; else `mlp_rows`.
         whole_until: for each layer: the layer before which those end that are taped whole from it on.
         last: [batch, 1, hidden]; the model's last norm of `x`, after the rows that follow the last layer.
+        logits: for each layer with a taped MoE block: its router's, [batch, experts]; else None.
         chosen: for each layer with a taped MoE block: its last choice, int64 [batch * top_k]; else None.
         moe: for each layer, the key of its first expert if its MoE block is taped, else None.
         bundles: for each layer, addresses of its experts as its rows take them, if its MoE block is taped, else None;
@@ -105,11 +106,14 @@ class StackTape:
         self.experts_rows: list[int] = []
         self.end_rows: list[int] = []
         self.choices: list[Choice | None] = []
+        self.logits: list[torch.Tensor | None] = []
         for parts, taped in zip(layers, moe, strict=True):
             self._attention_rows(parts, scratch)
             self.mlp_rows.append(self._tape.rows)
             self.experts_rows.append(self._tape.rows)
-            self.choices.append(None if taped is None else self._moe_rows(taped))
+            logits, choice = (None, None) if taped is None else self._moe_rows(taped)
+            self.logits.append(logits)
+            self.choices.append(choice)
             self.end_rows.append(self._tape.rows)
         if last is not None:
             _norm(self._tape, last, self.x.data_ptr(), batch, self.last.data_ptr())
@@ -148,19 +152,19 @@ class StackTape:
         tape.add(x, at.projected, self.x.numel(), residual)
         _norm(tape, parts.after, residual, batch, normed)
 
-    def _moe_rows(self, taped: TapedMoe) -> Choice:
-        tape, parts, batch = self._tape, taped.parts, self._batch
+    def _moe_rows(self, taped: TapedMoe) -> tuple[torch.Tensor, Choice]:
+        tape, parts, batch, experts = self._tape, taped.parts, self._batch, len(taped.parts.weight)
         normed = self.normed.data_ptr()
-        logits = tape.scratch(batch * len(parts.weight)).data_ptr()
-        tape.linear(normed, parts.weight, None, batch, logits)
+        logits = tape.scratch(batch * experts).view(batch, experts)
+        tape.linear(normed, parts.weight, None, batch, logits.data_ptr())
         choice = tape.choose(
-            logits, len(parts.weight), batch, parts.top_k, renormalise=parts.renormalise, rounded=parts.rounded
+            logits.data_ptr(), experts, batch, parts.top_k, renormalise=parts.renormalise, rounded=parts.rounded
         )
         assert taped.layer.activation is not None
         self.experts_rows[-1] = tape.rows
         sums = tape.experts(taped.layer.layout, taped.layer.activation, taped.addresses, choice, normed)
         tape.add_sums(self.residual.data_ptr(), sums, self.x.numel(), self.x.data_ptr())
-        return choice
+        return logits, choice
 
     def take_addresses(self, addresses: Addresses | None) -> None:
         """Where all experts lie, int64 by key; None: no expert is there yet, and `bundles` are filled as they come."""

@@ -104,6 +104,35 @@ def test_experts_on_the_tape_and_on_their_way(
     assert len(rows) >= 11 and (max(rows) > 15 * layers) == resident and (rows.count(1) >= 11 * layers) != resident
 
 
+@pytest.mark.parametrize("prefetch", ["on", "auto"])
+def test_reading_ahead_goes_with_experts_that_come_to_the_tape(
+    prefetch: str, tiny_checkpoint: TinyCheckpoint, store_root: Path, rows: list[int]
+) -> None:
+    directory = tiny_checkpoint("qwen3_moe", torch.bfloat16)
+    plan = offload.plan(directory, ram="1GiB", context=64)
+    ram = plan.minimum_ram_nbytes + 12 * plan.slot_nbytes
+    found, foreseen = [], []
+    for kinds in (FUSED_KINDS, OTHERS):
+        model = offload.load(directory, ram=ram, nvme=store_root, context=64, fused=kinds, prefetch=prefetch)
+        with model.offload as runtime:
+            told: list[tuple[int, list[float]]] = []
+            prefetcher = runtime.observer.prefetcher
+            assert prefetcher is not None
+            original = prefetcher.foresee
+
+            def foresee(layer, own, ahead, active, told=told, original=original):  # type: ignore[no-untyped-def]
+                told.append((layer, [*own.tolist(), *active.tolist()]))
+                original(layer, own, ahead, active)
+
+            prefetcher.foresee = foresee  # type: ignore[method-assign]
+            found.append(decoded(model, prompt(), 12))
+            foreseen.append(told)
+            runtime.check()
+    assert torch.equal(*found)
+    assert foreseen[0] == foreseen[1] and len(foreseen[0]) >= 11
+    assert rows.count(1) >= 11 * len(model.model.layers)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_equal_shares_are_chosen_as_torch_does(
     tiny_checkpoint: TinyCheckpoint, store_root: Path, rows: list[int], known: bool, monkeypatch: pytest.MonkeyPatch
