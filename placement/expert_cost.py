@@ -187,9 +187,7 @@ def _best(
     if not has_gpu:
         copied = np.zeros((1, len(hits)))
     disk, first = _disk_s(reads, speeds.nbytes, misses)
-    tried = _outcomes(
-        reads.disk, speeds, hits[None, :], misses[None, :], host[None, :], copied, disk[None, :], first[None, :]
-    )  # fmt: skip
+    tried = _outcomes(speeds, hits[None, :], misses[None, :], host[None, :], copied, disk[None, :], first[None, :])
     best = np.argmin(tried.total_s, axis=0)
     columns = np.arange(len(hits))
     return ExpertCost(
@@ -198,7 +196,6 @@ def _best(
 
 
 def _outcomes(
-    reader: Disk | None,
     speeds: _Speeds,
     hits: FloatArray,
     misses: FloatArray,
@@ -209,13 +206,8 @@ def _outcomes(
 ) -> ExpertCost:
     """Costs [choices, n] where `copied` of the `host` experts that are not in VRAM go to the accelerator.
 
-    The last expert to arrive from disk is still to be computed, and after the first one come all that follow. While
-    reads run, the CPU is slower by as much as they take of it.
+    The last expert to arrive from disk is still to be computed, and after the first one come all that follow.
     """
-
-    def beside(seconds: FloatArray, reading: FloatArray) -> FloatArray:
-        return seconds if reader is None else reader.computing_s(seconds, reading)
-
     c, g, p = speeds.cpu_s, speeds.gpu_s, speeds.copy_s
     on_cpu, on_gpu = np.where(host - copied > _NONE, host - copied, 0.0), hits + copied
     # Resident experts share a call; each that arrives has its own.
@@ -223,12 +215,11 @@ def _outcomes(
     gpu = on_gpu * g + np.where(on_gpu > 0, speeds.gpu_call_s, 0.0)
     link = copied * p + np.where(on_gpu > 0, speeds.crossing_s, 0.0)
     last = np.where(on_cpu > 0, c + speeds.cpu_call_s, p + g)
-    late = beside(np.minimum(misses, on_cpu) * c, np.maximum(disk - first, 0.0))
+    late = np.minimum(misses, on_cpu) * c
     after = np.where(misses > 0, np.maximum(disk + last, first + late), 0.0)
-    slowed = beside(cpu, np.where(misses > 0, disk, 0.0))
-    compute = np.maximum(slowed, gpu)
+    compute = np.maximum(cpu, gpu)
     linked = np.maximum(link + np.where(copied > 0, g, 0.0), compute)
-    longer = slowed >= gpu
+    longer = cpu >= gpu
     return ExpertCost(
         cpu_s=np.where(longer, compute, 0.0),
         gpu_s=np.where(longer, 0.0, compute),

@@ -8,14 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from formats.packed import PACKED_FORMATS
 from placement.curves import TokenCurve
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 4
+PROFILE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -55,19 +52,16 @@ class Disk:
         latency_s: of one read, from request to data, when the disk is idle.
         overlapped_share: of these speeds that is left while the CPU's kernels run, 0 to 1.
         free_nbytes: free bytes.
-        computing_share: of the speed of the CPU's kernels that is left while reads run, 0 to 1; below 1 where reads
-            take the CPU's time, as on virtual machines whose host carries them out on their cores.
     """
 
     points: tuple[DiskPoint, ...]
     latency_s: float
     overlapped_share: float
     free_nbytes: int
-    computing_share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.points or not 0 < self.overlapped_share <= 1 or not 0 < self.computing_share <= 1:
-            raise ValueError("a disk needs measurements and shares above 0 and at most 1")
+        if not self.points or not 0 < self.overlapped_share <= 1:
+            raise ValueError("a disk needs measurements and a share above 0 and at most 1")
 
     def bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
         """Speed of reads alone.
@@ -83,13 +77,6 @@ class Disk:
             if block_nbytes <= large:
                 return slow + (fast - slow) * math.log(block_nbytes / small) / math.log(large / small)
         return points[-1][1]
-
-    def computing_s(
-        self, alone_s: npt.NDArray[np.float64], reading_s: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64]:
-        """Seconds of kernels that take `alone_s` alone and begin together with reads of `reading_s`."""
-        share = self.computing_share
-        return np.minimum(alone_s / share, alone_s + (1 - share) * reading_s)
 
     def overlapped_bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
         """Speed of reads while the CPU's kernels run."""

@@ -181,7 +181,6 @@ def _disk(subjects: Subjects, free_nbytes: int, effort: Effort) -> Disk:
     block, depth = effort.blocks[-1], 4
     alone = [subjects.read(block, depth, _MIN_BLOCKS * 4) for _ in range(3)]
     beside = [subjects.beside_kernels(lambda: subjects.read(block, depth, _MIN_BLOCKS * 4)) for _ in range(3)]
-    share = min(1.0, sorted(alone)[1] / sorted(seconds for seconds, _ in beside)[1])
-    computing = min(1.0, sorted(share for _, share in beside)[1])
+    share = min(1.0, sorted(alone)[1] / sorted(beside)[1])
     latency_s = min(subjects.read(4096, 1, 1) for _ in range(20))
-    return Disk(tuple(points), latency_s, share, free_nbytes, computing)
+    return Disk(tuple(points), latency_s, share, free_nbytes)

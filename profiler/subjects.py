@@ -66,8 +66,8 @@ class Subjects(Protocol):
         """Seconds to read that many blocks from random places of the disk."""
         ...
 
-    def beside_kernels(self, call: Callable[[], float]) -> tuple[float, float]:
-        """What `call` returns while the CPU's kernels run, and the share of their speed that they had meanwhile."""
+    def beside_kernels(self, call: Callable[[], float]) -> float:
+        """What `call` returns while the CPU's kernels run."""
         ...
 
     def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:

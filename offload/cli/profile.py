@@ -86,8 +86,7 @@ def _disk(disk: Disk | None) -> dict[str, str]:
     best = max(disk.points, key=lambda point: point.bytes_per_s)
     return {
         "disk": f"{_speed(best.bytes_per_s)} in reads of {format_size(best.block_nbytes)}, {best.in_flight} in flight; "
-        f"{disk.overlapped_share:.0%} of it beside working kernels, which then have {disk.computing_share:.0%} of "
-        f"theirs; {disk.latency_s * 1e6:.0f} us for one small read"
+        f"{disk.overlapped_share:.0%} of it beside working kernels; {disk.latency_s * 1e6:.0f} us for one small read"
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import perf_counter
 
 import torch
 
@@ -17,8 +16,6 @@ from offload.measuring.reads import Scratch
 from placement.hardware_profile import HardwareProfile, Overheads
 from profiler.stream import stream_bytes_per_s
 from profiler.subjects import Attention, Product
-
-_RUNS_ALONE = 5
 
 
 class RuntimeSubjects:
@@ -69,28 +66,19 @@ class RuntimeSubjects:
         """See `Subjects`."""
         return self._scratch.read(block_nbytes, in_flight, blocks)
 
-    def beside_kernels(self, call: Callable[[], float]) -> tuple[float, float]:
+    def beside_kernels(self, call: Callable[[], float]) -> float:
         """The call runs on a thread of its own, the kernels on this one until it returns."""
         experts = self._expert_calls(BF16.name).product(8, 1)
         found: list[float] = []
         thread = threading.Thread(target=lambda: found.append(call()))
         with torch.no_grad():
-            alone_s = min(_seconds(experts.run) for _ in range(_RUNS_ALONE))
+            experts.run()
             thread.start()
-            beside_s = [_seconds(experts.run)]
             while thread.is_alive():
-                beside_s.append(_seconds(experts.run))
+                experts.run()
         thread.join()
-        # The call ended within the last run.
-        whole = beside_s[:-1] or beside_s
-        return found[0], min(1.0, alone_s * len(whole) / sum(whole))
+        return found[0]
 
     def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
         """See `Subjects`."""
         return measure_overheads(profile, self._directory, self._repeats, quant)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    before = perf_counter()
-    call()
-    return perf_counter() - before

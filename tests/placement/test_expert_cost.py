@@ -67,19 +67,6 @@ def test_misses_are_played_out(disk: float, ram: float) -> None:
     assert total(profile, DECODE, 0.0, ram) == pytest.approx(expected, rel=0.12)
 
 
-@pytest.mark.parametrize("ram", [0.0, 0.5, 0.9, 1.0])
-def test_reads_slow_the_cpu_down(ram: float) -> None:
-    """A prompt whose products take longer than its reads waits for what the reads take of the CPU."""
-    free = machine(gpu=False, disk=1e9, cpu_flops=2e9)
-    assert free.disk is not None
-    taken = replace(free, disk=replace(free.disk, computing_share=0.5))
-    need = LayerDemand(64.0, 512.0)
-    alone, beside = (total(profile, need, 0.0, ram, rows=64) for profile in (free, taken))
-    reads = 64 * (1 - ram) * EXPERTS.layout.nbytes / free.disk.overlapped_bytes_per_s(EXPERTS.layout.nbytes, 4)
-    assert reads < alone
-    assert beside == pytest.approx(alone + 0.5 * reads, rel=0.02)
-
-
 def test_looking_for_experts_takes_time_unless_all_are_there() -> None:
     plain, slow = machine(gpu=False), machine(gpu=False, step=1e-3)
     assert total(slow, DECODE, 0.0, 1.0) == total(plain, DECODE, 0.0, 1.0)

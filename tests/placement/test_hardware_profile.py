@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 
@@ -44,25 +43,10 @@ def test_a_disk_between_its_points(block: int, depth: int, expected: float) -> N
     assert DISK.overlapped_bytes_per_s(block, depth) == pytest.approx(expected / 2)
 
 
-@pytest.mark.parametrize(
-    ("points", "share", "computing"), [((), 1.0, 1.0), (DISK.points, 0.0, 1.0), (DISK.points, 1.5, 1.0),
-                                       (DISK.points, 1.0, 0.0), (DISK.points, 1.0, 1.1)]
-)  # fmt: skip
-def test_what_is_no_disk_is_refused(points: tuple[DiskPoint, ...], share: float, computing: float) -> None:
+@pytest.mark.parametrize(("points", "share"), [((), 1.0), (DISK.points, 0.0), (DISK.points, 1.5)])
+def test_what_is_no_disk_is_refused(points: tuple[DiskPoint, ...], share: float) -> None:
     with pytest.raises(ValueError):
-        Disk(points, 1e-4, share, 0, computing)
-
-
-@pytest.mark.parametrize("share", [0.5, 0.8, 1.0])
-@pytest.mark.parametrize("reading_s", [0.0, 0.3, 2.0])
-def test_kernels_are_slower_while_reads_run(share: float, reading_s: float) -> None:
-    disk = replace(DISK, computing_share=share)
-    # Played in small steps.
-    left, now, step = 1.0, 0.0, 1e-4
-    while left > 0:
-        left -= step * (share if now < reading_s else 1.0)
-        now += step
-    assert disk.computing_s(np.array([1.0]), np.array([reading_s]))[0] == pytest.approx(now, abs=1e-3)
+        Disk(points, 1e-4, share, 0)
 
 
 def test_a_link_has_latency_and_bandwidth() -> None:
