@@ -130,6 +130,18 @@ class Rig:
             for index in range(layers)
         ]  # fmt: skip
 
+    def break_reads(self, after: int, error: BaseException) -> None:
+        """All reads but the first so many fail."""
+        left = after
+
+        def fail(_key: int) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise error
+
+        self.before_read = fail
+
     def _expert(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         weights = {}
         for name, component in self.layout.components.items():

@@ -151,14 +151,7 @@ def test_a_step_that_fails_is_as_if_it_had_not_been(make_rig: MakeRig, accumulat
     rig.step(1, *rig.inputs(2, top_k=2, seed=seed))
     left = chance.randint(0, 4)
     bad = chance.choice([StorageError(errno.EIO, "broken"), StoreCorruptError("flipped"), MemoryError()])
-
-    def fail(_key: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise bad
-
-    rig.before_read = fail
+    rig.break_reads(left, bad)
     try:
         found = rig.step(0, *inputs)
     except type(bad) as caught:

@@ -107,14 +107,7 @@ def test_a_step_that_fails_is_as_if_it_had_not_been(make_rig: MakeRig, slots: in
     inputs = rig.inputs(chance.randint(1, 3), top_k=chance.randint(1, 6), seed=seed)
     left = chance.randint(0, 4)
     bad = chance.choice([StorageError(errno.EIO, "broken"), StoreCorruptError("flipped"), MemoryError()])
-
-    def fail(_key: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise bad
-
-    rig.before_read = fail
+    rig.break_reads(left, bad)
     layer = TapedLayer(rig, 0, *inputs)
     try:
         rig.assert_close(layer.run(), rig.reference(0, *inputs))
