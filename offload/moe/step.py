@@ -75,20 +75,45 @@ def _as_they_come(
     accumulator: Accumulator,
     watch: StepWatch | None,
 ) -> None:
-    """Resident experts compute while misses load; each miss computes when it arrives."""
+    """Experts compute in the order in which they are there."""
     number = {layer.first_key + expert: index for index, expert in enumerate(routing.experts)}
     borrowed, missing = tier.borrow(list(number), shares_of(routing, watch))
     if len(hidden) > 1:
         # While experts with many tokens compute, those with few load.
         loads = np.diff(routing.offsets)
         missing.sort(key=lambda key: -int(loads[number[key]]))
+
+    def compute(keys: list[int]) -> None:
+        compute_borrowed(layer, tier, device, hidden, routing, accumulator, [(key, number[key]) for key in keys])
+
+    as_they_come(tier, borrowed, missing, compute, watch)
+
+
+def as_they_come(
+    tier: ExpertTier,
+    borrowed: list[int],
+    missing: list[int],
+    compute: Callable[[list[int]], None],
+    watch: StepWatch | None,
+) -> None:
+    """Compute resident experts while misses load, and each miss when it arrives.
+
+    Args:
+        tier: where the experts are or come to be.
+        borrowed: what it lent; given back when computed.
+        missing: the others, in the order in which they are to load.
+        compute: computes some of them, which are borrowed.
+        watch: told when all loads have begun for which there are slots.
+
+    Raises:
+        StorageError, StoreCorruptError: an expert could not be read.
+    """
     tier.start_loads(missing)
     if watch is not None:
         watch.loads_started()
     while borrowed or missing:
         if borrowed:
-            work = [(key, number[key]) for key in borrowed]
-            compute_borrowed(layer, tier, device, hidden, routing, accumulator, work)
+            compute(borrowed)
             tier.give_back(borrowed)
         tier.start_loads(missing)
         borrowed = tier.collect(missing) if missing else []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from offload.moe.step import StepWatch
+from offload.moe.step import StepWatch, as_they_come
 from offload.tiers.expert_tier import ExpertTier
 
 
@@ -32,25 +32,17 @@ def taped_step(
     Raises:
         StorageError, StoreCorruptError: an expert could not be read; the tier is as before the step.
     """
+
+    def compute_some(keys: list[int]) -> None:
+        for key in keys:
+            addresses[key - first_key] = tier.address(key)
+        compute()
+        for key in keys:
+            addresses[key - first_key] = 0
+
     try:
         borrowed, missing = tier.borrow([first_key + expert for expert in experts])
-        tier.start_loads(missing)
-        if watch is not None:
-            watch.loads_started()
-        while borrowed or missing:
-            if borrowed:
-                for key in borrowed:
-                    addresses[key - first_key] = tier.address(key)
-                compute()
-                for key in borrowed:
-                    addresses[key - first_key] = 0
-                tier.give_back(borrowed)
-            if missing:
-                tier.start_loads(missing)
-                borrowed = tier.collect(missing)
-                missing = [key for key in missing if key not in borrowed]
-            else:
-                borrowed = []
+        as_they_come(tier, borrowed, missing, compute_some, watch)
     except BaseException:
         addresses[:] = 0
         tier.abandon()
