@@ -19,7 +19,6 @@ from torch import nn
 from transformers import DynamicCache
 
 from cpu_kernels.linear import MOST_TOKENS
-from cpu_kernels.tape import Choice
 from cpu_kernels.threads import Pool
 from offload.devices.host_threads import kernel_pool
 from offload.hf.fused.attention import IMPLEMENTATION, TELLING
@@ -27,7 +26,7 @@ from offload.hf.fused.conditions import is_plain
 from offload.hf.fused.decoder_parts import DecoderParts, Norm, dtype_of
 from offload.hf.fused.kv_cache import Form, GrowingLayer, Room
 from offload.hf.fused.moe_parts import MoeParts
-from offload.hf.fused.stack_tape import Addresses, StackTape, TapedMoe
+from offload.hf.fused.stack_tape import Addresses, StackTape, TapedBlock, TapedMoe
 from offload.hf.fused.watch import Watch
 from offload.moe.layer import ExpertsLayer
 
@@ -251,8 +250,8 @@ class Stack:
             end = tape.whole_until[index] if at_hand else index
             if end > index:
                 row = self._play_whole(tape, pool, row, index, end)
-            elif as_they_come and tape.choices[index] is not None:
-                row, end = self._play_as_they_come(tape, pool, row, index), index + 1
+            elif as_they_come and (block := tape.blocks[index]) is not None:
+                row, end = self._play_as_they_come(tape, pool, row, block, self._moe[index]), index + 1
             else:
                 tape.play(pool, row, tape.mlp_rows[index])
                 torch.add(tape.residual, self._mlps[index](tape.normed.clone()), out=tape.x)
@@ -268,33 +267,26 @@ class Stack:
         last = tape.end_rows[end - 1]
         _play_to(tape, pool, row, last)
         found = []
-        for chosen, first_key in zip(tape.chosen[first:end], tape.moe[first:end], strict=True):
-            assert chosen is not None and first_key is not None
-            found.append([first_key + expert for expert in sorted(set(chosen.tolist()))])
+        for block in tape.blocks[first:end]:
+            assert block is not None
+            found.append([block.first_key + expert for expert in sorted(set(block.chosen.tolist()))])
         self._experts.note_taped(found)
         return last
 
-    def _play_as_they_come(self, tape: StackTape, pool: Pool, row: int, index: int) -> int:
+    def _play_as_they_come(
+        self, tape: StackTape, pool: Pool, row: int, block: TapedBlock, parts: MoeParts | None
+    ) -> int:
         """One layer from `row` on, its experts as they come; returns the row that adds them up."""
-        choice, first_key, bundles = tape.choices[index], tape.moe[index], tape.bundles[index]
-        assert self._experts is not None and choice is not None and first_key is not None and bundles is not None
-        experts_row = tape.experts_rows[index]
+        assert self._experts is not None and parts is not None
+        experts_row = block.experts_row
         _play_to(tape, pool, row, experts_row)
-        self._tell_hooks(tape, index, choice)
+        _tell_hooks(parts.router, tape.normed, block)
 
         def compute() -> None:
             tape.play(pool, experts_row, experts_row + 1)
 
-        self._experts.step_taped(first_key, choice.ids, bundles, compute)
+        self._experts.step_taped(block.first_key, block.choice.ids, block.addresses, compute)
         return experts_row + 1
-
-    def _tell_hooks(self, tape: StackTape, index: int, choice: Choice) -> None:
-        """Call a router's hooks, all of them of the kind that may be called so, as its own call would."""
-        parts, logits = self._moe[index], tape.logits[index]
-        assert parts is not None and logits is not None
-        for hook in parts.router._forward_hooks.values():
-            hidden = tape.normed.view(len(logits), -1)
-            hook(parts.router, (hidden.clone(),), (logits.clone(), choice.weights.clone(), choice.ids.clone()))
 
     def _tape(self, batch: int, addresses: Addresses | None) -> StackTape:
         tapes: dict[int, StackTape] = self._local.__dict__.setdefault("tapes", {})
@@ -322,8 +314,16 @@ class Stack:
 def _play_to(tape: StackTape, pool: Pool, row: int, end: int) -> None:
     """Rows from `row` to before `end`, through choices that are not clear."""
     while (stopped := tape.play(pool, row, end)) != end:
-        choice = tape.choices[bisect_right(tape.end_rows, stopped)]
-        assert choice is not None
+        block = tape.blocks[bisect_right(tape.end_rows, stopped)]
+        assert block is not None
+        choice = block.choice
         # Which of equals come first is torch's to say.
         choice.ids.copy_(torch.topk(choice.shares, choice.ids.shape[1]).indices)
         row = stopped
+
+
+def _tell_hooks(router: nn.Module, normed: torch.Tensor, block: TapedBlock) -> None:
+    """Call a router's hooks, all of them of the kind that may be called so, as its own call would."""
+    for hook in router._forward_hooks.values():
+        hidden, choice = normed.view(len(block.logits), -1), block.choice
+        hook(router, (hidden.clone(),), (block.logits.clone(), choice.weights.clone(), choice.ids.clone()))

@@ -36,6 +36,27 @@ class TapedMoe:
     addresses: Addresses
 
 
+@dataclass(frozen=True)
+class TapedBlock:
+    """A MoE block on the tape.
+
+    Attributes:
+        first_key: of its experts.
+        logits: [batch, experts], its router's.
+        choice: the last one.
+        chosen: int64 [batch * top_k], the ids of `choice`.
+        addresses: int64 [E] of the bundles, as the tape takes them; what has the address 0 is not computed.
+        experts_row: the row that computes experts; the choice is made then.
+    """
+
+    first_key: int
+    logits: torch.Tensor
+    choice: Choice
+    chosen: npt.NDArray[np.int64]
+    addresses: Addresses
+    experts_row: int
+
+
 @dataclass
 class _Scratch:
     """Addresses that all layers share, each [batch, ...]."""
@@ -60,18 +81,12 @@ class StackTape:
         x: [batch, 1, hidden]; in: the first layer's input; out: the last layer's output.
         residual: [batch, 1, hidden]; after a layer's attention: the residual stream.
         normed: [batch, 1, hidden]; likewise: the input of its MLP.
-        choices: for each layer with a taped MoE block: its last choice; else None.
+        blocks: for each layer: its MoE block, if it is taped; else None.
         mlp_rows: for each layer: the row at which its attention is done.
-        experts_rows: for each layer with a taped MoE block: the row that computes experts; its choice is made then.
         end_rows: for each layer: the row at which it is done, if its MoE block is taped; else `mlp_rows`.
         whole_until: for each layer: the layer before which those end that are taped whole from it on.
         last: [batch, 1, hidden]; the model's last norm of `x`, after the rows that follow the last layer.
-        logits: for each layer with a taped MoE block: its router's, [batch, experts]; else None.
-        chosen: for each layer with a taped MoE block: its last choice, int64 [batch * top_k]; else None.
-        moe: for each layer, the key of its first expert if its MoE block is taped, else None.
-        bundles: for each layer, addresses of its experts as its rows take them, if its MoE block is taped, else None;
-            what has the address 0 is not computed.
-        addresses: of all experts, as they were last taken; None where those of `bundles` are others.
+        addresses: of all experts, as they were last taken; None where those of `blocks` are others.
     """
 
     def __init__(
@@ -89,9 +104,6 @@ class StackTape:
         weight = first.before.module.get_parameter("weight")
         hidden, width, heads, kv_heads = len(weight), first.width, first.heads, first.kv_heads
         self._tape = Tape(weight.dtype)
-        # A tape lives as long as its thread: it must not hold modules, which hold the runtime.
-        self.moe = [None if taped is None else taped.layer.first_key for taped in moe]
-        self.bundles = [None if taped is None else taped.addresses for taped in moe]
         self.addresses: Addresses | None = None
         self._batch, self._kv_heads, self._width = batch, kv_heads, width
         self.x, self.residual, self.normed, self.last = (
@@ -103,24 +115,19 @@ class StackTape:
         self._stores: list[tuple[list[Spot], list[Spot]]] = []
         self._attentions: list[dict[str, Spot]] = []
         self.mlp_rows: list[int] = []
-        self.experts_rows: list[int] = []
         self.end_rows: list[int] = []
-        self.choices: list[Choice | None] = []
-        self.logits: list[torch.Tensor | None] = []
+        # A tape lives as long as its thread: it must not hold modules, which hold the runtime.
+        self.blocks: list[TapedBlock | None] = []
         for parts, taped in zip(layers, moe, strict=True):
             self._attention_rows(parts, scratch)
             self.mlp_rows.append(self._tape.rows)
-            self.experts_rows.append(self._tape.rows)
-            logits, choice = (None, None) if taped is None else self._moe_rows(taped)
-            self.logits.append(logits)
-            self.choices.append(choice)
+            self.blocks.append(None if taped is None else self._moe_rows(taped))
             self.end_rows.append(self._tape.rows)
         if last is not None:
             _norm(self._tape, last, self.x.data_ptr(), batch, self.last.data_ptr())
-        self.chosen = [None if choice is None else choice.ids.view(-1).numpy() for choice in self.choices]
         self.whole_until = list(range(len(layers)))
         for index in reversed(range(len(layers))):
-            if self.choices[index] is not None:
+            if self.blocks[index] is not None:
                 self.whole_until[index] = self.whole_until[index + 1] if index + 1 < len(layers) else index + 1
         self._words = self._tape.words
         self._rooms: list[tuple[int, int] | None] = [None] * len(layers)
@@ -152,7 +159,7 @@ class StackTape:
         tape.add(x, at.projected, self.x.numel(), residual)
         _norm(tape, parts.after, residual, batch, normed)
 
-    def _moe_rows(self, taped: TapedMoe) -> tuple[torch.Tensor, Choice]:
+    def _moe_rows(self, taped: TapedMoe) -> TapedBlock:
         tape, parts, batch, experts = self._tape, taped.parts, self._batch, len(taped.parts.weight)
         normed = self.normed.data_ptr()
         logits = tape.scratch(batch * experts).view(batch, experts)
@@ -161,15 +168,17 @@ class StackTape:
             logits.data_ptr(), experts, batch, parts.top_k, renormalise=parts.renormalise, rounded=parts.rounded
         )
         assert taped.layer.activation is not None
-        self.experts_rows[-1] = tape.rows
+        experts_row = tape.rows
         sums = tape.experts(taped.layer.layout, taped.layer.activation, taped.addresses, choice, normed)
         tape.add_sums(self.residual.data_ptr(), sums, self.x.numel(), self.x.data_ptr())
-        return logits, choice
+        chosen = choice.ids.view(-1).numpy()
+        return TapedBlock(taped.layer.first_key, logits, choice, chosen, taped.addresses, experts_row)
 
     def take_addresses(self, addresses: Addresses | None) -> None:
-        """Where all experts lie, int64 by key; None: no expert is there yet, and `bundles` are filled as they come."""
-        for first, own in zip(self.moe, self.bundles, strict=True):
-            if own is not None and first is not None:
+        """Where all experts lie, int64 by key; None: no expert is there yet, those of `blocks` are filled in later."""
+        for block in self.blocks:
+            if block is not None:
+                own, first = block.addresses, block.first_key
                 own[:] = 0 if addresses is None else addresses[first : first + len(own)]
         self.addresses = addresses
 
