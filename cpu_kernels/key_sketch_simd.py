@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.imputils import lower_constant
 from numba.extending import models, register_model, typeof_impl
 
 from cpu_kernels.isa import supports
 from cpu_kernels.jit import intrinsic
 from cpu_kernels.kv_vectors import load, offset_by, pick, splat
+from cpu_kernels.packed_simd import call
+from cpu_kernels.packed_simd import splat as splat_lanes
 from cpu_kernels.packing_simd import rows_type
 
 LARGEST_LOOKED_UP = 127
@@ -101,11 +103,6 @@ class _SumsModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, ir.ArrayType(_I16X16, 4 * fe_type.rows))
 
 
-def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
-
-
 def _store(builder: Any, address: Any, value: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
@@ -122,25 +119,13 @@ def _weights(builder: Any, query: Any, spreads: Any, four: int) -> Any:
     return builder.fmul(*numbers)
 
 
-def _splat_byte(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(_I8X32, ir.Undefined)
-    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, splat(ir.VectorType(_I32, 32), 0))
-
-
-def _splat_float(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(_F32X16, ir.Undefined)
-    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, splat(_I32X16, 0))
-
-
 @intrinsic
 def rows_add_product(typingctx: Any, total: Any, a: Any, b: Any) -> Any:
     """The sum total + a * b, rounded once; a, b: addresses of 16 fp32."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         total, *at = arguments
-        return _call(builder, "llvm.fma.v16f32", _F32X16, *(load(builder, one, _F32X16) for one in at), total)
+        return call(builder, "llvm.fma.v16f32", _F32X16, *(load(builder, one, _F32X16) for one in at), total)
 
     return rows_type(rows_type, types.int64, types.int64), codegen
 
@@ -156,7 +141,7 @@ def sizes_of_fours(typingctx: Any, query: Any, spreads: Any) -> Any:
         query, spreads = arguments
         total = None
         for four in range(_FOURS):
-            size = _call(builder, "llvm.fabs.v16f32", _F32X16, _weights(builder, query, spreads, four))
+            size = call(builder, "llvm.fabs.v16f32", _F32X16, _weights(builder, query, spreads, four))
             total = size if total is None else builder.fadd(total, size)
         return total
 
@@ -174,11 +159,11 @@ def write_tables(typingctx: Any, shape: Any, query: Any, spreads: Any, factor: A
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, query, spreads, factor, places, tables = arguments
-        factors, zero = _splat_float(builder, factor), ir.Constant(_I8X16, None)
+        factors, zero = splat_lanes(builder, factor, _LANES), ir.Constant(_I8X16, None)
         weights, below, sizes = [], zero, zero
         for four in range(_FOURS):
             scaled = builder.fmul(_weights(builder, query, spreads, four), factors)
-            nearest = _call(builder, "llvm.rint.v16f32", _F32X16, scaled)
+            nearest = call(builder, "llvm.rint.v16f32", _F32X16, scaled)
             weight = builder.trunc(builder.fptosi(nearest, _I32X16), _I8X16)
             negative = builder.sub(zero, weight)
             is_negative = builder.icmp_signed("<", weight, zero)
@@ -194,14 +179,14 @@ def write_tables(typingctx: Any, shape: Any, query: Any, spreads: Any, factor: A
                 if kernel.shuffles:
                     # As constants they would fill the registers, be stored on the stack and loaded from there.
                     place = load(builder, offset_by(builder, places, 32 * (len(rows) * pair + four)), _I8X32)
-                    found = _call(builder, "llvm.x86.avx2.pshuf.b", _I8X32, row, place)
+                    found = call(builder, "llvm.x86.avx2.pshuf.b", _I8X32, row, place)
                 else:
                     found = pick(builder, row, zeros, [
                         lane if has else 2 * _LANES for lane, has in zip(own, _bits_of_places(four) * 2, strict=True)
                     ])  # fmt: skip
                 table = builder.add(table, found)
             _store(builder, offset_by(builder, tables, 2 * _TABLE_NBYTES * pair), table)
-        total = _call(builder, "llvm.vector.reduce.add.v16i32", _I32, builder.zext(sizes, _I32X16))
+        total = call(builder, "llvm.vector.reduce.add.v16i32", _I32, builder.zext(sizes, _I32X16))
         return builder.uitofp(total, _F32)
 
     arguments = types.int64, types.int64, types.float32, types.int64, types.int64
@@ -213,14 +198,15 @@ def _look_up(builder: Any, shape: SumsShape, table: Any, places: list[Any]) -> l
     if shape.shuffles:
         once = load(builder, table, _I8X16)
         twice = pick(builder, once, once, list(range(_LANES)) * 2)
-        return [_call(builder, "llvm.x86.avx2.pshuf.b", _I8X32, twice, place) for place in places]
+        return [call(builder, "llvm.x86.avx2.pshuf.b", _I8X32, twice, place) for place in places]
     none, zero = load(builder, table, _I8), ir.Constant(_I8X32, None)
-    numbers = [_splat_byte(builder, none)] * len(places)
+    numbers = [splat_lanes(builder, none, 2 * _LANES)] * len(places)
     for four in range(_FOURS):
-        one = _splat_byte(builder, builder.sub(load(builder, offset_by(builder, table, 1 << four), _I8), none))
-        for number, place in enumerate(places):
+        number = builder.sub(load(builder, offset_by(builder, table, 1 << four), _I8), none)
+        one = splat_lanes(builder, number, 2 * _LANES)
+        for index, place in enumerate(places):
             has = builder.icmp_unsigned("!=", builder.and_(place, splat(_I8X32, 1 << four)), zero)
-            numbers[number] = builder.add(numbers[number], builder.select(has, one, zero))
+            numbers[index] = builder.add(numbers[index], builder.select(has, one, zero))
     return numbers
 
 
@@ -299,7 +285,7 @@ def largest_deviation(typingctx: Any, sums: Any, total: Any, factors: Any) -> An
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, total, factors = arguments
-        totals = _splat_float(builder, total)
+        totals = splat_lanes(builder, total, _LANES)
         largest = None
         for first in range(0, _TOKENS, _LANES):
             found = builder.zext(load(builder, offset_by(builder, sums, 2 * first), _I16X16), _I32X16)

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from formats.kv_pack import bf16_bits, from_bf16_bits
 from formats.pack import round_to_bf16
 from formats.packed import round_up
 
@@ -125,9 +126,8 @@ def sketched_keys(sketch: Bytes, layout: SketchLayout) -> tuple[Float32, Float32
 
 def _bf16(numbers: Float32) -> Bytes:
     """The bytes of numbers that are bf16."""
-    return np.ascontiguousarray((numbers.reshape(-1).view(np.uint32) >> 16).astype("<u2")).view(np.uint8)
+    return bf16_bits(numbers.reshape(-1)).astype("<u2", copy=False).view(np.uint8)
 
 
 def _from_bf16(stored: Bytes) -> Float32:
-    words = np.ascontiguousarray(stored).view("<u2").astype(np.uint32)
-    return (words << np.uint32(16)).view(np.float32)
+    return from_bf16_bits(np.ascontiguousarray(stored).view("<u2"))

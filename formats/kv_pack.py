@@ -157,7 +157,7 @@ def _pack_int4(name: str, rows: Float32, layout: KvLayout) -> dict[str, _Codes]:
     words = np.zeros((*panels.shape[:2], 2, 8), np.uint16)
     for k in range(4):
         words |= nibbles[:, :, :, k] << np.uint16(4 * k)
-    return {f"{name}s": _to_pairs(words), f"{name}_scales": _bf16_bits(scales), f"{name}_zeros": _bf16_bits(zeros)}
+    return {f"{name}s": _to_pairs(words), f"{name}_scales": bf16_bits(scales), f"{name}_zeros": bf16_bits(zeros)}
 
 
 def _unpack(name: str, head: Bytes, layout: KvLayout) -> Float32:
@@ -173,13 +173,15 @@ def _unpack(name: str, head: Bytes, layout: KvLayout) -> Float32:
         by_channel = _channel_lanes(name, layout)
         lying = lying.T if by_channel else lying
         grouped = lying.reshape(-1, INT4_GROUP, lying.shape[1])
-        scales, zeros = (_from_bf16(part(kind, "<u2")).reshape(len(grouped), 1, -1) for kind in ("_scales", "_zeros"))
+        scales, zeros = (
+            from_bf16_bits(part(kind, "<u2")).reshape(len(grouped), 1, -1) for kind in ("_scales", "_zeros")
+        )
         whole: Float32 = (grouped * scales + zeros).reshape(-1, grouped.shape[2])
         return np.ascontiguousarray(whole.T if by_channel else whole)
     if not layout.is_quantised:
         dtype = {"fp32": "<f4", "fp16": "<f2", "bf16": "<u2"}[layout.format]
         stored = part("s", dtype).reshape(shape)
-        elements = _from_bf16(stored) if layout.format == "bf16" else stored.astype(np.float32)
+        elements = from_bf16_bits(stored) if layout.format == "bf16" else stored.astype(np.float32)
         return np.ascontiguousarray(_from_panels(elements, name, layout), np.float32)
     is_fp8 = layout.format == "fp8_e4m3"
     codes = part("s", "u1" if is_fp8 else "i1").reshape(shape)
@@ -199,14 +201,16 @@ def _to_elements(numbers: Float32, format: str) -> _Codes:
         with np.errstate(over="ignore"):
             return numbers.astype(np.float16)
     rounded = np.where(np.isfinite(numbers), round_to_bf16(np.ascontiguousarray(numbers)), numbers)
-    return _bf16_bits(rounded)
+    return bf16_bits(rounded)
 
 
-def _bf16_bits(values: Float32) -> npt.NDArray[np.uint16]:
+def bf16_bits(values: Float32) -> npt.NDArray[np.uint16]:
+    """The bits of fp32 values that are bf16."""
     return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def _from_bf16(bits: _Codes) -> Float32:
+def from_bf16_bits(bits: _Codes) -> Float32:
+    """What `bf16_bits` gave, in fp32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
