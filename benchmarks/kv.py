@@ -106,7 +106,7 @@ def _table(pool: BlockPool, format: str) -> BlockTable:
 def _against_context(report: Report, work: Path, format: str, scale: KvScale) -> None:
     """One layer's decode attention with all blocks in RAM; a step appends a token and attends."""
     pool = BlockPool(HostDevice(), 1 << 30, SpillFile(work))
-    pool.stage(SETTINGS.segment_blocks, _table(pool, "bf16").layouts.plain.nbytes, SETTINGS.staging_segments)
+    pool.stage(SETTINGS, _table(pool, "bf16").layouts.plain.nbytes)
     table = _table(pool, format)
     query = torch.randn(1, _HEADS, 1, _WIDTH, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     key, value = _states(1, 5)
@@ -120,7 +120,7 @@ def _against_context(report: Report, work: Path, format: str, scale: KvScale) ->
     for context in scale.contexts:
         _fill(table, context)
         seconds, faults = _timed(step, scale.repeats)
-        nbytes = sum(int(pool.sizes[block]) for block in table.blocks(0, 0, table.columns))
+        nbytes = sum(int(pool.records.sizes[block]) for block in table.blocks(0, 0, table.columns))
         speed = read_bandwidth()
         median = Spread.of(seconds).median
         means.append(median)
@@ -260,15 +260,15 @@ def _decode(model: PreTrainedModel, cache: DynamicCache, shape: checkpoints.Shap
 def _speeds(paging: Any) -> dict[str, float]:
     """Bytes per second of attention in RAM and of reads of segments, apart from the model."""
     pool = BlockPool(HostDevice(), 320 << 20, SpillFile(paging.pool.file.directory))
-    pool.stage(SETTINGS.segment_blocks, _table(pool, "bf16").layouts.plain.nbytes, SETTINGS.staging_segments)
+    pool.stage(SETTINGS, _table(pool, "bf16").layouts.plain.nbytes)
     table = _table(pool, "int8")
     _fill(table, 131072)
     query = torch.randn(1, _HEADS, 1, _WIDTH, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    nbytes = sum(int(pool.sizes[block]) for block in table.blocks(0, 0, table.columns))
+    nbytes = sum(int(pool.records.sizes[block]) for block in table.blocks(0, 0, table.columns))
     seconds, _ = _timed(lambda: attend_in_place(table, query, 0.1), 3)
     pool.close()
     pool = BlockPool(HostDevice(), 24 << 20, SpillFile(paging.pool.file.directory))
-    pool.stage(SETTINGS.segment_blocks, _table(pool, "bf16").layouts.plain.nbytes, SETTINGS.staging_segments)
+    pool.stage(SETTINGS, _table(pool, "bf16").layouts.plain.nbytes)
     table = _table(pool, "int8")
     _fill(table, 32768)
     before = pool.staging.bytes_read

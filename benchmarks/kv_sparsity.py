@@ -125,7 +125,7 @@ def _table(pool: BlockPool, format: str, context: int) -> BlockTable:
     packed = KvLayout(format, *shape) if format != "bf16" else None
     table = BlockTable(pool, Layouts(KvLayout("bf16", *shape), packed), SETTINGS, 1)
     table.sparsity = TopK(SELECTED)
-    pool.stage(SETTINGS.segment_blocks, table.layouts.plain.nbytes, SETTINGS.staging_segments)
+    pool.stage(SETTINGS, table.layouts.plain.nbytes)
     generator = torch.Generator().manual_seed(0)
     while table.tokens < context:
         new = 1, _KV_HEADS, min(_CHUNK_TOKENS, context - table.tokens), _WIDTH

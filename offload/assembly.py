@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from offload.copy_ahead import CopyAhead
-from offload.devices.base import Accelerator, Device
+from offload.devices.base import Accelerator, Device, KvAccelerator
 from offload.devices.host import HostDevice
 from offload.devices.host_accelerator import HostAccelerator
 from offload.devices.link import parse_link
@@ -101,7 +101,7 @@ def assemble(
         # Those are the CPU's kernels.
         runtime.fused = fuse(model, fused if on_cpu else (), runtime)
         if prepared.plan.kv is not None:
-            runtime.paging = _page(model, prepared.plan.kv, device, store_root, sparsity)
+            runtime.paging = _page(model, prepared.plan.kv, device, store_root, sparsity, above)
         # Dense weights that lie in an accelerator's memory are in place only while their layer runs.
         if on_cpu and runtime.dense is None:
             # A cache in blocks is attended to by its own ways.
@@ -134,10 +134,19 @@ def _accelerator(request: AcceleratorRequest, plan: Plan) -> Accelerator:
 
 
 def _page(
-    model: PreTrainedModel, plan: KvPlan, device: Device, store_root: Path, sparsity: KvSparsity | None
+    model: PreTrainedModel,
+    plan: KvPlan,
+    device: Device,
+    store_root: Path,
+    sparsity: KvSparsity | None,
+    above: Accelerator | None,
 ) -> Paging:
-    """Keep KV caches in blocks, in RAM and in a file beside the expert stores."""
-    paging = Paging(device, plan.ram_nbytes, store_root, plan.format, sparsity=sparsity)
+    """Keep KV caches in blocks, in an accelerator's memory, in RAM and in a file beside the expert stores."""
+    accelerator = above if isinstance(above, KvAccelerator) else None
+    paging = Paging(
+        device, plan.ram_nbytes, store_root, plan.format, sparsity=sparsity, accelerator=accelerator,
+        vram_nbytes=plan.vram_nbytes,
+    )  # fmt: skip
     page_caches(model, paging)
     return paging
 

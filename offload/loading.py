@@ -42,6 +42,7 @@ def load(
     link: str | None = None,
     kv: str = "auto",
     kv_ram: int | str | None = None,
+    kv_vram: int | str | None = None,
     kv_sparsity: str | None = None,
     prefix_cache: int | str | None = None,
     progress: bool | None = None,
@@ -88,6 +89,9 @@ def load(
             than 128 tokens, "fp8", "int8" or "int4". In the model's dtype it stays one that grows in place while it
             fits; otherwise it lies in blocks, in RAM and beyond that on disk, and is attended there.
         kv_ram: bound on the memory of such blocks, as `ram`; None for what the plan gives them.
+        kv_vram: with `device="host"` and `vram`, how much of that holds the newest blocks, which the accelerator
+            attends to while the CPU attends to the others; the cache then lies in blocks. None for what the plan gives
+            them where it does anyway, 0 for none. The output is the same.
         kv_sparsity: attention to a part of the KV cache, which is lossy: a method and the share that it keeps, as
             "top-k:0.05". "top-k" attends to the best of all blocks, "snapkv" keeps a part of the prompt, "h2o" the
             blocks with most attention and the newest; `stats().kv.sparsity` says how much of exact attention they have.
@@ -105,7 +109,7 @@ def load(
     request = make_request(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
         fused=fused, quant=quant, policy=policy, prefetch=prefetch, device=device, vram=vram, link=link,
-        kv=kv, kv_ram=kv_ram, kv_sparsity=kv_sparsity, prefix_cache=prefix_cache,
+        kv=kv, kv_ram=kv_ram, kv_vram=kv_vram, kv_sparsity=kv_sparsity, prefix_cache=prefix_cache,
     )  # fmt: skip
     _check_device(request)
     prepared = _prepare(

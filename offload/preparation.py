@@ -35,7 +35,7 @@ from offload.sizes import format_size
 from offload.store.progress import Progress
 from offload.store.source import BundleSource
 from placement.hardware_profile import HardwareProfile
-from placement.kv import KvChoice, layout_format, minimum_nbytes
+from placement.kv import KvChoice, largest_block_nbytes, layout_format, minimum_nbytes
 from placement.memory_use import vram_beside_weights
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
@@ -252,34 +252,48 @@ def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedM
             f"device={request.accelerator.device!r} does not; leave kv=, kv_ram= and kv_sparsity= out, or load with "
             "more ram="
         )
-    return plan if request.accelerator is None else _with_vram(spec, plan, request.accelerator, skeleton)
+    if request.accelerator is None:
+        return plan
+    return _with_vram(spec, plan, request.accelerator, skeleton, request.kv.vram_nbytes)
 
 
 def check_kv(spec: ModelSpec, request: Request) -> None:
     """See that the KV cache can be what was asked for.
 
     Raises:
-        InvalidArgumentError: `kv_ram` is too small for any context.
+        InvalidArgumentError: `kv_ram` is too small for any context, or `kv_vram` for a block.
     """
     choice = request.kv
     if not any(shape is not None for shape in spec.kv_shapes):
-        if choice != KvChoice():
+        if replace(choice, vram_nbytes=choice.vram_nbytes or 0) != KvChoice():
             warnings.warn(
-                f"{spec.name}: no layer keeps keys and values of all tokens, so that kv=, kv_ram= and kv_sparsity= "
-                "change nothing",
+                f"{spec.name}: no layer keeps keys and values of all tokens, so that kv=, kv_ram=, kv_vram= and "
+                "kv_sparsity= change nothing",
                 SlowKvWarning,
                 stacklevel=2,
             )
         return
-    least = minimum_nbytes(spec, request.batch, layout_format(choice.format, spec.dtype))
+    format = layout_format(choice.format, spec.dtype)
+    least = minimum_nbytes(spec, request.batch, format, above=choice.vram_nbytes != 0)
     if choice.ram_nbytes is not None and choice.ram_nbytes < least:
         raise InvalidArgumentError(
             f"kv_ram={choice.ram_nbytes}: the blocks that {request.batch} sequences write to, and two segments to read "
             f"into, take {least:,} bytes ({format_size(least)}); give as much or more"
         )
+    block = largest_block_nbytes(spec, format)
+    if choice.vram_nbytes is not None and 0 < choice.vram_nbytes < block:
+        raise InvalidArgumentError(
+            f"kv_vram={choice.vram_nbytes}: a block of the KV cache takes {block:,} bytes; give as much or more, or 0"
+        )
 
 
-def _with_vram(spec: ModelSpec, plan: Plan, accelerator: AcceleratorRequest, skeleton: PreTrainedModel) -> Plan:
+def _with_vram(
+    spec: ModelSpec,
+    plan: Plan,
+    accelerator: AcceleratorRequest,
+    skeleton: PreTrainedModel,
+    kv_vram_nbytes: int | None,
+) -> Plan:
     """The plan with the accelerator's memory put to use.
 
     Without a prediction: none has been measured of what this executes.
@@ -297,7 +311,8 @@ def _with_vram(spec: ModelSpec, plan: Plan, accelerator: AcceleratorRequest, ske
         budget = free
     try:
         return with_vram(
-            spec, plan, budget, runs_attention=on_gpu, alignment_nbytes=alignment, other_nbytes=other
+            spec, plan, budget, runs_attention=on_gpu, alignment_nbytes=alignment, other_nbytes=other,
+            kv_vram_nbytes=kv_vram_nbytes,
         )  # fmt: skip
     except PlanInfeasibleError as error:
         raise DoesNotFitError(str(error)) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,7 @@ def make_request(
     link: str | Link | None = None,
     kv: str = "auto",
     kv_ram: int | str | None = None,
+    kv_vram: int | str | None = None,
     kv_sparsity: str | None = None,
     prefix_cache: int | str | None = None,
 ) -> Request:
@@ -122,6 +123,8 @@ def make_request(
         link: bytes per second to it, None for DEFAULT_LINK.
         kv: one of KV_CHOICES.
         kv_ram: bound on the KV cache's memory, None for what the plan gives it.
+        kv_vram: bound on the memory of its newest blocks in the memory of `vram`, None for what the plan gives them, 0
+            for none.
         kv_sparsity: one of SPARSITY_METHODS and a share, for which the KV cache lies in blocks; None for all of it.
         prefix_cache: bound on the bytes of saved prefixes, for which the KV cache lies in blocks; None for none.
 
@@ -137,6 +140,8 @@ def make_request(
     if context is not None:
         _check_count("context", context)
     _check_count("batch", batch)
+    accelerator = _accelerator(device, vram, link)
+    choice = kv_choice(kv, kv_ram, kv_sparsity, saved=prefix_cache is not None)
     return Request(
         ram_nbytes,
         store_root(nvme),
@@ -147,8 +152,8 @@ def make_request(
         make_quantisation(quant),
         _policy(policy),
         _prefetch(prefetch),
-        _accelerator(device, vram, link),
-        kv_choice(kv, kv_ram, kv_sparsity, saved=prefix_cache is not None),
+        accelerator,
+        _kv_above(choice, kv_vram, accelerator),
         None if prefix_cache is None else parse_size(prefix_cache, "prefix_cache"),
     )
 
@@ -209,6 +214,29 @@ def kv_choice(format: object, ram: int | str | None, sparsity: object, *, saved:
         )
     nbytes = None if ram is None else parse_size(ram, "kv_ram")
     return KvChoice(format, nbytes, saved or chosen is not None, chosen)
+
+
+def _kv_above(choice: KvChoice, vram: int | str | None, accelerator: AcceleratorRequest | None) -> KvChoice:
+    """The choice with what `kv_vram=` asks for.
+
+    Raises:
+        InvalidArgumentError: there is no such memory, or what is in it cannot be attended to in part.
+    """
+    above = accelerator is not None and accelerator.device == "host"
+    if vram is None:
+        return replace(choice, vram_nbytes=None if above and choice.sparsity is None else 0)
+    # Of sizes this one alone may be nothing.
+    nbytes = 0 if vram == 0 and vram is not False else parse_size(vram, "kv_vram")
+    if not above:
+        raise InvalidArgumentError(
+            f'kv_vram={vram!r}: goes with device="host" and vram=; on a GPU the KV cache lies in VRAM as a whole'
+        )
+    if choice.sparsity is not None and nbytes:
+        raise InvalidArgumentError(
+            f'kv_vram={vram!r} and kv_sparsity="{choice.sparsity}": an accelerator attends to all blocks that it '
+            "holds; give one of them"
+        )
+    return replace(choice, blocks=choice.blocks or nbytes > 0, vram_nbytes=nbytes)
 
 
 def parse_sparsity(value: object) -> KvSparsity:

@@ -181,9 +181,11 @@ class Statistics:
         reads = "" if self.direct_io else ", buffered reads"
         kv = ""
         if self.kv is not None:
+            above = f"{format_size(self.kv.vram_nbytes)} in VRAM, " if self.kv.vram_budget_nbytes else ""
+            waited = self.kv.read_stall_s + self.kv.write_stall_s + self.kv.move_stall_s
             kv = (
-                f", KV cache {format_size(self.kv.ram_nbytes)} in RAM and {format_size(self.kv.disk_nbytes)} on disk, "
-                f"waited {self.kv.read_stall_s + self.kv.write_stall_s:.2f} s for it"
+                f", KV cache {above}{format_size(self.kv.ram_nbytes)} in RAM and {format_size(self.kv.disk_nbytes)} on "
+                f"disk, waited {waited:.2f} s for it"
             )
             if self.kv.sparsity is not None:
                 kv += f", {self.kv.sparsity}"

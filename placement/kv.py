@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from formats.elements import ELEMENT_FORMATS
 from formats.key_sketch import SketchLayout
 from formats.kv import KvLayout
-from placement.kv_settings import KvSettings
+from placement.kv_settings import ARENA_CHUNK_BLOCKS, KvSettings
 from placement.kv_sparsity import KvSparsity
 
 if TYPE_CHECKING:
@@ -50,12 +50,14 @@ class KvChoice:
         ram_nbytes: bound on its memory, None for as much as the plan can give.
         blocks: whether it lies in blocks even where it would fit without.
         sparsity: how it is attended to in part; None for all of it.
+        vram_nbytes: memory of an accelerator for its newest blocks; None for as much as a plan can give, 0 for none.
     """
 
     format: str = "auto"
     ram_nbytes: int | None = None
     blocks: bool = False
     sparsity: KvSparsity | None = None
+    vram_nbytes: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class KvPlan:
         spills_at_tokens: cached tokens of each sequence from which on blocks go to disk; None where all fit.
         sparsity: method and share of attention to a part of it, as "top-k:0.05", which is lossy; None for all of it.
         landmarks_nbytes: memory beside blocks in which blocks are known without being read, at the full context.
+        vram_nbytes: memory of an accelerator in which the newest blocks lie.
+        vram_tokens: newest tokens of each sequence that lie there, at the full context.
     """
 
     format: str
@@ -83,9 +87,11 @@ class KvPlan:
     spills_at_tokens: int | None
     sparsity: str | None = None
     landmarks_nbytes: int = 0
+    vram_nbytes: int = 0
+    vram_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.ram_nbytes < 0 or self.disk_nbytes < 0:
+        if min(self.ram_nbytes, self.disk_nbytes, self.vram_nbytes, self.vram_tokens) < 0:
             raise ValueError("a KV plan with a negative size")
 
     def cold_tokens(self, cached_tokens: float) -> float:
@@ -116,14 +122,23 @@ def block_nbytes(shape: KvShape, format: str) -> int:
     return KvLayout(format, shape.heads, *widths).nbytes
 
 
-def minimum_nbytes(spec: ModelSpec, batch: int, format: str) -> int:
-    """The least memory in which a paged cache works: blocks that are written to, and two segments to read into."""
+def largest_block_nbytes(spec: ModelSpec, format: str) -> int:
+    """Bytes of the largest block of any layer, packed or written to."""
+    formats = format, _written(spec, format)
+    return max(block_nbytes(shape, one) for shape in _shapes(spec) for one in formats)
+
+
+def minimum_nbytes(spec: ModelSpec, batch: int, format: str, *, above: bool = False) -> int:
+    """The least host memory in which a paged cache works: blocks that are written to, and two segments to read into.
+
+    With blocks `above` one segment more, into which they are brought down.
+    """
     recent = SETTINGS.recent_tokens // SETTINGS.block_tokens if is_packed(format) else 0
     plain = [block_nbytes(shape, _written(spec, format)) for shape in _shapes(spec)]
     packed = [block_nbytes(shape, format) for shape in _shapes(spec)]
     open_nbytes = batch * (recent + 2) * sum(plain)
     growing = batch * SETTINGS.piece_blocks * (max(plain) + max(packed))
-    return open_nbytes + growing + 2 * _segment_nbytes(spec, format)
+    return open_nbytes + growing + (3 if above else 2) * _segment_nbytes(spec, format)
 
 
 def plan_kv(spec: ModelSpec, workload: Workload, choice: KvChoice, room_nbytes: int) -> KvPlan:
@@ -136,27 +151,74 @@ def plan_kv(spec: ModelSpec, workload: Workload, choice: KvChoice, room_nbytes: 
         room_nbytes: memory that there is for it.
     """
     format = layout_format(choice.format, spec.dtype)
-    whole = _whole_nbytes(spec, workload.batch, workload.context_tokens, format)
+    above = choice.vram_nbytes != 0
+    whole = _whole_nbytes(spec, workload.batch, workload.context_tokens, format, above=above)
     ram = min(whole, room_nbytes if choice.ram_nbytes is None else min(choice.ram_nbytes, room_nbytes))
     each = token_nbytes(spec, format)
     spills: int | None = None
     disk = 0
     if ram < whole:
         kept = ram - _staging_nbytes(spec, format, ram) - _open_nbytes(spec, workload.batch, format)
-        recent = SETTINGS.recent_tokens if is_packed(format) else 0
-        spills = recent + max(0, kept) // (each * workload.batch) // SETTINGS.block_tokens * SETTINGS.block_tokens
+        kept -= _segment_nbytes(spec, format) if above else 0
+        spills = _recent_tokens(format) + _tokens_in(kept, each * workload.batch)
         disk = each * workload.batch * max(0, workload.context_tokens - spills)
     return KvPlan(
         format=format,
         lossy=format not in (spec.dtype, "fp32"),
         nbytes_per_token=each,
-        recent_tokens=SETTINGS.recent_tokens if is_packed(format) else 0,
+        recent_tokens=_recent_tokens(format),
         ram_nbytes=ram,
         disk_nbytes=disk,
         spills_at_tokens=spills,
         sparsity=None if choice.sparsity is None else str(choice.sparsity),
         landmarks_nbytes=landmarks_nbytes(spec, workload.batch, workload.context_tokens, choice.sparsity),
     )
+
+
+def with_blocks_above(spec: ModelSpec, workload: Workload, plan: KvPlan, vram_nbytes: int) -> KvPlan:
+    """The plan with the newest blocks in an accelerator's memory, and no more host memory than the others take.
+
+    Args:
+        spec: with shapes of layers that can be paged.
+        workload: what will run.
+        plan: for host memory alone; holds at least `minimum_nbytes(..., above=True)`.
+        vram_nbytes: of the accelerator, for blocks.
+    """
+    batch, format, context = workload.batch, plan.format, workload.context_tokens
+    step = plan.nbytes_per_token * batch
+    here = _recent_tokens(format) + _tokens_in(vram_nbytes - _open_nbytes(spec, batch, format), step)
+    above = min(context, here if vram_nbytes >= _open_nbytes(spec, batch, format) else 0)
+    least = minimum_nbytes(spec, batch, format, above=True)
+    rest = _whole_nbytes(spec, batch, context - above, format, above=True)
+    ram = min(plan.ram_nbytes, max(least, rest))
+    spills: int | None = None
+    if above < context and ram < rest:
+        kept = ram - _staging_nbytes(spec, format, ram) - _segment_nbytes(spec, format)
+        spills = above + _tokens_in(kept, step)
+    return replace(
+        plan,
+        ram_nbytes=ram,
+        disk_nbytes=0 if spills is None else step * max(0, context - spills),
+        spills_at_tokens=spills,
+        vram_nbytes=vram_nbytes,
+        vram_tokens=above,
+    )
+
+
+def whole_above_nbytes(spec: ModelSpec, workload: Workload, format: str) -> int:
+    """Memory of an accelerator in which a cache of the full context lies whole, with what chunks of it leave free."""
+    staging = SETTINGS.staging_segments * _segment_nbytes(spec, format)
+    chunks = 3 * ARENA_CHUNK_BLOCKS * largest_block_nbytes(spec, format)
+    return _whole_nbytes(spec, workload.batch, workload.context_tokens, format) - staging + chunks
+
+
+def _recent_tokens(format: str) -> int:
+    return SETTINGS.recent_tokens if is_packed(format) else 0
+
+
+def _tokens_in(nbytes: int, step_nbytes: int) -> int:
+    """Tokens of each sequence whose blocks fit, of `step_nbytes` a token of all."""
+    return max(0, nbytes) // step_nbytes // SETTINGS.block_tokens * SETTINGS.block_tokens
 
 
 def landmarks_nbytes(spec: ModelSpec, batch: int, tokens: int, sparsity: KvSparsity | None) -> int:
@@ -214,8 +276,8 @@ def _open_nbytes(spec: ModelSpec, batch: int, format: str) -> int:
     return batch * (recent + 1) * sum(block_nbytes(shape, _written(spec, format)) for shape in _shapes(spec))
 
 
-def _whole_nbytes(spec: ModelSpec, batch: int, tokens: int, format: str) -> int:
-    """Memory in which a cache of so many tokens never spills."""
+def _whole_nbytes(spec: ModelSpec, batch: int, tokens: int, format: str, *, above: bool = False) -> int:
+    """Host memory in which a cache of so many tokens never spills; above: newer ones are in an accelerator's."""
     blocks = -(-tokens // SETTINGS.block_tokens) + 1
     own = batch * blocks * SETTINGS.block_tokens * token_nbytes(spec, format)
     beside = _open_nbytes(spec, batch, format) + batch * SETTINGS.piece_blocks * max(
@@ -224,4 +286,5 @@ def _whole_nbytes(spec: ModelSpec, batch: int, tokens: int, format: str) -> int:
     # A quarter of the memory is set apart for reading, at most.
     needed = own + beside
     segments = SETTINGS.staging_segments * _segment_nbytes(spec, format)
-    return max(needed + segments, minimum_nbytes(spec, batch, format))
+    landing = _segment_nbytes(spec, format) if above else 0
+    return max(needed + segments + landing, minimum_nbytes(spec, batch, format, above=above))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ARENA_CHUNK_BLOCKS = 8
+"""An accelerator's memory for blocks is cut into chunks of so many of the largest, each for blocks of one size."""
+
 
 @dataclass(frozen=True)
 class KvSettings:

@@ -198,7 +198,7 @@ def _kv_and_fixed(
     within = not choice.blocks and (choice.ram_nbytes is None or fixed.kv_nbytes <= choice.ram_nbytes)
     if not pageable or (format == spec.dtype and within and minimum <= ram_budget_nbytes):
         return fixed, None, minimum
-    least = minimum_nbytes(spec, workload.batch, format)
+    least = minimum_nbytes(spec, workload.batch, format, above=choice.vram_nbytes != 0)
     known = landmarks_nbytes(spec, workload.batch, workload.context_tokens, choice.sparsity)
     beside = fixed_ram(spec, workload, known).total_nbytes
     experts = max(layer.top_k for layer in spec.experts) * spec.bundle_nbytes

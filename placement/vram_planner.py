@@ -1,10 +1,12 @@
 """What an accelerator's memory holds, by sizes alone: for plans that are executed without a profile of the machine.
 
 Dense weights are read by every token, an expert by some: so the dense weights of all layers come first, then expert
-slots. Where they do not fit, a window of WINDOW_LAYERS layers is kept, through which those that have no place of their
-own stream in every pass (TPI-LLM, Li et al. 2024; Superpipeline, 2024). A streamed layer crosses the link once in a
-pass however large the window is, so the window is as small as lets one layer come while another computes, and what
-is left holds layers for good. Streamed layers are spread evenly: the link carries them while others compute.
+slots. Of a KV cache in blocks every token reads all: its newest blocks come before slots as well, where the layers that
+write and attend to them are. Where dense weights do not fit, a window of WINDOW_LAYERS layers is kept, through which
+those that have no place of their own stream in every pass (TPI-LLM, Li et al. 2024; Superpipeline, 2024). A streamed
+layer crosses the link once in a pass however large the window is, so the window is as small as lets one layer come
+while another computes, and what is left holds layers for good. Streamed layers are spread evenly: the link carries them
+while others compute.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from placement.homes import Homes
+from placement.kv import largest_block_nbytes, whole_above_nbytes, with_blocks_above
 from placement.memory_use import STAGING_SLOTS, kv_moved_nbytes
 from placement.model_spec import ModelSpec
 from placement.plan import Plan, RamUse, Tier, VramPlan, VramUse
@@ -28,6 +31,7 @@ def with_vram(
     runs_attention: bool = False,
     alignment_nbytes: int = 0,
     other_nbytes: int = 0,
+    kv_vram_nbytes: int | None = 0,
 ) -> Plan:
     """`plan` with an accelerator's memory put to use, without a prediction.
 
@@ -40,11 +44,14 @@ def with_vram(
             weights stay in RAM.
         alignment_nbytes: what dense weights take beside their bytes.
         other_nbytes: what has to be there besides: activations, workspaces.
+        kv_vram_nbytes: for the newest blocks of a KV cache in blocks; None for all that there is room for.
 
     Raises:
         PlanInfeasibleError: the budget does not hold an expert, or not what has to be there.
     """
-    least = min(STAGING_SLOTS, plan.expert_count) * plan.slot_nbytes
+    if kv_vram_nbytes != 0 and plan.kv is not None and not runs_attention:
+        return _with_blocks(spec, plan, budget_nbytes, alignment_nbytes, other_nbytes, kv_vram_nbytes)
+    least = _least_slots_nbytes(plan)
     indices = range(len(spec.layers))
     everywhere = Homes(tuple(indices), tuple(indices), True, 0, 0, 1, 1)
     kv = kv_moved_nbytes(spec, plan.workload, everywhere) if runs_attention else 0
@@ -68,6 +75,49 @@ def with_vram(
             0,
         )
     return _planned(plan, budget_nbytes, (), 0, 0, 0, 0)
+
+
+def _with_blocks(
+    spec: ModelSpec, plan: Plan, budget_nbytes: int, alignment_nbytes: int, other_nbytes: int, wanted: int | None
+) -> Plan:
+    """As `with_vram`, with the newest blocks of the KV cache in what dense weights leave of the budget."""
+    assert plan.kv is not None
+
+    def around(nbytes: int) -> Plan:
+        beside = other_nbytes + nbytes
+        return with_vram(spec, plan, budget_nbytes, alignment_nbytes=alignment_nbytes, other_nbytes=beside)
+
+    whole, block = whole_above_nbytes(spec, plan.workload, plan.kv.format), largest_block_nbytes(spec, plan.kv.format)
+    if wanted is None:
+        made = around(0)
+        assert made.vram is not None
+        # Without the layers above, all that is new would have to go up before it is attended there.
+        dense = made.vram.use.dense_nbytes
+        room = budget_nbytes - dense - other_nbytes - _least_slots_nbytes(plan) if dense else 0
+        nbytes = min(room, whole) // block * block
+        if nbytes < 4 * block:
+            return made
+    else:
+        nbytes = min(wanted, whole) // block * block
+        least = _least_slots_nbytes(plan)
+        if nbytes + least > budget_nbytes:
+            raise PlanInfeasibleError(
+                f"kv_vram={wanted} leaves no room in vram={budget_nbytes} for the {least:,} bytes of expert slots that "
+                f"{plan.model} needs there",
+                0,
+            )
+    made = around(nbytes)
+    assert made.vram is not None
+    use, kv = made.vram.use, with_blocks_above(spec, plan.workload, plan.kv, nbytes)
+    use = replace(use, kv_nbytes=nbytes, activation_nbytes=use.activation_nbytes - nbytes)
+    ram, freed = made.ram, plan.kv.ram_nbytes - kv.ram_nbytes
+    slots = min(plan.expert_count, made.ram_slots + freed // plan.slot_nbytes)
+    ram = RamUse(ram.dense_nbytes, ram.kv_nbytes - freed, ram.activation_nbytes, slots * plan.slot_nbytes)
+    return replace(made, kv=kv, ram=ram, ram_slots=slots, vram=replace(made.vram, use=use))
+
+
+def _least_slots_nbytes(plan: Plan) -> int:
+    return min(STAGING_SLOTS, plan.expert_count) * plan.slot_nbytes
 
 
 def _resident(sizes: list[int], room: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import offload
-from offload.errors import InvalidArgumentError, StorageError
+from offload.errors import DoesNotFitError, InvalidArgumentError, StorageError
 from offload.hf.paged.layer import PagedLayer
 from placement import kv
 from tests.conftest import TinyCheckpoint
@@ -31,7 +31,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _least_kv_ram(directory: Path, **options: Any) -> int:
     with pytest.raises(InvalidArgumentError, match="two segments to read into") as caught:
-        offload.plan(directory, kv_ram=1, **options)
+        offload.load(directory, kv_ram=1, **options)
     return int(str(caught.value).split("take ")[1].split(" ")[0].replace(",", ""))
 
 
@@ -45,10 +45,10 @@ def load(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> Iterator[Load]:
 
     def make(model_type: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
         directory = tiny_checkpoint(model_type, dtype)
-        settings = {"ram": "1GiB", "context": CONTEXT, "batch": 2, **options}
+        settings = {"ram": "1GiB", "nvme": store_root, "context": CONTEXT, "batch": 2, **options}
         if "kv_ram" not in settings:
             settings["kv_ram"] = _least_kv_ram(directory, **settings)
-        model = offload.load(directory, nvme=store_root, **settings)
+        model = offload.load(directory, **settings)
         loaded.append(model)
         return model
 
@@ -79,6 +79,29 @@ def test_fp32_equals_transformers(model_type: str, tiny_checkpoint: TinyCheckpoi
     options = {"attention_mask": padded, "prefill_chunk_size": 40, "new_tokens": 6}
     assert torch.equal(greedy(model, ids, **options), greedy(reference, ids, **options))
     _assert_paged(model)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_fp32_equals_transformers_with_an_accelerator(
+    model_type: str, tiny_checkpoint: TinyCheckpoint, load: Load
+) -> None:
+    """The newest blocks above, others in RAM and on disk, and experts and dense weights on three tiers as well."""
+    directory = tiny_checkpoint(model_type)
+    reference, ids = reference_model(directory, torch.float32), prompt(batch=2, tokens=CONTEXT - 20)
+    plan = offload.plan(directory, ram="1GiB", context=CONTEXT, batch=2)
+    above = {"device": "host", "link": "10GB/s", "vram": plan.ram.dense_nbytes + 4 * plan.slot_nbytes + (512 << 10)}
+    model = load(model_type, kv_vram="128KiB", **above)
+    made = model.offload.plan
+    assert made.kv.vram_nbytes > 0 and made.vram.use.kv_nbytes == made.kv.vram_nbytes
+    assert torch.equal(greedy(model, ids, 8), greedy(reference, ids, 8))
+    padded = torch.ones_like(ids)
+    padded[0, :25] = 0
+    options = {"attention_mask": padded, "prefill_chunk_size": 40, "new_tokens": 6}
+    assert torch.equal(greedy(model, ids, **options), greedy(reference, ids, **options))
+    found = model.offload.stats().kv
+    assert found.gathered == (), found.gathered
+    assert found.accelerated_steps > 0 and found.blocks_moved > 0 and found.bytes_moved > 0
+    assert found.vram_nbytes > 0 and found.ram_nbytes > 0
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
@@ -140,13 +163,18 @@ def test_a_cache_that_grew_in_place_is_taken_over(tiny_checkpoint: TinyCheckpoin
 
 def test_tokens_do_not_depend_on_the_memory(tiny_checkpoint: TinyCheckpoint, load: Load) -> None:
     ids, found = prompt(batch=2, tokens=CONTEXT - 20), []
-    for options in ({}, {"kv_ram": "400KiB"}):
+    above = {"device": "host", "vram": "2MiB"}
+    for options in ({}, {"kv_ram": "400KiB"}, {**above, "kv_vram": "100KiB"}, above):
         model = load("qwen3_moe", torch.bfloat16, kv="int8", **options)
         with torch.no_grad():
             cache = DynamicCache()
             model(ids[:, :-1], past_key_values=cache)
             found.append(model(ids[:, -1:], past_key_values=cache).logits)
-    assert torch.equal(*found)
+        stats = model.offload.stats().kv
+        assert (stats.accelerated_steps > 0) == ("vram" in options)
+        # What the plan gives by itself is all that is needed.
+        assert (stats.ram_nbytes == 0) == (options is above)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_a_disk_that_fails_ends_in_a_typed_error_and_the_next_call_works(
@@ -219,3 +247,29 @@ def test_the_default_keeps_the_cache_that_grows_in_place(tiny_checkpoint: TinyCh
 def test_arguments_are_checked_at_the_door(options: dict[str, Any], tiny_checkpoint: TinyCheckpoint) -> None:
     with pytest.raises(InvalidArgumentError, match="kv"):
         offload.plan(tiny_checkpoint("mixtral"), ram="1GiB", context=64, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_vram": "1MiB"}, 'goes with device="host" and vram='),
+        ({"kv_vram": "1MiB", "device": "cuda"}, "on a GPU the KV cache lies in VRAM as a whole"),
+        ({"kv_vram": "much", "device": "host", "vram": "1MiB"}, "kv_vram="),
+        ({"kv_vram": False, "device": "host", "vram": "1MiB"}, "kv_vram="),
+        ({"kv_vram": 100, "device": "host", "vram": "1MiB"}, "a block of the KV cache takes"),
+        ({"kv_vram": "64KiB", "kv_sparsity": "h2o:0.5", "device": "host", "vram": "1MiB"}, "give one of them"),
+    ],
+)
+def test_memory_above_is_checked_at_the_door(
+    options: dict[str, Any], message: str, tiny_checkpoint: TinyCheckpoint, store_root: Path
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        offload.load(tiny_checkpoint("mixtral"), ram="1GiB", nvme=store_root, context=64, **options)
+
+
+def test_more_above_than_there_is(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
+    options = {"ram": "1GiB", "nvme": store_root, "context": 640, "device": "host", "vram": "64KiB"}
+    with pytest.raises(DoesNotFitError, match=r"kv_vram=\d+ leaves no room in vram="):
+        offload.load(tiny_checkpoint("mixtral"), kv_vram="1MiB", **options)
+    with offload.load(tiny_checkpoint("mixtral"), kv="int8", kv_vram=0, **options).offload as runtime:
+        assert runtime.plan.kv is not None and runtime.plan.kv.vram_nbytes == 0

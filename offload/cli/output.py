@@ -74,6 +74,8 @@ def kv_in_words(plan: Plan) -> str:
         text += f" (lossy beyond the newest {kv.recent_tokens} tokens)"
     if kv.sparsity is not None:
         text += f", attended to in part by {kv.sparsity} (lossy)"
+    if kv.vram_tokens:
+        text += f", the newest {kv.vram_tokens} tokens in VRAM"
     if kv.spills_at_tokens is None:
-        return f"{text}, all in RAM"
+        return f"{text}, {'the others' if kv.vram_tokens else 'all'} in RAM"
     return f"{text}; beyond {kv.spills_at_tokens} tokens on disk, {format_size(kv.disk_nbytes)} at the full context"

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from formats.kv import KvLayout
 from offload.devices.link import Link
 from offload.moe.layer import ExpertsLayer
 
@@ -149,3 +150,64 @@ class Accelerator(Device):
     @abstractmethod
     def host(self) -> Device:
         """The device of host memory that this one copies from fastest."""
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Lists of KV cache blocks to attend to, in place; see `cpu_kernels.paged_attention`.
+
+    Attributes:
+        query: [n, Hq, T, D].
+        offsets: int64 [n + 1]; list i is addresses[offsets[i] : offsets[i + 1]].
+        addresses: int64, of blocks, in the order of their tokens.
+        lengths: int64 [n], tokens of each list.
+        first_positions: int64 [n], of each list's first token.
+        query_positions: int64 [n, T].
+        layout: of the blocks.
+        scale: of the scores.
+        valid: bool [n, S], False for positions that no query sees; None for none.
+    """
+
+    query: torch.Tensor
+    offsets: npt.NDArray[np.int64]
+    addresses: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    first_positions: npt.NDArray[np.int64]
+    query_positions: npt.NDArray[np.int64]
+    layout: KvLayout
+    scale: float
+    valid: npt.NDArray[np.bool_] | None
+
+
+AttentionPart = tuple[torch.Tensor, torch.Tensor]
+"""Attention to a part of the keys: out fp32 [n, Hq, T, V], and the log-sum-exp of its scores, fp32 [n, Hq, T]."""
+
+
+class AttentionWork(ABC):
+    """Attention that a device computes."""
+
+    @abstractmethod
+    def finish(self) -> AttentionPart:
+        """Return when it is there, in host memory."""
+
+
+class KvAccelerator(Accelerator):
+    """An accelerator that attends to the blocks of a KV cache in its memory."""
+
+    @abstractmethod
+    def start_attention(self, batch: AttentionBatch) -> AttentionWork:
+        """May return before the part is there; blocks stay as they are until `finish`."""
+
+    @abstractmethod
+    def read_blocks(
+        self, addresses: npt.NDArray[np.int64], tokens: int, layout: KvLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [Hk, tokens, D] and values [Hk, tokens, V] of consecutive blocks, fp32, for many new tokens."""
+
+    @abstractmethod
+    def copy_within(self, source: int, target: int, nbytes: int) -> None:
+        """Copy between addresses of this device's memory, before anything that is computed later."""
+
+    @abstractmethod
+    def copy_down_reader(self) -> Reader:
+        """What a `ReadEngine` fills host memory from: this device's memory, by address."""

@@ -1,23 +1,29 @@
 """Host memory that plays an accelerator's: a byte budget, and a link that everything has to cross.
 
-Its experts are computed by the CPU kernels, on the copies in its own slots, so that a run on three tiers gives the bits
-of a run on two, whatever is computed where.
+Its experts are computed by the CPU kernels, on the copies in its own slots, and so is its part of attention, on the
+blocks in its memory, so that a run on three tiers gives the bits of a run on two, whatever is computed where.
 """
 
 from __future__ import annotations
 
+import ctypes
 from bisect import bisect_right
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from offload.devices.base import Accelerator, Device, ExpertBatch, Slab
+from cpu_kernels.kv_blocks import read_tokens
+from formats.kv import KvLayout
+from offload.devices.base import AttentionBatch, AttentionWork, Device, ExpertBatch, KvAccelerator, Slab
 from offload.devices.host import HostDevice
+from offload.devices.host_attention import Attended, attend
 from offload.devices.link import Link, LinkReader
 from offload.errors import DoesNotFitError
 from offload.moe.layer import ExpertsLayer
 
 
-class HostAccelerator(Accelerator):
+class HostAccelerator(KvAccelerator):
     """An accelerator without a GPU.
 
     Attributes:
@@ -61,11 +67,42 @@ class HostAccelerator(Accelerator):
         Raises:
             ValueError: a bundle that is not in this device's memory, which a real accelerator could not read.
         """
-        for address in batch.addresses.tolist():
-            at = bisect_right(self._starts, address) - 1
-            if at < 0 or address + layer.layout.nbytes > self._ends[at]:
-                raise ValueError(f"{layer.name}: an expert at address {address:#x} is not in the accelerator's memory")
+        self._check(batch.addresses, layer.layout.nbytes, f"{layer.name}: an expert")
         self._host.run_experts(layer, batch, hidden, out)
+
+    def _check(self, addresses: npt.NDArray[np.intp], nbytes: int, what: str) -> None:
+        for address in addresses.tolist():
+            at = bisect_right(self._starts, address) - 1
+            if at < 0 or address + nbytes > self._ends[at]:
+                raise ValueError(f"{what} at address {address:#x} is not in the accelerator's memory")
+
+    def start_attention(self, batch: AttentionBatch) -> AttentionWork:
+        """With the CPU kernels; returns when done.
+
+        Raises:
+            ValueError: a block that is not in this device's memory.
+        """
+        self._check(batch.addresses, batch.layout.nbytes, "a KV block")
+        return Attended(attend(batch))
+
+    def read_blocks(
+        self, addresses: npt.NDArray[np.int64], tokens: int, layout: KvLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, in place.
+
+        Raises:
+            ValueError: a block that is not in this device's memory.
+        """
+        self._check(addresses, layout.nbytes, "a KV block")
+        return read_tokens(addresses, 0, tokens, layout)
+
+    def copy_within(self, source: int, target: int, nbytes: int) -> None:
+        """At once."""
+        ctypes.memmove(target, source, nbytes)
+
+    def copy_down_reader(self) -> LinkReader:
+        """Copies that take as long as the link would; it carries as much in this direction as in the other at once."""
+        return LinkReader(self.link)
 
     def copy_reader(self) -> LinkReader:
         """Copies that take as long as the link would."""

@@ -2,11 +2,12 @@
 
 Exact: a history is cut into segments, each is attended by itself, and the parts are added up in the order of their
 tokens, weighted by their log-sum-exp. Which tier a segment is in changes when it is attended and not the result's bits.
+An accelerator attends to the segments in its memory while the CPU attends to the others (HGCA, Deng et al. 2025).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.kv_blocks import read_tokens
-from cpu_kernels.paged_attention import paged_attention
-from offload.devices.host_threads import kernel_pool
-from offload.kv.stream import Segment, Stream, Unit, on_disk, segments, units_of
+from offload.devices.base import AttentionBatch, AttentionWork
+from offload.devices.host_attention import attend
+from offload.kv.stream import Segment, Stream, Unit, segments, tiers_of, units_of
 from offload.kv.table import BlockTable
 
 Bool = npt.NDArray[np.bool_]
@@ -84,9 +85,9 @@ def parts_in_place(
     start, end = (0, table.columns) if columns is None else columns
     with table.pool.use():
         cut = segments(table, end, start, step)
-        cold = on_disk(table, cut)
+        tiers = tiers_of(table, cut)
         # Segment after segment, so that sequences that share one come next to each other.
-        units = sorted(units_of(table, cut, cold))
+        units = sorted(units_of(table, cut, tiers.apart))
         stream = Stream(table, units)
         # Sequence after sequence, segment after segment: what is where changes nothing in how it is added up.
         shape = batch, len(cut), heads, new
@@ -95,30 +96,52 @@ def parts_in_place(
         if positions is None:
             positions = np.arange(table.tokens - new, table.tokens)
         call = _Call(table, cut, query, scale, positions, valid)
-        for first, last in _runs_of_one_layout(cut):
-            resident = ~cold
-            resident[:, :first] = resident[:, last:] = False
-            if resident.any():
-                rows, places = np.nonzero(resident)
-                found = call(rows, places, call.addresses(resident))
-                out[rows, places], lse[rows, places] = found
+        above = _start_above(table, call, tiers.above)
+        for which in _runs_of_one_layout(cut, tiers.below):
+            rows, places = np.nonzero(which)
+            out[rows, places], lse[rows, places] = attend(call.batch(rows, places, call.addresses(which)))
         for unit in units:
             with stream.take() as addresses:
-                found = call(np.array([unit.row]), np.array([unit.segment]), addresses)
+                found = attend(call.batch(np.array([unit.row]), np.array([unit.segment]), addresses))
             out[unit.row, unit.segment], lse[unit.row, unit.segment] = found[0][0], found[1][0]
+        for rows, places, work in above:
+            out[rows, places], lse[rows, places] = work.finish()
         if ahead:
             stream.look_ahead()
     return out, lse
 
 
-def _runs_of_one_layout(cut: list[Segment]) -> list[tuple[int, int]]:
-    """First segment and the one after the last of packed blocks, and of plain ones."""
+def _start_above(table: BlockTable, call: _Call, which: Bool) -> list[tuple[Int64, Int64, AttentionWork]]:
+    """Let the accelerator begin with the segments in its memory; of each part where it belongs."""
+    if not which.any():
+        return []
+    tier = table.pool.above
+    assert tier is not None
+    table.pool.counters.accelerated_steps += 1
+    parts = []
+    for own in _runs_of_one_layout(call.cut, which):
+        rows, places = np.nonzero(own)
+        batch = call.batch(rows, places, call.addresses(own))
+        parts.append((rows, places, tier.accelerator.start_attention(batch)))
+    return parts
+
+
+def _runs_of_one_layout(cut: list[Segment], which: Bool) -> Iterator[Bool]:
+    """Of some segments [sequences, segments] the packed ones, and the plain ones, where there are any."""
     packed = sum(segment.layout is cut[0].layout for segment in cut) if cut else 0
-    return [(0, packed), (packed, len(cut))]
+    for first, last in (0, packed), (packed, len(cut)):
+        own = which.copy()
+        own[:, :first] = own[:, last:] = False
+        if own.any():
+            yield own
 
 
 class _Call:
-    """The paged kernel over segments, each a list of blocks of its own."""
+    """Batches for kernels over segments, each a list of blocks of its own.
+
+    Attributes:
+        cut: the segments.
+    """
 
     def __init__(
         self,
@@ -131,7 +154,7 @@ class _Call:
     ) -> None:
         size = table.settings.block_tokens
         self._table = table
-        self._cut = cut
+        self.cut = cut
         self._query = query
         self._scale = scale
         self._valid = valid
@@ -141,27 +164,25 @@ class _Call:
         self._positions = positions
 
     def addresses(self, which: Bool) -> Int64:
-        """Of the blocks of some segments [sequences, segments], all of them in memory."""
+        """Of the blocks of some segments [sequences, segments], each in a memory of some kind."""
         columns = np.repeat(which, self._blocks, axis=1)
-        first = self._cut[0].first
+        first = self.cut[0].first
         blocks = self._table.all_blocks(first + columns.shape[1])[:, first:]
         found: Int64 = self._table.pool.addresses[blocks[columns]]
         return found
 
-    def __call__(self, rows: Int64, columns: Int64, addresses: Int64) -> Part:
-        """Attention of sequence rows[i] to segment columns[i]: out [n, Hq, T, V], lse [n, Hq, T]."""
-        query = self._query if len(rows) == len(self._query) == 1 else self._query[rows]
-        return paged_attention(
-            query,
+    def batch(self, rows: Int64, columns: Int64, addresses: Int64) -> AttentionBatch:
+        """Sequence rows[i] attends to segment columns[i], all of one layout."""
+        return AttentionBatch(
+            self._query if len(rows) == len(self._query) == 1 else self._query[rows],
             np.concatenate([[0], np.cumsum(self._blocks[columns])]),
             addresses,
             self._lengths[columns],
             self._firsts[columns],
             np.tile(self._positions, (len(rows), 1)),
-            self._cut[columns[0]].layout,
+            self.cut[columns[0]].layout,
             self._scale,
-            valid=None if self._valid is None else self._valid[rows],
-            pool=kernel_pool(),
+            None if self._valid is None else self._valid[rows],
         )
 
 
@@ -241,8 +262,8 @@ def attend_by_segments(
     totals = []
     with table.pool.use():
         cut = segments(table, -(-past // table.settings.block_tokens))
-        cold = on_disk(table, cut)
-        stream = Stream(table, units_of(table, cut, cold))
+        tiers = tiers_of(table, cut)
+        stream = Stream(table, units_of(table, cut, tiers.apart))
         for row in range(batch):
             own = None if valid is None else torch.from_numpy(valid[row])
             q = query[row : row + 1].float()
@@ -251,7 +272,8 @@ def attend_by_segments(
             )
             for index, segment in enumerate(cut):
                 unit = Unit(index, row, table.blocks(row, segment.first, segment.end))
-                k, v = _read(table, segment, unit, stream if cold[row, index] else None, past)
+                source = stream if tiers.apart[row, index] else None
+                k, v = _read(table, segment, unit, source, past, above=bool(tiers.above[row, index]))
                 if expand is not None:
                     k, v = expand(k, v)
                 first = segment.first * table.settings.block_tokens
@@ -266,12 +288,15 @@ def attend_by_segments(
     return out
 
 
-def _read(table: BlockTable, segment: Segment, unit: Unit, stream: Stream | None, past: int) -> Part:
+def _read(table: BlockTable, segment: Segment, unit: Unit, stream: Stream | None, past: int, *, above: bool) -> Part:
     """Keys and values [1, Hk, n, D] of a segment's tokens before `past`, as fp32."""
     tokens = min(segment.end * table.settings.block_tokens, past) - segment.first * table.settings.block_tokens
-    if stream is None:
-        addresses = table.pool.addresses[unit.blocks]
-        keys, values = read_tokens(addresses, 0, tokens, segment.layout)
+    if above:
+        assert table.pool.above is not None
+        accelerator = table.pool.above.accelerator
+        keys, values = accelerator.read_blocks(table.pool.addresses[unit.blocks], tokens, segment.layout)
+    elif stream is None:
+        keys, values = read_tokens(table.pool.addresses[unit.blocks], 0, tokens, segment.layout)
     else:
         with stream.take() as addresses:
             keys, values = read_tokens(addresses, 0, tokens, segment.layout)

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from formats.kv import KvLayout
-from offload.devices.base import Device
+from offload.devices.base import Device, KvAccelerator
 from offload.errors import ClosedError, SlowKvWarning
 from offload.hf.dtypes import FORMAT_OF_DTYPE
-from offload.kv.pool import BlockPool
+from offload.kv.pool import BlockPool, MemoryAbove
 from offload.kv.sparsity.named import make_sparsity
 from offload.kv.spill_file import SpillFile
 from offload.kv.statistics import KvStatistics, kv_statistics
@@ -42,16 +42,20 @@ class Paging:
         format: str | None = None,
         settings: KvSettings | None = None,
         sparsity: KvSparsity | None = None,
+        accelerator: KvAccelerator | None = None,
+        vram_nbytes: int = 0,
     ) -> None:
         """Nothing is allocated yet.
 
         Args:
-            device: whose memory.
+            device: of host memory.
             ram_nbytes: see above.
             directory: where blocks go that leave memory.
             format: see above.
             settings: None for those that plans are made with.
             sparsity: see above.
+            accelerator: in whose memory the newest blocks lie, None for host memory.
+            vram_nbytes: bound on these.
         """
         self.format = format
         self.settings = kv.SETTINGS if settings is None else settings
@@ -59,6 +63,9 @@ class Paging:
         self.sparsity = sparsity
         self.latent_width = 0
         self._device = device
+        self._accelerator = accelerator
+        self._vram_nbytes = vram_nbytes if accelerator is not None else 0
+        self._memory_above: MemoryAbove | None = None
         self._directory = directory
         self._pool: BlockPool | None = None
         self._closed = False
@@ -77,8 +84,14 @@ class Paging:
             if self._closed:
                 raise ClosedError("the model's runtime was closed; load the model again")
             if self._pool is None or not self._pool.is_of_this_process:
-                self._pool = BlockPool(self._device, self.ram_nbytes, SpillFile(self._directory))
+                self._pool = BlockPool(self._device, self.ram_nbytes, SpillFile(self._directory), self._above())
             return self._pool
+
+    def _above(self) -> MemoryAbove | None:
+        """The accelerator's memory, taken once: a forked child has a copy of its own."""
+        if self._memory_above is None and self._accelerator is not None and self._vram_nbytes:
+            self._memory_above = MemoryAbove(self._accelerator, self._accelerator.allocate(self._vram_nbytes))
+        return self._memory_above
 
     def make_table(self, keys: torch.Tensor, values: torch.Tensor) -> BlockTable:
         """An empty table for keys [B, H, T, D] and values [B, H, T, V]."""
@@ -96,7 +109,7 @@ class Paging:
         """A table without tokens."""
         pool, settings = self.pool, self.settings
         largest = max(layouts.plain.nbytes, 0 if layouts.packed is None else layouts.packed.nbytes)
-        pool.stage(settings.segment_blocks, largest, settings.staging_segments)
+        pool.stage(settings, largest)
         table = BlockTable(pool, layouts, settings, sequences)
         if self.sparsity is not None:
             table.sparsity = make_sparsity(self.sparsity)
@@ -146,5 +159,6 @@ class Paging:
         with self._lock:
             self._closed = True
             pool, self._pool = self._pool, None
+            self._memory_above = None
         if pool is not None:
             pool.close()

@@ -43,26 +43,34 @@ class KvStatistics:
 
     Attributes:
         format: of old blocks, None for the model's own dtype.
-        ram_nbytes: bytes of blocks in memory now.
+        vram_nbytes: bytes of blocks in an accelerator's memory now.
+        ram_nbytes: bytes of blocks in host memory now.
         disk_nbytes: bytes of blocks on disk only now.
-        ram_budget_nbytes: bound on the first, with what blocks are read back into.
+        vram_budget_nbytes: bound on the first.
+        ram_budget_nbytes: bound on the second, with what blocks are read back into.
         blocks_written: blocks that were written to disk.
         blocks_read: blocks that were read back.
         bytes_written: of them.
         bytes_read: of them.
         write_stall_s: seconds that the model waited for memory of blocks that were being written.
         read_stall_s: seconds that the model waited for blocks from disk.
+        blocks_moved: blocks that went from an accelerator's memory to the host's.
+        bytes_moved: that crossed the link in this direction, those included that were only attended below.
+        move_stall_s: seconds that the model waited for that.
         retries: reads and writes that failed or fell short and were repeated.
         direct_io: False where the file system refused O_DIRECT.
         paged_steps: attention of one layer in one pass, computed where the blocks lie.
+        accelerated_steps: passes of few tokens over one layer of which an accelerator attended to a part.
         gathered_steps: those for which all keys and values of a layer were gathered first.
         gathered: why, each reason once.
         sparsity: what attention to a part of it did; None where all is attended to.
     """
 
     format: str | None
+    vram_nbytes: int
     ram_nbytes: int
     disk_nbytes: int
+    vram_budget_nbytes: int
     ram_budget_nbytes: int
     blocks_written: int
     blocks_read: int
@@ -70,9 +78,13 @@ class KvStatistics:
     bytes_read: int
     write_stall_s: float
     read_stall_s: float
+    blocks_moved: int
+    bytes_moved: int
+    move_stall_s: float
     retries: int
     direct_io: bool
     paged_steps: int
+    accelerated_steps: int
     gathered_steps: int
     gathered: tuple[str, ...]
     sparsity: SparsityStatistics | None
@@ -81,21 +93,28 @@ class KvStatistics:
 def kv_statistics(pool: BlockPool, format: str | None, sparsity: KvSparsity | None) -> KvStatistics:
     """The figures so far."""
     counters, reader = pool.counters, pool.staging.reader
-    in_ram, on_disk = pool.tiers_nbytes()
+    in_vram, in_ram, on_disk = pool.tiers_nbytes()
+    above = pool.above
     return KvStatistics(
         format=format,
+        vram_nbytes=in_vram,
         ram_nbytes=in_ram,
         disk_nbytes=on_disk,
+        vram_budget_nbytes=0 if above is None else above.arena.budget_nbytes,
         ram_budget_nbytes=pool.ram_nbytes,
-        blocks_written=counters.blocks_written,
+        blocks_written=pool.below.blocks_written,
         blocks_read=counters.blocks_read,
         bytes_written=pool.file.bytes_written,
         bytes_read=pool.staging.bytes_read,
-        write_stall_s=counters.write_stall_s,
+        write_stall_s=pool.below.stall_s,
         read_stall_s=pool.staging.stall_s,
+        blocks_moved=0 if above is None else above.blocks_moved,
+        bytes_moved=0 if above is None else above.bytes_moved,
+        move_stall_s=0.0 if above is None else above.stall_s,
         retries=reader.retries + pool.file.write_retries,
         direct_io=reader.direct,
         paged_steps=counters.paged_steps,
+        accelerated_steps=counters.accelerated_steps,
         gathered_steps=counters.gathered_steps,
         gathered=tuple(sorted(counters.gathered)),
         sparsity=None if sparsity is None else _sparsity_statistics(pool, sparsity),

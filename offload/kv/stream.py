@@ -61,13 +61,33 @@ def segments(table: BlockTable, columns: int, first: int = 0, step: int | None =
     return [Segment(first, end, table.layout_of(first)) for first, end in pairwise(cuts)]
 
 
-def on_disk(table: BlockTable, cut: list[Segment]) -> Bool:
-    """Whether a segment of a sequence has blocks on disk only: bool [sequences, segments]."""
+class Tiers(NamedTuple):
+    """In which memory the blocks of segments are, each bool [sequences, segments].
+
+    Attributes:
+        above: all of them in an accelerator's.
+        below: all in the host's.
+        apart: on disk, some of them at least, or some above and some below: brought together in host memory one segment
+            after the other.
+    """
+
+    above: Bool
+    below: Bool
+    apart: Bool
+
+
+def tiers_of(table: BlockTable, cut: list[Segment]) -> Tiers:
+    """Where segments of a table are."""
     if not cut:
-        return np.zeros((table.sequences, 0), np.bool_)
-    first = cut[0].first
-    cold = table.pool.addresses[table.all_blocks(cut[-1].end)[:, first:]] == 0
-    return np.logical_or.reduceat(cold, [segment.first - first for segment in cut], axis=1)
+        nothing = np.zeros((table.sequences, 0), np.bool_)
+        return Tiers(nothing, nothing, nothing)
+    pool, first = table.pool, cut[0].first
+    blocks = table.all_blocks(cut[-1].end)[:, first:]
+    starts = [segment.first - first for segment in cut]
+    cold, high = pool.addresses[blocks] == 0, pool.is_above[blocks]
+    above = np.logical_and.reduceat(high, starts, axis=1)
+    below = ~np.logical_or.reduceat(cold | high, starts, axis=1)
+    return Tiers(above, below, ~(above | below))
 
 
 def units_of(table: BlockTable, cut: list[Segment], which: Bool) -> list[Unit]:
@@ -79,7 +99,10 @@ def units_of(table: BlockTable, cut: list[Segment], which: Bool) -> list[Unit]:
 
 
 class Stream:
-    """Reads units from disk in the order in which they will be asked for. The caller holds the pool's lock."""
+    """Brings units together in host memory in the order in which they will be asked for, from disk and from above.
+
+    The caller holds the pool's lock.
+    """
 
     def __init__(self, table: BlockTable, cold: list[Unit]) -> None:
         """Begin with the first ones; what was read ahead for anything else is forgotten."""
@@ -110,7 +133,7 @@ class Stream:
             yield self._pool.fetch(key, unit.blocks)
         finally:
             if key not in self._keys[self._done : self._done + 1]:
-                self._pool.staging.drop(key)
+                self._pool.drop(key)
         self._fill()
 
     def _fill(self) -> None:
@@ -130,6 +153,6 @@ def read_ahead(table: BlockTable | None, pool: BlockPool) -> None:
     if table is None or table.pool is not pool:
         return
     cut = segments(table, table.columns)
-    for unit in units_of(table, cut, on_disk(table, cut)):
+    for unit in units_of(table, cut, tiers_of(table, cut).apart):
         if not pool.start(pool.key(unit.blocks), unit.blocks):
             return

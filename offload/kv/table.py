@@ -198,9 +198,7 @@ class BlockTable:
         """Give a sequence a block of its own with the same bytes."""
         new = np.array(self._new(self.layouts.plain, [row]), np.int64)
         try:
-            with self.pool.at_hand(np.array([block])) as addresses:
-                target = int(self.pool.addresses[new[0]])
-                ctypes.memmove(target, int(addresses[0]), self.layouts.plain.nbytes)
+            self.pool.copy(block, int(new[0]))
         except BaseException:
             self.pool.release(new)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from formats.kv import KvLayout
 from offload.devices.host import HostDevice
-from offload.kv.pool import BlockPool
+from offload.devices.host_accelerator import HostAccelerator
+from offload.devices.link import Link
+from offload.kv.pool import BlockPool, MemoryAbove
 from offload.kv.spill_file import SpillFile
 from offload.kv.table import BlockTable, Layouts
 from placement.kv_settings import KvSettings
@@ -23,17 +26,29 @@ HEADS, WIDTH, VALUE_WIDTH = 2, 12, 8
 PLAIN = KvLayout("fp32", HEADS, WIDTH, VALUE_WIDTH, SETTINGS.block_tokens)
 
 
-def small_pool(directory: Path, blocks: int, **calls: Callable[..., Any]) -> BlockPool:
-    """A pool with memory for so many plain blocks, beside two segments to read into.
+def small_pool(
+    directory: Path,
+    blocks: int,
+    above: int = 0,
+    accelerator: HostAccelerator | None = None,
+    **calls: Callable[..., Any],
+) -> BlockPool:
+    """A pool with memory for so many plain blocks, beside two segments to read into and one to bring down.
 
     Args:
         directory: of its file.
         blocks: at least 1.
+        above: blocks in an accelerator's memory.
+        accelerator: that one; None for one with a link that takes no time.
         calls: `pwrite` and `preadv` instead of the system's.
     """
-    staging = 2 * SETTINGS.segment_blocks * PLAIN.nbytes
-    pool = BlockPool(HostDevice(), staging + blocks * PLAIN.nbytes, SpillFile(directory, **calls))
-    pool.stage(SETTINGS.segment_blocks, PLAIN.nbytes, 2)
+    memory = None
+    if above:
+        accelerator = HostAccelerator(above * PLAIN.nbytes, Link(1e15, 0.0)) if accelerator is None else accelerator
+        memory = MemoryAbove(accelerator, accelerator.allocate(above * PLAIN.nbytes))
+    staging = (3 if above else 2) * SETTINGS.segment_blocks * PLAIN.nbytes
+    pool = BlockPool(HostDevice(), staging + blocks * PLAIN.nbytes, SpillFile(directory, **calls), memory)
+    pool.stage(replace(SETTINGS, staging_segments=2), PLAIN.nbytes)
     return pool
 
 

@@ -59,7 +59,7 @@ def test_a_write_that_fails_loses_nothing(tmp_path: Path, number: int) -> None:
     disk.on_write = lambda nbytes, offset: nbytes
     twin.append(100)
     twin.check()
-    assert pool.counters.blocks_written > 0
+    assert pool.below.blocks_written > 0
     pool.check()
     pool.close()
 
@@ -110,7 +110,7 @@ def test_bytes_that_changed_on_disk_are_found(tmp_path: Path) -> None:
     other.append(40)
     cold = [int(block) for block in twin.table.blocks(0, 0, twin.table.columns) if pool.addresses[block] == 0]
     with open(f"/proc/self/fd/{pool.file.descriptor}", "r+b", buffering=0) as file:
-        file.seek(int(pool.offsets[cold[1]]) + 100)
+        file.seek(int(pool.records.offsets[cold[1]]) + 100)
         file.write(b"\xff\x00\xff\x00")
     with pytest.raises(StoreCorruptError, match=r"KV blocks.*checksum.*nvme="):
         twin.table.read(0, 0, 200)

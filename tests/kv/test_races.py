@@ -46,7 +46,7 @@ def test_blocks_that_are_being_written_may_be_freed_shared_or_reopened(tmp_path:
     twin = Twin(make_table(pool, 1), seed)
     # As much as fits, so that writes ahead are queued and none is done.
     twin.append(16 * 18)
-    assert pool.counters.blocks_written > 0
+    assert pool.below.blocks_written > 0
     for _ in range(12):
         match chance.choice(["crop", "copy", "grow", "let go"]):
             case "crop":
@@ -90,6 +90,6 @@ def test_two_threads_that_generate_share_one_pool(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(PATIENCE_S)
     assert not failures and not any(thread.is_alive() for thread in threads)
-    assert pool.counters.blocks_written > 0
+    assert pool.below.blocks_written > 0
     pool.check()
     pool.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from placement.kv import KvChoice, KvShape, minimum_nbytes
+from placement.plan import Plan
 from placement.planner import PlanInfeasibleError, make_plan
 from placement.vram_planner import WINDOW_LAYERS, with_vram
 from placement.workload import Workload
@@ -79,3 +82,56 @@ def test_budgets_hold(budget: int, on_gpu: bool) -> None:
         # Evenly: the widest gap between streamed layers is at most one more than the narrowest.
         gaps = [later - earlier for earlier, later in pairwise(streamed)]
         assert max(gaps) - min(gaps) <= 1
+
+
+SHAPE = KvShape(8, 128, 128)
+LONG_MODEL = model(layers=4, experts=8, top_k=2, kv_nbytes_per_token=4 * 4096, kv_shapes=(SHAPE,) * 4)
+LONG = Workload(131072, prompt_tokens=100_000)
+
+
+def _above(vram: int, wanted: int | None, ram: int = 1 << 31, format: str = "int8") -> Plan:
+    base = make_plan(LONG_MODEL, LONG, ram, kv=KvChoice(format, vram_nbytes=wanted))
+    return with_vram(LONG_MODEL, base, vram, kv_vram_nbytes=wanted)
+
+
+@given(st.integers(20, 34), st.integers(28, 33), st.sampled_from(["int8", "int4", "auto"]), st.integers(1, 3))
+def test_newest_blocks_come_after_dense_weights_and_before_slots(vram: int, ram: int, format: str, batch: int) -> None:
+    work = replace(LONG, batch=batch)
+    choice = KvChoice(format, blocks=True, vram_nbytes=None)
+    try:
+        base = make_plan(LONG_MODEL, work, 1 << ram, kv=choice)
+        plan = with_vram(LONG_MODEL, base, 1 << vram, kv_vram_nbytes=None)
+    except PlanInfeasibleError:
+        return
+    assert plan.vram is not None and plan.kv is not None and base.kv is not None
+    use, kv = plan.vram.use, plan.kv
+    assert use.total_nbytes <= 1 << vram and plan.ram.total_nbytes <= 1 << ram
+    assert use.kv_nbytes == kv.vram_nbytes
+    least = minimum_nbytes(LONG_MODEL, batch, kv.format, above=True)
+    assert least <= kv.ram_nbytes <= base.kv.ram_nbytes
+    assert (kv.vram_nbytes > 0) <= (use.dense_nbytes > 0), "blocks where no layer is"
+    # No token is lost between the tiers, and what is above is not on disk as well.
+    assert kv.vram_tokens <= work.context_tokens
+    assert kv.spills_at_tokens is None or kv.spills_at_tokens >= kv.vram_tokens
+    assert kv.disk_nbytes <= base.kv.disk_nbytes
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_all_of_a_cache_above_leaves_its_ram_to_experts() -> None:
+    base, plan = make_plan(LONG_MODEL, LONG, 1 << 31, kv=KvChoice("int8", vram_nbytes=None)), _above(1 << 33, None)
+    assert plan.kv is not None and base.kv is not None
+    assert plan.kv.vram_tokens == LONG.context_tokens and plan.kv.spills_at_tokens is None
+    assert plan.kv.ram_nbytes < base.kv.ram_nbytes // 4 and plan.kv.disk_nbytes == 0
+
+
+def test_as_much_above_as_was_asked_for() -> None:
+    asked = 1 << 28
+    plan = _above(1 << 32, asked)
+    assert plan.kv is not None
+    assert asked - (1 << 20) < plan.kv.vram_nbytes <= asked
+    held = plan.kv.vram_nbytes // plan.kv.nbytes_per_token
+    assert held - 1024 < plan.kv.vram_tokens <= held + 128
+    assert plan.vram is not None and plan.vram.slots == LONG_MODEL.expert_count
+    assert _above(1 << 32, 0).kv == make_plan(LONG_MODEL, LONG, 1 << 31, kv=KvChoice("int8")).kv
+    with pytest.raises(PlanInfeasibleError, match=r"kv_vram=\d+ leaves no room in vram="):
+        _above(1 << 28, 1 << 30)

@@ -1,0 +1,26 @@
+"""Attention of a few new tokens to blocks of a KV cache, by the CPU kernels."""
+
+from __future__ import annotations
+
+from cpu_kernels.paged_attention import paged_attention
+from offload.devices.base import AttentionBatch, AttentionPart, AttentionWork
+from offload.devices.host_threads import kernel_pool
+
+
+def attend(batch: AttentionBatch) -> AttentionPart:
+    """On the calling thread and the kernels' workers."""
+    return paged_attention(
+        batch.query, batch.offsets, batch.addresses, batch.lengths, batch.first_positions, batch.query_positions,
+        batch.layout, batch.scale, valid=batch.valid, pool=kernel_pool(),
+    )  # fmt: skip
+
+
+class Attended(AttentionWork):
+    """Attention that was computed when it was asked for."""
+
+    def __init__(self, part: AttentionPart) -> None:
+        self._part = part
+
+    def finish(self) -> AttentionPart:
+        """The part."""
+        return self._part
