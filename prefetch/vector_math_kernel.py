@@ -1,5 +1,5 @@
 # mypy: allow-untyped-calls
-"""Logarithms and sigmoids of whole arrays in float32, in vectors: libm's are one number at a time.
+"""Logarithms and sigmoids in float32 of which loops make vectors: libm's are one number at a time.
 
 Polynomials and reductions are those of logf and expf in Cephes (Moshier, netlib), good to about 2e-7.
 """
@@ -9,8 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic as numba_intrinsic
 
 from prefetch.jit import inner_unordered
+
+# What it stands for in kernels differs from what it is in Python.
+intrinsic: Any = numba_intrinsic
 
 _F = np.float32
 # Numbers in a kernel's source are float64, and so would be everything they meet.
@@ -25,46 +31,60 @@ _E3, _E4, _E5 = _F(4.1665795894e-2), _F(1.6666665459e-1), _F(5.0000001201e-1)
 _FURTHEST = _F(80)
 
 
+_I32, _F32 = ir.IntType(32), ir.FloatType()
+
+
+@intrinsic
+def _exponent(typingctx: Any, x: Any) -> Any:
+    """E, float32, of x = m 2^e, 1 <= m < 2."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.lshr(builder.bitcast(arguments[0], _I32), _I32(23))
+        return builder.sitofp(builder.sub(bits, _I32(127)), _F32)
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def _mantissa(typingctx: Any, x: Any) -> Any:
+    """M, float32, of x = m 2^e, 1 <= m < 2."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        fraction = builder.and_(builder.bitcast(arguments[0], _I32), _I32(0x7FFFFF))
+        return builder.bitcast(builder.or_(fraction, _I32(0x3F800000)), _F32)
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def _two_to(typingctx: Any, power: Any) -> Any:
+    """2^power, float32, of a whole number, -126 to 127."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole = builder.add(builder.fptosi(arguments[0], _I32), _I32(127))
+        return builder.bitcast(builder.shl(whole, _I32(23)), _F32)
+
+    return types.float32(types.float32), codegen
+
+
 @inner_unordered
-def log_into(x: Any, out: Any) -> None:
-    """Out = ln x.
-
-    Args:
-        x: float32 [n], contiguous, positive and normal.
-        out: float32 [n]; not x.
-    """
-    bits = x.view(np.int32)
-    exponents, fractions = np.empty(len(x), np.int32), np.empty(len(x), np.int32)
-    for place in range(len(x)):
-        exponents[place] = (bits[place] >> 23) - 127
-        fractions[place] = (bits[place] & 0x7FFFFF) | 0x3F800000
-    mantissas = fractions.view(np.float32)
-    for place in range(len(x)):
-        above = mantissas[place] > _ROOT_2
-        f = (mantissas[place] * _HALF if above else mantissas[place]) - _ONE
-        e = _F(exponents[place]) + (_ONE if above else _ZERO)
-        series = ((((_L0 * f + _L1) * f + _L2) * f + _L3) * f + _L4) * f + _L5
-        series = ((series * f + _L6) * f + _L7) * f + _L8
-        z = f * f
-        out[place] = f + (series * f * z + _LN2_LOW * e - _HALF * z) + _LN2_HIGH * e
+def log_of(x: Any) -> Any:
+    """Ln x, float32, of a positive normal number."""
+    mantissa = _mantissa(x)
+    above = mantissa > _ROOT_2
+    f = (mantissa * _HALF if above else mantissa) - _ONE
+    e = _exponent(x) + (_ONE if above else _ZERO)
+    series = ((((_L0 * f + _L1) * f + _L2) * f + _L3) * f + _L4) * f + _L5
+    series = ((series * f + _L6) * f + _L7) * f + _L8
+    z = f * f
+    return f + (series * f * z + _LN2_LOW * e - _HALF * z) + _LN2_HIGH * e
 
 
 @inner_unordered
-def sigmoid_into(x: Any, out: Any) -> None:
-    """Out = 1 / (1 + exp(-x)).
-
-    Args:
-        x: float32 [n].
-        out: float32 [n]; may be x.
-    """
-    powers = np.empty(len(x), np.int32)
-    scales = powers.view(np.float32)
-    for place in range(len(x)):
-        power = np.floor(min(max(-x[place], -_FURTHEST), _FURTHEST) * _LOG2_E + _HALF)
-        powers[place] = (np.int32(power) + 127) << 23
-    for place in range(len(x)):
-        t = min(max(-x[place], -_FURTHEST), _FURTHEST)
-        power = np.floor(t * _LOG2_E + _HALF)
-        t = t - power * _LN2_HIGH - power * _LN2_LOW
-        series = ((((_E0 * t + _E1) * t + _E2) * t + _E3) * t + _E4) * t + _E5
-        out[place] = _ONE / (_ONE + (series * t * t + t + _ONE) * scales[place])
+def sigmoid_of(x: Any) -> Any:
+    """1 / (1 + exp(-x)), float32."""
+    t = min(max(-x, -_FURTHEST), _FURTHEST)
+    power = np.floor(t * _LOG2_E + _HALF)
+    t = t - power * _LN2_HIGH - power * _LN2_LOW
+    series = ((((_E0 * t + _E1) * t + _E2) * t + _E3) * t + _E4) * t + _E5
+    return _ONE / (_ONE + (series * t * t + t + _ONE) * _two_to(power))

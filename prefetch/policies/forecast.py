@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from prefetch.jit import direct
 from prefetch.learning import check_tables
 from prefetch.policies import forecast_kernel as kernel
 from prefetch.policies.base import Scores
 from prefetch.policies.forecast_kernel import PATIENCE_PASSES
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.links import sources_of
-from prefetch.policies.selection_kernel import COST
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
 
 _START_WEIGHTS = (0.5, 0.3, 0.1, 0.3, -0.3, 0.2)
@@ -25,6 +25,9 @@ _RATES = (0.99, 0.9, 0.6, 0.05, 0.07, 1.0)
 _UNSEEN_VISITS = 20.0
 
 _START_PROBABILITY = 0.1
+
+
+_visit_layer, _value_foretold = direct(kernel.visit_layer), direct(kernel.value_foretold)
 
 
 class ForecastPolicy(ValuedPolicy):
@@ -44,9 +47,12 @@ class ForecastPolicy(ValuedPolicy):
         super().__init__(geometry)
         layers, counts = geometry.layers, geometry.counts
         self.weights: Floats = np.tile(np.array(_START_WEIGHTS), (layers, 1))
-        self._known = np.zeros((kernel.ROWS, geometry.total), np.float32)
-        self._known[kernel.SINCE] = _UNSEEN_VISITS
-        self._known[kernel.PROBABILITY] = _START_PROBABILITY
+        blocks = [-(-count // kernel.LANES) for count in counts]
+        known = np.zeros((sum(blocks), kernel.ROWS, kernel.LANES), np.float32)
+        known[:, kernel.SINCE] = _UNSEEN_VISITS
+        known[:, kernel.PROBABILITY] = _START_PROBABILITY
+        self._known = known.reshape(-1)
+        self._spare = np.zeros(max(counts), np.float32)
         self._layers = np.zeros((layers, kernel.COLUMNS + 4 * max(counts)), np.int64)
         shapes: list[tuple[int, int]] = []
         for layer, own in enumerate(self._layers):
@@ -54,6 +60,7 @@ class ForecastPolicy(ValuedPolicy):
             own[kernel.LINKS] = sum(rows * columns for rows, columns in shapes)
             own[kernel.SOURCES] = len(sources)
             own[kernel.SOURCE : kernel.SOURCE + len(sources)] = sources
+            own[kernel.FIRST_BLOCK] = sum(blocks[:layer])
             shapes.append((sum(counts[source] for source in sources), counts[layer]))
         self._links = np.zeros(sum(rows * columns for rows, columns in shapes), np.float32)
         starts = self._layers[:, kernel.LINKS].tolist()
@@ -66,31 +73,33 @@ class ForecastPolicy(ValuedPolicy):
         # A layer's scale is its place in this, counted from the layer that was visited last.
         self._scales = np.tile(1.0 / (passes + PATIENCE_PASSES), 2)
         self.layer_scale[:] = self._scales[:layers]
-        for first, end in self._ranges:
-            self._value(first, end, self.probabilities[first:end])
+        for layer, (first, end) in enumerate(self._ranges):
+            self._believe(layer, np.full(end - first, _START_PROBABILITY))
 
     @property
     def probabilities(self) -> npt.NDArray[np.float32]:
         """float32 [experts of all layers], that the next visit of its layer needs each."""
-        probabilities: npt.NDArray[np.float32] = self._known[kernel.PROBABILITY]
+        starts = kernel.LANES * self._layers[:, kernel.FIRST_BLOCK]
+        places = np.repeat(starts - self._first_keys[:-1], self.geometry.counts) + np.arange(self.geometry.total)
+        known = self._known.reshape(-1, kernel.ROWS, kernel.LANES)
+        probabilities: npt.NDArray[np.float32] = known[:, kernel.PROBABILITY].reshape(-1)[places]
         return probabilities
 
-    def _value(self, first: int, end: int, probabilities: Scores) -> None:
-        """What keys `first` to `end` are worth if the layer's next visit needs them with these probabilities."""
-        cost, later = self._table[COST, first:end], self._known[kernel.LATER, first:end]
-        self.values[first:end] = cost * probabilities
-        self.fixed[first:end] = cost * (1.0 - probabilities) * later * self._rates[kernel.LATER_SHARE]
+    def _believe(self, layer: int, probabilities: Floats) -> None:
+        """The layer's next visit needs its experts with these probabilities."""
+        _value_foretold(layer, probabilities, self._table, self._first_keys, self._known, self._layers, self._rates)
 
     def _observe(self, visit: Ints, shares: Floats) -> None:
-        kernel.visit_layer(
+        _visit_layer(
             visit, shares, self._table, self._per_layer, self._first_keys, self._known, self.weights, self._links,
-            self._layers, self._scales, self._rates,
+            self._layers, self._scales, self._rates, self._spare,
         )  # fmt: skip
 
     def on_forecast(self, first_key: int, probabilities: Scores) -> None:
         """Counts until the layer is routed."""
-        self._value(first_key, first_key + len(probabilities), probabilities)
-        self.refresh_layer(self._layer_of[first_key])
+        layer = self._layer_of[first_key]
+        self._believe(layer, np.ascontiguousarray(probabilities, np.float64))
+        self.refresh_layer(layer)
 
     # --- kept between runs -----------------------------------------------------------------------------------
 

@@ -1,5 +1,9 @@
 # mypy: allow-untyped-calls
-"""Learning how probably each expert of a layer is needed next, online, by logistic regression."""
+"""Learning how probably each expert of a layer is needed next, online, by logistic regression.
+
+What is known of a layer's experts lies together, some experts at a time and all numbers of these after one another, so
+that one loop goes through it as memory lies and no vector waits for another's address.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +13,30 @@ import numpy as np
 
 from prefetch.jit import entry, inner, inner_unordered
 from prefetch.policies.selection_kernel import COST, FIXED, SCALE, VALUE
-from prefetch.policies.visit_kernel import END, FIRST, LAYER, VISIT_KEYS, note_use
-from prefetch.vector_math_kernel import log_into, sigmoid_into
+from prefetch.policies.visit_kernel import END, FIRST, LAYER, keys_of, note_use
+from prefetch.vector_math_kernel import log_of, sigmoid_of
 
-# Rows of what is known of each expert, float32 [ROWS, keys]. LONG, MIDDLE and SHORT are shares of visits that needed
-# it, decayed; SINCE is visits since the last decoded use. The next five are what the regression gets of it: log-odds of
-# the shares, LAST, whether the last decoded token needed it, and log(1 + SINCE). Then what it says, and LATER: mean
-# 1 / (passes until it is needed + PATIENCE_PASSES) if the next visit does not need it, for the share of LONG that do.
-LONG, MIDDLE, SHORT, SINCE, LONG_ODDS, MIDDLE_ODDS, SHORT_ODDS, LAST, LOG_SINCE, PROBABILITY, LATER, ROWS = range(12)
+LANES = 64
+"""Experts of a block; a layer's last block may have some that are none."""
 
-_FIRST_INPUT = LONG_ODDS
+# Rows of what is known of each expert, float32 [blocks, ROWS, LANES], flat so that distances between rows are known to
+# the compiler. LONG, MIDDLE and SHORT are shares of visits that needed it, decayed; SINCE is visits since the last
+# decoded use. The next five are what the regression gets of it: log-odds of the shares, LAST, whether the last decoded
+# token needed it, and log(1 + SINCE). Then what it says, and LATER: mean 1 / (passes until it is needed +
+# PATIENCE_PASSES) if the next visit does not need it, for the share of LONG that do. The rest is scratch: whether it is
+# needed now, what the prediction was wrong by, and log-odds of the next.
+LONG, MIDDLE, SHORT, SINCE, LONG_ODDS, MIDDLE_ODDS, SHORT_ODDS, LAST, LOG_SINCE, PROBABILITY, LATER = range(11)
+NEED, ERROR, LOGIT, ROWS = range(11, 15)
+
+_BLOCK = ROWS * LANES
+
 BIAS, INPUTS = 5, 6
 """Inputs: the five, and 1."""
 
 # Columns of what is known of a layer, int64 [layers, COLUMNS + 4 x the experts of the largest]: where its links start,
-# how many sources it has, which, how many experts the last decoded token used, and how many rows of links spoke last.
-# The used experts and the rows follow.
-LINKS, SOURCES, SOURCE, USED, SPOKE, COLUMNS = 0, 1, 2, 5, 6, 7
+# how many sources it has, which, how many experts the last decoded token used, how many rows of links spoke last, and
+# its first block. The used experts and the rows follow.
+LINKS, SOURCES, SOURCE, USED, SPOKE, FIRST_BLOCK, COLUMNS = 0, 1, 2, 5, 6, 7, 8
 
 # Rates: decays of LONG, MIDDLE and SHORT for one visit, learning rates of weights and of links, and what LATER counts.
 WEIGHT_RATE, LINK_RATE, LATER_SHARE, RATES = 3, 4, 5, 6
@@ -39,7 +50,7 @@ MOST_ROWS = 32.0
 _FLOOR, _CEILING = np.float32(0.01), np.float32(0.99)
 """Of shares whose odds are taken."""
 
-_ONE = np.float32(1)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 PATIENCE_PASSES = 0.3
 """Added to every time, so that the next layer does not count for all."""
@@ -62,21 +73,43 @@ _STEPS_FLOAT = np.float32(_STEPS)
 _LATER = _later_table().astype(np.float32)
 
 
-@inner_unordered
-def _decay_and_add(row: Any, need: Any, decay: float) -> None:
-    kept, new = np.float32(decay), np.float32(1.0 - decay)
-    for expert in range(len(need)):
-        row[expert] = kept * row[expert] + new * need[expert]
+@inner
+def _voice(rows: Any) -> Any:
+    """Several sequences' experts speak together as loudly as one's."""
+    return min(1.0, MOST_ROWS / max(len(rows), 1))
+
+
+@inner
+def place_of(expert: int, row: int) -> int:
+    """Where a layer's known numbers have one of an expert's."""
+    return (expert // LANES * ROWS + row) * LANES + expert % LANES
 
 
 @inner_unordered
-def _odds_into(shares: Any, out: Any) -> None:
-    """Log-odds of shares, float32."""
-    odds = np.empty(len(shares), np.float32)
-    for expert in range(len(shares)):
-        kept = min(max(shares[expert], _FLOOR), _CEILING)
-        odds[expert] = kept / (_ONE - kept)
-    log_into(odds, out)
+def _find_errors(known: Any, blocks: int) -> None:
+    for block in range(blocks):
+        at = block * _BLOCK
+        for lane in range(LANES):
+            known[at + ERROR * LANES + lane] = known[at + NEED * LANES + lane] - known[at + PROBABILITY * LANES + lane]
+
+
+@inner_unordered
+def _sum_products(known: Any, blocks: int, row: int) -> Any:
+    """Sum of error x a row."""
+    total = np.float32(0)
+    for block in range(blocks):
+        at = block * _BLOCK
+        for lane in range(LANES):
+            total += known[at + ERROR * LANES + lane] * known[at + row * LANES + lane]
+    return total
+
+
+@inner_unordered
+def _sum_of(line: Any) -> Any:
+    total = np.float32(0)
+    for place in range(len(line)):
+        total += line[place]
+    return total
 
 
 @inner_unordered
@@ -86,83 +119,125 @@ def _add_row(total: Any, row: Any, times: Any) -> None:
 
 
 @inner_unordered
-def _sum_product(one: Any, other: Any) -> Any:
-    total = np.float32(0)
-    for expert in range(len(one)):
-        total += one[expert] * other[expert]
-    return total
+def _copy_row(known: Any, row: int, line: Any) -> None:
+    for start in range(0, len(line), LANES):
+        at = start // LANES * _BLOCK + row * LANES
+        for lane in range(min(LANES, len(line) - start)):
+            line[start + lane] = known[at + lane]
 
 
 @inner_unordered
-def _sum_of(one: Any) -> Any:
-    total = np.float32(0)
-    for expert in range(len(one)):
-        total += one[expert]
-    return total
+def _fill_row(known: Any, row: int, line: Any) -> None:
+    for start in range(0, len(line), LANES):
+        at = start // LANES * _BLOCK + row * LANES
+        for lane in range(min(LANES, len(line) - start)):
+            known[at + lane] = line[start + lane]
 
 
 @inner
-def _voice(rows: Any) -> Any:
-    """Several sequences' experts speak together as loudly as one's."""
-    return min(1.0, MOST_ROWS / max(len(rows), 1))
+def _learn(known: Any, blocks: int, weights: Any, links: Any, rows: Any, error: Any, rates: Any) -> None:
+    """The layer's next visit came: one step of gradient descent on the log loss of what was predicted.
 
-
-@inner
-def _learn(known: Any, span: Any, weights: Any, links: Any, rows: Any, need: Any, rates: Any) -> None:
-    """The layer's next visit came: one step of gradient descent on the log loss of what was predicted."""
-    error = need - known[PROBABILITY][span]
-    pace = rates[WEIGHT_RATE] / len(need)
-    for place in range(BIAS):
-        weights[place] += pace * _sum_product(error, known[_FIRST_INPUT + place][span])
+    Error is float32 [experts], filled.
+    """
+    experts = len(error)
+    _find_errors(known, blocks)
+    for expert in range(experts, blocks * LANES):
+        known[place_of(expert, ERROR)] = _ZERO
+    pace = rates[WEIGHT_RATE] / experts
+    weights[0] += pace * _sum_products(known, blocks, LONG_ODDS)
+    weights[1] += pace * _sum_products(known, blocks, MIDDLE_ODDS)
+    weights[2] += pace * _sum_products(known, blocks, SHORT_ODDS)
+    weights[3] += pace * _sum_products(known, blocks, LAST)
+    weights[4] += pace * _sum_products(known, blocks, LOG_SINCE)
+    _copy_row(known, ERROR, error)
     weights[BIAS] += pace * _sum_of(error)
+    step = np.float32(rates[LINK_RATE] * _voice(rows))
     for row in rows:
-        _add_row(links[row], error, np.float32(rates[LINK_RATE] * _voice(rows)))
-
-
-@inner
-def _observe(known: Any, span: Any, need: Any, decode: bool, rates: Any) -> None:
-    """Note a visit. A prefill shows what is popular, not what is recent."""
-    for feature in (LONG, MIDDLE, SHORT):
-        _decay_and_add(known[feature][span], need, rates[feature])
-        _odds_into(known[feature][span], known[_FIRST_INPUT + feature][span])
-    since = known[SINCE][span]
-    if decode:
-        for expert in range(len(need)):
-            since[expert] = np.float32(0) if need[expert] > 0 else since[expert] + _ONE
-        known[LAST][span] = need
-    log_into(since + _ONE, known[LOG_SINCE][span])
+        _add_row(links[row * experts : (row + 1) * experts], error, step)
 
 
 @inner_unordered
-def _bound(probabilities: Any) -> None:
-    for expert in range(len(probabilities)):
-        probabilities[expert] = min(max(probabilities[expert], _LEAST), _MOST)
+def _odds(share: Any) -> Any:
+    """Log-odds, float32."""
+    kept = min(max(share, _FLOOR), _CEILING)
+    return log_of(kept / (_ONE - kept))
+
+
+@inner_unordered
+def _decay_and_add(known: Any, blocks: int, shares: int, odds: int, kept: Any) -> None:
+    """A row of shares of visits, and the row of its odds."""
+    for block in range(blocks):
+        at = block * _BLOCK
+        for lane in range(LANES):
+            needed = (_ONE - kept) * known[at + NEED * LANES + lane]
+            share = kept * known[at + shares * LANES + lane] + needed
+            known[at + shares * LANES + lane] = share
+            known[at + odds * LANES + lane] = _odds(share)
+
+
+@inner_unordered
+def _note_last(known: Any, blocks: int, decode: Any) -> None:
+    """A prefill (decode 0, else 1) shows what is popular, not what is recent."""
+    for block in range(blocks):
+        at = block * _BLOCK
+        for lane in range(LANES):
+            needed = known[at + NEED * LANES + lane]
+            used = decode if needed > _ZERO else _ZERO
+            since = (known[at + SINCE * LANES + lane] + decode) * (_ONE - used)
+            known[at + SINCE * LANES + lane] = since
+            known[at + LOG_SINCE * LANES + lane] = log_of(since + _ONE)
+            known[at + LAST * LANES + lane] = decode * needed + (_ONE - decode) * known[at + LAST * LANES + lane]
+
+
+@inner_unordered
+def _add_inputs(known: Any, blocks: int, long: Any, middle: Any, short: Any, last: Any, since: Any, bias: Any) -> None:
+    """To LOGIT, what is seen of the expert itself."""
+    for block in range(blocks):
+        at = block * _BLOCK
+        for lane in range(LANES):
+            logit = long * known[at + LONG_ODDS * LANES + lane] + middle * known[at + MIDDLE_ODDS * LANES + lane]
+            logit += short * known[at + SHORT_ODDS * LANES + lane] + last * known[at + LAST * LANES + lane]
+            known[at + LOGIT * LANES + lane] += logit + since * known[at + LOG_SINCE * LANES + lane] + bias
+
+
+@inner_unordered
+def _conclude(known: Any, blocks: int) -> None:
+    """PROBABILITY from LOGIT."""
+    for block in range(blocks):
+        at = block * _BLOCK
+        for lane in range(LANES):
+            probability = sigmoid_of(known[at + LOGIT * LANES + lane])
+            known[at + PROBABILITY * LANES + lane] = min(max(probability, _LEAST), _MOST)
 
 
 @inner
-def _predict(known: Any, span: Any, weights: Any, links: Any, rows: Any) -> None:
-    """How probably the layer's next visit needs each expert, and what later ones are worth."""
-    probabilities, later, long = known[PROBABILITY][span], known[LATER][span], known[LONG][span]
-    logits = np.full(len(later), np.float32(weights[BIAS]))
-    for place in range(BIAS):
-        _add_row(logits, known[_FIRST_INPUT + place][span], np.float32(weights[place]))
+def _predict(known: Any, blocks: int, weights: Any, links: Any, rows: Any, linked: Any) -> None:
+    """How probably the layer's next visit needs each expert. Linked is float32 [experts], filled."""
+    experts, voice = len(linked), np.float32(_voice(rows))
+    linked[:] = _ZERO
     for row in rows:
-        _add_row(logits, links[row], np.float32(_voice(rows)))
-    sigmoid_into(logits, probabilities)
-    _bound(probabilities)
-    for expert in range(len(later)):
-        place = long[expert] * _STEPS_FLOAT
+        _add_row(linked, links[row * experts : (row + 1) * experts], voice)
+    _fill_row(known, LOGIT, linked)
+    _add_inputs(
+        known, blocks, np.float32(weights[0]), np.float32(weights[1]), np.float32(weights[2]), np.float32(weights[3]),
+        np.float32(weights[4]), np.float32(weights[BIAS]),
+    )  # fmt: skip
+    _conclude(known, blocks)
+
+
+@inner
+def _value(known: Any, first: int, end: int, table: Any, later_share: float) -> None:
+    """What later visits are worth; VALUE and FIXED of a layer."""
+    values, fixed, cost = table[VALUE], table[FIXED], table[COST]
+    for expert in range(end - first):
+        place = known[place_of(expert, LONG)] * _STEPS_FLOAT
         below = np.int32(place)
-        later[expert] = _LATER[below] + (place - np.float32(below)) * (_LATER[below + 1] - _LATER[below])
-
-
-@inner_unordered
-def _value(table: Any, span: Any, probabilities: Any, later: Any, later_share: float) -> None:
-    """VALUE and FIXED of a layer."""
-    values, fixed, cost = table[VALUE][span], table[FIXED][span], table[COST][span]
-    for expert in range(len(values)):
-        values[expert] = cost[expert] * probabilities[expert]
-        fixed[expert] = cost[expert] * (_ONE - probabilities[expert]) * later[expert] * later_share
+        later = _LATER[below] + (place - np.float32(below)) * (_LATER[below + 1] - _LATER[below])
+        known[place_of(expert, LATER)] = later
+        probability = known[place_of(expert, PROBABILITY)]
+        values[first + expert] = cost[first + expert] * probability
+        fixed[first + expert] = cost[first + expert] * (_ONE - probability) * later * later_share
 
 
 @inner
@@ -186,22 +261,19 @@ def _rows_that_spoke(layers: Any, layer: int) -> Any:
 
 
 @inner
-def _links_of(links: Any, layers: Any, layer: int, first_keys: Any) -> Any:
-    """float32 [sources' experts, experts]: what each source's use in this pass adds to the log-odds."""
-    experts, rows = first_keys[layer + 1] - first_keys[layer], 0
-    for source in layers[layer, SOURCE : SOURCE + layers[layer, SOURCES]]:
-        rows += first_keys[source + 1] - first_keys[source]
-    start = layers[layer, LINKS]
-    return links[start : start + rows * experts].reshape(rows, experts)
+def _known_of(known: Any, layers: Any, layer: int, experts: int) -> Any:
+    """What is known of a layer: its blocks, and how many they are."""
+    first, blocks = layers[layer, FIRST_BLOCK], (experts + LANES - 1) // LANES
+    return known[first * _BLOCK : (first + blocks) * _BLOCK], blocks
 
 
 @entry(
-    "void(int64[::1], float64[::1], float64[:, ::1], float64[:, ::1], int64[::1], float32[:, ::1], float64[:, ::1], "
-    "float32[::1], int64[:, ::1], float64[::1], float64[::1])"
+    "void(int64[::1], float64[::1], float64[:, ::1], float64[:, ::1], int64[::1], float32[::1], float64[:, ::1], "
+    "float32[::1], int64[:, ::1], float64[::1], float64[::1], float32[::1])"
 )
 def visit_layer(
     visit: Any, shares: Any, table: Any, per_layer: Any, first_keys: Any, known: Any, weights: Any, links: Any,
-    layers: Any, scales: Any, rates: Any,
+    layers: Any, scales: Any, rates: Any, spare: Any,
 ) -> None:  # fmt: skip
     """A layer was routed: learn from it, note it, predict its next visit, and value its experts.
 
@@ -211,29 +283,60 @@ def visit_layer(
         table: see `selection_kernel`; VALUE, FIXED and USED_AT are filled.
         per_layer: float64 [rows, layers], see `selection_kernel`; SCALE is filled.
         first_keys: int64 [layers + 1].
-        known: float32 [ROWS, keys], see above; updated.
+        known: float32, all layers', see above; updated.
         weights: float64 [layers, INPUTS]; updated.
-        links: float32, all layers' links, see `_links_of`; rows that spoke are updated.
+        links: float32, all layers' links, each [sources' experts, experts]: what each source's use in this pass adds
+            to the log-odds; rows that spoke are updated.
         layers: int64 [layers, COLUMNS + n], see above; updated.
         scales: float64 [2 x layers]: a layer's scale is its place here, counted from the layer that was visited last.
         rates: float64 [RATES].
+        spare: float32 [experts of the largest layer]; overwritten.
     """
     layer, first, end = visit[LAYER], visit[FIRST], visit[END]
-    decode = len(shares) == 0
+    decode, used = len(shares) == 0, keys_of(visit)
     note_use(visit, table)
-    need = np.zeros(end - first, np.float32)
-    for index in range(len(visit) - VISIT_KEYS):
-        need[visit[VISIT_KEYS + index] - first] = _ONE if decode else np.float32(shares[index])
-    span, lines = slice(first, end), _links_of(links, layers, layer, first_keys)
+    here, blocks = _known_of(known, layers, layer, end - first)
+    for expert in range(blocks * LANES):
+        here[place_of(expert, NEED)] = _ZERO
+    for index in range(len(used)):
+        here[place_of(used[index] - first, NEED)] = _ONE if decode else np.float32(shares[index])
+    own, lines, line = weights[layer], links[layers[layer, LINKS] :], spare[: end - first]
     if decode:
-        _learn(known, span, weights[layer], lines, _rows_that_spoke(layers, layer), need, rates)
+        _learn(here, blocks, own, lines, _rows_that_spoke(layers, layer), line, rates)
     # A prefill's last token would be a source, but nobody tells of one token.
-    layers[layer, USED] = len(visit) - VISIT_KEYS if decode else 0
+    layers[layer, USED] = len(used) if decode else 0
     for index in range(layers[layer, USED]):
-        layers[layer, COLUMNS + index] = visit[VISIT_KEYS + index] - first
-    _observe(known, span, need, decode, rates)
-    _predict(known, span, weights[layer], lines, _list_rows(layers, layer, first_keys))
-    _value(table, span, known[PROBABILITY][span], known[LATER][span], rates[LATER_SHARE])
+        layers[layer, COLUMNS + index] = used[index] - first
+    _decay_and_add(here, blocks, LONG, LONG_ODDS, np.float32(rates[LONG]))
+    _decay_and_add(here, blocks, MIDDLE, MIDDLE_ODDS, np.float32(rates[MIDDLE]))
+    _decay_and_add(here, blocks, SHORT, SHORT_ODDS, np.float32(rates[SHORT]))
+    _note_last(here, blocks, _ONE if decode else _ZERO)
+    _predict(here, blocks, own, lines, _list_rows(layers, layer, first_keys), line)
+    _value(here, first, end, table, rates[LATER_SHARE])
     count = per_layer.shape[1]
     for other in range(count):
         per_layer[SCALE, other] = scales[count - 1 - layer + other]
+
+
+@entry("void(int64, float64[::1], float64[:, ::1], int64[::1], float32[::1], int64[:, ::1], float64[::1])")
+def value_foretold(
+    layer: int, probabilities: Any, table: Any, first_keys: Any, known: Any, layers: Any, rates: Any
+) -> None:
+    """Value a layer's experts by what a predictor says of its next visit.
+
+    Args:
+        layer: which.
+        probabilities: float64 [experts of the layer].
+        table: see `selection_kernel`; VALUE and FIXED are filled.
+        first_keys: int64 [layers + 1].
+        known: see `visit_layer`.
+        layers: see `visit_layer`.
+        rates: see `visit_layer`.
+    """
+    first = first_keys[layer]
+    here, _ = _known_of(known, layers, layer, len(probabilities))
+    for expert in range(len(probabilities)):
+        cost, probability = table[COST, first + expert], probabilities[expert]
+        table[VALUE, first + expert] = cost * probability
+        later = here[place_of(expert, LATER)]
+        table[FIXED, first + expert] = cost * (1.0 - probability) * later * rates[LATER_SHARE]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from prefetch.jit import direct
+from prefetch.policies import visit_kernel as kernel
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
-from prefetch.policies.visit_kernel import frequency_recency
+
+_frequency_recency = direct(kernel.frequency_recency)
 
 
 class FrequencyRecencyPolicy(ValuedPolicy):
@@ -21,4 +24,4 @@ class FrequencyRecencyPolicy(ValuedPolicy):
         self._state: Floats = np.zeros((2, geometry.total))
 
     def _observe(self, visit: Ints, shares: Floats) -> None:
-        frequency_recency(visit, shares, self._table, self._state, self.decay)
+        _frequency_recency(visit, shares, self._table, self._state, self.decay)

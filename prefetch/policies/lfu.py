@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from prefetch.jit import direct
+from prefetch.policies import visit_kernel as kernel
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
-from prefetch.policies.visit_kernel import blend
+
+_blend = direct(kernel.blend)
 
 
 class LfuPolicy(ValuedPolicy):
@@ -29,4 +32,4 @@ class LfuPolicy(ValuedPolicy):
         self._frequency: Floats = np.zeros((1, geometry.total))
 
     def _observe(self, visit: Ints, shares: Floats) -> None:
-        blend(visit, shares, self._table, self._frequency, self.decay, 1.0)
+        _blend(visit, shares, self._table, self._frequency, self.decay, 1.0)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from prefetch.jit import direct
+from prefetch.policies import visit_kernel as kernel
 from prefetch.policies.base import Scores
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
-from prefetch.policies.visit_kernel import LAYER, VISIT_KEYS, blend, touch
+from prefetch.policies.visit_kernel import COUNT, LAYER
+
+_blend, _touch = direct(kernel.blend), direct(kernel.touch)
 
 
 class MrsPolicy(ValuedPolicy):
@@ -39,11 +43,11 @@ class MrsPolicy(ValuedPolicy):
         return scores
 
     def _observe(self, visit: Ints, shares: Floats) -> None:
-        self._activated[visit[LAYER]] = len(visit) - VISIT_KEYS
+        self._activated[visit[LAYER]] = int(visit[COUNT])
         if self._scored:
-            touch(visit, self._table)
+            _touch(visit, self._table)
         else:
-            blend(visit, shares, self._table, self._scores, 1.0 - self.alpha, self.alpha)
+            _blend(visit, shares, self._table, self._scores, 1.0 - self.alpha, self.alpha)
 
     def on_scores(self, first_key: int, scores: Scores) -> None:
         """Blends the p highest scores in."""

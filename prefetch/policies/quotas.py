@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
-
 from prefetch.policies.base import CachePolicy, Scores
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import ValuedPolicy
@@ -33,25 +31,20 @@ class QuotaPolicy(CachePolicy):
         """Share slots out as `shallow_first` does.
 
         Args:
-            inner: ranks experts.
+            inner: ranks experts; its quotas are set.
             geometry: the experts.
             whole_layers: shallow layers that are kept whole; 0 shares evenly.
         """
         self.inner = inner
         self.geometry = geometry
         self.whole_layers = whole_layers
-        self._quotas = np.array(shallow_first(geometry, geometry.total, whole_layers), np.int64)
-        self._held = np.zeros(geometry.layers, np.int64)
-        self._layer_of = geometry.layer_of.tolist()
-
-    @property
-    def quotas(self) -> tuple[int, ...]:
-        """Slots that each layer may hold before it is the first to give one up."""
-        return tuple(self._quotas.tolist())
+        self.on_resize(geometry.total)
 
     def on_resize(self, slots: int) -> None:
         """Shares the slots out anew."""
-        self._quotas[:] = shallow_first(self.geometry, slots, self.whole_layers)
+        self.quotas = shallow_first(self.geometry, slots, self.whole_layers)
+        """Slots that each layer may hold before it is the first to give one up."""
+        self.inner.set_quotas(self.quotas)
         self.inner.on_resize(slots)
 
     def on_route(self, keys: Sequence[int], shares: Sequence[float] | None = None) -> None:
@@ -72,23 +65,19 @@ class QuotaPolicy(CachePolicy):
 
     def on_insert(self, key: int) -> None:
         """Counts towards its layer."""
-        before = self.inner.residents
         self.inner.on_insert(key)
-        self._held[self._layer_of[key]] += self.inner.residents - before
 
     def on_evict(self, key: int) -> None:
         """Does not count any more."""
         self.inner.on_evict(key)
-        self._held[self._layer_of[key]] -= 1
 
     def victim(self, pinned: Collection[int]) -> int | None:
         """From the layer the furthest above its quota that has an unpinned key."""
-        found = self.victims(pinned, 1)
-        return found[0] if found else None
+        return self.inner.victim(pinned)
 
     def victims(self, pinned: Collection[int], count: int) -> list[int]:
         """From the layer the furthest above its quota as many as it is above, then from the next; then from any.
 
         Of layers that are equally far above, the deepest comes first.
         """
-        return self.inner.victims_above(self._held - self._quotas, pinned, count)
+        return self.inner.victims(pinned, count)

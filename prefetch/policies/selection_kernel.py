@@ -16,38 +16,40 @@ miss costs, 1 on average; LAYER_OF is the key's layer; LIVE is VALUE, and infini
 SCALED is scratch."""
 
 # Rows of what is kept by layer, float64 [rows, layers].
-SCALE, LEAST_NEAR, LEAST_FAR, LAYER_ROWS = range(4)
-"""SCALE lies between the two scales below. The others are no more than the least of its resident keys would be at
-either, and exact where they were last looked at. The least of straight lines bends down, so between the two scales it
-is nowhere below the straight line from one to the other."""
+SCALE, LEAST_NEAR, LEAST_FAR, HELD, LAYER_ROWS = range(5)
+"""SCALE lies between the two scales below. HELD is how many keys are resident. The others are no more than the least
+of the resident keys would be at either, and exact where they were last looked at. The least of straight lines bends
+down, so between the two scales it is nowhere below the straight line from one to the other."""
 
 _NEAR, _FAR = 0.5, 4.0
 
 _ROUNDED = 1.0 - 1e-14
 """What is interpolated may be this much too large."""
 
-_TOLD = 2
+# The first places of what `select` is told: how many moves, changed layers and pinned keys follow, and how many keys
+# are to be found.
+MOVES, CHANGES, PINNED, WANTED, TOLD = range(5)
 
 TIE = 1e-12
 """Of equal values the one unused for longest goes first: a use counts so much more than the one before."""
 
 
+@inner_unordered
+def _least_at(scale: float, live: Any, fixed: Any) -> Any:
+    least = np.inf
+    for place in range(len(live)):
+        least = min(least, scale * live[place] + fixed[place])
+    return least
+
+
 @inner
 def _find_bounds(table: Any, per_layer: Any, layer: int, first: int, end: int) -> None:
     """Exact bounds of a layer; infinity where no key is resident."""
-    live, fixed = table[LIVE], table[FIXED]
-    near, other_near, far, other_far = np.inf, np.inf, np.inf, np.inf
-    # Two of each: the next minimum need not wait for the last.
-    for key in range(first, end - 1, 2):
-        near = min(near, _NEAR * live[key] + fixed[key])
-        far = min(far, _FAR * live[key] + fixed[key])
-        other_near = min(other_near, _NEAR * live[key + 1] + fixed[key + 1])
-        other_far = min(other_far, _FAR * live[key + 1] + fixed[key + 1])
-    if (end - first) % 2:
-        near = min(near, _NEAR * live[end - 1] + fixed[end - 1])
-        far = min(far, _FAR * live[end - 1] + fixed[end - 1])
-    per_layer[LEAST_NEAR, layer] = min(near, other_near)
-    per_layer[LEAST_FAR, layer] = min(far, other_far)
+    live, fixed = table[LIVE, first:end], table[FIXED, first:end]
+    per_layer[LEAST_NEAR, layer], per_layer[LEAST_FAR, layer] = (
+        _least_at(_NEAR, live, fixed),
+        _least_at(_FAR, live, fixed),
+    )
 
 
 @inner
@@ -60,18 +62,22 @@ def _limit(per_layer: Any, layer: int) -> Any:
 
 
 @inner_unordered
-def _scale_layer(live: Any, fixed: Any, scaled: Any, first: int, end: int, scale: float) -> None:
-    for key in range(first, end):
-        scaled[key] = live[key] * scale + fixed[key]
+def _scale_layer(live: Any, fixed: Any, scaled: Any, scale: float) -> None:
+    for place in range(len(live)):
+        scaled[place] = live[place] * scale + fixed[place]
+
+
+@inner_unordered
+def _value_resident(live: Any, value: Any, used_at: Any) -> None:
+    for place in range(len(live)):
+        now = value[place] + TIE * used_at[place]
+        live[place] = now if live[place] < np.inf else np.inf
 
 
 @inner
 def _refresh(table: Any, per_layer: Any, layer: int, first: int, end: int) -> None:
     """LIVE = VALUE, a little more for what was used later; it stays infinity for what is not resident."""
-    live = table[LIVE]
-    for key in range(first, end):
-        if live[key] < np.inf:
-            live[key] = _live_value(table, key)
+    _value_resident(table[LIVE, first:end], table[VALUE, first:end], table[USED_AT, first:end])
     _find_bounds(table, per_layer, layer, first, end)
 
 
@@ -94,8 +100,10 @@ def _update(table: Any, per_layer: Any, first_keys: Any, moved: Any, layers: Any
     for change in moved:
         if change < 0:
             table[LIVE, -1 - change] = np.inf
+            per_layer[HELD, int(table[LAYER_OF, -1 - change])] -= 1.0
         else:
             table[LIVE, change] = _live_value(table, change)
+            per_layer[HELD, int(table[LAYER_OF, change])] += 1.0
             _lower_bounds(table, per_layer, change)
     for layer in layers:
         _refresh(table, per_layer, layer, first_keys[layer], first_keys[layer + 1])
@@ -145,7 +153,7 @@ def _look_through(
     live, fixed, scaled = table[LIVE], table[FIXED], table[SCALED]
     scale = per_layer[SCALE, layer]
     _find_bounds(table, per_layer, layer, first, end)
-    _scale_layer(live, fixed, scaled, first, end, scale)
+    _scale_layer(live[first:end], fixed[first:end], scaled[first:end], scale)
     for key in range(first, end):
         if scaled[key] > most or scaled[key] == np.inf:
             continue
@@ -222,9 +230,9 @@ def _furthest_above(above: Any) -> int:
 
 
 @inner
-def _least_by_quota(table: Any, per_layer: Any, first_keys: Any, above: Any, found: Any) -> int:
+def _least_by_quota(table: Any, per_layer: Any, first_keys: Any, quotas: Any, found: Any) -> int:
     """As `_least`, but first from layers that are above their quotas."""
-    size, left, values = 0, above.copy(), np.empty(len(found))
+    size, left, values = 0, per_layer[HELD].astype(np.int64) - quotas, np.empty(len(found))
     layer = _furthest_above(left)
     while size < len(found) and layer >= 0:
         end = min(len(found), size + left[layer])
@@ -242,32 +250,30 @@ def _least_by_quota(table: Any, per_layer: Any, first_keys: Any, above: Any, fou
 
 
 @entry("int64(float64[:, ::1], float64[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1])")
-def select(table: Any, per_layer: Any, first_keys: Any, told: Any, above: Any, found: Any) -> Any:
+def select(table: Any, per_layer: Any, first_keys: Any, quotas: Any, told: Any, found: Any) -> Any:
     """Take in what happened since the last call, then find the keys to evict first, in order.
 
     Args:
         table: float64 [rows, keys], see above; LIVE is updated, the same for pinned and found keys.
-        per_layer: float64 [rows, layers], see above; its bounds are updated.
+        per_layer: float64 [rows, layers], see above; its bounds and HELD are updated.
         first_keys: int64 [layers + 1].
-        told: int64: how many moves m and how many changed layers c follow;
-            m keys that came, or -1 - key for one that left, in order; c layers whose values changed; then the
-            keys that are not to be found, of which others than those of the model are ignored.
-        above: int64 [layers], how many experts each layer has above its quota; of no elements where there are none.
-        found: int64 [n], filled from the first.
+        quotas: int64 [layers], how many experts each layer may hold before others give one up; of no elements where
+            there are none.
+        told: int64, four numbers, see above, then keys that came, or -1 - key for one that left, in order; layers whose
+            values changed; and keys that are not to be found, of which others than those of the model are ignored.
+        found: int64 [as many as are wanted, or more], filled from the first.
 
     Returns:
         How many were found.
     """
-    moves, changes = _TOLD + told[0], _TOLD + told[0] + told[1]
-    _update(table, per_layer, first_keys, told[_TOLD:moves], told[moves:changes])
-    if len(found) == 0:
-        return 0
-    pinned = told[changes:]
+    moves, changes = TOLD + told[MOVES], TOLD + told[MOVES] + told[CHANGES]
+    _update(table, per_layer, first_keys, told[TOLD:moves], told[moves:changes])
+    wanted, pinned = found[: told[WANTED]], told[changes : changes + told[PINNED]]
     values = np.empty(len(pinned))
     _hide(table[LIVE], pinned, values)
-    if len(above):
-        size = _least_by_quota(table, per_layer, first_keys, above, found)
+    if len(quotas):
+        size = _least_by_quota(table, per_layer, first_keys, quotas, wanted)
     else:
-        size = _least(table, per_layer, first_keys, -1, found)
+        size = _least(table, per_layer, first_keys, -1, wanted)
     _show(table, per_layer, pinned, values)
     return size

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from prefetch.jit import direct
+from prefetch.packing import int64s
+from prefetch.policies import selection_kernel as selection
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.geometry import Geometry
-from prefetch.policies.selection_kernel import COST, FIXED, LAYER_OF, LAYER_ROWS, LIVE, ROWS, SCALE, VALUE, select
+from prefetch.policies.selection_kernel import COST, FIXED, LAYER_OF, LIVE, SCALE, VALUE
+from prefetch.policies.visit_kernel import VISIT_KEYS
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _DECODED: Floats = np.empty(0)
-_NO_QUOTAS: Ints = np.empty(0, np.int64)
+
+_select = direct(selection.select)
 
 
 class ValuedPolicy(CachePolicy):
@@ -34,27 +40,51 @@ class ValuedPolicy(CachePolicy):
         self._ranges = list(zip(geometry.first_keys.tolist(), geometry.first_keys.tolist()[1:], strict=False))
         self._layer_of = geometry.layer_of.tolist()
         total = geometry.total
-        self._table: Floats = np.zeros((ROWS, total))
+        self._table: Floats = np.zeros((selection.ROWS, total))
         self._table[LIVE] = np.inf
         self._table[COST], self._table[LAYER_OF] = geometry.relative_cost, geometry.layer_of
-        self._per_layer: Floats = np.full((LAYER_ROWS, geometry.layers), np.inf)
+        self._per_layer: Floats = np.full((selection.LAYER_ROWS, geometry.layers), np.inf)
         self._per_layer[SCALE] = 1.0
-        self.values, self.fixed = self._table[VALUE], self._table[FIXED]
-        self.layer_scale = self._per_layer[SCALE]
+        self._per_layer[selection.HELD] = 0.0
+        self._quotas: Ints = np.empty(0, np.int64)
         self._clock = 0
         self._here: set[int] = set()
         # What `select` was not told yet: who came (the key) and left (-1 - key), and layers of new values.
         self._moved: list[int] = []
         self._changed: set[int] = set()
+        # What kernels are told and what they find lies in the same places each time.
+        self._visit: Any = np.zeros(VISIT_KEYS + max(geometry.counts), np.int64)
+        self._told: Any = np.zeros(selection.TOLD + total, np.int64)
+        self._found: Any = np.zeros(total, np.int64)
+
+    @property
+    def values(self) -> Floats:
+        """float64 [experts of all layers]."""
+        values: Floats = self._table[VALUE]
+        return values
+
+    @property
+    def fixed(self) -> Floats:
+        """float64 [experts of all layers]."""
+        fixed: Floats = self._table[FIXED]
+        return fixed
+
+    @property
+    def layer_scale(self) -> Floats:
+        """float64 [layers]."""
+        scale: Floats = self._per_layer[SCALE]
+        return scale
 
     def on_route(self, keys: Sequence[int], shares: Sequence[float] | None = None) -> None:
         """Notes the use and values it."""
-        if not len(keys):
+        count = len(keys)
+        if not count:
             return
         self._clock += 1
         layer = self._layer_of[keys[0]]
-        visit = np.array([layer, *self._ranges[layer], self._clock, *keys], np.int64)
-        self._observe(visit, _DECODED if shares is None else np.array(shares, np.float64))
+        first, end = self._ranges[layer]
+        int64s(VISIT_KEYS + count).pack_into(self._visit, 0, layer, first, end, self._clock, count, *keys)
+        self._observe(self._visit, _DECODED if shares is None else np.array(shares, np.float64))
         self._changed.add(layer)
 
     @abstractmethod
@@ -62,7 +92,7 @@ class ValuedPolicy(CachePolicy):
         """A layer was routed.
 
         Args:
-            visit: int64 [VISIT_KEYS + n], see `visit_kernel`; n is at least 1.
+            visit: int64, see `visit_kernel`; of at least one key.
             shares: float64 [n], as in `on_route`; of no elements for decoded tokens.
         """
 
@@ -85,18 +115,18 @@ class ValuedPolicy(CachePolicy):
         self._here.remove(key)
         self._moved.append(-1 - key)
 
-    @property
-    def residents(self) -> int:
-        """Resident keys."""
-        return len(self._here)
-
     def on_resize(self, slots: int) -> None:
         """Notes the number of slots."""
         self.slots = slots
 
+    def set_quotas(self, quotas: Sequence[int]) -> None:
+        """Evict first from layers that hold more than this, the furthest above it first; of none, from any layer."""
+        self._quotas = np.array(quotas, np.int64)
+
     def worth(self, key: int) -> float | None:
         """The value that eviction compares."""
-        return float(self.values[key] * self.layer_scale[self._layer_of[key]] + self.fixed[key])
+        table = self._table
+        return float(table[VALUE, key] * self._per_layer[SCALE, self._layer_of[key]] + table[FIXED, key])
 
     def victim(self, pinned: Collection[int]) -> int | None:
         """The resident key of least value that is not pinned."""
@@ -105,19 +135,16 @@ class ValuedPolicy(CachePolicy):
 
     def victims(self, pinned: Collection[int], count: int) -> list[int]:
         """In one call: those of least value."""
-        return self.victims_above(_NO_QUOTAS, pinned, count)
-
-    def victims_above(self, above: Ints, pinned: Collection[int], count: int) -> list[int]:
-        """As `victims`; where `above`, int64 [layers], names layers that hold so many too many, from these first."""
-        count = min(count, self.geometry.total)
+        count = min(count, len(self._here))
         if count <= 0:
             return []
-        moved, changed = self._moved, self._changed
         # What happened is told all at once, for a call costs more than its work.
-        told = np.array([len(moved), len(changed), *moved, *changed, *pinned], np.int64)
+        moved, changed = self._moved, self._changed
+        told = selection.TOLD + len(moved) + len(changed) + len(pinned)
+        if told > len(self._told):
+            self._told = np.zeros(2 * told, np.int64)
+        int64s(told).pack_into(self._told, 0, len(moved), len(changed), len(pinned), count, *moved, *changed, *pinned)
         moved.clear()
         changed.clear()
-        found = np.empty(count, np.int64)
-        size = select(self._table, self._per_layer, self._first_keys, told, above, found)
-        keys: list[int] = found[:size].tolist()
-        return keys
+        size = _select(self._table, self._per_layer, self._first_keys, self._quotas, self._told, self._found)
+        return list(int64s(size).unpack_from(self._found))

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-calls
 """What a visit of a layer does to values, for policies that need a few numbers for each expert.
 
-All take visit, int64 [VISIT_KEYS + n]; shares, float64 [n], of no elements for decoded tokens; the policy's table, see
+All take visit, int64, see below; shares, float64 [n], of no elements for decoded tokens; the policy's table, see
 `selection_kernel`, whose VALUE and USED_AT are updated; and state, float64 [numbers, keys], updated.
 """
 
@@ -12,16 +12,22 @@ from typing import Any
 from prefetch.jit import entry, inner
 from prefetch.policies.selection_kernel import COST, USED_AT, VALUE
 
-# The first places of a visit: layer, its first key, its end, the visits of any layer so far. The keys follow.
-LAYER, FIRST, END, CLOCK, VISIT_KEYS = range(5)
+# The first places of a visit: layer, its first key, its end, the visits of any layer so far, how many keys follow.
+LAYER, FIRST, END, CLOCK, COUNT, VISIT_KEYS = range(6)
 
 _SIGNATURE = "void(int64[::1], float64[::1], float64[:, ::1], float64[:, ::1], {})"
 
 
 @inner
+def keys_of(visit: Any) -> Any:
+    """int64 [n], the keys of a visit, each once."""
+    return visit[VISIT_KEYS : VISIT_KEYS + visit[COUNT]]
+
+
+@inner
 def note_use(visit: Any, table: Any) -> None:
     """The keys were used now."""
-    for key in visit[VISIT_KEYS:]:
+    for key in keys_of(visit):
         table[USED_AT, key] = visit[CLOCK]
 
 
@@ -36,7 +42,7 @@ def _decay_and_add(visit: Any, shares: Any, row: Any, decay: float, weight: floa
     """Row = decay x row + weight x uses."""
     for key in range(visit[FIRST], visit[END]):
         row[key] *= decay
-    for index in range(len(visit) - VISIT_KEYS):
+    for index in range(visit[COUNT]):
         row[visit[VISIT_KEYS + index]] += weight * _share(shares, index)
 
 
@@ -73,7 +79,7 @@ def frequency_recency(visit: Any, shares: Any, table: Any, state: Any, decay: fl
     for key in range(visit[FIRST], visit[END]):
         since[key] += 1.0
     if len(shares) == 0:
-        for key in visit[VISIT_KEYS:]:
+        for key in keys_of(visit):
             since[key] = 0.0
     for key in range(visit[FIRST], visit[END]):
         table[VALUE, key] = table[COST, key] * frequency[key] / (since[key] + 1.0)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from prefetch.jit import direct
+from prefetch.policies import visit_kernel as kernel
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
-from prefetch.policies.visit_kernel import count_window
+
+_count_window = direct(kernel.count_window)
 
 
 class WindowPolicy(ValuedPolicy):
@@ -26,4 +29,4 @@ class WindowPolicy(ValuedPolicy):
         self._tokens: Ints = np.zeros(geometry.layers, np.int64)
 
     def _observe(self, visit: Ints, shares: Floats) -> None:
-        count_window(visit, shares, self._table, self._uses, self._tokens, self.window)
+        _count_window(visit, shares, self._table, self._uses, self._tokens, self.window)

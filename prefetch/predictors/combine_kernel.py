@@ -25,55 +25,65 @@ def _log_odds(share: float) -> Any:
     return np.log(kept / (1.0 - kept))
 
 
+@inner
+def _edge_of(logits: Any, top_k: int) -> Any:
+    """Half way between the last expert that would be picked and the first that would not."""
+    ordered = np.sort(logits)
+    edge = ordered[len(logits) - top_k]
+    if top_k < len(logits):
+        edge = 0.5 * (edge + ordered[len(logits) - top_k - 1])
+    return edge
+
+
 @entry(
-    "void(float64[::1], float32[:, ::1], int64[::1], float64[::1], float64[::1], int64, float64[::1], "
-    "float64[:, ::1], float64[::1])"
+    "void(int64, int64, int64, int64, float64[::1], int64[::1], float64[:, ::1], float64[:, ::1], float64[:, ::1], "
+    "float64[:, :, ::1], float64[:, ::1], float64[:, ::1], float32[::1], int64[::1])"
 )
 def predict(
-    logits: Any,
-    transitions: Any,
-    active: Any,
-    previous: Any,
-    popular: Any,
-    top_k: int,
-    weights: Any,
-    inputs: Any,
-    probabilities: Any,
-) -> None:
+    row: int, layer: int, top_k: int, start: int, logits: Any, active: Any, uses: Any, weights: Any, offsets: Any,
+    inputs: Any, said: Any, probabilities: Any, transitions: Any, made: Any,
+) -> None:  # fmt: skip
     """How probably each expert of a layer to come is needed.
 
     Args:
+        row: of the layer and its distance, in all arrays by row.
+        layer: that is predicted.
+        top_k: experts of a token there, at most as many as it has.
+        start: of the row's transitions.
         logits: float64 [experts], what the layer's router says of an earlier layer's hidden state.
-        transitions: float32 [experts of the earlier layer, experts], decayed shares of tokens at which the first led
-            to the second.
         active: int64 [n], experts of the earlier layer that the token goes to.
-        previous: float64 [experts], 1 where the token before needed it.
-        popular: float64 [experts], decayed share of tokens that needed it.
-        top_k: experts of a token.
-        weights: float64 [INPUTS].
-        inputs: float64 [experts, INPUTS], filled: kept for `learn`.
-        probabilities: float64 [experts], filled.
+        uses: float64 [2 x layers, most experts]: 1 where the token before needed an expert, then decayed shares of
+            tokens that needed it.
+        weights: float64 [rows, INPUTS].
+        offsets: float64 [rows, most experts], added to logits.
+        inputs: float64 [rows, most experts, INPUTS], filled: kept for `observe`, as are the next two.
+        said: float64 [rows, most experts], filled with logits.
+        probabilities: float64 [rows, most experts], filled.
+        transitions: float32, each row's [experts of the earlier layer, experts]: decayed shares of tokens at which the
+            first led to the second.
+        made: int64 [rows]; 1 from now on.
     """
     experts = len(logits)
-    spread = max(np.std(logits), 1e-6)
-    # Half way between the last expert that would be picked and the first that would not.
-    ordered = np.sort(logits)
-    edge = ordered[experts - top_k]
-    if top_k < experts:
-        edge = 0.5 * (edge + ordered[experts - top_k - 1])
+    corrected = logits + offsets[row, :experts]
+    spread, edge = max(np.std(corrected), 1e-6), _edge_of(corrected, top_k)
+    previous, popular = uses[layer], uses[len(uses) // 2 + layer]
+    follows = np.zeros(experts)
+    for one in active:
+        for expert in range(experts):
+            follows[expert] += transitions[start + one * experts + expert]
     for expert in range(experts):
-        follows = 0.0
-        for one in active:
-            follows += transitions[one, expert]
-        inputs[expert, BIAS] = 1.0
-        inputs[expert, ROUTER] = min(max((logits[expert] - edge) / spread, -4.0), 4.0)
-        inputs[expert, TRANSITION] = _log_odds(follows / max(len(active), 1))
-        inputs[expert, PREVIOUS] = previous[expert]
-        inputs[expert, POPULAR] = _log_odds(popular[expert])
+        known = inputs[row, expert]
+        known[BIAS] = 1.0
+        known[ROUTER] = min(max((corrected[expert] - edge) / spread, -4.0), 4.0)
+        known[TRANSITION] = _log_odds(follows[expert] / max(len(active), 1))
+        known[PREVIOUS] = previous[expert]
+        known[POPULAR] = _log_odds(popular[expert])
         logit = 0.0
         for place in range(INPUTS):
-            logit += weights[place] * inputs[expert, place]
-        probabilities[expert] = 1.0 / (1.0 + np.exp(-logit))
+            logit += weights[row, place] * known[place]
+        said[row, expert] = logits[expert]
+        probabilities[row, expert] = 1.0 / (1.0 + np.exp(-logit))
+    made[row] = 1
 
 
 @inner
@@ -82,17 +92,9 @@ def _correct(values: Any, used: Any, k: int) -> Any:
     return np.sum(used[order[:k]])
 
 
-@entry("void(float64[:, ::1], float64[::1], float64[::1], float64, float64[::1])")
-def learn(inputs: Any, probabilities: Any, used: Any, rate: float, weights: Any) -> None:
-    """The layer came: one step of gradient descent on the log loss.
-
-    Args:
-        inputs: float64 [experts, INPUTS] of the prediction.
-        probabilities: float64 [experts], the prediction.
-        used: float64 [experts], 1 where needed.
-        rate: of learning.
-        weights: float64 [INPUTS]; updated.
-    """
+@inner
+def _learn(inputs: Any, probabilities: Any, used: Any, rate: float, weights: Any) -> None:
+    """One step of gradient descent on the log loss."""
     step = np.zeros(INPUTS)
     for expert in range(len(used)):
         error = used[expert] - probabilities[expert]
@@ -102,16 +104,9 @@ def learn(inputs: Any, probabilities: Any, used: Any, rate: float, weights: Any)
         weights[place] += rate * step[place] / len(used)
 
 
-@entry("void(float64[:, ::1], float64[::1], float64[::1], float64[::1])")
-def score(inputs: Any, probabilities: Any, used: Any, counts: Any) -> None:
-    """Count what was right.
-
-    Args:
-        inputs: float64 [experts, INPUTS] of the prediction.
-        probabilities: float64 [experts], the prediction.
-        used: float64 [experts], 1 where needed.
-        counts: float64 [ROWS + 1]; added to. k is the number of experts that were needed.
-    """
+@inner
+def _score(inputs: Any, probabilities: Any, used: Any, counts: Any) -> None:
+    """Count what was right; k is the number of experts that were needed."""
     k = int(np.sum(used))
     counts[BY_ROUTER] += _correct(inputs[:, ROUTER], used, k)
     counts[BY_TRANSITION] += _correct(inputs[:, TRANSITION], used, k)
@@ -121,9 +116,66 @@ def score(inputs: Any, probabilities: Any, used: Any, counts: Any) -> None:
     counts[ROWS] += k
 
 
-@entry("void(float32[:, ::1], int64[::1], float64[::1], float64)")
-def note_transition(transitions: Any, active: Any, used: Any, decay: float) -> None:
-    """transitions[one] moves towards `used` (float64 [experts]) for each expert `one` of `active` (int64)."""
-    for one in active:
-        for expert in range(len(used)):
-            transitions[one, expert] = decay * transitions[one, expert] + (1.0 - decay) * used[expert]
+# Rates of `observe`: of weights, of offsets, and the decays of transitions and popularity.
+WEIGHT_RATE, OFFSET_RATE, DECAY, RATES = range(4)
+
+
+@entry(
+    "void(int64, int64, boolean, int64[::1], float64[::1], int64[::1], float64[:, ::1], float64[:, ::1], "
+    "float64[:, ::1], float64[:, :, ::1], float64[:, ::1], float64[:, ::1], float32[::1], int64[::1], int64[:, ::1], "
+    "float64[:, ::1], int64[::1], float64[::1])"
+)
+def observe(
+    layer: int, experts: int, scored: bool, needed: Any, logits: Any, starts: Any, uses: Any, weights: Any,
+    offsets: Any, inputs: Any, said: Any, probabilities: Any, transitions: Any, made: Any, active: Any, counts: Any,
+    used: Any, rates: Any,
+) -> None:  # fmt: skip
+    """A layer came: learn from it.
+
+    Args:
+        layer: which.
+        experts: of it.
+        scored: whether to count what was right.
+        needed: int64 [n], the experts that it needed.
+        logits: float64 [experts], what its router said; of no elements where that is not known.
+        starts: int64 [rows], of each row's transitions.
+        uses: see `predict`; updated, and so is what follows up to `made`.
+        weights: see `predict`.
+        offsets: see `predict`.
+        inputs: see `predict`.
+        said: see `predict`.
+        probabilities: see `predict`.
+        transitions: see `predict`.
+        made: see `predict`; 0 from now on.
+        active: int64 [layers, most experts], what each layer needed last; updated.
+        counts: float64 [rows, ROWS + 1]; added to where `scored`.
+        used: int64 [layers], how many experts of `active` count; updated.
+        rates: float64 [RATES].
+    """
+    depth, layers = len(weights) // len(used), len(used)
+    now = np.zeros(experts)
+    for expert in needed:
+        now[expert] = 1.0
+    for ahead in range(1, depth + 1):
+        row = layer * depth + ahead - 1
+        if made[row]:
+            made[row] = 0
+            if len(logits):
+                for expert in range(experts):
+                    error = logits[expert] - said[row, expert] - offsets[row, expert]
+                    offsets[row, expert] += rates[OFFSET_RATE] * error
+            _learn(inputs[row, :experts], probabilities[row, :experts], now, rates[WEIGHT_RATE], weights[row])
+            if scored:
+                _score(inputs[row, :experts], probabilities[row, :experts], now, counts[row])
+        if layer >= ahead:
+            kept = np.float32(rates[DECAY])
+            for one in active[layer - ahead, : used[layer - ahead]]:
+                start = starts[row] + one * experts
+                for expert in range(experts):
+                    moved = kept * transitions[start + expert] + (np.float32(1) - kept) * np.float32(now[expert])
+                    transitions[start + expert] = moved
+    used[layer] = len(needed)
+    active[layer, : len(needed)] = needed
+    for expert in range(experts):
+        uses[layer, expert] = now[expert]
+        uses[layers + layer, expert] += (1.0 - rates[DECAY]) * (now[expert] - uses[layers + layer, expert])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from prefetch.jit import direct
 from prefetch.learning import check_tables
 from prefetch.policies.geometry import Geometry
 from prefetch.predictors import combine_kernel as kernel
@@ -27,6 +28,8 @@ SCORED = 8
 _RATE = 0.05
 _OFFSET_RATE = 0.05
 _DECAY = 0.95
+
+_UNKNOWN: Floats = np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,7 @@ class Skill:
     combined_2k: float
 
 
-@dataclass
-class _Pending:
-    """A prediction whose layer has not come yet."""
-
-    logits: Floats
-    inputs: Floats
-    probabilities: Floats
-    made: bool = False
-
-
-def _pending(count: int) -> _Pending:
-    return _Pending(np.zeros(count), np.zeros((count, kernel.INPUTS)), np.zeros(count))
+_predict, _observe = direct(kernel.predict), direct(kernel.observe)
 
 
 class Predictor:
@@ -84,21 +76,29 @@ class Predictor:
         self.geometry = geometry
         self.depth = depth
         layers = geometry.layers
+        counts, rows, most = geometry.counts, layers * depth, max(geometry.counts)
         self.weights: Floats = np.tile(np.array(_START_WEIGHTS), (layers, depth, 1))
         self.counts: Floats = np.zeros((layers, depth, kernel.ROWS + 1))
-        self._transitions = {
-            (layer, ahead): np.full((geometry.counts[layer], geometry.counts[layer + ahead]), 0.1, np.float32)
+        # Rows are a layer and the distance from which it is predicted.
+        sizes = [
+            (counts[layer - ahead] if layer >= ahead else 0) * counts[layer]
             for layer in range(layers)
             for ahead in range(1, depth + 1)
-            if layer + ahead < layers
-        }
+        ]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)[:-1]
+        self._transitions = np.full(sum(sizes), 0.1, np.float32)
+        self._offsets = np.zeros((rows, most))
+        self._inputs = np.zeros((rows, most, kernel.INPUTS))
+        self._said = np.zeros((rows, most))
+        self._probabilities = np.zeros((rows, most))
+        self._made = np.zeros(rows, np.int64)
+        self._uses = np.concatenate([np.zeros((layers, most)), np.full((layers, most), 0.1)])
+        self._active = np.zeros((layers, most), np.int64)
+        self._used = np.zeros(layers, np.int64)
         self._observed = [0] * layers
-        self._previous = [np.zeros(count) for count in geometry.counts]
-        self._popular = [np.full(count, 0.1) for count in geometry.counts]
-        self._active: list[Ints] = [np.zeros(0, np.int64) for _ in geometry.counts]
-        ahead_of = [(layer, ahead) for layer in range(layers) for ahead in range(1, depth + 1)]
-        self._offsets = {(layer, ahead): np.zeros(geometry.counts[layer]) for layer, ahead in ahead_of}
-        self._pending = {(layer, ahead): _pending(geometry.counts[layer]) for layer, ahead in ahead_of}
+        self._rates = np.array([_RATE, _OFFSET_RATE, _DECAY])
+        self._flat_weights, self._flat_counts = self.weights.reshape(rows, -1), self.counts.reshape(rows, -1)
+        self._views = [self._probabilities[row, : counts[row // depth]] for row in range(rows)]
 
     def predict(self, layer: int, ahead: int, logits: npt.NDArray[np.floating], active: Ints, top_k: int) -> Floats:
         """How probably each expert of layer `layer + ahead` will be needed.
@@ -114,15 +114,13 @@ class Predictor:
             float64 [experts]; valid until the layer is predicted from the same distance again.
         """
         target = layer + ahead
-        pending = self._pending[target, ahead]
-        pending.logits[:] = logits
-        kernel.predict(
-            pending.logits + self._offsets[target, ahead], self._transitions[layer, ahead], active,
-            self._previous[target], self._popular[target], min(top_k, self.geometry.counts[target]),
-            self.weights[target, ahead - 1], pending.inputs, pending.probabilities,
+        row = target * self.depth + ahead - 1
+        _predict(
+            row, target, min(top_k, self.geometry.counts[target]), int(self._starts[row]),
+            np.ascontiguousarray(logits, np.float64), active, self._uses, self._flat_weights, self._offsets,
+            self._inputs, self._said, self._probabilities, self._transitions, self._made,
         )  # fmt: skip
-        pending.made = True
-        return pending.probabilities
+        return self._views[row]
 
     def observe(self, layer: int, experts: Ints, logits: npt.NDArray[np.floating] | None = None) -> None:
         """The layer came.
@@ -132,28 +130,14 @@ class Predictor:
             experts: int64, what it needed for one decoded token.
             logits: [experts of the layer], what its router said; None where that is not known.
         """
-        used = np.zeros(self.geometry.counts[layer])
-        used[experts] = 1.0
-        for ahead in range(1, self.depth + 1):
-            pending = self._pending[layer, ahead]
-            if pending.made:
-                pending.made = False
-                if logits is not None:
-                    self._offsets[layer, ahead] *= 1.0 - _OFFSET_RATE
-                    self._offsets[layer, ahead] += _OFFSET_RATE * (logits - pending.logits)
-                kernel.learn(pending.inputs, pending.probabilities, used, _RATE, self.weights[layer, ahead - 1])
-                if self._observed[layer] % SCORED == 0:
-                    kernel.score(pending.inputs, pending.probabilities, used, self.counts[layer, ahead - 1])
-            if layer >= ahead:
-                kernel.note_transition(
-                    self._transitions[layer - ahead, ahead], self._active[layer - ahead], used, _DECAY
-                )
+        scored = self._observed[layer] % SCORED == 0
         self._observed[layer] += 1
-        self._active[layer] = experts
-        self._previous[layer] = used
-        popular = self._popular[layer]
-        popular *= _DECAY
-        popular += (1.0 - _DECAY) * used
+        _observe(
+            layer, self.geometry.counts[layer], scored, experts,
+            _UNKNOWN if logits is None else np.ascontiguousarray(logits, np.float64), self._starts, self._uses,
+            self._flat_weights, self._offsets, self._inputs, self._said, self._probabilities, self._transitions,
+            self._made, self._active, self._flat_counts, self._used, self._rates,
+        )  # fmt: skip
 
     def skills(self) -> list[Skill]:
         """Of every layer that was predicted, from each distance."""
@@ -169,10 +153,21 @@ class Predictor:
 
     def _arrays(self) -> dict[str, npt.NDArray[np.floating]]:
         arrays: dict[str, npt.NDArray[np.floating]] = {"weights": self.weights}
-        arrays |= {f"transitions {layer} {ahead}": table for (layer, ahead), table in self._transitions.items()}
-        arrays |= {f"offset {layer} {ahead}": offset for (layer, ahead), offset in self._offsets.items()}
-        arrays |= {f"popular {layer}": shares for layer, shares in enumerate(self._popular)}
+        counts, layers = self.geometry.counts, self.geometry.layers
+        rows = [(layer, ahead, layer * self.depth + ahead - 1) for layer in range(layers) for ahead in self._distances]
+        for layer, ahead, row in rows:
+            if layer >= ahead:
+                shape = (counts[layer - ahead], counts[layer])
+                start = int(self._starts[row])
+                table = self._transitions[start : start + shape[0] * shape[1]].reshape(shape)
+                arrays[f"transitions {layer - ahead} {ahead}"] = table
+        arrays |= {f"offset {layer} {ahead}": self._offsets[row, : counts[layer]] for layer, ahead, row in rows}
+        arrays |= {f"popular {layer}": self._uses[layers + layer, : counts[layer]] for layer in range(layers)}
         return arrays
+
+    @property
+    def _distances(self) -> range:
+        return range(1, self.depth + 1)
 
     def state(self) -> dict[str, npt.NDArray[np.float32]]:
         """What was learnt, by name; what happens to be pending is not in it."""

@@ -16,7 +16,19 @@ import numpy as np
 
 from prefetch.jit import inner
 from prefetch.scheduler.greedy_kernel import cpu_expert_s, gpu_expert_s
-from prefetch.scheduler.timeline_kernel import BOTH, CPU_FIRST, LINK, ON_CPU, ON_DISK, ON_GPU, RAM, run_timeline
+from prefetch.scheduler.timeline_kernel import (
+    BOTH,
+    CPU_FIRST,
+    DISK,
+    DISK_BEFORE,
+    GPU_BEFORE,
+    LINK,
+    LINK_BEFORE,
+    ON_CPU,
+    ON_DISK,
+    ON_GPU,
+    RAM,
+)
 
 
 @inner
@@ -57,7 +69,34 @@ def _fill(homes: Any, copies: int, left: int, bits: int, units: Any) -> None:
 
 
 @inner
-def best_of_equals(loads: Any, homes: Any, costs: Any, units: Any, table: Any) -> None:
+def _ends_at(on_disk: int, in_ram: int, cached: int, copies: int, left: int, bits: int, load: int, costs: Any) -> Any:
+    """When the last expert is done; resources serve in the order of `run_timeline`."""
+    link_s, gpu_s, cpu_s = costs[LINK], gpu_expert_s(costs, load), cpu_expert_s(costs, load)
+    copied_reads = 0
+    for read in range(on_disk):
+        copied_reads += (bits >> read) & 1
+    at_once = left + in_ram - (copies - copied_reads)
+    cold = costs[CPU_FIRST]
+    cpu, link, gpu = 0.0, costs[LINK_BEFORE], costs[GPU_BEFORE] + (cached - left) * gpu_s
+    if at_once > 0:
+        cpu, cold = cold + at_once * cpu_s, 0.0
+    for _ in range(copies - copied_reads):
+        link += link_s
+        gpu = max(gpu, link) + gpu_s
+    arrival = costs[DISK_BEFORE]
+    for read in range(on_disk):
+        arrival += costs[DISK]
+        if (bits >> read) & 1:
+            link = max(link, arrival) + link_s
+            gpu = max(gpu, link) + gpu_s
+        else:
+            cpu = max(cpu, arrival) + cpu_s + cold
+            cold = 0.0
+    return max(cpu, gpu)
+
+
+@inner
+def best_of_equals(loads: Any, homes: Any, costs: Any, units: Any) -> None:
     """Fill `units` with the best mapping; all loads are equal, at most 64 experts are on disk.
 
     Args:
@@ -65,21 +104,25 @@ def best_of_equals(loads: Any, homes: Any, costs: Any, units: Any, table: Any) -
         homes: int64 [n].
         costs: float64 [10].
         units: int64 [n].
-        table: orders, counts and times for `run_timeline`, overwritten.
     """
-    orders, counts, times = table
-    uncached, movable, on_disk = 0, 0, 0
+    in_ram, cached, movable, on_disk = 0, 0, 0, 0
     for expert in range(len(homes)):
-        uncached += homes[expert] >= RAM
+        in_ram += homes[expert] == RAM
+        cached += homes[expert] <= BOTH
         movable += homes[expert] == BOTH
         on_disk += homes[expert] == ON_DISK
-    trial = np.zeros(len(loads), np.int64)
-    best = np.inf
+    load, uncached = loads[0], in_ram + on_disk
+    gpu_s, cpu_s = gpu_expert_s(costs, load), cpu_expert_s(costs, load)
+    best, best_copies, best_left, best_bits = np.inf, 0, 0, 0
     for copies in range(uncached + 1):
+        linked = costs[LINK_BEFORE] + copies * costs[LINK] + gpu_s if copies else 0.0
         for left in range(movable + 1):
-            bits = _last_come_last_served(on_disk, copies, uncached - copies + left, left, loads[0], costs)
-            _fill(homes, copies, left, bits, trial)
-            cpu, gpu = run_timeline(trial, loads, homes, costs, orders, counts, times)
-            if max(cpu, gpu) < best:
-                best = max(cpu, gpu)
-                units[:] = trial
+            # No sooner than each of the three with all its work in a row.
+            queued = max((uncached - copies + left) * cpu_s, costs[GPU_BEFORE] + (cached + copies - left) * gpu_s)
+            if max(linked, queued) >= best:
+                continue
+            bits = _last_come_last_served(on_disk, copies, uncached - copies + left, left, load, costs)
+            end = _ends_at(on_disk, in_ram, cached, copies, left, bits, load, costs)
+            if end < best:
+                best, best_copies, best_left, best_bits = end, copies, left, bits
+    _fill(homes, best_copies, best_left, best_bits, units)

@@ -76,7 +76,7 @@ def choose(what: int, loads: Any, homes: Any, costs: Any, orders: Any, times: An
     elif (costs[GPU_TOKEN] == 0 or equal) and not on_disk:
         best_split(sorted_loads, sorted_homes, costs, mapping)
     elif equal and count <= MOST_EQUAL:
-        best_of_equals(sorted_loads, sorted_homes, costs, mapping, table)
+        best_of_equals(sorted_loads, sorted_homes, costs, mapping)
     elif count > 0:
         search(sorted_loads, sorted_homes, costs, mapping, table)
     cpu, gpu = run_timeline(mapping, sorted_loads, sorted_homes, costs, orders, counts, times)

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prefetch.jit import direct
+from prefetch.packing import int64s
 from prefetch.scheduler import mapping_kernel as kernel
 from prefetch.scheduler.records import Home, Ints, LayerCosts, Schedule, Unit
 from prefetch.scheduler.timeline_kernel import ORDERS
+
+_choose = direct(kernel.choose)
+
+_COUNTS = int64s(ORDERS)
 
 
 class LayerScheduler:
@@ -58,10 +64,10 @@ class LayerScheduler:
         orders, times = np.empty((kernel.ROWS, max(count, ORDERS)), np.int64), np.empty((2, count))
         if units is not None:
             orders[kernel.UNITS, :count] = units
-        cpu_s, gpu_s = kernel.choose(what, tokens, where, self._costs, orders, times)
+        cpu_s, gpu_s = _choose(what, tokens, where, self._costs, orders, times)
         if cpu_s != cpu_s:
             raise ValueError("an expert is on the GPU, but the costs know no GPU")
-        on_cpu, on_gpu, copied, read = orders[kernel.COUNTS, :ORDERS].tolist()
+        on_cpu, on_gpu, copied, read = _COUNTS.unpack_from(orders.data, kernel.COUNTS * orders.strides[0])
         return Schedule(
             orders[0, :on_cpu], orders[1, :on_gpu], orders[2, :copied], orders[3, :read], times[1], cpu_s, gpu_s
         )
