@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from prefetch.policies.geometry import Geometry
 from prefetch.predictors.predictor import Predictor
 
 Floats = npt.NDArray[np.floating]
+
+Ask = Callable[[], tuple[Floats, Sequence[Floats]] | None]
+"""Gives a router's logits, [experts], and what those of the next layers say of the same hidden state, if they can."""
 
 LEAST_PROBABILITY = 0.6
 """What is less probable is not read ahead: a read in vain takes the disk, and often a core, from one that is needed."""
@@ -32,7 +35,7 @@ _SMOOTHING = 0.1
 class Prefetcher:
     """Foresees layers of a decoded token and reads their experts from disk while earlier layers compute.
 
-    Called under the runtime's step lock, but for `foresee`, which the model's thread calls between steps and which
+    Called under the runtime's step lock, but for `note_router`, which the model's thread calls between steps and which
     takes the lock itself. Wrong predictions cost reads, never results.
     """
 
@@ -65,6 +68,7 @@ class Prefetcher:
         self._lock = lock
         self._foreseen: dict[int, tuple[int, npt.NDArray[np.float64]]] = {}
         self._logits: dict[int, Floats] = {}
+        self._asked: tuple[int, npt.NDArray[np.int64], Ask] | None = None
         self._tiers = [tier] if copies is None else [tier, copies.tiers.above]
         self._layer_s = 0.0
         self._read_s = 0.0
@@ -80,47 +84,59 @@ class Prefetcher:
     def _has_work(self) -> bool:
         return self.copies is not None or self.tier.table.usable_slots < self.geometry.total
 
-    def foresee(self, layer: int, own: Floats, ahead: Sequence[Floats], active: npt.NDArray[np.int64]) -> None:
-        """A decoded token's router ran.
+    def note_router(self, layer: int, active: npt.NDArray[np.int64], ask: Ask) -> None:
+        """A decoded token's router ran. Later routers are asked once the layer's own reads are under way.
 
         Args:
             layer: its layer.
-            own: [experts of the layer], its logits.
-            ahead: what the routers of the next layers say of the same hidden state.
             active: int64, the experts that it chose.
+            ask: asks the routers of the next layers about the same hidden state.
         """
         with self._lock:
             # What the layer turned out not to need must not hold up what it does.
             self._cancel_other_than(layer, active)
-            self._logits[layer] = own
-            for distance, logits in enumerate(ahead, start=1):
-                target = layer + distance
-                probabilities = self.predictor.predict(layer, distance, logits, active, self._top_k[target])
-                self._foreseen[target] = (distance, probabilities)
-                for tier in self._tiers:
-                    tier.policy.on_forecast(self._first_keys[target], probabilities)
+            self._asked = (layer, active, ask)
+
+    def foresee(self, layer: int, own: Floats, ahead: Sequence[Floats], active: npt.NDArray[np.int64]) -> None:
+        """Predict the next layers.
+
+        Args:
+            layer: at which the token is.
+            own: [experts of the layer], its router's logits.
+            ahead: what the routers of the next layers say of the same hidden state.
+            active: int64, the experts that its router chose.
+        """
+        self._logits[layer] = own
+        for distance, logits in enumerate(ahead, start=1):
+            target = layer + distance
+            probabilities = self.predictor.predict(layer, distance, logits, active, self._top_k[target])
+            self._foreseen[target] = (distance, probabilities)
+            for tier in self._tiers:
+                tier.policy.on_forecast(self._first_keys[target], probabilities)
 
     def read_ahead(self, layer: int) -> None:
         """Layer `layer` has all that it can have: cancel what is not wanted any more, read what gains most."""
-        if not self._foreseen or not self.on:
+        if not self.on:
+            return
+        asked, self._asked = self._asked, None
+        said = asked[2]() if asked is not None and asked[0] == layer else None
+        if asked is not None and said is not None:
+            self.foresee(layer, *said, asked[1])
+        if not self._foreseen:
             return
         if self.copies is not None and layer + 1 in self._foreseen:
             self.copies.copy(layer + 1, self._foreseen[layer + 1][1], self._layer_s)
         self._cancel_unlikely()
         reading = len(self.tier.reading_ahead)
         room = max(1, self.tier.table.usable_slots // _SHARE_OF_SLOTS) - reading
+        chosen: list[tuple[float, int]] = []
         for probability, distance, key in self._candidates(layer):
-            if room <= 0:
-                return
             # It would not even be begun when its layer comes.
-            if reading * self._read_s > distance * self._layer_s > 0:
-                continue
-            if not self._gains(key, probability):
-                continue
-            if not self.tier.start_loads([key], Urgency.SOON):
-                return
-            reading += 1
-            room -= 1
+            late = (reading + len(chosen)) * self._read_s > distance * self._layer_s > 0
+            if len(chosen) < room and not late:
+                chosen.append((probability, key))
+        if chosen:
+            self.tier.start_loads(self._that_gain(chosen), Urgency.SOON)
 
     def _candidates(self, layer: int) -> list[tuple[float, int, int]]:
         """(probability, layers ahead, key) of what is not here, the most probable of the nearest layer first."""
@@ -129,24 +145,26 @@ class Prefetcher:
             if target <= layer:
                 continue
             first = self._first_keys[target]
-            for expert in np.flatnonzero(probabilities >= LEAST_PROBABILITY).tolist():
+            for expert in (probabilities >= LEAST_PROBABILITY).nonzero()[0].tolist():
                 if all(tier.table.slot_of(first + expert) is None for tier in self._tiers):
                     found.append((float(probabilities[expert]), target - layer, first + expert))
         found.sort(key=lambda one: (-one[0] / (one[1] + 1), one[2]))
         return found
 
-    def _gains(self, key: int, probability: float) -> bool:
-        """Whether having `key` gains more than its victim's absence loses."""
-        tier = self.tier
-        if tier.table.free_slots:
-            return True
-        victim = tier.policy.victim(tier.table.pinned)
-        if victim is None:
-            return False
-        gain, loss = tier.policy.worth(key), tier.policy.worth(victim)
-        if gain is None or loss is None:
-            return probability >= 0.5
-        return gain > loss
+    def _that_gain(self, chosen: Sequence[tuple[float, int]]) -> list[int]:
+        """Keys of those, given with their probabilities, that gain more than the absence of their victims loses."""
+        policy, table = self.tier.policy, self.tier.table
+        found = [key for _, key in chosen[: table.free_slots]]
+        rest = chosen[table.free_slots :]
+        victims = policy.victims(table.pinned, len(rest)) if rest else []
+        for probability, key in rest:
+            if not victims:
+                break
+            gain, loss = policy.worth(key), policy.worth(victims[0])
+            if probability >= 0.5 if gain is None or loss is None else gain > loss:
+                found.append(key)
+                victims.pop(0)
+        return found
 
     def _cancel_unlikely(self) -> None:
         unlikely = []
@@ -187,5 +205,6 @@ class Prefetcher:
 
     def forget_pass(self) -> None:
         """A pass ended or failed somewhere: what it foresaw is of no use."""
+        self._asked = None
         self._foreseen.clear()
         self._logits.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,11 +69,13 @@ class _Hook(TapeHook):
         hidden = args[0]
         if hidden.numel() != hidden.shape[-1] or not _is_usual(output, self._counts[0]):
             return
+        active = output[2].reshape(-1).numpy().astype(np.int64)
+        self._prefetcher.note_router(self._layer, active, partial(self._ask, args, output))
+
+    def _ask(self, args: tuple[Any, ...], output: Any) -> tuple[Any, list[Any]] | None:
         with torch.no_grad():
             ahead = [logits(args) for logits in self._next]
-        if not any(one is None for one in ahead):
-            active = output[2].reshape(-1).numpy().astype(np.int64)
-            self._prefetcher.foresee(self._layer, _logits(output), ahead, active)
+        return None if any(one is None for one in ahead) else (_logits(output), ahead)
 
 
 def _logits_by(router: torch.nn.Module, count: int) -> Callable[[tuple[Any, ...]], Any]:

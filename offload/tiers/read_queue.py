@@ -114,15 +114,17 @@ class Ticket:
 class ReadQueue:
     """What reader threads share; holds no reference to the engine, so that an engine can be collected."""
 
-    def __init__(self, reader: Reader, chunk_nbytes: int, most_reading: int) -> None:
+    def __init__(self, reader: Reader, chunk_nbytes: int, most_reading: int, most_soon: int | None = None) -> None:
         self.reader = reader
         self.chunk_nbytes = chunk_nbytes
         self.most_reading = most_reading
+        self.most_soon = most_soon
         self.heap: list[tuple[int, int, Ticket, int]] = []
         self.sequence = itertools.count()
         self.unfinished: set[Ticket] = set()
         self.threads: list[threading.Thread] = []
         self.reading = 0
+        self.reading_soon = 0
         self.busy = 0
         self.held = False
         self.closed = False
@@ -140,16 +142,26 @@ class ReadQueue:
         for chunk in sorted(ticket.unclaimed):
             heapq.heappush(self.heap, (ticket.urgency.value, next(self.sequence), ticket, chunk))
 
-    def claim(self) -> tuple[Ticket, int] | None:
-        """With the lock: the chunk to read next; None where the first in the queue is not wanted any more."""
-        _, _, ticket, chunk = heapq.heappop(self.heap)
+    @property
+    def has_turn(self) -> bool:
+        """With the lock: whether a chunk may be claimed. What is read beside another takes its bandwidth."""
+        if not self.heap or self.reading == self.most_reading:
+            return False
+        if self.most_soon is None or self.heap[0][0] == Urgency.NOW.value:
+            return True
+        return self.reading == self.reading_soon < self.most_soon
+
+    def claim(self) -> tuple[Ticket, int, Urgency] | None:
+        """With the lock: the chunk to read next, and as how urgent; None where the first is not wanted any more."""
+        urgency, _, ticket, chunk = heapq.heappop(self.heap)
         if chunk not in ticket.unclaimed:
             return None
         ticket.unclaimed.discard(chunk)
         ticket.in_flight += 1
         self.reading += 1
+        self.reading_soon += urgency == Urgency.SOON.value
         self.busy += 1
-        return ticket, chunk
+        return ticket, chunk, Urgency(urgency)
 
     def close(self) -> None:
         """Cancel what is queued, wait for what is running, close the shards."""
@@ -187,7 +199,7 @@ def serve(queue: ReadQueue) -> None:
     """What a reader thread does until the queue is closed."""
     while True:
         with queue.lock:
-            while not queue.closed and (queue.held or not queue.heap or queue.reading == queue.most_reading):
+            while not queue.closed and (queue.held or not queue.has_turn):
                 queue.work.wait()
             if queue.closed:
                 return
@@ -197,7 +209,7 @@ def serve(queue: ReadQueue) -> None:
                 pass
 
 
-def serve_chunk(queue: ReadQueue, ticket: Ticket, chunk: int) -> Iterator[None]:
+def serve_chunk(queue: ReadQueue, ticket: Ticket, chunk: int, urgency: Urgency) -> Iterator[None]:
     """Read a claimed chunk, and check the bundle if it was the last. Pauses wherever other threads may come between."""
     yield
     error = _read_chunk(queue, ticket, chunk)
@@ -205,6 +217,7 @@ def serve_chunk(queue: ReadQueue, ticket: Ticket, chunk: int) -> Iterator[None]:
     with queue.lock:
         ticket.unread -= 1
         queue.reading -= 1
+        queue.reading_soon -= urgency is Urgency.SOON
         # Another thread reads while this one checks.
         queue.work.notify()
         queue.note_error(ticket, error)

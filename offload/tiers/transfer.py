@@ -22,17 +22,20 @@ __all__ = ["ReadEngine", "ReadRequest", "Reader", "Ticket", "Urgency"]
 class ReadEngine:
     """Reader threads over a store's shards. Safe to use from several threads, and in a forked child."""
 
-    def __init__(self, reader: Reader, *, threads: int, chunk_nbytes: int) -> None:
+    def __init__(self, reader: Reader, *, threads: int, chunk_nbytes: int, most_soon: int | None = None) -> None:
         """Start lazily: threads exist from the first request on.
 
         Args:
             reader: the open shards; closed with the engine.
             threads: reads in flight. One thread more than that, so that none is missing while a bundle is checked.
             chunk_nbytes: a multiple of 4 KiB.
+            most_soon: of the reads in flight, how many may be such as are only wanted soon, and these only while none
+                is in flight that is needed now: where one read can take the whole bandwidth, others beside it make it
+                late. None where that does not matter.
         """
         if threads < 1 or chunk_nbytes < 4096 or chunk_nbytes % 4096:
             raise ValueError(f"{threads} reader threads with chunks of {chunk_nbytes} bytes: need >= 1, whole pages")
-        self._queue = ReadQueue(reader, chunk_nbytes, threads)
+        self._queue = ReadQueue(reader, chunk_nbytes, threads, most_soon)
         self._thread_count = threads
         self._finalizer = weakref.finalize(self, self._queue.close_soon)
         self._finalizer.atexit = False

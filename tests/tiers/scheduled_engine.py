@@ -30,7 +30,7 @@ class ScheduledEngine(ReadEngine):
     def turn(self) -> bool:
         """One thread goes on to where others may come between, or claims a chunk; False where nobody has work."""
         queue = self._queue
-        idle = queue.heap and queue.reading < queue.most_reading and len(self._running) <= queue.most_reading
+        idle = queue.has_turn and len(self._running) <= queue.most_reading
         choices = len(self._running) + bool(idle)
         if not choices:
             return False
