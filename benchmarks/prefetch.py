@@ -82,6 +82,7 @@ class Turn:
     used: float
     wasted: float
     moe_ms: float
+    reading_ms: float
 
 
 class Run:
@@ -108,7 +109,8 @@ class Run:
     def decode(self, count: int) -> Turn:
         """Go on with the text."""
         self.runtime.reset_stats()
-        before = perf_counter()
+        engine = self.runtime.tier.engine
+        read_before_s, before = engine.reading_s, perf_counter()
         for token in self._tokens[self._at : self._at + count]:
             found = self.model(input_ids=torch.tensor([[token]]), past_key_values=self._cache, use_cache=True)
             self.logits = found.logits[0, -1]
@@ -118,7 +120,8 @@ class Run:
         each = [figure / count for figure in (stats.prefetches_issued, stats.prefetches_used, stats.prefetches_wasted)]
         ms = [1e3 * figure / count for figure in (stats.read_stall_s, stats.late_stall_s)]
         moe_ms = 1e3 * stats.moe_s / count
-        return Turn(count / seconds, ms[0], ms[1], stats.hit_rate, each[0], each[1], each[2], moe_ms)
+        reading_ms = 1e3 * (engine.reading_s - read_before_s) / count
+        return Turn(count / seconds, ms[0], ms[1], stats.hit_rate, each[0], each[1], each[2], moe_ms, reading_ms)
 
 
 def run(work: Path, scale: PrefetchScale) -> Report:
@@ -183,6 +186,10 @@ def _measure(
     for name, limit in limits.items():
         report.tables.setdefault("What an oracle would leave, from the run's trace", []).append(
             {"cached": f"{share:.0%}", "oracle": name, **limit}
+        )
+    for name in (PLAIN, "policy"):
+        report.tables.setdefault("Were all reading behind computing", []).append(
+            {"cached": f"{share:.0%}", "reads of": name, **_overlapped(turns[PLAIN], turns[name])}
         )
     for row in balances:
         limited = report.tables.setdefault("Over plain LRU, reads free of computing", [])
@@ -250,6 +257,18 @@ def _balances(one: Run, warm_passes: int) -> list[Row]:
     return rows
 
 
+def _overlapped(plain: list[Turn], turns: list[Turn]) -> Row:
+    """What plain LRU would gain if these reads, as long as they took, all fell into its computing, or the other way."""
+    pass_ms = Spread.of([1e3 / turn.tokens_per_s for turn in plain]).median
+    compute_ms = Spread.of([1e3 / turn.tokens_per_s - turn.stall_ms for turn in plain]).median
+    reading_ms = Spread.of([turn.reading_ms for turn in turns]).median
+    return {
+        "compute ms": compute_ms,
+        "reads in flight ms": reading_ms,
+        "over LRU, at most": pass_ms / max(compute_ms, reading_ms),
+    }
+
+
 def _row(share: float, name: str, turns: list[Turn], plain: list[float]) -> Row:
     return {
         "cached": f"{share:.0%}",
@@ -257,8 +276,9 @@ def _row(share: float, name: str, turns: list[Turn], plain: list[float]) -> Row:
         "tokens/s": Spread.of([turn.tokens_per_s for turn in turns]),
         "/ LRU": ratios([turn.tokens_per_s for turn in turns], plain),
         "stall ms": Spread.of([turn.stall_ms for turn in turns]),
-        "experts ms": Spread.of([turn.moe_ms - turn.stall_ms for turn in turns]).median,
         "of it late ms": Spread.of([turn.late_stall_ms for turn in turns]).median,
+        "experts ms": Spread.of([turn.moe_ms - turn.stall_ms for turn in turns]).median,
+        "disk idle": Spread.of([1.0 - turn.reading_ms * turn.tokens_per_s / 1e3 for turn in turns]).median,
         "hit rate": Spread.of([turn.hit_rate for turn in turns]).median,
         "read ahead": Spread.of([turn.issued for turn in turns]).median,
         "used": Spread.of([turn.used for turn in turns]).median,

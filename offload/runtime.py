@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from offload.devices.base import Accelerator, Device, Span
+from offload.devices.host_threads import short_waits
 from offload.devices.link import CHUNK_NBYTES
 from offload.errors import ClosedError, DoesNotFitError, UnsupportedOperationError
 from offload.fork_guard import hold_at_fork
@@ -61,6 +62,10 @@ if TYPE_CHECKING:
     from offload.hf.paged.prefixes import Prefixes
 
 
+def _do_nothing() -> None:
+    """No waits to end."""
+
+
 class Runtime:
     """Executes a plan. Steps are serialised: several threads may generate on one model."""
 
@@ -99,6 +104,8 @@ class Runtime:
         self.closed = self._released = self._decoded = False
         self.lock = threading.RLock()
         self._caches: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._waits_shortly = False
+        self._end_waits: Callable[[], object] = _do_nothing
         self.reset_stats()
         hold_at_fork(self)
 
@@ -259,6 +266,7 @@ class Runtime:
         """
         self._check_open()
         self.observer.prefill = tokens > 1
+        self._wait_shortly(decode=tokens == 1)
         plan = self.plan
         own = pass_nbytes(self.spec, self.paging, batch, tokens, past_tokens, all_logits=all_logits)
         with self.lock:
@@ -285,6 +293,17 @@ class Runtime:
                 if self.accelerated is not None:
                     self.accelerated.tiers.end_copies()
                 self.tier.resize(slots)
+
+    def _wait_shortly(self, *, decode: bool) -> None:
+        """While experts are read for one token at a time, most of a pass is waiting, and readers need the cores."""
+        wanted = decode and self.accelerated is None and self.plan.ram_slots < self.plan.expert_count
+        if wanted == self._waits_shortly:
+            return
+        with self.lock:
+            self._waits_shortly = wanted
+            self._end_waits()
+            waits = short_waits() if wanted and not self.closed else None
+            self._end_waits = _do_nothing if waits is None else weakref.finalize(self, waits.close)
 
     def _other_caches_nbytes(self, cache: object | None) -> int:
         if self.paging is not None:
@@ -420,6 +439,7 @@ class Runtime:
             if not self.closed and self.learners and self._decoded:
                 save_learnt(self.store, self.learners)
             self.closed = True
+            self._end_waits()
             if self.dense is not None:
                 self.dense.close()
             for tier in self._tiers():

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from cpu_kernels.openmp import openmp_pool
+from cpu_kernels.openmp_waits import ShortWaits
 from cpu_kernels.threads import THREADS_VARIABLE, Pool, default_threads, shared_pool
 
 
@@ -25,6 +26,20 @@ def kernel_pool() -> Pool:
     child too: there a team of the parent's runtime would wait for threads that the child does not have.
     """
     return shared_pool(None) if _forked else _torchs_team()
+
+
+def short_waits() -> ShortWaits | None:
+    """Threads of torch's team give their cores up between regions until it is closed, or as long as its owner lives.
+
+    None where there is nothing to gain: the team leaves cores free, or there is no GNU OpenMP runtime.
+    """
+    libraries, threads = _loaded_runtimes(), torch.get_num_threads()
+    if _forked or not libraries or not 1 < threads >= len(os.sched_getaffinity(0)):
+        return None
+    try:
+        return ShortWaits(libraries[0], threads)
+    except (OSError, AttributeError):
+        return None
 
 
 @cache

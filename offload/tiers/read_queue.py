@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
@@ -125,6 +126,8 @@ class ReadQueue:
         self.threads: list[threading.Thread] = []
         self.reading = 0
         self.reading_soon = 0
+        self.reading_s = 0.0
+        self._reading_since = 0.0
         self.busy = 0
         self.held = False
         self.closed = False
@@ -158,10 +161,19 @@ class ReadQueue:
             return None
         ticket.unclaimed.discard(chunk)
         ticket.in_flight += 1
+        if self.reading == 0:
+            self._reading_since = perf_counter()
         self.reading += 1
         self.reading_soon += urgency == Urgency.SOON.value
         self.busy += 1
         return ticket, chunk, Urgency(urgency)
+
+    def note_read(self, urgency: Urgency) -> None:
+        """With the lock: a chunk that was claimed as so urgent has been read, or has failed."""
+        self.reading -= 1
+        self.reading_soon -= urgency is Urgency.SOON
+        if self.reading == 0:
+            self.reading_s += perf_counter() - self._reading_since
 
     def close(self) -> None:
         """Cancel what is queued, wait for what is running, close the shards."""
@@ -216,8 +228,7 @@ def serve_chunk(queue: ReadQueue, ticket: Ticket, chunk: int, urgency: Urgency) 
     yield
     with queue.lock:
         ticket.unread -= 1
-        queue.reading -= 1
-        queue.reading_soon -= urgency is Urgency.SOON
+        queue.note_read(urgency)
         # Another thread reads while this one checks.
         queue.work.notify()
         queue.note_error(ticket, error)

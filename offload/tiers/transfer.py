@@ -47,6 +47,11 @@ class ReadEngine:
         """The shards that it reads."""
         return self._queue.reader
 
+    @property
+    def reading_s(self) -> float:
+        """Seconds since the start in which at least one read was in flight, as of the last moment in which none was."""
+        return self._queue.reading_s
+
     def submit(self, request: ReadRequest, urgency: Urgency) -> Ticket:
         """Queue one read; returns at once.
 
