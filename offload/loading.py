@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from offload.allocator import return_large_blocks
 from offload.errors import InvalidArgumentError
 from offload.progress import progress_bar
 from offload.request import PREFILL_CHUNK_TOKENS, Request, make_request
@@ -112,6 +113,7 @@ def load(
         kv=kv, kv_ram=kv_ram, kv_vram=kv_vram, kv_sparsity=kv_sparsity, prefix_cache=prefix_cache,
     )  # fmt: skip
     _check_device(request)
+    return_large_blocks()
     prepared = _prepare(
         model, request, checkpoint, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,

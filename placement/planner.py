@@ -32,16 +32,18 @@ _PAGE_NBYTES = 4096
 _SAMPLING_COPIES = 3
 """generate() holds the last logits in the model's dtype, in fp32, and once more while it samples."""
 
-_ALLOCATOR_NBYTES = 32 << 20
-_ALLOCATOR_SHARE_OF_DENSE = 4
-"""What allocators and compiled kernels of libraries keep beside what is asked of them: the first for any model, and one
-part in so many of the dense weights, which is what loading them was seen to leave behind at most."""
+_ALLOCATOR_NBYTES = 30 << 20
+"""What allocators, readers and libraries keep beside what is asked of them, whatever the model (`offload.allocator`
+bounds it). Seen: 8 to 30 MB."""
+
+_LOADING_NBYTES = 16 << 20
+"""What loading takes beside dense weights and its scratch, seen at most."""
 
 PAIR_BUFFER_NBYTES = 16 << 20
-"""The MoE step keeps at most so many bytes of expert outputs, and computes one expert after the other beyond."""
+"""The MoE step keeps at most so many bytes of expert outputs, and computes one group after the other beyond."""
 
-_PAIR_BUFFER_COPIES = 2
-"""Once more while it weights and sums them."""
+GROUP_NBYTES = PAIR_BUFFER_NBYTES // 4
+"""Outputs of several experts that are computed at once then; they should stay in the caches until they are added."""
 
 _KV_ROOM_TOKENS = 64
 """A cache that grows in place has room for a multiple of so many tokens."""
@@ -82,14 +84,29 @@ def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: b
     logits = batch * spec.vocab_size * 4 * _SAMPLING_COPIES
     if all_logits:
         logits += batch * tokens * spec.vocab_size * 4
-    top_k = max(layer.top_k for layer in spec.experts)
-    pairs = min(PAIR_BUFFER_NBYTES, batch * tokens * top_k * spec.hidden_size * 4)
-    step = pairs * _PAIR_BUFFER_COPIES
     kept = 0
     if host:
-        kept = _ALLOCATOR_NBYTES + spec.dense_nbytes // _ALLOCATOR_SHARE_OF_DENSE
-        kept += tables_nbytes(tuple(layer.count for layer in spec.experts))
-    return batch * tokens * spec.activation_nbytes_per_token + logits + step + kept
+        kept = _ALLOCATOR_NBYTES + tables_nbytes(tuple(layer.count for layer in spec.experts))
+    return _rows_nbytes(spec, batch * tokens) + logits + kept
+
+
+def _rows_nbytes(spec: ModelSpec, rows: int) -> int:
+    """Bytes of a pass of so many tokens, with the outputs of its MoE step and what is between an expert's projections.
+
+    Outputs of all (token, expert) pairs, as far as that goes; beyond, of a group, and their sum. Never less than a
+    shorter pass takes.
+    """
+    top_k = max(layer.top_k for layer in spec.experts)
+    row_nbytes = spec.hidden_size * 4
+    pair_nbytes = row_nbytes + 4 * max(layer.layout.intermediate for layer in spec.experts)
+    token_nbytes = spec.activation_nbytes_per_token
+    most = PAIR_BUFFER_NBYTES // (top_k * row_nbytes)
+    whole = min(rows, most) * (token_nbytes + top_k * pair_nbytes)
+    if rows <= most:
+        return whole
+    # An expert that all tokens go to is a group of its own.
+    pairs = max(rows, GROUP_NBYTES // row_nbytes)
+    return max(whole, rows * (token_nbytes + row_nbytes) + pairs * pair_nbytes)
 
 
 def pass_nbytes(spec: ModelSpec, batch: int, tokens: int, past_tokens: int, *, all_logits: bool) -> int:
@@ -97,14 +114,16 @@ def pass_nbytes(spec: ModelSpec, batch: int, tokens: int, past_tokens: int, *, a
     return kv_nbytes(spec, batch, past_tokens + tokens) + activation_nbytes(spec, batch, tokens, all_logits=all_logits)
 
 
-def fixed_ram(spec: ModelSpec, workload: Workload, paged_nbytes: int | None = None) -> RamUse:
+def fixed_ram(spec: ModelSpec, workload: Workload, paged_nbytes: int | None = None, slots_nbytes: int = 0) -> RamUse:
     """Host memory that the request needs before the first expert slot.
 
     Args:
         spec: the model.
         workload: what will run.
         paged_nbytes: memory of a KV cache in blocks; None for one that grows in place.
+        slots_nbytes: of the slots that will follow.
     """
+    loading = spec.load_scratch_nbytes + _LOADING_NBYTES
     tokens_at_once = min(workload.context_tokens, workload.prefill_chunk_tokens)
     activations = activation_nbytes(spec, workload.batch, tokens_at_once, all_logits=False)
     if paged_nbytes is None:
@@ -115,8 +134,8 @@ def fixed_ram(spec: ModelSpec, workload: Workload, paged_nbytes: int | None = No
     return RamUse(
         dense_nbytes=spec.dense_nbytes,
         kv_nbytes=kv,
-        # While weights load there is no KV cache yet.
-        activation_nbytes=_page_up(max(activations, spec.load_scratch_nbytes - kv)),
+        # While weights load there is no KV cache yet, and there are no slots.
+        activation_nbytes=_page_up(max(activations, loading - kv - slots_nbytes)),
         slot_nbytes=0,
     )
 
@@ -145,7 +164,11 @@ def make_plan(
     """
     slot_nbytes = spec.bundle_nbytes
     minimum_slots = min(MINIMUM_SLOTS, spec.expert_count)
-    fixed, paged, minimum = _kv_and_fixed(spec, workload, ram_budget_nbytes, KvChoice() if kv is None else kv)
+    paged_nbytes, paged, minimum = _kv_and_minimum(
+        spec, workload, ram_budget_nbytes, KvChoice() if kv is None else kv
+    )  # fmt: skip
+    # What loading takes beside dense weights is free again when slots are made.
+    fixed = fixed_ram(spec, workload, paged_nbytes, spec.load_scratch_nbytes + _LOADING_NBYTES)
     if ram_budget_nbytes < minimum:
         raise PlanInfeasibleError(
             f"{spec.name} needs at least {minimum:,} bytes of RAM: dense weights {fixed.dense_nbytes:,}, "
@@ -155,6 +178,7 @@ def make_plan(
             minimum,
         )
     slots = min(spec.expert_count, (ram_budget_nbytes - fixed.total_nbytes) // slot_nbytes)
+    fixed = fixed_ram(spec, workload, paged_nbytes, slots * slot_nbytes)
     return Plan(
         model=spec.name,
         model_type=spec.model_type,
@@ -182,34 +206,35 @@ def make_plan(
     )
 
 
-def _kv_and_fixed(
+def _kv_and_minimum(
     spec: ModelSpec, workload: Workload, ram_budget_nbytes: int, choice: KvChoice
-) -> tuple[RamUse, KvPlan | None, int]:
-    """Memory before the first slot, the KV cache if it is in blocks, and the least budget that would do.
+) -> tuple[int | None, KvPlan | None, int]:
+    """Memory of a KV cache in blocks and that cache, None for one that grows in place; the least budget that would do.
 
     A cache that fits and keeps what the model computed grows in place. In blocks, the cache goes before experts: a byte
     of it that is on disk is read for every token, an expert's only where it is routed to.
     """
     slots_nbytes = min(MINIMUM_SLOTS, spec.expert_count) * spec.bundle_nbytes
-    fixed = fixed_ram(spec, workload)
+    fixed = fixed_ram(spec, workload, None, slots_nbytes)
     minimum = fixed.total_nbytes + slots_nbytes
     format = layout_format(choice.format, spec.dtype)
     pageable = any(shape is not None for shape in spec.kv_shapes)
     within = not choice.blocks and (choice.ram_nbytes is None or fixed.kv_nbytes <= choice.ram_nbytes)
     if not pageable or (format == spec.dtype and within and minimum <= ram_budget_nbytes):
-        return fixed, None, minimum
+        return None, None, minimum
     least = minimum_nbytes(spec, workload.batch, format, above=choice.vram_nbytes != 0)
     known = landmarks_nbytes(spec, workload.batch, workload.context_tokens, choice.sparsity)
-    beside = fixed_ram(spec, workload, known).total_nbytes
+    beside = fixed_ram(spec, workload, known, slots_nbytes).total_nbytes
     experts = max(layer.top_k for layer in spec.experts) * spec.bundle_nbytes
     room = ram_budget_nbytes - beside
     # The experts of one layer and token keep their slots where that leaves enough for blocks.
     paged = plan_kv(spec, workload, choice, max(least, room - experts))
-    paged_minimum = fixed_ram(spec, workload, known + min(least, paged.ram_nbytes)).total_nbytes + slots_nbytes
+    kept = known + min(least, paged.ram_nbytes)
+    paged_minimum = fixed_ram(spec, workload, kept, slots_nbytes).total_nbytes + slots_nbytes
     if format == spec.dtype and within and paged_minimum >= minimum:
         # Blocks would take more than they save.
-        return fixed, None, minimum
-    return fixed_ram(spec, workload, known + paged.ram_nbytes), paged, paged_minimum
+        return None, None, minimum
+    return known + paged.ram_nbytes, paged, paged_minimum
 
 
 def predicted(

@@ -139,13 +139,13 @@ def activation_nbytes_per_token(
     """Most bytes that one new token of a forward pass keeps alive at once, from the widths of the model's layers.
 
     At the widest point a layer holds the residual stream, its norm in fp32 with two temporaries, the inputs and
-    outputs of a projection in a few layouts, the router's probabilities and the experts' sum in fp32. Attention that
+    outputs of a projection in a few layouts, and the router's probabilities. The MoE step is not in it. Attention that
     materialises its scores ("eager") adds heads x context values in three copies. A quantised layer holds its input in
     int8 with scales and its output in fp32 besides.
     """
     config = skeleton.config.get_text_config()
     element = skeleton.dtype.itemsize
-    nbytes: int = 12 * config.hidden_size * 4 + 6 * _widest(skeleton) * element + 16 * expert_count
+    nbytes: int = 6 * config.hidden_size * 4 + 6 * _widest(skeleton) * element + 16 * expert_count
     if quantised:
         nbytes += 6 * _widest(skeleton)
     if skeleton.config._attn_implementation == "eager":

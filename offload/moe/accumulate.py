@@ -6,6 +6,7 @@ Two ways keep the output independent of both; which one is used depends on the s
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -14,10 +15,9 @@ import torch
 from cpu_kernels.weighted_sum import add_weighted, weighted_sum
 from offload.devices.host_threads import kernel_pool
 from offload.moe.routing import Ints, Routing
-from placement.planner import PAIR_BUFFER_NBYTES
+from placement.planner import GROUP_NBYTES, PAIR_BUFFER_NBYTES
 
-_GROUP_NBYTES = PAIR_BUFFER_NBYTES // 4
-"""Outputs of several experts that are computed at once; they should stay in the caches until they are added."""
+_thread = threading.local()
 
 
 class Accumulator(ABC):
@@ -52,7 +52,7 @@ class PairAccumulator(Accumulator):
     def __init__(self, routing: Routing, hidden: int) -> None:
         self.most_pairs = routing.weights.numel()
         self._routing = routing
-        self._outputs = torch.empty(routing.weights.numel(), hidden, dtype=torch.float32, device="cpu")
+        self._outputs = _kept_rows(routing.weights.numel(), hidden)
         if routing.dropped_rows.size:
             self._outputs[torch.from_numpy(routing.dropped_rows)] = 0.0
 
@@ -68,13 +68,27 @@ class PairAccumulator(Accumulator):
         return weighted_sum(self._outputs, self._routing.weights, kernel_pool())
 
 
+def _kept_rows(rows: int, hidden: int) -> torch.Tensor:
+    """fp32 [rows, hidden] that nobody wrote; the same memory for every step of a thread, whose steps do not overlap.
+
+    Memory that is new to the process costs a prompt's step as much as summing its outputs.
+    """
+    kept: torch.Tensor | None = getattr(_thread, "rows", None)
+    if kept is None or kept.numel() < rows * hidden:
+        # Whoever comes next may not be in inference mode.
+        with torch.inference_mode(mode=False):
+            kept = torch.empty(rows * hidden, dtype=torch.float32, device="cpu")
+        _thread.rows = kept
+    return kept[: rows * hidden].view(rows, hidden)
+
+
 class OrderedAccumulator(Accumulator):
     """Adds some experts' outputs to the sum at a time, in ascending order of experts. For many pairs."""
 
     ordered = True
 
     def __init__(self, routing: Routing, hidden: int) -> None:
-        self.most_pairs = _GROUP_NBYTES // (4 * hidden)
+        self.most_pairs = GROUP_NBYTES // (4 * hidden)
         self._routing = routing
         self._sum = torch.zeros(routing.weights.shape[0], hidden, dtype=torch.float32, device="cpu")
         self._scratch = torch.empty(0, hidden, dtype=torch.float32, device="cpu")

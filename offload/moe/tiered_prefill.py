@@ -20,7 +20,7 @@ from offload.moe.accumulate import OrderedAccumulator
 from offload.moe.in_order import borrowed_in_order
 from offload.moe.routing import Ints, Routing
 from offload.tiers.accelerated import TierPair
-from placement.planner import PAIR_BUFFER_NBYTES
+from placement.planner import GROUP_NBYTES
 
 COPIES_AHEAD = 2
 """So many are under way while the CPU goes on; a further one waits for the first of them."""
@@ -198,9 +198,7 @@ class Prefill:
                 self._has_arrived(next(turn for turn in copying if turn.key == key))
             first = self._turns[0]
             too_much = (
-                len(copying) > COPIES_AHEAD
-                or len(self._turns) > _MOST_TURNS
-                or self._waiting_nbytes > PAIR_BUFFER_NBYTES
+                len(copying) > COPIES_AHEAD or len(self._turns) > _MOST_TURNS or self._waiting_nbytes > GROUP_NBYTES
             )
             on_accelerator = first.work is None or first.above
             if on_accelerator and not (too_much or all_of_them):
