@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from offload.reconciliation import Reconciliation, reconcile_phases
 from offload.runtime import Runtime
 from offload.statistics import Statistics
-from placement.hardware_profile import HardwareProfile
+from placement.hardware_profile import HardwareProfile, Speeds
 from placement.plan import Plan
 from placement.planner import predicted
 from placement.predict import Routing
@@ -95,7 +95,7 @@ def run_bench(
     _decode(model, cache, tokens, amount, amount.new_tokens)
     decode = runtime.stats()
     if profile is not None and speed is not None:
-        profile = profile.with_memory_speed(speed)
+        profile = profile.with_speeds(Speeds(memory=speed / profile.cpu.memory_bytes_per_s))
     plan = predict_run(runtime, amount, profile, routing)
     memory = None if runtime.memory is None else runtime.memory.until_now()
     return Bench(reconcile_phases(plan, prefill, decode, memory), plan, prefill, decode, speed)

@@ -58,19 +58,19 @@ class TokenCurve:
             for i in range(len(self.tokens) - 1)
         )
 
-    def with_memory_speed(self, factor: float) -> TokenCurve:
-        """The curve with memory `factor` times as fast.
+    def with_speeds(self, memory: float, arithmetic: float) -> TokenCurve:
+        """The curve with memory `memory` times as fast, and whatever else there is `arithmetic` times.
 
-        The fewest tokens are taken to wait for memory alone. A point of twice their seconds or more waits for products,
-        and stays; those between are in between. Calls cost the same.
+        The fewest tokens are taken to wait for memory alone. A point of twice their seconds or more waits for products;
+        those between are in between. Calls do not wait for memory.
         """
         fewest = self.weight_s[0]
         moved: list[float] = []
         for seconds in self.weight_s:
             waits = min(1.0, max(0.0, 2 - seconds / fewest))
-            found = seconds + waits * (fewest / factor - fewest)
+            found = seconds * (waits / memory + (1 - waits) / arithmetic)
             moved.append(max(found, moved[-1] if moved else 0.0))
-        return TokenCurve(self.call_s, self.tokens, tuple(moved))
+        return TokenCurve(self.call_s / arithmetic, self.tokens, tuple(moved))
 
 
 def roofline(bits: float, bytes_per_s: float, flops_per_s: float, call_s: float) -> TokenCurve:

@@ -14,11 +14,10 @@ from typing import TypeVar
 from formats.elements import ELEMENT_FORMATS
 from formats.packed import PACKED_FORMATS
 from placement.curves import roofline
+from placement.disk import Disk, DiskPoint, Overlap
 from placement.hardware_profile import (
     AttentionSpeed,
     Compute,
-    Disk,
-    DiskPoint,
     FormatCurve,
     HardwareProfile,
     Link,
@@ -41,6 +40,11 @@ CONTENDED_SHARE = 0.75
 """Of a link's speed that is left while CPU kernels read the same memory."""
 DISK_SHARE = 0.90
 """Of a drive's sequential peak that direct reads of megabytes, several in flight, reach."""
+
+READS_BESIDE_KERNELS_SHARE = 0.95
+"""Of a drive's speed that is left while CPU kernels run."""
+KERNELS_BESIDE_READS_SHARE = 1.0
+"""Of the kernels' speed that is left while a drive reads by itself into memory: of tens of GB/s it takes a few."""
 
 DEFAULT_RAM_NBYTES = 64 * _GIB
 
@@ -200,7 +204,8 @@ def _disk(bytes_per_s: float, free_nbytes: int) -> Disk:
         for block in (64 << 10, _MIB // 4, _MIB, 4 * _MIB, 16 * _MIB)
         for depth in (1, 2, 4, 8, 16)
     )
-    return Disk(points, latency_s, 0.95, free_nbytes)
+    few, many = (Overlap(tokens, READS_BESIDE_KERNELS_SHARE, KERNELS_BESIDE_READS_SHARE) for tokens in (1, 32))
+    return Disk(points, (), latency_s, few, many, free_nbytes)
 
 
 def _lookup(known: Mapping[str, _Sheet], name: str, what: str) -> _Sheet:

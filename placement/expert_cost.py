@@ -14,7 +14,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from placement.hardware_profile import Disk, HardwareProfile
+from placement.disk import Disk, Overlap
+from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import ExpertsSpec
 from placement.routing import FloatArray, LayerDemand
@@ -68,6 +69,7 @@ class _Reads:
     """How experts come from disk."""
 
     disk: Disk | None
+    overlap: Overlap | None
     chunk_nbytes: int
     threads: int
 
@@ -84,6 +86,11 @@ class _Speeds:
     copy_s: float
     crossing_s: float
     nbytes: float
+
+
+def _reads(disk: Disk | None, homes: Homes, need: LayerDemand) -> _Reads:
+    overlap = None if disk is None else disk.overlap(need.tokens_per_expert)
+    return _Reads(disk, overlap, homes.read_chunk_nbytes, homes.reader_threads)
 
 
 def expert_weights(experts: ExpertsSpec) -> int:
@@ -120,10 +127,10 @@ def expert_cost(
     speeds = _speeds(experts, profile, need, rows, on_gpu=on_gpu)
     distinct = round(need.distinct)
     if distinct > _MOST_EXACT or abs(distinct - need.distinct) > 1e-9:
-        reads = _Reads(profile.disk, homes.read_chunk_nbytes, homes.reader_threads)
+        reads = _reads(profile.disk, homes, need)
         cost = _mean(reads, profile.gpu is not None, speeds, in_vram, in_ram)
     else:
-        cost = _expected(profile, homes, speeds, distinct, in_vram, in_ram)
+        cost = _expected(profile, homes, need, speeds, in_vram, in_ram)
     return _with_step(cost, profile.cpu.overheads_in(experts.layout.format).step_s if decode else 0.0, in_vram + in_ram)
 
 
@@ -143,11 +150,17 @@ def _mean(reads: _Reads, has_gpu: bool, speeds: _Speeds, in_vram: FloatArray, in
 
 
 def _expected(
-    profile: HardwareProfile, homes: Homes, speeds: _Speeds, distinct: int, in_vram: FloatArray, in_ram: FloatArray
+    profile: HardwareProfile,
+    homes: Homes,
+    need: LayerDemand,
+    speeds: _Speeds,
+    in_vram: FloatArray,
+    in_ram: FloatArray,
 ) -> ExpertCost:
-    """The mean over all outcomes of `distinct` independent lookups."""
+    """The mean over all outcomes of independent lookups, one for each needed expert."""
+    distinct = round(need.distinct)
     reads_needed = bool((1 - in_vram - in_ram > 1e-12).any())
-    reads = _Reads(profile.disk if reads_needed else None, homes.read_chunk_nbytes, homes.reader_threads)
+    reads = _reads(profile.disk if reads_needed else None, homes, need)
     hits, misses, ways, costs = _all_outcomes(reads, profile.gpu is not None, speeds, distinct, reads_needed)
     missing = np.clip(1 - in_vram - in_ram, 0.0, 1.0)
     # Powers by columns of a small table: 0, 1, ... distinct.
@@ -187,7 +200,9 @@ def _best(
     if not has_gpu:
         copied = np.zeros((1, len(hits)))
     disk, first = _disk_s(reads, speeds.nbytes, misses)
-    tried = _outcomes(speeds, hits[None, :], misses[None, :], host[None, :], copied, disk[None, :], first[None, :])
+    tried = _outcomes(
+        reads.overlap, speeds, hits[None, :], misses[None, :], host[None, :], copied, disk[None, :], first[None, :]
+    )  # fmt: skip
     best = np.argmin(tried.total_s, axis=0)
     columns = np.arange(len(hits))
     return ExpertCost(
@@ -196,6 +211,7 @@ def _best(
 
 
 def _outcomes(
+    overlap: Overlap | None,
     speeds: _Speeds,
     hits: FloatArray,
     misses: FloatArray,
@@ -206,7 +222,8 @@ def _outcomes(
 ) -> ExpertCost:
     """Costs [choices, n] where `copied` of the `host` experts that are not in VRAM go to the accelerator.
 
-    The last expert to arrive from disk is still to be computed, and after the first one come all that follow.
+    The last expert to arrive from disk is still to be computed. Until the first is there the CPU has those that were in
+    RAM; between, it and the disk slow each other down.
     """
     c, g, p = speeds.cpu_s, speeds.gpu_s, speeds.copy_s
     on_cpu, on_gpu = np.where(host - copied > _NONE, host - copied, 0.0), hits + copied
@@ -214,9 +231,13 @@ def _outcomes(
     cpu = on_cpu * c + speeds.cpu_call_s * np.where(on_cpu > 0, 1 + np.minimum(misses, on_cpu), 0.0)
     gpu = on_gpu * g + np.where(on_gpu > 0, speeds.gpu_call_s, 0.0)
     link = copied * p + np.where(on_gpu > 0, speeds.crossing_s, 0.0)
-    last = np.where(on_cpu > 0, c + speeds.cpu_call_s, p + g)
-    late = np.minimum(misses, on_cpu) * c
-    after = np.where(misses > 0, np.maximum(disk + last, first + late), 0.0)
+    last = np.where(on_cpu > 0, np.minimum(c + speeds.cpu_call_s, cpu), p + g)
+    resident = np.where(on_cpu > misses, (on_cpu - misses) * c + speeds.cpu_call_s, 0.0)
+    idle = np.minimum(np.maximum(first - resident, 0.0), disk)
+    after = np.zeros_like(disk)
+    if overlap is not None:
+        both = overlap.seconds(np.maximum(cpu - last, 0.0), disk - idle)
+        after = np.where(misses > 0, idle + both + last, 0.0)
     compute = np.maximum(cpu, gpu)
     linked = np.maximum(link + np.where(copied > 0, g, 0.0), compute)
     longer = cpu >= gpu
@@ -244,14 +265,14 @@ def _disk_s(reads: _Reads, nbytes: float, misses: FloatArray) -> tuple[FloatArra
     most = max(1, math.ceil(reads.threads / pieces))
     whole = np.zeros_like(misses)
     for bundles in range(1, most + 1):
-        speed = reads.disk.overlapped_bytes_per_s(block, min(reads.threads, bundles * pieces))
+        speed = reads.disk.bytes_per_s(block, min(reads.threads, bundles * pieces))
         # As many as can be in flight read at this speed, and more do in turn; never sooner than fewer.
         count = np.minimum(misses, bundles) if bundles < most else misses
         whole = np.maximum(whole, np.where(misses > bundles - 1, count * nbytes / speed, 0.0))
     together = np.minimum(np.maximum(misses, 1.0), most)
     first = whole * together / np.maximum(misses, 1.0)
-    latency = np.where(misses > 0, reads.disk.latency_s, 0.0)
-    return latency + whole, latency + first
+    startup = np.where(misses > 0, reads.disk.startup_s(block), 0.0)
+    return startup + whole, startup + first
 
 
 def _speeds(experts: ExpertsSpec, profile: HardwareProfile, need: LayerDemand, rows: int, *, on_gpu: bool) -> _Speeds:

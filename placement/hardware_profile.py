@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from formats.packed import PACKED_FORMATS
 from placement.curves import TokenCurve
+from placement.disk import Disk
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 3
+PROFILE_VERSION = 5
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How fast the host's parts are at a moment, each over what a profile says.
+
+    Attributes:
+        memory: of what waits for memory, as products of few tokens do.
+        arithmetic: of what waits for the processor, as products of many tokens do.
+        disk: of reads.
+    """
+
+    memory: float = 1.0
+    arithmetic: float = 1.0
+    disk: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,55 +46,6 @@ class Link:
     def seconds(self, nbytes: float, copies: float = 1.0) -> float:
         """Seconds of copies of `nbytes` together, beside working CPU kernels."""
         return copies * self.latency_s + nbytes / self.overlapped_bytes_per_s
-
-
-@dataclass(frozen=True)
-class DiskPoint:
-    """One measurement: direct reads of `block_nbytes` at random places, `in_flight` at once."""
-
-    block_nbytes: int
-    in_flight: int
-    bytes_per_s: float
-
-
-@dataclass(frozen=True)
-class Disk:
-    """The disk of the expert store.
-
-    Attributes:
-        points: by size and number in flight.
-        latency_s: of one read, from request to data, when the disk is idle.
-        overlapped_share: of these speeds that is left while the CPU's kernels run, 0 to 1.
-        free_nbytes: free bytes.
-    """
-
-    points: tuple[DiskPoint, ...]
-    latency_s: float
-    overlapped_share: float
-    free_nbytes: int
-
-    def __post_init__(self) -> None:
-        if not self.points or not 0 < self.overlapped_share <= 1:
-            raise ValueError("a disk needs measurements and a share above 0 and at most 1")
-
-    def bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
-        """Speed of reads alone.
-
-        Of the points with the nearest number in flight (by ratio), runs straight in the logarithm of the size and stays
-        level outside.
-        """
-        depth = min({point.in_flight for point in self.points}, key=lambda d: (abs(math.log(d / max(in_flight, 1))), d))
-        points = sorted((p.block_nbytes, p.bytes_per_s) for p in self.points if p.in_flight == depth)
-        if block_nbytes <= points[0][0]:
-            return points[0][1]
-        for (small, slow), (large, fast) in itertools.pairwise(points):
-            if block_nbytes <= large:
-                return slow + (fast - slow) * math.log(block_nbytes / small) / math.log(large / small)
-        return points[-1][1]
-
-    def overlapped_bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
-        """Speed of reads while the CPU's kernels run."""
-        return self.overlapped_share * self.bytes_per_s(block_nbytes, in_flight)
 
 
 @dataclass(frozen=True)
@@ -136,6 +101,13 @@ class Overheads:
         """Seconds in each layer, whatever its size and whatever its experts do."""
         return self.layer_s if new_tokens == 1 or self.prompt_layer_s is None else self.prompt_layer_s
 
+    def times(self, factor: float) -> Overheads:
+        """All of them, `factor` times as long."""
+        prompt = None if self.prompt_layer_s is None else factor * self.prompt_layer_s
+        return Overheads(
+            factor * self.pass_s, factor * self.layer_s, factor * self.element_s, factor * self.step_s, prompt
+        )
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -181,14 +153,23 @@ class Compute:
         """
         return _curve(self.linears, format, "linear layers")
 
-    def with_memory_speed(self, factor: float) -> Compute:
-        """The device with memory `factor` times as fast, and all that waits for memory with it."""
+    def with_speeds(self, speeds: Speeds) -> Compute:
+        """The device at other speeds: what waits for memory follows memory, all else arithmetic."""
+        memory, arithmetic = speeds.memory, speeds.arithmetic
+        packed = self.packed_overheads
         return replace(
             self,
-            memory_bytes_per_s=factor * self.memory_bytes_per_s,
-            experts=tuple(FormatCurve(one.format, one.curve.with_memory_speed(factor)) for one in self.experts),
-            linears=tuple(FormatCurve(one.format, one.curve.with_memory_speed(factor)) for one in self.linears),
-            attention=replace(self.attention, bytes_per_s=factor * self.attention.bytes_per_s),
+            memory_bytes_per_s=memory * self.memory_bytes_per_s,
+            experts=tuple(FormatCurve(one.format, one.curve.with_speeds(memory, arithmetic)) for one in self.experts),
+            linears=tuple(FormatCurve(one.format, one.curve.with_speeds(memory, arithmetic)) for one in self.linears),
+            attention=AttentionSpeed(
+                self.attention.call_s / arithmetic,
+                self.attention.bytes_per_s * memory,
+                self.attention.few_flops_per_s * arithmetic,
+                self.attention.flops_per_s * arithmetic,
+            ),
+            overheads=self.overheads.times(1 / arithmetic),
+            packed_overheads=None if packed is None else packed.times(1 / arithmetic),
         )
 
 
@@ -256,9 +237,10 @@ class HardwareProfile:
         both = {one.format for one in self.cpu.experts} & {one.format for one in self.cpu.linears}
         return both.issuperset(formats)
 
-    def with_memory_speed(self, bytes_per_s: float) -> HardwareProfile:
-        """The profile at another speed of host memory, as a probe just found it; see `Compute.with_memory_speed`."""
-        return replace(self, cpu=self.cpu.with_memory_speed(bytes_per_s / self.cpu.memory_bytes_per_s))
+    def with_speeds(self, speeds: Speeds) -> HardwareProfile:
+        """The profile at other speeds of the host's parts, as a probe just found them."""
+        disk = None if self.disk is None else self.disk.times(speeds.disk)
+        return replace(self, cpu=self.cpu.with_speeds(speeds), disk=disk)
 
     def without_gpu(self) -> HardwareProfile:
         """The machine without its accelerator."""

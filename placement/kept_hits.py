@@ -4,7 +4,8 @@ Of a popularity (see `routing`), each expert is in one of two states: the layer'
 makes the next need more probable or less. A cache that keeps what is most probably needed holds states in the order of
 that probability, as far as its slots go; what it holds is found as often as they are needed. That is the best that can
 be done where passes are drawn independently ("A0" of Aho, Denning and Ullman, "Principles of optimal page replacement",
-1971). The experts that a layer just read take slots too, worth keeping or not: `_PASSING` of a layer's needs.
+1971). The experts that a layer just read take slots too, worth keeping or not: `_PASSING` of a layer's needs where a
+pass is one token of each sequence, and all of them in prompts, whose layers need most experts at once.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ _PASSING = 0.7
 
 
 class KeptHits:
-    """The hit rate of decode that follows from a popularity, once the policy has seen many passes."""
+    """The hit rate that follows from a popularity, once the policy has seen many passes of the same kind."""
 
-    def __init__(self, layers: Sequence[tuple[int, int]], popularity: Popularity, batch: int = 1) -> None:
+    def __init__(
+        self, layers: Sequence[tuple[int, int]], popularity: Popularity, batch: int = 1, tokens: int | None = None
+    ) -> None:
         """Order the states.
 
         Args:
             layers: (experts, top_k) of each MoE layer.
             popularity: of the experts.
             batch: sequences, of which each pass has one token.
+            tokens: of passes of prompts; None for those of decode.
         """
         kinds: dict[tuple[int, int], int] = {}
         for layer in layers:
@@ -37,7 +41,11 @@ class KeptHits:
         self.experts = sum(count * times for (count, _), times in kinds.items())
         shares, needs = [], []
         for (count, top_k), times in kinds.items():
-            share, need = _states(count, top_k, popularity, batch)
+            if tokens is None:
+                share, need = _states(count, top_k, popularity, batch)
+            else:
+                need = np.array(pass_probabilities(count, top_k, tokens, popularity))
+                share = np.ones(count)
             shares.append(times * share)
             needs.append(need)
         share, need = np.concatenate(shares), np.concatenate(needs)
@@ -45,7 +53,7 @@ class KeptHits:
         self._slots = np.concatenate([[0.0], np.cumsum(share[order])])
         found = np.concatenate([[0.0], np.cumsum((share * need)[order])])
         self._found = found / found[-1]
-        self._passing = _PASSING * found[-1] / len(layers)
+        self._passing = (_PASSING if tokens is None else 1.0) * found[-1] / len(layers)
 
     def rate(self, slots: FloatArray) -> FloatArray:
         """See `HitCurve`."""
@@ -69,6 +77,8 @@ def _states(count: int, top_k: int, popularity: Popularity, batch: int) -> tuple
 
 
 @lru_cache(maxsize=256)
-def kept_hits(layers: tuple[tuple[int, int], ...], popularity: Popularity, batch: int) -> KeptHits:
+def kept_hits(
+    layers: tuple[tuple[int, int], ...], popularity: Popularity, batch: int, tokens: int | None = None
+) -> KeptHits:
     """A `KeptHits`, made once."""
-    return KeptHits(layers, popularity, batch)
+    return KeptHits(layers, popularity, batch, tokens)

@@ -16,7 +16,7 @@ from placement.layer_kinds import LayerKind, layer_kinds
 from placement.model_spec import ExpertsSpec, ModelSpec
 from placement.passes import Pass, decode_pass, prefill_passes
 from placement.prediction import PassPrediction, Prediction, Terms
-from placement.routing import FloatArray, HitCurve, LayerDemand, Popularity, demand, popularity_hits
+from placement.routing import FloatArray, HitCurve, LayerDemand, Popularity, demand
 from placement.workload import Workload
 
 UNCERTAINTY = {"measured": 0.30, "datasheet": 0.35}
@@ -55,10 +55,7 @@ class Routing:
         if self.decode_hits is not None and work.new_tokens == 1 and work.rows == self.decode_rows:
             return self.decode_hits
         layers = tuple((layer.count, min(layer.top_k, layer.count)) for layer in spec.experts)
-        if work.new_tokens == 1:
-            return kept_hits(layers, self.popularity, work.batch)
-        # A prompt needs nearly all experts of a layer: what it finds is what the pass before it left last.
-        return popularity_hits(layers, work.rows, self.popularity, work.batch)
+        return kept_hits(layers, self.popularity, work.batch, None if work.new_tokens == 1 else work.rows)
 
     def demand(self, experts: ExpertsSpec, work: Pass) -> LayerDemand:
         """What a pass needs of an MoE layer."""

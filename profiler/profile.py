@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from placement.curves import TokenCurve, fit_curve
+from placement.disk import BURST_READS, Disk, DiskPoint, Overlap
 from placement.hardware_profile import (
     AttentionSpeed,
     Compute,
-    Disk,
-    DiskPoint,
     FormatCurve,
     HardwareProfile,
     Overheads,
@@ -19,14 +20,21 @@ from placement.hardware_profile import (
 from profiler.machine import Machine, now
 from profiler.memory import available_ram_nbytes
 from profiler.subjects import Product, Subjects
-from profiler.timing import Timing, measure
+from profiler.timing import Timing, repeated
 
 _MIB = 1 << 20
 _NO_OVERHEADS = Overheads(0.0, 0.0, 0.0)
 _BYTES_PER_POINT = 96 * _MIB
+_OVERLAP_NBYTES = 128 * _MIB
 _PACKED = "int4"
 """Stands for all packed formats in whole passes; what differs is in the curves."""
 _MIN_BLOCKS, _MAX_BLOCKS = 8, 256
+_FEWEST = 2
+_OVERLAP_TOKENS = (1, 32)
+_IN_FLIGHT = 4
+_BURSTS = 5
+_BESIDE_READS = ("bf16", "int8", "int4")
+"""Formats of experts that are computed beside reads: their shares differ by moment more than by format."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,14 @@ class Effort:
 
     Attributes:
         tokens: numbers of tokens of curves.
-        call_s: budget of one point of a curve.
+        call_s: budget of one point of a curve, in all rounds.
         blocks: sizes of reads, in bytes.
         depths: reads in flight.
         share_of_reads: of the bytes that a point of the disk reads otherwise.
         formats: in which kernels are measured; None for all.
         packed_passes: whether whole passes are measured with packed weights too.
+        rounds: in which everything but whole passes is measured, one after the other: others on the machine slow it
+            down for seconds, and then only some repeats of each.
     """
 
     tokens: tuple[int, ...]
@@ -50,34 +60,60 @@ class Effort:
     share_of_reads: float
     formats: tuple[str, ...] | None = None
     packed_passes: bool = True
+    rounds: int = 3
 
 
 FULL = Effort((1, 2, 4, 8, 16, 32, 128, 512), 0.1, (128 << 10, _MIB, 4 * _MIB), (1, 2, 4), 1.0)
 QUICK = Effort(
-    (1, 8, 16, 128), 0.04, (512 << 10, 4 * _MIB), (1, 4), 0.25, ("bf16", "int8", "int4"), packed_passes=False
-)
+    (1, 8, 16, 32, 128), 0.04, (512 << 10, 4 * _MIB), (1, 4), 0.25, ("bf16", "int8", "int4"), packed_passes=False,
+    rounds=2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A point of a curve.
+
+    Attributes:
+        what: in words.
+        tokens: of the product.
+        make: the product.
+        large: whether it is of the size that the curve is scaled to.
+    """
+
+    what: str
+    tokens: int
+    make: Callable[[], Product]
+    large: bool = True
 
 
 @dataclass
-class _Notes:
-    """What did not become stable."""
+class _Found:
+    """What the rounds brought: repeats of each timing, and sizes of products."""
 
-    timings: int = 0
-    unstable: dict[str, float] = field(default_factory=dict)
+    repeats: dict[str, list[float]] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
 
-    def timing(self, what: str, found: Timing) -> float:
-        self.timings += 1
-        if not found.stable:
-            self.unstable[what] = found.spread
-        return found.seconds
+    def time(self, what: str, call: Callable[[], object], budget_s: float) -> None:
+        self.repeats.setdefault(what, []).extend(repeated(call, budget_s=budget_s, fewest=_FEWEST))
 
-    def told(self) -> tuple[str, ...]:
-        if not self.unstable:
+    def note(self, what: str, value: float) -> None:
+        self.repeats.setdefault(what, []).append(value)
+
+    def seconds(self, what: str) -> float:
+        return Timing.of(self.repeats[what]).seconds
+
+    def median(self, what: str) -> float:
+        return statistics.median(self.repeats[what])
+
+    def told(self, timed: list[str]) -> tuple[str, ...]:
+        unstable = {what: found.spread for what in timed if not (found := Timing.of(self.repeats[what])).stable}
+        if not unstable:
             return ()
-        worst = max(self.unstable, key=self.unstable.__getitem__)
+        worst = max(unstable, key=unstable.__getitem__)
         return (
-            f"{len(self.unstable)} of {self.timings} timings did not become stable; the faster half of the repeats lay "
-            f"apart most for {worst}: {self.unstable[worst]:.0%}",
+            f"{len(unstable)} of {len(timed)} timings did not become stable; the faster half of the repeats lay "
+            f"apart most for {worst}: {unstable[worst]:.0%}",
         )
 
 
@@ -98,21 +134,34 @@ def measure_machine(
         effort: FULL or QUICK.
         say: told what is being measured.
     """
-    notes = _Notes()
-    say("memory")
-    bandwidth = subjects.stream()
-    say("expert kernels")
     formats = [name for name in subjects.formats if effort.formats is None or name in effort.formats]
-    experts = tuple(FormatCurve(name, _experts(subjects, name, effort, notes)) for name in formats)
-    say("linear layers")
-    linears = tuple(FormatCurve(name, _linears(subjects, name, effort, notes)) for name in formats)
-    say("attention")
-    attention = _attention(subjects, bandwidth, effort, notes)
-    say("disk")
-    disk = _disk(subjects, free_nbytes, effort)
-    cpu = Compute(available_ram_nbytes(), bandwidth, _with_fp16(experts), _with_fp16(linears), attention, _NO_OVERHEADS)
+    experts = {name: _expert_points(subjects, name, effort) for name in formats}
+    linears = {name: _linear_points(subjects, name, effort) for name in formats}
+    found = _Found()
+    for number in range(effort.rounds):
+        say(f"kernels and disk, round {number + 1} of {effort.rounds}")
+        for name in formats:
+            for point in (*experts[name], *linears[name]):
+                product = point.make()
+                found.weights[point.what] = product.weights
+                found.time(point.what, product.run, effort.call_s / effort.rounds)
+            if name in _BESIDE_READS:
+                _read_beside_kernels(found, subjects, name, effort)
+        _time_attention(found, subjects, effort)
+        found.note("memory", subjects.stream())
+        _read(found, subjects, effort)
+    timed = [what for what in found.repeats if what in found.weights or what.startswith("attention")]
+    bandwidth = found.median("memory")
+    cpu = Compute(
+        available_ram_nbytes(),
+        bandwidth,
+        _with_fp16(tuple(FormatCurve(name, _fit(found, experts[name])) for name in formats)),
+        _with_fp16(tuple(FormatCurve(name, _fit(found, linears[name])) for name in formats)),
+        _attention(found, subjects, bandwidth),
+        _NO_OVERHEADS,
+    )
     provenance = Provenance("measured", machine.describe(), machine.fingerprint, now(), machine.versions)
-    profile = HardwareProfile("this machine", cpu, None, None, None, 0, disk, provenance)
+    profile = HardwareProfile("this machine", cpu, None, None, None, 0, _disk(found, effort, free_nbytes), provenance)
     say("forward passes")
     overheads = subjects.overheads(profile, None)
     packed = subjects.overheads(profile, _PACKED) if effort.packed_passes and _PACKED in formats else None
@@ -120,37 +169,45 @@ def measure_machine(
     return replace(
         profile,
         cpu=replace(cpu, overheads=overheads, packed_overheads=packed),
-        provenance=replace(provenance, notes=(*notes.told(), *gpu)),
+        provenance=replace(provenance, notes=(*found.told(timed), *gpu)),
     )
 
 
-def _experts(subjects: Subjects, format: str, effort: Effort, notes: _Notes) -> TokenCurve:
-    """From calls of one and of several experts with one token, and of several with more."""
-
-    def several(tokens: int) -> Product:
-        return subjects.experts(format, 8 if tokens <= 16 else 2, tokens)
-
-    few = subjects.experts(format, 1, 1)
-    return _curve(f"experts in {format}", few, several, effort, notes)
-
-
-def _linears(subjects: Subjects, format: str, effort: Effort, notes: _Notes) -> TokenCurve:
-    few = subjects.linear(format, 256, 1)
-    return _curve(
-        f"linear layers in {format}", few, lambda tokens: subjects.linear(format, 2048, tokens), effort, notes
-    )
+def _expert_points(subjects: Subjects, format: str, effort: Effort) -> list[_Point]:
+    """Calls of one and of several experts with one token, and of several with more."""
+    what = f"experts in {format}"
+    return [
+        _Point(f"{what}, small", 1, partial(subjects.experts, format, 1, 1), large=False),
+        *(
+            _Point(f"{what}, {tokens} tokens", tokens, partial(subjects.experts, format, several(tokens), tokens))
+            for tokens in effort.tokens
+        ),
+    ]
 
 
-def _curve(what: str, small: Product, large: Callable[[int], Product], effort: Effort, notes: _Notes) -> TokenCurve:
-    """The fit of one small product at one token and large ones at every number of tokens, scaled to one size."""
-    budget = effort.call_s
-    samples = [(small.weights, 1, notes.timing(f"{what}, small", measure(small.run, budget_s=budget)))]
-    size = 0
-    for tokens in effort.tokens:
-        product = large(tokens)
-        size = size or product.weights
-        seconds = notes.timing(f"{what}, {tokens} tokens", measure(product.run, budget_s=budget))
-        samples.append((size, tokens, seconds * size / product.weights))
+def several(tokens: int) -> int:
+    """Experts of a call, so that calls with few and with many tokens are long enough and none takes long."""
+    return 8 if tokens <= 16 else 2
+
+
+def _linear_points(subjects: Subjects, format: str, effort: Effort) -> list[_Point]:
+    what = f"linear layers in {format}"
+    large = [
+        _Point(f"{what}, {tokens} tokens", tokens, partial(subjects.linear, format, 2048, tokens))
+        for tokens in effort.tokens
+    ]
+    # The small one last: weights of one size are made at a time.
+    return [*large, _Point(f"{what}, small", 1, partial(subjects.linear, format, 256, 1), large=False)]
+
+
+def _fit(found: _Found, points: list[_Point]) -> TokenCurve:
+    """The fit of the small product and the large ones, these scaled to one size."""
+    size = next(found.weights[point.what] for point in points if point.large)
+    samples = []
+    for point in points:
+        weights = found.weights[point.what]
+        scaled = size if point.large else weights
+        samples.append((scaled, point.tokens, found.seconds(point.what) * scaled / weights))
     return fit_curve(samples)
 
 
@@ -159,28 +216,70 @@ def _with_fp16(curves: tuple[FormatCurve, ...]) -> tuple[FormatCurve, ...]:
     return (*curves, *(FormatCurve("fp16", one.curve) for one in curves if one.format == "bf16"))
 
 
-def _attention(subjects: Subjects, bandwidth: float, effort: Effort, notes: _Notes) -> AttentionSpeed:
-    """One token beside few and many cached ones, and many tokens at once; what it reads it reads at the bandwidth."""
-    short, long = subjects.attention(1, 64), subjects.attention(1, 4096)
-    few = notes.timing("attention, 64 cached", measure(short.run, budget_s=effort.call_s))
-    many = notes.timing("attention, 4096 cached", measure(long.run, budget_s=effort.call_s))
-    few_flops_per_s = (long.flops - short.flops) / max(many - few, 1e-9)
-    call_s = max(0.0, few - short.flops / few_flops_per_s)
-    prompt = subjects.attention(512, 0)
-    seconds = notes.timing("attention, 512 new", measure(prompt.run, budget_s=effort.call_s))
-    return AttentionSpeed(call_s, bandwidth, few_flops_per_s, prompt.flops / max(seconds - call_s, 1e-9))
+_ATTENTION = {"attention, 64 cached": (1, 64), "attention, 4096 cached": (1, 4096), "attention, 512 new": (512, 0)}
 
 
-def _disk(subjects: Subjects, free_nbytes: int, effort: Effort) -> Disk:
-    points = []
+def _time_attention(found: _Found, subjects: Subjects, effort: Effort) -> None:
+    """One token beside few and many cached ones, and many tokens at once."""
+    for what, (new, cached) in _ATTENTION.items():
+        found.time(what, subjects.attention(new, cached).run, effort.call_s / effort.rounds)
+
+
+def _attention(found: _Found, subjects: Subjects, bandwidth: float) -> AttentionSpeed:
+    """What attention reads it reads at the bandwidth."""
+    short, long, prompt = (subjects.attention(*sizes).flops for sizes in _ATTENTION.values())
+    few, many, seconds = (found.seconds(what) for what in _ATTENTION)
+    few_flops_per_s = (long - short) / max(many - few, 1e-9)
+    call_s = max(0.0, few - short / few_flops_per_s)
+    return AttentionSpeed(call_s, bandwidth, few_flops_per_s, prompt / max(seconds - call_s, 1e-9))
+
+
+def _read(found: _Found, subjects: Subjects, effort: Effort) -> None:
+    """A round of the disk: each point, bursts, and one small read."""
     for block in effort.blocks:
         blocks = int(min(max(effort.share_of_reads * _BYTES_PER_POINT // block, _MIN_BLOCKS), _MAX_BLOCKS))
         for depth in effort.depths:
-            seconds = min(subjects.read(block, depth, blocks) for _ in range(2))
-            points.append(DiskPoint(block, depth, blocks * block / seconds))
-    block, depth = effort.blocks[-1], 4
-    alone = [subjects.read(block, depth, _MIN_BLOCKS * 4) for _ in range(3)]
-    beside = [subjects.beside_kernels(lambda: subjects.read(block, depth, _MIN_BLOCKS * 4)) for _ in range(3)]
-    share = min(1.0, sorted(alone)[1] / sorted(beside)[1])
-    latency_s = min(subjects.read(4096, 1, 1) for _ in range(20))
-    return Disk(tuple(points), latency_s, share, free_nbytes)
+            found.note(_point_of(block, depth), blocks * block / subjects.read(block, depth, blocks))
+        for _ in range(_BURSTS):
+            found.note(_burst_of(block), BURST_READS * block / subjects.read(block, _IN_FLIGHT, BURST_READS))
+    found.note("latency", min(subjects.read(4096, 1, 1) for _ in range(8)))
+
+
+def _read_beside_kernels(found: _Found, subjects: Subjects, format: str, effort: Effort) -> None:
+    block = effort.blocks[-1]
+    blocks = int(max(effort.share_of_reads * _OVERLAP_NBYTES // block, _MIN_BLOCKS))
+
+    def read() -> float:
+        return subjects.read(block, _IN_FLIGHT, blocks)
+
+    for tokens in _OVERLAP_TOKENS:
+        for _ in range(2):
+            # Alone right before: only what lies close together can be compared.
+            alone_s = read()
+            beside_s, kernels = subjects.beside_kernels(read, format, tokens)
+            found.note(f"reads beside {tokens}", alone_s / beside_s)
+            found.note(f"kernels beside {tokens}", kernels)
+
+
+def _burst_of(block: int) -> str:
+    return f"bursts of {block}"
+
+
+def _point_of(block: int, depth: int) -> str:
+    return f"reads of {block}, {depth} in flight"
+
+
+def _disk(found: _Found, effort: Effort, free_nbytes: int) -> Disk:
+    points = tuple(
+        DiskPoint(block, depth, found.median(_point_of(block, depth)))
+        for block in effort.blocks
+        for depth in effort.depths
+    )
+    few, many = (_overlap(found, tokens) for tokens in _OVERLAP_TOKENS)
+    bursts = tuple(DiskPoint(block, _IN_FLIGHT, found.median(_burst_of(block))) for block in effort.blocks)
+    return Disk(points, bursts, min(found.repeats["latency"]), few, many, free_nbytes)
+
+
+def _overlap(found: _Found, tokens: int) -> Overlap:
+    reads, kernels = (min(1.0, found.median(f"{what} beside {tokens}")) for what in ("reads", "kernels"))
+    return Overlap(tokens, reads, min(1.0, max(kernels, 1 - reads)))

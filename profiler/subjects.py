@@ -66,8 +66,10 @@ class Subjects(Protocol):
         """Seconds to read that many blocks from random places of the disk."""
         ...
 
-    def beside_kernels(self, call: Callable[[], float]) -> float:
-        """What `call` returns while the CPU's kernels run."""
+    def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
+        """What `call` returns while experts of a format with so many tokens are computed, and the share of their speed
+        alone that these then have.
+        """
         ...
 
     def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:

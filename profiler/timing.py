@@ -1,8 +1,8 @@
-"""Seconds of a call on a machine that is shared: repeated until it stands still, or told that it does not."""
+"""Seconds of a call on a machine that is shared: repeated until they stand still, or told that they do not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -25,16 +25,22 @@ class Timing:
     spread: float
     repeats: int
 
+    @classmethod
+    def of(cls, repeats: Sequence[float]) -> Timing:
+        """From the seconds of at least one repeat."""
+        ordered = sorted(repeats)
+        return cls(ordered[(len(ordered) - 1) // 4], _spread(ordered), len(ordered))
+
     @property
     def stable(self) -> bool:
         """Whether it can be relied on."""
         return self.spread <= 2 * STABLE_SPREAD
 
 
-def measure(
+def repeated(
     call: Callable[[], object], *, budget_s: float, fewest: int = _FEWEST, clock: Callable[[], float] = perf_counter
-) -> Timing:
-    """Time a call until the lower half of its repeats lies within STABLE_SPREAD, or the budget is spent.
+) -> list[float]:
+    """Seconds of a call, repeated until the lower half lies within STABLE_SPREAD, or the budget is spent.
 
     Args:
         call: what is timed; called once before, so that it is compiled and its memory is there.
@@ -53,8 +59,7 @@ def measure(
             clock() - start >= budget_s or (len(found) >= 2 * fewest and _spread(sorted(found)) <= STABLE_SPREAD)
         ):
             break
-    ordered = sorted(found)
-    return Timing(ordered[(len(ordered) - 1) // 4], _spread(ordered), len(ordered))
+    return found
 
 
 def _spread(ordered: list[float]) -> float:

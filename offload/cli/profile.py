@@ -16,7 +16,8 @@ from offload.sizes import format_size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from placement.hardware_profile import Compute, Disk, HardwareProfile, Overheads
+    from placement.disk import Disk
+    from placement.hardware_profile import Compute, HardwareProfile, Overheads
 
 
 @click.command(
@@ -84,9 +85,14 @@ def _disk(disk: Disk | None) -> dict[str, str]:
     if disk is None:
         return {}
     best = max(disk.points, key=lambda point: point.bytes_per_s)
+    beside = ", ".join(
+        f"{one.reads:.0%} and {one.kernels:.0%} of {one.tokens} token{'s'[: one.tokens > 1]}"
+        for one in (disk.few, disk.many)
+    )
     return {
         "disk": f"{_speed(best.bytes_per_s)} in reads of {format_size(best.block_nbytes)}, {best.in_flight} in flight; "
-        f"{disk.overlapped_share:.0%} of it beside working kernels; {disk.latency_s * 1e6:.0f} us for one small read"
+        f"{disk.latency_s * 1e6:.0f} us for one small read",
+        "beside each other": f"reads and kernels are left with {beside}",
     }
 
 

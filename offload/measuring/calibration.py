@@ -9,7 +9,9 @@ every model is in the remainder, and so corrected.
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -20,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from offload.loading import load
 from offload.runtime import Runtime
-from placement.hardware_profile import HardwareProfile, Overheads
+from placement.hardware_profile import HardwareProfile, Overheads, Speeds
 from placement.planner import predicted
 from placement.prediction import Prediction
 from placement.workload import Workload
@@ -30,6 +32,7 @@ LAYERS = (2, 8)
 SHORT_TOKENS, PROMPT_TOKENS = 32, 256
 _CONTEXT_TOKENS = 512
 _CACHED_TOKENS = 32
+_ROUNDS = 3
 _SIZES: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 1024,
@@ -64,7 +67,13 @@ class Remainders:
     prompt_s: float
 
 
-def measure_overheads(profile: HardwareProfile, directory: Path, repeats: int, quant: str | None = None) -> Overheads:
+def measure_overheads(
+    profile: HardwareProfile,
+    directory: Path,
+    repeats: int,
+    quant: str | None = None,
+    speeds: Callable[[], Speeds] = Speeds,
+) -> Overheads:
     """The overheads that make predictions of the models' passes right.
 
     Args:
@@ -72,8 +81,9 @@ def measure_overheads(profile: HardwareProfile, directory: Path, repeats: int, q
         directory: for the experts; what is written there is removed.
         repeats: passes of decode; a sixth as many of a prompt.
         quant: format of the models' weights; None for bf16.
+        speeds: how fast the machine is at the moment, over what `profile` says.
     """
-    shallow, deep = (_remainders(profile, directory, layers, repeats, quant) for layers in LAYERS)
+    now, shallow, deep = _remainders(profile, directory, repeats, quant, speeds)
     more = LAYERS[1] - LAYERS[0]
     layer_s = (deep.decode_s - shallow.decode_s) / more
     pass_s = max(0.0, shallow.decode_s - LAYERS[0] * layer_s)
@@ -85,28 +95,68 @@ def measure_overheads(profile: HardwareProfile, directory: Path, repeats: int, q
     element_s = min((prompt - short) / (PROMPT_TOKENS / SHORT_TOKENS - 1), short) / elements
     element_s = max(0.0, element_s)
     prompt_layer_s = short - element_s * elements
-    return Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s)
+    return Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s).times(now.arithmetic)
 
 
-def _remainders(profile: HardwareProfile, directory: Path, layers: int, repeats: int, quant: str | None) -> Remainders:
-    with TemporaryDirectory(prefix=".offload-profile-", dir=directory) as store:
-        made = _random_model(layers)
-        model = load(made, ram=4 << 30, nvme=store, context=_CONTEXT_TOKENS, quant=quant, progress=False)
-        with cast("Runtime", model.offload) as runtime:
-            few = max(3, repeats // 6)
-            short, prompt = (_measure(model, tokens, few) for tokens in (SHORT_TOKENS, PROMPT_TOKENS))
-            decode = _measure(model, 1, repeats)
-            # While routing is recorded every layer looks for its experts.
-            runtime.record_trace()
-            stepped = _measure(model, 1, repeats)
-            told = _predicted(profile, runtime, _CACHED_TOKENS)
-            expected_s = told.decode.seconds
-            return Remainders(
-                decode - expected_s,
-                stepped - expected_s,
-                short - _predicted(profile, runtime, SHORT_TOKENS).prefill.seconds,
-                prompt - _predicted(profile, runtime, PROMPT_TOKENS).prefill.seconds,
-            )
+@dataclass
+class _Passes:
+    """A model with its runtime, and seconds of its passes by kind."""
+
+    model: PreTrainedModel
+    runtime: Runtime
+    decode: list[float] = field(default_factory=list)
+    stepped: list[float] = field(default_factory=list)
+    short: list[float] = field(default_factory=list)
+    prompt: list[float] = field(default_factory=list)
+
+    def measure(self, repeats: int) -> None:
+        """A round."""
+        few = max(3, repeats // 6)
+        self.short += _measure(self.model, SHORT_TOKENS, few)
+        self.prompt += _measure(self.model, PROMPT_TOKENS, few)
+        self.decode += _measure(self.model, 1, repeats)
+        # While routing is recorded every layer looks for its experts.
+        self.runtime.record_trace()
+        self.stepped += _measure(self.model, 1, repeats)
+        self.runtime.observer.recorder = None
+
+    def remainders(self, profile: HardwareProfile) -> Remainders:
+        """Medians, less what is predicted."""
+        decode_s = _predicted(profile, self.runtime, _CACHED_TOKENS).decode.seconds
+        return Remainders(
+            statistics.median(self.decode) - decode_s,
+            statistics.median(self.stepped) - decode_s,
+            statistics.median(self.short) - _predicted(profile, self.runtime, SHORT_TOKENS).prefill.seconds,
+            statistics.median(self.prompt) - _predicted(profile, self.runtime, PROMPT_TOKENS).prefill.seconds,
+        )
+
+
+def _remainders(
+    profile: HardwareProfile, directory: Path, repeats: int, quant: str | None, speeds: Callable[[], Speeds]
+) -> tuple[Speeds, Remainders, Remainders]:
+    """(speeds, remainders of the shallow model, of the deep one); both take turns, and before each round the machine
+    is probed, so that what others do on it meanwhile is in all three.
+    """
+    with ExitStack() as stack:
+        models = [_loaded(stack, directory, layers, quant) for layers in LAYERS]
+        found: list[Speeds] = []
+        for _ in range(_ROUNDS):
+            for passes in models:
+                found.append(speeds())
+                passes.measure(max(3, repeats // _ROUNDS))
+        now = Speeds(statistics.median(one.memory for one in found), statistics.median(one.arithmetic for one in found))
+        scaled = profile.with_speeds(now)
+        shallow, deep = (passes.remainders(scaled) for passes in models)
+        return now, shallow, deep
+
+
+def _loaded(stack: ExitStack, directory: Path, layers: int, quant: str | None) -> _Passes:
+    store = stack.enter_context(TemporaryDirectory(prefix=".offload-profile-", dir=directory))
+    made = _random_model(layers)
+    model = load(made, ram=4 << 30, nvme=store, context=_CONTEXT_TOKENS, quant=quant, progress=False)
+    runtime = cast("Runtime", model.offload)
+    stack.callback(runtime.close)
+    return _Passes(model, runtime)
 
 
 def _predicted(profile: HardwareProfile, runtime: Runtime, prompt_tokens: int) -> Prediction:
@@ -124,8 +174,8 @@ def _random_model(layers: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _measure(model: PreTrainedModel, tokens: int, repeats: int) -> float:
-    """Lower quartile of passes: of one token one after the other in a sequence, of more tokens each of a new one."""
+def _measure(model: PreTrainedModel, tokens: int, repeats: int) -> list[float]:
+    """Seconds of passes: of one token one after the other in a sequence, of more tokens each of a new one."""
     generator = torch.Generator().manual_seed(2)
     vocab = model.config.get_text_config().vocab_size
     found = []
@@ -139,7 +189,7 @@ def _measure(model: PreTrainedModel, tokens: int, repeats: int) -> float:
         before = perf_counter()
         _pass(model, cache, ids)
         found.append(perf_counter() - before)
-    return statistics.quantiles(found[1:], n=4)[0]
+    return found[1:]
 
 
 def _pass(model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
@@ -13,9 +15,14 @@ from formats.packed import PACKED_FORMATS
 from offload.measuring.calibration import measure_overheads
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls
 from offload.measuring.reads import Scratch
-from placement.hardware_profile import HardwareProfile, Overheads
+from placement.hardware_profile import HardwareProfile, Overheads, Speeds
+from profiler.probe import probe
 from profiler.stream import stream_bytes_per_s
 from profiler.subjects import Attention, Product
+from profiler.timing import repeated
+
+_ALONE_S = 0.05
+_BEFORE_PASSES_S = 0.4
 
 
 class RuntimeSubjects:
@@ -66,19 +73,35 @@ class RuntimeSubjects:
         """See `Subjects`."""
         return self._scratch.read(block_nbytes, in_flight, blocks)
 
-    def beside_kernels(self, call: Callable[[], float]) -> float:
-        """The call runs on a thread of its own, the kernels on this one until it returns."""
-        experts = self._expert_calls(BF16.name).product(8, 1)
+    def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
+        """The call runs on a thread of its own, the kernels on this one until it returns.
+
+        One expert a call, as they are computed when they arrive: both threads of a call wait for each other more often.
+        """
+        experts = self._expert_calls(format).product(1, tokens)
         found: list[float] = []
         thread = threading.Thread(target=lambda: found.append(call()))
         with torch.no_grad():
-            experts.run()
+            alone_s = repeated(experts.run, budget_s=_ALONE_S)
             thread.start()
+            beside_s = [_seconds(experts.run)]
             while thread.is_alive():
-                experts.run()
+                beside_s.append(_seconds(experts.run))
         thread.join()
-        return found[0]
+        # The call ended within the last run.
+        whole = beside_s[:-1] or beside_s
+        return found[0], min(1.0, statistics.median(alone_s) * len(whole) / sum(whole))
 
     def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
         """See `Subjects`."""
-        return measure_overheads(profile, self._directory, self._repeats, quant)
+
+        def speeds() -> Speeds:
+            return probe(self, profile, BF16.name if quant is None else quant, seconds=_BEFORE_PASSES_S)
+
+        return measure_overheads(profile, self._directory, self._repeats, quant, speeds)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    before = perf_counter()
+    call()
+    return perf_counter() - before

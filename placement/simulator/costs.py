@@ -21,7 +21,7 @@ _SCHEDULERS_KEPT = 64
 class _Reads:
     """How reads of experts go: seconds until the n-th of m is there."""
 
-    latency_s: float
+    startup_s: float
     one_s: tuple[float, ...]
     """Seconds of one of b bundles that are in flight together, by b - 1, the disk's time shared out."""
 
@@ -29,7 +29,7 @@ class _Reads:
         """Seconds until each of `count` is there, ascending; as many as can be are in flight and end together."""
         together = min(count, len(self.one_s))
         one = self.one_s[together - 1]
-        return [self.latency_s + max(number, together) * one for number in range(1, count + 1)]
+        return [self.startup_s + max(number, together) * one for number in range(1, count + 1)]
 
 
 class ExpertCosts:
@@ -81,7 +81,7 @@ class ExpertCosts:
             nbytes / disk.overlapped_bytes_per_s(block, min(homes.reader_threads, bundles * pieces))
             for bundles in range(1, most + 1)
         ]
-        return _Reads(disk.latency_s, tuple(one))
+        return _Reads(disk.startup_s(block), tuple(one))
 
     def scheduler(self, loads: Sequence[int]) -> LayerScheduler:
         """The runtime's scheduler, told what experts of these loads take here: straight from one token to the most."""

@@ -14,7 +14,7 @@ from offload.measuring import calibration, kernels
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls, uneven_loads
 from offload.measuring.reads import Scratch
 from offload.measuring.subjects import RuntimeSubjects
-from placement.hardware_profile import FormatCurve
+from placement.hardware_profile import FormatCurve, Speeds
 from profiler.stream import stream_bytes_per_s
 from tests.placement.machines import machine
 
@@ -80,16 +80,22 @@ def test_memory_is_streamed() -> None:
     assert 1e8 < stream_bytes_per_s(1 << 24, repeats=2) < 1e13
 
 
-@pytest.mark.parametrize(("prompt", "element"), [(40e-3, 1e-9), (5.0, 2e-3 / 32 / 1024)])
+@pytest.mark.parametrize(
+    ("prompt", "element", "speed"), [(40e-3, 1e-9, 1.0), (5.0, 2e-3 / 32 / 1024, 1.0), (40e-3, 1e-9, 0.5)]
+)
 def test_overheads_come_from_two_depths(
-    prompt: float, element: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    prompt: float, element: float, speed: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Known overheads come back from remainders made of them; a long pass that was disturbed takes no more than all."""
+    """Known overheads come back from remainders made of them, at the speed of the profile; a long pass that was
+    disturbed takes no more than all.
+    """
     layer, step, each = 3e-4, 1e-4, 1e-9 * 1024
 
-    def remainders(
-        _profile: object, _directory: Path, layers: int, _repeats: int, _quant: str | None
-    ) -> calibration.Remainders:
+    def remainders(*_: object) -> tuple[Speeds, calibration.Remainders, calibration.Remainders]:
+        shallow, deep = (made(layers) for layers in calibration.LAYERS)
+        return Speeds(arithmetic=speed), shallow, deep
+
+    def made(layers: int) -> calibration.Remainders:
         decode = 2e-3 + layers * layer
         short = 2e-3 + layers * 2e-3
         long = 2e-3 + layers * (2e-3 + each * (calibration.PROMPT_TOKENS - calibration.SHORT_TOKENS))
@@ -97,6 +103,7 @@ def test_overheads_come_from_two_depths(
 
     monkeypatch.setattr(calibration, "_remainders", remainders)
     found = calibration.measure_overheads(machine(gpu=False), tmp_path, 3)
+    found = found.times(1 / speed)
     assert found.layer_s == pytest.approx(layer)
     assert found.pass_s == pytest.approx(2e-3)
     assert found.step_s == pytest.approx(step)
@@ -124,7 +131,9 @@ def test_overheads_are_what_predictions_leave(
         # Signs and sizes are this machine's, and others may use it meanwhile.
         assert all(math.isfinite(value) for value in dataclasses.astuple(found))
         assert min(found.pass_s, found.step_s, found.element_s) >= 0
-        assert subjects.beside_kernels(lambda: 2.5) == 2.5
+        said, share = subjects.beside_kernels(lambda: 2.5, "bf16", 3)
+        assert said == 2.5
+        assert 0 < share <= 1
     assert list(tmp_path.iterdir()) == []
 
 

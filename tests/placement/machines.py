@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 
 from formats.bundle import BundleLayout
 from placement.curves import roofline
+from placement.disk import Disk, DiskPoint, Overlap
 from placement.hardware_profile import (
     AttentionSpeed,
     Compute,
-    Disk,
-    DiskPoint,
     FormatCurve,
     HardwareProfile,
     Link,
@@ -63,8 +62,12 @@ def machine(
     gpu: bool = True,
     cpu_flops: float = 1e11,
     step: float = 0.0,
+    reading: float = 1.0,
 ) -> HardwareProfile:
-    """A machine by its bandwidths in bytes per second; `step` seconds go into looking for experts."""
+    """A machine by its bandwidths in bytes per second; `step` seconds go into looking for experts.
+
+    While it reads, kernels have the share `reading` of their speed.
+    """
 
     def compute(bytes_per_s: float, flops_per_s: float, call_s: float) -> Compute:
         curves = tuple(
@@ -87,12 +90,19 @@ def machine(
         copies,
         copies,
         1 << 34 if gpu else 0,
-        Disk(points, 1e-4, 0.9, 1 << 40),
+        Disk(points, (), 1e-4, Overlap(1, 0.9, reading), Overlap(32, 0.9, reading), 1 << 40),
         Provenance("measured", "made up", "none", "2026-01-01"),
     )
 
 
 speeds = st.floats(1e8, 1e12)
 machines = st.builds(
-    machine, ram=speeds, vram=speeds, link=speeds, disk=speeds, gpu=st.booleans(), step=st.sampled_from([0.0, 1e-3])
+    machine,
+    ram=speeds,
+    vram=speeds,
+    link=speeds,
+    disk=speeds,
+    gpu=st.booleans(),
+    step=st.sampled_from([0.0, 1e-3]),
+    reading=st.floats(0.1, 1),
 )

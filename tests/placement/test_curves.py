@@ -54,11 +54,19 @@ def test_a_roofline_is_the_larger_of_reading_and_multiplying() -> None:
 
 def test_faster_memory_helps_what_waits_for_it() -> None:
     curve = TokenCurve(1e-5, (1, 2, 4, 8), (1e-10, 1e-10, 1.5e-10, 4e-10))
-    assert curve.with_memory_speed(1.0) == curve
-    assert curve.with_memory_speed(2.0) == TokenCurve(1e-5, (1, 2, 4, 8), (0.5e-10, 0.5e-10, 1.25e-10, 4e-10))
-    slow = curve.with_memory_speed(0.1)
+    assert curve.with_speeds(1.0, 1.0) == curve
+    found = curve.with_speeds(2.0, 1.0)
+    assert (found.call_s, found.tokens) == (1e-5, curve.tokens)
+    assert found.weight_s == pytest.approx((0.5e-10, 0.5e-10, 1.125e-10, 4e-10))
+    slow = curve.with_speeds(0.1, 1.0)
     assert slow.weight_s[0] == pytest.approx(10e-10)
     assert slow.weight_s[3] == pytest.approx(10e-10), "no less than fewer tokens"
+
+
+def test_faster_arithmetic_helps_the_rest() -> None:
+    found = TokenCurve(1e-5, (1, 8), (1e-10, 4e-10)).with_speeds(1.0, 2.0)
+    assert found.call_s == pytest.approx(0.5e-5)
+    assert found.weight_s == pytest.approx((1e-10, 2e-10))
 
 
 def test_measurements_on_a_curve_give_the_curve() -> None:

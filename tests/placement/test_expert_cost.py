@@ -40,7 +40,7 @@ def test_nothing_in_ram_is_bound_by_the_disk() -> None:
     assert profile.disk is not None
     curve = profile.cpu.expert("bf16")
     last = curve.seconds(expert_weights(EXPERTS), 1)
-    read = 8 * EXPERTS.layout.nbytes / profile.disk.overlapped_bytes_per_s(EXPERTS.layout.nbytes, 4)
+    read = 8 * EXPERTS.layout.nbytes / profile.disk.bytes_per_s(EXPERTS.layout.nbytes, 4)
     assert total(profile, DECODE, 0.0, 0.0) == pytest.approx(profile.disk.latency_s + read + last, rel=0.01)
 
 
@@ -49,7 +49,7 @@ def played(profile: HardwareProfile, misses: int) -> float:
     assert profile.disk is not None
     curve = profile.cpu.expert("bf16")
     one = expert_weights(EXPERTS) * curve.seconds_per_weight(1)
-    read = EXPERTS.layout.nbytes / profile.disk.overlapped_bytes_per_s(EXPERTS.layout.nbytes, min(4, misses or 1))
+    read = EXPERTS.layout.nbytes / profile.disk.bytes_per_s(EXPERTS.layout.nbytes, min(4, misses or 1))
     now = curve.call_s + (8 - misses) * one if misses < 8 else 0.0
     together = min(4, misses)
     for number in range(1, misses + 1):
@@ -65,6 +65,17 @@ def test_misses_are_played_out(disk: float, ram: float) -> None:
     chances = [math.comb(8, m) * (1 - ram) ** m * ram ** (8 - m) for m in range(9)]
     expected = sum(chance * played(profile, m) for m, chance in enumerate(chances))
     assert total(profile, DECODE, 0.0, ram) == pytest.approx(expected, rel=0.12)
+
+
+def test_reads_take_the_kernels_time() -> None:
+    """Where neither gains from the other's company, a layer takes what both take one after the other."""
+    free, taken = machine(gpu=False, disk=1e9), machine(gpu=False, disk=1e9, reading=0.1)
+    assert free.disk is not None
+    kernels = expert_weights(EXPERTS) * 8 * free.cpu.expert("bf16").seconds_per_weight(1)
+    read = 8 * EXPERTS.layout.nbytes / free.disk.bytes_per_s(EXPERTS.layout.nbytes, 4)
+    assert total(free, DECODE, 0.0, 0.0) < read + 0.4 * kernels
+    assert total(taken, DECODE, 0.0, 0.0) == pytest.approx(read + kernels, rel=0.05)
+    assert total(taken, DECODE, 0.0, 1.0) == total(free, DECODE, 0.0, 1.0)
 
 
 def test_looking_for_experts_takes_time_unless_all_are_there() -> None:

@@ -9,44 +9,14 @@ from hypothesis import given, settings
 
 from formats.bundle import EXPERT_FORMATS, BundleLayout
 from placement.datasheets import CPUS, DRIVES, GPUS, LINKS, bits_of, datasheet
-from placement.hardware_profile import Disk, DiskPoint, HardwareProfile, Link
+from placement.hardware_profile import HardwareProfile, Link, Speeds
 from tests.placement.machines import machine, machines
-
-DISK = Disk(
-    (DiskPoint(1 << 16, 1, 1e8), DiskPoint(1 << 20, 1, 5e8), DiskPoint(1 << 16, 4, 4e8), DiskPoint(1 << 20, 4, 2e9)),
-    1e-4,
-    0.5,
-    0,
-)
 
 
 @settings(deadline=None)
 @given(machines)
 def test_a_profile_comes_back(profile: HardwareProfile) -> None:
     assert HardwareProfile.from_json(profile.to_json()) == profile
-
-
-@pytest.mark.parametrize(
-    ("block", "depth", "expected"),
-    [
-        (1 << 16, 1, 1e8),
-        (1 << 12, 1, 1e8),
-        (1 << 18, 1, 3e8),
-        (1 << 24, 4, 2e9),
-        (1 << 20, 3, 2e9),
-        (1 << 20, 64, 2e9),
-        (1 << 20, 0, 5e8),
-    ],
-)
-def test_a_disk_between_its_points(block: int, depth: int, expected: float) -> None:
-    assert DISK.bytes_per_s(block, depth) == pytest.approx(expected)
-    assert DISK.overlapped_bytes_per_s(block, depth) == pytest.approx(expected / 2)
-
-
-@pytest.mark.parametrize(("points", "share"), [((), 1.0), (DISK.points, 0.0), (DISK.points, 1.5)])
-def test_what_is_no_disk_is_refused(points: tuple[DiskPoint, ...], share: float) -> None:
-    with pytest.raises(ValueError):
-        Disk(points, 1e-4, share, 0)
 
 
 def test_a_link_has_latency_and_bandwidth() -> None:
@@ -65,13 +35,23 @@ def test_a_format_without_a_curve_is_named() -> None:
         machine().cpu.expert("mxfp4")
 
 
-def test_memory_at_another_speed_scales_what_waits_for_it() -> None:
-    profile = machine(ram=20e9)
-    slower = profile.with_memory_speed(10e9)
+def test_parts_at_other_speeds_scale_what_waits_for_them() -> None:
+    profile = machine(ram=20e9, cpu_flops=1e11)
+    slower = profile.with_speeds(Speeds(memory=0.5, arithmetic=0.8, disk=0.25))
     assert slower.cpu.memory_bytes_per_s == 10e9
-    before, after = (one.cpu.expert("bf16").seconds_per_weight(1) for one in (profile, slower))
-    assert after == pytest.approx(2 * before)
+    for tokens, factor in ((1, 0.5), (512, 0.8)):
+        before, after = (one.cpu.linear("bf16").seconds_per_weight(tokens) for one in (profile, slower))
+        assert after == pytest.approx(before / factor)
+    assert slower.cpu.overheads.pass_s == pytest.approx(profile.cpu.overheads.pass_s / 0.8)
+    assert slower.disk is not None and profile.disk is not None
+    assert slower.disk.bytes_per_s(1 << 20, 4) == pytest.approx(profile.disk.bytes_per_s(1 << 20, 4) / 4)
     assert slower.gpu == profile.gpu
+
+
+@settings(deadline=None)
+@given(machines)
+def test_at_the_same_speeds_it_is_the_same(profile: HardwareProfile) -> None:
+    assert profile.with_speeds(Speeds()) == profile
 
 
 @pytest.mark.parametrize("gpu", [None, *GPUS])

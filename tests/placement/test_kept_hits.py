@@ -57,6 +57,18 @@ def test_the_rate_is_that_of_the_default_policy(
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.7])
+def test_prompts_find_what_the_policy_keeps(skew: float) -> None:
+    """LRU would find nothing in a cache that is smaller than what a pass needs."""
+    count, top_k, layers, tokens = 32, 4, 6, 24
+    curve = KeptHits([(count, top_k)] * layers, Popularity(skew), tokens=tokens)
+    for share in (0.25, 0.5, 0.8):
+        slots = round(share * layers * count)
+        found = forecast_rate(count, top_k, layers, tokens, Popularity(skew), slots)
+        assert curve.rate(np.array([float(slots)]))[0] == pytest.approx(found, abs=0.06), share
+    assert curve.rate(np.array([float(layers * count)]))[0] == 1.0
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.7])
 def test_without_locality_the_most_popular_are_kept(skew: float) -> None:
     layers, popularity = [(16, 2), (40, 4), (16, 2)], Popularity(skew)
     probabilities = np.concatenate([pass_probabilities(count, top_k, 3, popularity) for count, top_k in layers])

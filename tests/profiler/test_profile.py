@@ -14,7 +14,6 @@ from profiler import profile as measuring
 from profiler.machine import Machine
 from profiler.profile import FULL, QUICK, Effort, measure_machine
 from profiler.subjects import Attention, Product
-from profiler.timing import Timing
 
 MACHINE = Machine("made up", 4, 1 << 34, (), ("torch 1",), 7)
 TOKENS = FULL.tokens
@@ -47,8 +46,8 @@ class Known:
     def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
         return 1e-4 + blocks * block_nbytes / (in_flight * 5e8)
 
-    def beside_kernels(self, call: Callable[[], float]) -> float:
-        return 1.25 * call()
+    def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
+        return (1.25 if tokens > 1 else 2.0) * call(), 0.6 if tokens > 1 else 0.4
 
     def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
         self.profile = profile
@@ -58,7 +57,7 @@ class Known:
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls return their seconds instead of taking them."""
-    monkeypatch.setattr(measuring, "measure", lambda call, **_: Timing(call(), 0.0, 3))
+    monkeypatch.setattr(measuring, "repeated", lambda call, **_: [call()])
 
 
 def test_every_figure_comes_back() -> None:
@@ -73,7 +72,9 @@ def test_every_figure_comes_back() -> None:
     assert (attention.call_s, attention.few_flops_per_s, attention.flops_per_s) == pytest.approx((5e-5, 1e9, 1e11))
     assert found.disk is not None
     assert found.disk.bytes_per_s(4 << 20, 4) == pytest.approx(2e9, rel=0.01)
-    assert found.disk.overlapped_share == pytest.approx(0.8)
+    assert (found.disk.many.reads, found.disk.many.kernels) == pytest.approx((0.8, 0.6))
+    # Kernels have no less than what reads leave.
+    assert (found.disk.few.reads, found.disk.few.kernels) == pytest.approx((0.5, 0.5))
     assert found.disk.latency_s == pytest.approx(1e-4, rel=0.1)
     assert found.cpu.overheads == found.cpu.overheads_in("bf16") == Overheads(1e-3, 2e-4, 3e-9)
     assert found.cpu.packed_overheads == found.cpu.overheads_in("int8") == Overheads(1e-3, 5e-4, 3e-9)
@@ -82,7 +83,7 @@ def test_every_figure_comes_back() -> None:
     assert (found.provenance.kind, found.provenance.fingerprint) == ("measured", MACHINE.fingerprint)
     assert found.provenance.notes == ()
     assert found.gpu is None
-    assert len(said) == 6
+    assert len(said) == 4
     assert HardwareProfile.from_json(found.to_json()) == found
 
 
@@ -95,13 +96,13 @@ def test_quick_measures_less_of_the_same(effort: Effort) -> None:
 
 
 def test_what_did_not_stand_still_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shaky(call: Callable[[], float], **_: Any) -> Timing:
-        return Timing(call(), 0.5, 3)
+    def shaky(call: Callable[[], float], **_: Any) -> list[float]:
+        return [call(), 2 * call(), 2 * call()]
 
-    monkeypatch.setattr(measuring, "measure", shaky)
+    monkeypatch.setattr(measuring, "repeated", shaky)
     (note,) = measure_machine(Known(), MACHINE, 0).provenance.notes
     assert "did not become stable" in note
-    assert "50%" in note
+    assert "100%" in note
 
 
 def test_a_gpu_is_told() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from profiler.timing import measure
+from profiler.timing import Timing, repeated
 
 
 class Clock:
@@ -23,6 +23,10 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def measure(call: Callable[[], None], budget_s: float, clock: Clock) -> Timing:
+    return Timing.of(repeated(call, budget_s=budget_s, clock=clock))
 
 
 def endless(*seconds: float) -> Iterator[float]:

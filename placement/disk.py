@@ -1,0 +1,133 @@
+"""The disk of the expert store: how fast it reads alone, and how it and the CPU's kernels slow each other down."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+BURST_READS = 8
+
+
+@dataclass(frozen=True)
+class DiskPoint:
+    """One measurement: direct reads of `block_nbytes` at random places, `in_flight` at once."""
+
+    block_nbytes: int
+    in_flight: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What reads and the CPU's kernels are left with while both run, as shares of their speeds alone.
+
+    Reads take some of the CPU's time (checksums, copies, and on a virtual machine the host's own work) and of the
+    memory's, and kernels take it from them. Together they have no less than either alone, so that both at once never
+    take longer than one after the other.
+
+    Attributes:
+        tokens: of each expert that the kernels compute.
+        reads: of the disk's speed.
+        kernels: of the kernels' speed.
+    """
+
+    tokens: int
+    reads: float
+    kernels: float
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or not 0 < self.reads <= 1 or not 0 < self.kernels <= 1 or self.together < 1 - 1e-9:
+            raise ValueError(f"shares are above 0, at most 1 and together at least 1: {self}")
+
+    @property
+    def together(self) -> float:
+        """Both shares: 1 where nothing is gained by doing both at once, 2 where neither notices the other."""
+        return self.reads + self.kernels
+
+    def seconds(self, kernels_s: FloatArray, reads_s: FloatArray) -> FloatArray:
+        """Seconds of kernels and reads that begin together, from what each takes alone: the one that goes on longer
+        has its full speed back once the other is done.
+        """
+        both = np.minimum(kernels_s / self.kernels, reads_s / self.reads)
+        return both + np.maximum(kernels_s - self.kernels * both, reads_s - self.reads * both)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The disk of the expert store.
+
+    Attributes:
+        points: by size and number in flight, of reads that go on and on.
+        bursts: by size, of the first BURST_READS reads after the disk was idle, as a layer's misses are. Empty: as fast
+            as reads that go on, after `latency_s`.
+        latency_s: of one small read, from request to data, when the disk is idle.
+        few: what is left of reads and kernels while kernels of few tokens run.
+        many: likewise of many tokens.
+        free_nbytes: free bytes.
+    """
+
+    points: tuple[DiskPoint, ...]
+    bursts: tuple[DiskPoint, ...]
+    latency_s: float
+    few: Overlap
+    many: Overlap
+    free_nbytes: int
+
+    def __post_init__(self) -> None:
+        if not self.points or self.few.tokens >= self.many.tokens:
+            raise ValueError("a disk needs measurements, and overlaps for few tokens and for more")
+
+    def bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
+        """Speed of reads alone.
+
+        Of the points with the nearest number in flight (by ratio).
+        """
+        depth = min({point.in_flight for point in self.points}, key=lambda d: (abs(math.log(d / max(in_flight, 1))), d))
+        return _between([point for point in self.points if point.in_flight == depth], block_nbytes)
+
+    def startup_s(self, block_nbytes: int) -> float:
+        """Seconds that reads of a layer take more than their share of reads that go on: none is on its way before, they
+        begin and end together, and while the first are checked none follows.
+        """
+        if not self.bursts:
+            return self.latency_s
+        going_on = self.bytes_per_s(block_nbytes, self.bursts[0].in_flight)
+        return max(0.0, BURST_READS * block_nbytes * (1 / _between(self.bursts, block_nbytes) - 1 / going_on))
+
+    def overlapped_bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
+        """Speed of reads while the CPU's kernels of few tokens run."""
+        return self.few.reads * self.bytes_per_s(block_nbytes, in_flight)
+
+    def overlap(self, tokens: float) -> Overlap:
+        """What is left of reads and of kernels whose experts have so many tokens: straight in their logarithm."""
+        few, many = self.few, self.many
+        at = math.log(max(tokens, 1.0) / few.tokens) / math.log(many.tokens / few.tokens)
+        at = min(max(at, 0.0), 1.0)
+        between = ((1 - at) * a + at * b for a, b in ((few.reads, many.reads), (few.kernels, many.kernels)))
+        return Overlap(max(1, round(tokens)), *between)
+
+    def times(self, factor: float) -> Disk:
+        """The disk with reads `factor` times as fast."""
+        points, bursts = (
+            tuple(DiskPoint(p.block_nbytes, p.in_flight, factor * p.bytes_per_s) for p in some)
+            for some in (self.points, self.bursts)
+        )
+        return replace(self, points=points, bursts=bursts, latency_s=self.latency_s / factor)
+
+
+def _between(points: Sequence[DiskPoint], block_nbytes: int) -> float:
+    """The speed of points of one number in flight: straight in the logarithm of the size, level outside."""
+    ordered = sorted((point.block_nbytes, point.bytes_per_s) for point in points)
+    if block_nbytes <= ordered[0][0]:
+        return ordered[0][1]
+    for (small, slow), (large, fast) in itertools.pairwise(ordered):
+        if block_nbytes <= large:
+            return slow + (fast - slow) * math.log(block_nbytes / small) / math.log(large / small)
+    return ordered[-1][1]
