@@ -194,10 +194,10 @@ def _prefill(
 
 
 class TokenStream:
-    """Random tokens without end, the same in every run."""
+    """Random tokens without end; of one seed the same in every run."""
 
-    def __init__(self, vocab: int) -> None:
-        self._generator = random.Random(4)
+    def __init__(self, vocab: int, seed: int = 4) -> None:
+        self._generator = random.Random(seed)
         self._vocab = vocab
 
     def take(self, count: int) -> list[int]:

@@ -1,43 +1,46 @@
 """Predicted beside measured: decode, prefill and peak memory over a grid of shapes, formats, budgets and workloads.
 
-The profile is measured once, before; nothing is fitted to the grid. Right before each run a probe streams memory for a
-second, and the profile is scaled by what it finds. Prompts and tokens are random, so routing is nearly uniform, which
-is what the prediction is told.
+The profile is measured once, before; nothing is fitted to the grid. Right before each turn that is measured a probe of
+a second finds how fast memory, arithmetic and the disk are at the moment, and the profile is scaled by the median of a
+run's probes. Prompts and tokens are random, so routing is nearly uniform, which is what the prediction is told.
+
+The grid takes longer than one call should: each goes on where the one before stopped, with the same profile, and
+reports all runs until then.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 
 from benchmarks import checkpoints
+from benchmarks.accuracy_run import Measured, Turn, measured
 from benchmarks.checkpoints import Shape
-from benchmarks.decode import TokenStream
 from benchmarks.harness import Report, Row, Spread, say
 from benchmarks.memory import TINY
-from benchmarks.peers import Peer
-from benchmarks.sessions import Fed, ModelOptions
+from benchmarks.sessions import ModelOptions
 from offload.machine_profile import measure_profile
+from offload.measuring.reads import Scratch
+from offload.measuring.subjects import RuntimeSubjects
 from offload.preparation import PreparedCheckpoint, prepare_checkpoint
 from offload.request import make_request
 from offload.store.convert import convert
-from placement.hardware_profile import HardwareProfile
+from placement.hardware_profile import HardwareProfile, Speeds
 from placement.plan import Plan
 from placement.planner import make_plan
 from placement.prediction import PassPrediction
-from profiler.stream import stream_bytes_per_s
+from placement.records import from_data
+from profiler.probe import probe
 
-_PROBE_REPEATS = 8
-_LEAST_DECODE_S = 1.5
-_FEWEST_PASSES, _MOST_PASSES = 4, 24
-_NEW_TOKENS = 128
-_MOST_TURNS = 8
-_UNDISTURBED = 0.05
-"""Share of the CPUs' time that others may have in a turn that counts."""
+_FEWEST_PASSES, NEW_TOKENS = 4, 128
+_SCRATCH_NBYTES = 512 << 20
+_OLDEST_S = 12 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class AccuracyScale:
         turns: of decode and of prefill that count: those in which other processes had least of the CPUs. Turns are
             repeated, up to _MOST_TURNS, until so many were undisturbed.
         quick_profile: whether the profile is the quick one.
-        limit_s: after so many seconds no other run begins, and the report says how many were left out.
+        limit_s: after so many seconds no other run begins; the next call goes on from there.
     """
 
     shapes: tuple[Shape, ...]
@@ -84,62 +87,125 @@ class Cell:
     resident: float
     work: Work
 
+    @property
+    def name(self) -> str:
+        """Of the run, one of its grid."""
+        return f"{self.shape.name} {self.quant} {self.resident} {self.work.batch}x{self.work.prompt}"
+
 
 MANY = replace(checkpoints.FULL, layers=12)
 WIDE = replace(checkpoints.FULL, layers=8, hidden=2048, experts=32, expert_intermediate=768, heads=32)
 NARROW = replace(checkpoints.FULL, layers=12, hidden=768, experts=64, expert_intermediate=768, top_k=4, heads=12)
 WORKS = (Work(1, 64), Work(1, 384), Work(4, 96))
-FULL = AccuracyScale((MANY, WIDE, NARROW), (None, "int8", "int4"), (0.1, 0.4, 1.0), WORKS, 3, False, 640.0)
+FULL = AccuracyScale((MANY, WIDE, NARROW), (None, "int8", "int4"), (0.1, 0.4, 1.0), WORKS, 3, False, 600.0)
 QUICK = AccuracyScale((checkpoints.QUICK,), (None, "int4"), (0.5, 1.0), (Work(1, 32), Work(2, 16)), 2, True)
+
+
+class Grid:
+    """What was measured of a grid, kept in a file between calls."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.profile: HardwareProfile | None = None
+        self.rows: dict[str, Measured] = {}
+
+    def read(self, cells: Sequence[Cell]) -> None:
+        """Go on with a grid of the same runs that was begun in the last hours and is not complete."""
+        if not self._file.exists() or time() - self._file.stat().st_mtime > _OLDEST_S:
+            return
+        data = json.loads(self._file.read_text())
+        rows = {name: from_data(Measured, row, "run") for name, row in data["rows"].items()}
+        names = {cell.name for cell in cells}
+        if set(rows) < names:
+            self.profile, self.rows = HardwareProfile.from_json(data["profile"]), rows
+
+    def write(self) -> None:
+        """Keep it."""
+        assert self.profile is not None
+        rows = {name: asdict(row) for name, row in self.rows.items()}
+        self._file.write_text(json.dumps({"profile": self.profile.to_json(), "rows": rows}))
 
 
 def run(work: Path, scale: AccuracyScale) -> Report:
     """The benchmark."""
-    report = Report("plan_accuracy")
     began = perf_counter()
     root = checkpoints.store_root(work)
     cells = list(grid(scale))
     prepared = prepare_all(cells, work)
-    tiny = checkpoints.ensure_checkpoint(TINY, work)
-    say("measuring the machine")
-    profile, _ = measure_profile(root, quick=scale.quick_profile, say=say)
-    rows: list[Row] = []
-    errors: dict[str, list[float]] = {"decode": [], "prefill": [], "peak memory": []}
-    for number, cell in enumerate(cells):
-        if perf_counter() - began > scale.limit_s:
-            report.notes.append(
-                f"{len(cells) - number} of {len(cells)} runs were left out after {scale.limit_s:.0f} s."
-            )
-            break
-        row, found = _run(report, cell, prepared[cell], str(tiny), root, profile, scale)
-        say(
-            ", ".join(
-                f"{name} {value}" for name, value in row.items() if "error" in name or "probe" in name or name in _NAMED
-            )
+    tiny = str(checkpoints.ensure_checkpoint(TINY, work))
+    kept = Grid(work / "plan_accuracy_runs.json")
+    kept.read(cells)
+    if kept.profile is None:
+        say("measuring the machine")
+        kept.profile, _ = measure_profile(root, quick=scale.quick_profile, say=say)
+    profile = kept.profile
+    with ExitStack() as stack:
+        scratch = stack.enter_context(
+            Scratch(root, _SCRATCH_NBYTES if not scale.quick_profile else _SCRATCH_NBYTES // 8)
         )
-        rows.append(row)
-        for phase, error in found.items():
-            errors[phase].append(error)
-    report.gate("the plan that predicts is the one that ran", True, f"slots and peak of {len(rows)} runs")
-    report.tables["Predicted and measured"] = rows
-    _targets(report, errors)
+        subjects = RuntimeSubjects(scratch, root, repeats=0)
+        left = [cell for cell in cells if cell.name not in kept.rows]
+        for number, cell in enumerate(left):
+            if number and perf_counter() - began > scale.limit_s:
+                break
+            plan = prepared[cell].plan
+
+            def speeds(cell: Cell = cell, plan: Plan = plan) -> Speeds:
+                block = min(plan.slot_nbytes, plan.read_chunk_nbytes) if cell.resident < 1 else 0
+                return probe(subjects, profile, cell.quant or "bf16", block, plan.reader_threads)
+
+            kept.rows[cell.name] = found = measured(
+                _options(cell, prepared[cell], root, tiny), cell.work.prompt, cell.shape.vocab, scale.turns, speeds
+            )
+            kept.write()
+            row, _ = row_of(cell, prepared[cell], profile, found)
+            say(", ".join(f"{name} {row[name]}" for name in _NAMED))
+    return report_of(cells, prepared, profile, kept.rows)
+
+
+_NAMED = ("shape", "format", "resident", "batch", "prompt", "others", "error", "prefill error", "peak error")
+
+
+def report_of(
+    cells: Sequence[Cell],
+    prepared: dict[Cell, PreparedCheckpoint],
+    profile: HardwareProfile,
+    found: dict[str, Measured],
+) -> Report:
+    """Predictions beside what was measured."""
+    report = Report("plan_accuracy")
+    done = [cell for cell in cells if cell.name in found]
+    for cell in done:
+        plan, loaded = plan_of(cell, prepared[cell]), found[cell.name]
+        if (loaded.slots, loaded.plan_nbytes) != (plan.ram_slots, plan.peak_ram_nbytes):
+            report.gate(
+                "the plan that predicts is the one that ran", False, f"{cell}: {loaded}, {plan.ram_slots} slots"
+            )
+    report.gate("the plan that predicts is the one that ran", True, f"slots and peak of {len(done)} runs")
+    pairs = [row_of(cell, prepared[cell], profile, found[cell.name]) for cell in done]
+    report.tables["Predicted and measured"] = [row for row, _ in pairs]
+    _targets(report, [errors for _, errors in pairs])
+    if len(done) < len(cells):
+        report.notes.append(f"{len(cells) - len(done)} of {len(cells)} runs are still to be measured.")
     report.notes.append(f"Profile: {profile.provenance.machine}, {profile.provenance.date}.")
+    report.notes.append(
+        "Scaled by probes of a second before each turn, of memory, arithmetic and the disk: the three speeds before "
+        "prompts and before decode are what they found, over the profile's."
+    )
     report.notes += profile.provenance.notes
     return report
 
 
-_NAMED = ("shape", "format", "resident", "batch", "prompt", "others")
-
-
-def _targets(report: Report, errors: dict[str, list[float]]) -> None:
+def _targets(report: Report, errors: Sequence[dict[str, float]]) -> None:
     for phase in ("decode", "prefill"):
-        # Every second run, as if the others had been fitted to: nothing was, so both halves are alike.
-        for name, half in (("all runs", errors[phase]), ("every second run", errors[phase][1::2])):
-            share = [abs(error) for error in half]
+        # Every second run, as if the others had been fitted to.
+        for name, half in (("all runs", errors), ("every second run", errors[1::2] or errors)):
+            share = [abs(one[phase]) for one in half]
             report.target(f"{phase}, {name}: mean absolute error", statistics.mean(share), "at most", 0.06)
             report.target(f"{phase}, {name}: worst error", max(share), "at most", 0.15)
-    report.target("peak RSS: predicted above measured, at most", max(errors["peak memory"]), "at most", 0.03)
-    report.target("peak RSS: predicted above measured, at least", min(errors["peak memory"]), "at least", 0.0)
+    peaks = [one["peak memory"] for one in errors]
+    report.target("peak RSS: predicted above measured, at most", max(peaks), "at most", 0.03)
+    report.target("peak RSS: predicted above measured, at least", min(peaks), "at least", 0.0)
 
 
 def grid(scale: AccuracyScale) -> Iterator[Cell]:
@@ -174,90 +240,82 @@ def prepare_all(cells: list[Cell], work: Path) -> dict[Cell, PreparedCheckpoint]
 
 
 def _context(work: Work) -> int:
-    return work.prompt + _FEWEST_PASSES + _NEW_TOKENS
+    return work.prompt + _FEWEST_PASSES + NEW_TOKENS
 
 
-def _run(
-    report: Report,
-    cell: Cell,
-    prepared: PreparedCheckpoint,
-    tiny: str,
-    root: Path,
-    profile: HardwareProfile,
-    scale: AccuracyScale,
-) -> tuple[Row, dict[str, float]]:
-    """One loaded model: (row, relative errors)."""
-    everything, work = prepared.plan, cell.work
+def plan_of(cell: Cell, prepared: PreparedCheckpoint, profile: HardwareProfile | None = None, new: int = 1) -> Plan:
+    """The plan of a run, with a prediction for so many new tokens where there is a profile."""
+    everything = prepared.plan
     slots = max(2, round(cell.resident * everything.expert_count))
     ram = everything.peak_ram_nbytes - everything.ram.slot_nbytes + slots * everything.slot_nbytes
+    # Where loading takes more than so few slots, it has that.
+    ram = max(ram, everything.minimum_ram_nbytes)
+    workload = replace(everything.workload, prompt_tokens=cell.work.prompt, new_tokens=new)
+    return make_plan(prepared.spec, workload, ram, profile)
+
+
+def _options(cell: Cell, prepared: PreparedCheckpoint, root: Path, tiny: str) -> ModelOptions:
+    work = cell.work
+    ram = plan_of(cell, prepared).peak_ram_nbytes
     checkpoint = str(prepared.checkpoint.directory)
-    options = ModelOptions(
-        "ours", checkpoint, ram, str(root), _context(work), cell.quant, work.batch, tiny, work.prompt
-    )  # fmt: skip
-    with Peer(options) as peer:
-        loaded = peer.ready()
-        tokens = TokenStream(cell.shape.vocab)
-        size = work.batch * work.prompt
-        peer.start(tokens.take(size))
-        probe = stream_bytes_per_s(repeats=_PROBE_REPEATS)
-        prefill = _turns(lambda: peer.prefill(tokens.take(size)), scale.turns)
-        warm = peer.feed(tokens.take(work.batch * _FEWEST_PASSES))
-        passes = round(min(max(_LEAST_DECODE_S * warm.tokens_per_s / work.batch, _FEWEST_PASSES), _MOST_PASSES))
-        peer.start(tokens.take(size))
-        fed = _turns(lambda: peer.feed(tokens.take(work.batch * passes)), scale.turns, room=_NEW_TOKENS // passes)
-        memory = peer.memory()
-    # Decode is predicted half-way through what was decoded.
-    workload = replace(everything.workload, prompt_tokens=work.prompt, new_tokens=len(fed) * passes)
-    plan = make_plan(prepared.spec, workload, ram, profile.with_memory_speed(probe))
-    if (loaded["slots"], loaded["peak_ram_nbytes"]) != (plan.ram_slots, plan.peak_ram_nbytes):
-        report.gate("the plan that predicts is the one that ran", False, f"{cell}: {loaded}, {plan.ram_slots} slots")
-    return _row(cell, probe, plan, prefill, fed, memory)
+    return ModelOptions("ours", checkpoint, ram, str(root), _context(work), cell.quant, work.batch, tiny, work.prompt)
 
 
-def _turns(turn: Callable[[], Fed], wanted: int, room: int = _MOST_TURNS) -> list[Fed]:
-    """The least disturbed of as many turns as it takes, at most `room`."""
-    found: list[Fed] = []
-    while len(found) < min(room, _MOST_TURNS) and sum(one.others <= _UNDISTURBED for one in found) < wanted:
-        found.append(turn())
-    return sorted(found, key=lambda one: one.others)[:wanted]
+def _median(turns: Sequence[Turn]) -> Speeds:
+    return Speeds(*(statistics.median(getattr(one.speeds, part) for one in turns) for part in _PARTS))
 
 
-def _row(
-    cell: Cell, probe: float, plan: Plan, prompts: list[Fed], fed: list[Fed], memory: dict[str, int]
+_PARTS = ("memory", "arithmetic", "disk")
+
+
+def row_of(
+    cell: Cell, prepared: PreparedCheckpoint, profile: HardwareProfile, found: Measured
 ) -> tuple[Row, dict[str, float]]:
-    assert plan.prediction is not None
-    told = plan.prediction
-    decode, prefill = (Spread.of([one.tokens_per_s for one in turns]) for turns in (fed, prompts))
-    hits = statistics.median(one.hit_rate for one in fed if one.hit_rate is not None)
-    peak = memory["before_nbytes"] + plan.peak_ram_nbytes
-    errors = {
-        "decode": told.decode.tokens_per_s / decode.median - 1,
-        "prefill": told.prefill.tokens_per_s / prefill.median - 1,
-        "peak memory": peak / memory["peak_nbytes"] - 1,
-    }
+    """(a line of the table, relative errors)."""
+    speeds = {"prefill": _median(found.prefill), "decode": _median(found.decode)}
+    # Decode is predicted half-way through what was decoded.
+    new = found.decode_passes * found.decoded_turns
+    plans = {phase: plan_of(cell, prepared, profile.with_speeds(one), new) for phase, one in speeds.items()}
+    told: dict[str, PassPrediction] = {}
+    for phase, plan in plans.items():
+        assert plan.prediction is not None
+        told[phase] = getattr(plan.prediction, phase)
+    turns = {"prefill": found.prefill, "decode": found.decode}
+    speed = {phase: Spread.of([one.tokens_per_s for one in turns[phase]]) for phase in turns}
+    hits = statistics.median(one.hit_rate for one in found.decode)
+    peak = found.before_nbytes + found.plan_nbytes
+    errors = {phase: told[phase].tokens_per_s / speed[phase].median - 1 for phase in speed}
+    errors["peak memory"] = peak / found.peak_nbytes - 1
     row: Row = {
         "shape": f"{cell.shape.layers}x{cell.shape.hidden}",
         "format": cell.quant or cell.shape.dtype,
         "resident": f"{cell.resident:.0%}",
         "batch": cell.work.batch,
         "prompt": cell.work.prompt,
-        "probe GB/s": probe / 1e9,
-        "others": f"{max(one.others for one in (*fed, *prompts)):.0%}",
-        "decode tokens/s": decode,
-        "predicted": told.decode.tokens_per_s,
+        "measured at": found.date,
+        "commit": found.commit,
+        "speeds of prompts": _told(speeds["prefill"]),
+        "speeds of decode": _told(speeds["decode"]),
+        "others": f"{max(one.others for one in (*found.decode, *found.prefill)):.0%}",
+        "decode tokens/s": speed["decode"],
+        "predicted": told["decode"].tokens_per_s,
         "error": f"{errors['decode']:+.1%}",
-        "prefill tokens/s": prefill,
-        "predicted prefill": told.prefill.tokens_per_s,
+        "prefill tokens/s": speed["prefill"],
+        "predicted prefill": told["prefill"].tokens_per_s,
         "prefill error": f"{errors['prefill']:+.1%}",
         "hit rate": hits,
-        "predicted hit rate": told.decode.ram_hit_rate,
-        "peak RSS MB": memory["peak_nbytes"] / 1e6,
+        "predicted hit rate": told["decode"].ram_hit_rate,
+        "peak RSS MB": found.peak_nbytes / 1e6,
         "predicted peak MB": peak / 1e6,
         "peak error": f"{errors['peak memory']:+.1%}",
-        "terms of decode, ms": _shares(told.decode),
-        "terms of prefill, ms": _shares(told.prefill),
+        "terms of decode, ms": _shares(told["decode"]),
+        "terms of prefill, ms": _shares(told["prefill"]),
     }
     return row, errors
+
+
+def _told(speeds: Speeds) -> str:
+    return " ".join(f"{getattr(speeds, part):.2f}" for part in _PARTS)
 
 
 def _shares(one: PassPrediction) -> str:

@@ -36,6 +36,7 @@ from benchmarks.sessions import ModelOptions
 from cpu_kernels.wide_linear import multiplies_natively
 from offload.devices.host import HostDevice
 from placement.datasheets import datasheet
+from placement.hardware_profile import Speeds
 from prefetch.policies.names import POLICIES
 from tests.benchmarks.conftest import TINY
 
@@ -124,15 +125,21 @@ def test_predictions_beside_measurements(work: Path, monkeypatch: pytest.MonkeyP
     """The grid, with a profile from datasheets in the place of the measurement, which takes too long."""
     profile = datasheet(cpu="ddr5-desktop", drive="gen4")
     monkeypatch.setattr(plan_accuracy, "measure_profile", lambda root, quick, say: (profile, root))
-    monkeypatch.setattr(plan_accuracy, "stream_bytes_per_s", lambda repeats: profile.cpu.memory_bytes_per_s)
-    monkeypatch.setattr(plan_accuracy, "_LEAST_DECODE_S", 0.0)
+    monkeypatch.setattr(plan_accuracy, "_SCRATCH_NBYTES", 64 << 20)
+    monkeypatch.setattr(plan_accuracy, "probe", lambda *_: Speeds(0.5, 0.8, 0.9))
+    monkeypatch.setattr("benchmarks.accuracy_run._LEAST_DECODE_S", 0.0)
     # Peaks of this process, in which much else was loaded before, are none of the models'.
     monkeypatch.setattr("benchmarks.sessions.reset_peak", lambda: None)
     works = (plan_accuracy.Work(1, 8), plan_accuracy.Work(2, 4))
     scale = plan_accuracy.AccuracyScale((TINY,), (None, "int8"), (0.5, 1.0), works, 2, True)
     assert {cell.work for cell in plan_accuracy.grid(scale)} == set(works)
+    # The first call stops after a run, and the next one goes on from there.
+    first = plan_accuracy.run(work, replace(scale, limit_s=0.0))
+    assert first.notes[0] == "3 of 4 runs are still to be measured."
     report = plan_accuracy.run(work, scale)
     rows = report.tables["Predicted and measured"]
+    assert [row["speeds of decode"] for row in rows] == ["0.50 0.80 0.90"] * 4
+    assert first.tables["Predicted and measured"] == rows[:1]
     assert {(row["format"], row["resident"]) for row in rows} == {
         ("bfloat16", "50%"), ("bfloat16", "100%"), ("int8", "50%"), ("int8", "100%"),
     }  # fmt: skip

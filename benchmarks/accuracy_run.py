@@ -1,0 +1,112 @@
+"""One run of `benchmarks.plan_accuracy`: a model in a process of its own, and turns of it that are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import time_ns
+
+from benchmarks.decode import TokenStream
+from benchmarks.machine import provenance
+from benchmarks.peers import Peer
+from benchmarks.sessions import Fed, ModelOptions
+from placement.hardware_profile import Speeds
+
+_LEAST_DECODE_S = 1.5
+_FEWEST_PASSES, _MOST_PASSES = 4, 24
+_NEW_TOKENS = 128
+_MOST_TURNS = 5
+_UNDISTURBED = 0.05
+"""Share of the CPUs' time that others may have in a turn that counts."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt, or some passes of decode.
+
+    Attributes:
+        speeds: of the machine, over the profile's, right before.
+        tokens_per_s: measured.
+        hit_rate: share of routed experts that were resident.
+        others: share of the CPUs' time that this process did not have.
+    """
+
+    speeds: Speeds
+    tokens_per_s: float
+    hit_rate: float
+    others: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run found.
+
+    Attributes:
+        date: UTC, when it ended.
+        commit: of the runtime.
+        slots: of the loaded model.
+        plan_nbytes: peak that its plan states.
+        before_nbytes: resident memory of the process before it was loaded.
+        peak_nbytes: most resident memory since.
+        prefill: turns that count: those in which others had least of the CPUs.
+        decode: likewise.
+        decode_passes: of one turn.
+        decoded_turns: of decode that were made, whether or not they count.
+    """
+
+    date: str
+    commit: str
+    slots: int
+    plan_nbytes: int
+    before_nbytes: int
+    peak_nbytes: int
+    prefill: tuple[Turn, ...]
+    decode: tuple[Turn, ...]
+    decode_passes: int
+    decoded_turns: int
+
+
+def measured(
+    options: ModelOptions, prompt_tokens: int, vocab: int, turns: int, speeds: Callable[[], Speeds]
+) -> Measured:
+    """Load a model and measure it.
+
+    Args:
+        options: how to load it.
+        prompt_tokens: of each sequence.
+        vocab: token ids run from 0 to here, exclusively.
+        turns: of decode and of prefill that count. They are repeated, up to _MOST_TURNS, until so many were
+            undisturbed.
+        speeds: probes the machine.
+    """
+    batch = options.batch
+    # Others in every run: the policy learns from run to run, and would know the same ones by heart.
+    tokens = TokenStream(vocab, time_ns())
+    size = batch * prompt_tokens
+    with Peer(options) as peer:
+        loaded = peer.ready()
+        peer.start(tokens.take(size))
+        prefill, _ = _turns(lambda: peer.prefill(tokens.take(size)), speeds, turns, _MOST_TURNS)
+        warm = peer.feed(tokens.take(batch * _FEWEST_PASSES))
+        passes = round(min(max(_LEAST_DECODE_S * warm.tokens_per_s / batch, _FEWEST_PASSES), _MOST_PASSES))
+        peer.start(tokens.take(size))
+        most = min(_MOST_TURNS, _NEW_TOKENS // passes)
+        decode, made = _turns(lambda: peer.feed(tokens.take(batch * passes)), speeds, turns, most)
+        memory = peer.memory()
+    origin = provenance("")
+    return Measured(
+        origin["date"], origin["commit"], loaded["slots"], loaded["peak_ram_nbytes"], memory["before_nbytes"],
+        memory["peak_nbytes"], prefill, decode, passes, made,
+    )  # fmt: skip
+
+
+def _turns(
+    turn: Callable[[], Fed], speeds: Callable[[], Speeds], wanted: int, most: int
+) -> tuple[tuple[Turn, ...], int]:
+    """(the least disturbed of as many turns as it takes, how many that were)."""
+    found: list[Turn] = []
+    while len(found) < most and sum(one.others <= _UNDISTURBED for one in found) < wanted:
+        before = speeds()
+        one = turn()
+        found.append(Turn(before, one.tokens_per_s, one.hit_rate or 0.0, one.others))
+    return tuple(sorted(found, key=lambda one: one.others)[:wanted]), len(found)
