@@ -54,11 +54,13 @@ class KeptHits:
         found = np.concatenate([[0.0], np.cumsum((share * need)[order])])
         self._found = found / found[-1]
         self._passing = (_PASSING if tokens is None else 1.0) * found[-1] / len(layers)
+        # A prompt's layer has all its experts when it ends: the slots that are left are of the other layers.
+        self._others = 1.0 if tokens is None or len(layers) == 1 else len(layers) / (len(layers) - 1)
 
     def rate(self, slots: FloatArray) -> FloatArray:
         """See `HitCurve`."""
         slots = np.asarray(slots, dtype=np.float64)
-        kept = np.interp(slots - self._passing, self._slots, self._found)
+        kept = np.interp(self._others * (slots - self._passing), self._slots, self._found)
         return np.where(slots >= self.experts, 1.0, np.minimum(kept, 1.0))
 
 
