@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from offload.devices.base import Accelerator, Device, KvAccelerator
 from offload.devices.host import HostDevice
 from offload.devices.host_accelerator import HostAccelerator
 from offload.devices.link import parse_link
-from offload.errors import InvalidArgumentError
+from offload.errors import InvalidArgumentError, SlowReadWarning
 from offload.hf.adopt import adopt
 from offload.hf.dense_placement import DensePlacement
 from offload.hf.dtypes import DTYPE_OF_FORMAT
@@ -207,6 +208,12 @@ def _prefetch(model: PreTrainedModel, runtime: Runtime, prefetch: str) -> None:
         return
     routers = find_routers(model, runtime.layers)
     if routers is None:
+        if prefetch == "on":
+            warnings.warn(
+                f"prefetch=: the routers of {plan.model} are not of a form that is known; experts are not read ahead",
+                SlowReadWarning,
+                stacklevel=2,
+            )
         return
     top_k = [experts.top_k for experts in runtime.spec.experts]
     controller = Controller() if prefetch == "auto" else None

@@ -14,7 +14,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 import offload
 from offload.errors import DoesNotFitError, InvalidArgumentError, StorageError
+from offload.hf.fused.stack_tape import StackTape
 from offload.hf.paged.layer import PagedLayer
+from offload.request import FUSED_KINDS
 from placement import kv
 from tests.conftest import TinyCheckpoint
 from tests.hf.reference import assert_logits_close, greedy, prompt, reference_model
@@ -175,6 +177,39 @@ def test_tokens_do_not_depend_on_the_memory(tiny_checkpoint: TinyCheckpoint, loa
         # What the plan gives by itself is all that is needed.
         assert (stats.ram_nbytes == 0) == (options is above)
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "olmoe"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kv": "int8"}, {"kv_sparsity": "top-k:0.3"}, {"kv": "int8", "kv_ram": "1MiB"}],
+    ids=["plain", "packed", "sparse", "in RAM"],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_tape_has_the_bits_of_the_layers(
+    model_type: str, options: dict[str, Any], batch: int, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention between rows of a tape, beside a pass layer by layer."""
+    played: list[object] = []
+    attend_by = StackTape.attend_by
+
+    def counting(tape: StackTape, attend: Any) -> None:
+        played.append(tape)
+        attend_by(tape, attend)
+
+    monkeypatch.setattr(StackTape, "attend_by", counting)
+    ids, found = prompt(batch=batch, tokens=CONTEXT), []
+    for fused in (FUSED_KINDS, [kind for kind in FUSED_KINDS if kind != "decoder"]):
+        model, logits, cache = load(model_type, torch.bfloat16, fused=fused, **options), [], DynamicCache()
+        played.clear()
+        with torch.no_grad():
+            for first, end in ((0, 120), (120, 180), *((i, i + 1) for i in range(180, CONTEXT))):
+                logits.append(model(ids[:, first:end], past_key_values=cache).logits[:, -1])
+            cache.crop(-10)
+            logits.append(model(ids[:, :1], past_key_values=cache).logits[:, -1])
+        assert len(played) == (CONTEXT - 180 + 1 if "decoder" in fused else 0)
+        found.append(torch.stack(logits))
+    assert torch.equal(*found)
 
 
 def test_a_disk_that_fails_ends_in_a_typed_error_and_the_next_call_works(

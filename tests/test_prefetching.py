@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import offload
-from offload.errors import InvalidArgumentError, UnsupportedOperationError
+from offload import assembly
+from offload.errors import InvalidArgumentError, SlowReadWarning, UnsupportedOperationError
 from offload.hf.lookahead import find_routers
 from offload.request import make_request
 from prefetch.policies.lru import LruPolicy
@@ -19,6 +20,7 @@ from prefetch.traces.codec import decode, encode
 from prefetch.traces.replay import replay
 from tests.conftest import TinyCheckpoint
 from tests.hf.reference import greedy, logits, prompt, reference_model
+from tests.tiny_models import ARCHITECTURES
 
 OPTIONS: list[dict[str, Any]] = [
     {"policy": "lru", "prefetch": False},
@@ -117,6 +119,28 @@ def test_a_run_records_the_routing_that_it_had(tiny_checkpoint: TinyCheckpoint, 
     assert measured.hits + measured.misses == again.prefill_hits + again.decode_hits + again.misses
     assert measured.misses == pytest.approx(again.misses, rel=0.1)
     fresh.offload.close()
+
+
+# Hunyuan's router has its weights in a module of its own.
+@pytest.mark.parametrize("model_type", [one for one in ARCHITECTURES if one != "hunyuan_v1_moe"])
+def test_routers_are_found_where_transformers_records_none(
+    model_type: str, tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = offload.load(tiny_checkpoint(model_type), ram="1GiB", nvme=store_root, context=80)
+    with model.offload as runtime:
+        recorded = find_routers(model, runtime.layers)
+        monkeypatch.setattr(type(model), "_can_record_outputs", {})
+        assert recorded is not None and find_routers(model, runtime.layers) == recorded
+
+
+def test_routers_that_are_not_found_are_told_of(
+    tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny_checkpoint("mixtral")
+    monkeypatch.setattr(assembly, "find_routers", lambda *_: None)
+    with pytest.warns(SlowReadWarning, match="experts are not read ahead"):
+        model = offload.load(directory, ram=small_budget(directory, 5), nvme=store_root, context=80, prefetch=True)
+    model.offload.close()
 
 
 def test_arguments_are_checked_at_the_door() -> None:

@@ -20,21 +20,27 @@ from offload.prefetcher import Prefetcher
 def find_routers(model: PreTrainedModel, layers: Sequence[ExpertsLayer]) -> list[torch.nn.Module] | None:
     """The router of each experts layer, or None where they are not found.
 
-    A router is a module of the class that transformers records router logits of, beside its experts module.
+    A router is a module of the class that transformers records router logits of, beside its experts module; where none
+    is recorded, the one that has a row of weights for each expert.
     """
     recorded = getattr(model, "_can_record_outputs", None) or {}
     spec = recorded.get("router_logits")
     target = getattr(spec, "target_class", spec)
-    if not isinstance(target, type):
-        return None
     found = []
     for layer in layers:
         block = model.get_submodule(layer.name.rpartition(".")[0])
-        routers = [module for module in block.modules() if isinstance(module, target)]
+        routers = [module for module in block.modules() if _is_router(module, target, layer)]
         if len(routers) != 1:
             return None
         found.append(routers[0])
     return found
+
+
+def _is_router(module: torch.nn.Module, target: Any, layer: ExpertsLayer) -> bool:
+    if isinstance(target, type):
+        return isinstance(module, target)
+    weight = module._parameters.get("weight")
+    return module is not layer.module and weight is not None and weight.dim() == 2 and len(weight) == layer.count
 
 
 def look_ahead(

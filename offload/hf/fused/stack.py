@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,9 +23,10 @@ from offload.devices.host_threads import kernel_pool
 from offload.hf.fused.attention import IMPLEMENTATION, TELLING
 from offload.hf.fused.conditions import is_plain
 from offload.hf.fused.decoder_parts import DecoderParts, Norm, dtype_of
-from offload.hf.fused.kv_cache import Form, GrowingLayer, Room
+from offload.hf.fused.kv_cache import Form
 from offload.hf.fused.moe_parts import MoeParts
 from offload.hf.fused.stack_tape import Addresses, StackTape, TapedBlock, TapedMoe
+from offload.hf.fused.tape_caches import TapeCache, tape_cache
 from offload.hf.fused.watch import Watch
 from offload.moe.layer import ExpertsLayer
 
@@ -60,26 +60,6 @@ class ExpertsAtHand(Protocol):
     ) -> None:
         """One MoE layer, int64 [tokens, top_k] chosen, whose experts a tape computes as they come. With the lock."""
         ...
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A cache that the tape can write the next token of each sequence to.
-
-    Attributes:
-        batch: sequences.
-        layers: of the cache.
-        rooms: of each layer.
-    """
-
-    batch: int
-    layers: list[GrowingLayer]
-    rooms: list[Room]
-
-    @property
-    def past(self) -> int:
-        """Tokens of each sequence that are there."""
-        return self.rooms[0].past
 
 
 class Stack:
@@ -159,7 +139,7 @@ class Stack:
 
     # --- whether the tape may stand in -------------------------------------------------------------------------
 
-    def ready(self, cache: Any, batch: int) -> Ready | None:
+    def ready(self, cache: Any, batch: int) -> TapeCache | None:
         """What the tape writes to, if it can take one new token of each of `batch` sequences now."""
         if (
             batch > MOST_TOKENS
@@ -169,12 +149,7 @@ class Stack:
             or not self._watch.finds_nothing()
         ):
             return None
-        form = self._form(batch)
-        rooms = [layer.room_for_one(form) if type(layer) is GrowingLayer else None for layer in cache.layers]
-        found = [room for room in rooms if room is not None]
-        if len(found) < len(rooms) or any(room.past != found[0].past for room in found):
-            return None
-        return Ready(batch, list(cache.layers), found)  # type: ignore[arg-type]  # all of them have given a room
+        return tape_cache(cache, self._form(batch))
 
     def _form(self, batch: int) -> Form:
         assert self.dtype is not None
@@ -207,7 +182,7 @@ class Stack:
     # --- running -----------------------------------------------------------------------------------------------
 
     def decode(
-        self, ready: Ready, enter: Callable[[torch.Tensor], object], angles: Any, *, normed: bool = False
+        self, ready: TapeCache, enter: Callable[[torch.Tensor], object], angles: Any, *, normed: bool = False
     ) -> torch.Tensor:
         """All layers, for one new token of each sequence, which the cache then has.
 
@@ -224,7 +199,7 @@ class Stack:
         if experts is None:
             tape = self._tape(ready.batch, None)
             enter(tape.x)
-            out = self._run(tape, angles, ready.rooms, at_hand=False, as_they_come=False, normed=normed)
+            out = self._run(tape, angles, ready, at_hand=False, as_they_come=False, normed=normed)
         else:
             with experts.lock:
                 known = self._moe_watch.finds_nothing()
@@ -232,19 +207,16 @@ class Stack:
                 tape = self._tape(ready.batch, addresses)
                 enter(tape.x)
                 come = known and addresses is None and experts.come_to_tapes
-                out = self._run(
-                    tape, angles, ready.rooms, at_hand=addresses is not None, as_they_come=come, normed=normed
-                )
-        form = self._form(ready.batch)
-        for layer, room in zip(ready.layers, ready.rooms, strict=True):
-            layer.took_one(room, form)
+                out = self._run(tape, angles, ready, at_hand=addresses is not None, as_they_come=come, normed=normed)
+        ready.took_one()
         return out
 
     def _run(
-        self, tape: StackTape, angles: Any, rooms: list[Room], *, at_hand: bool, as_they_come: bool, normed: bool
+        self, tape: StackTape, angles: Any, cache: TapeCache, *, at_hand: bool, as_they_come: bool, normed: bool
     ) -> torch.Tensor:
         pool = kernel_pool()
-        tape.point_to(angles[0], angles[1], rooms)
+        tape.take_angles(*angles)
+        cache.give_to(tape)
         index, row, layers = 0, 0, len(self._layers)
         while index < layers:
             end = tape.whole_until[index] if at_hand else index

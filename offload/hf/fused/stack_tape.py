@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ from offload.hf.quantised_linear import QuantisedLinear
 from offload.moe.layer import ExpertsLayer
 
 Addresses = npt.NDArray[np.int64]
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""Of a layer's number, its query [batch, heads, 1, width], new keys and values [batch, kv heads, 1, width], which it
+keeps, and the scale of scores: attention to all keys, fp32 [batch, heads, 1, width]."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +115,17 @@ class StackTape:
         )
         self._cos, self._sin = (self._tape.scratch(batch * first.angles).view(batch, 1, first.angles) for _ in range(2))
         counts = (hidden, hidden, heads * width, kv_heads * width, kv_heads * width, heads * width, kv_heads * width)
-        scratch = _Scratch(*(self._tape.scratch(batch * n).data_ptr() for n in (*counts, heads * width)))
+        shared = [self._tape.scratch(batch * n) for n in (*counts, heads * width)]
+        scratch = _Scratch(*(tensor.data_ptr() for tensor in shared))
+        self._values, self._query, self._keys, self._attended = (
+            tensor.view(batch, -1, 1, width) for tensor in shared[4:]
+        )
         self._stores: list[tuple[list[Spot], list[Spot]]] = []
         self._attentions: list[dict[str, Spot]] = []
+        self._attention_starts: list[int] = []
+        self._attention_ends: list[int] = []
+        self._scales: list[float] = []
+        self._attend: Attend | None = None
         self.mlp_rows: list[int] = []
         self.end_rows: list[int] = []
         # A tape lives as long as its thread: it must not hold modules, which hold the runtime.
@@ -150,11 +162,14 @@ class StackTape:
         )  # fmt: skip
         if not parts.norms_first:
             _norms(tape, parts, batch, at.q_turned, at.k_turned)
+        self._attention_starts.append(tape.rows)
         stores = [tape.store_rows(source, batch * kv_heads, width) for source in (at.k_turned, at.v)]
         self._stores.append(([place for place, _ in stores], [stride for _, stride in stores]))
         self._attentions.append(
             tape.attention(at.q_turned, batch, kv_heads, heads // kv_heads, width, at.attended, parts.scale)
         )
+        self._attention_ends.append(tape.rows)
+        self._scales.append(parts.scale)
         _linear(tape, parts.o, at.attended, batch, at.projected)
         tape.add(x, at.projected, self.x.numel(), residual)
         _norm(tape, parts.after, residual, batch, normed)
@@ -182,10 +197,18 @@ class StackTape:
                 own[:] = 0 if addresses is None else addresses[first : first + len(own)]
         self.addresses = addresses
 
-    def point_to(self, cos: torch.Tensor, sin: torch.Tensor, rooms: Sequence[Room]) -> None:
-        """Take the angles [batch or 1, 1, width of the angles], and where each layer's new key and value go."""
+    def take_angles(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """The angles of the next token, [batch or 1, 1, width of the angles]."""
         self._cos.copy_(cos)
         self._sin.copy_(sin)
+
+    def attend_by(self, attend: Attend) -> None:
+        """Let attention of the next token, and writing its keys and values, not be the tape's but of a function."""
+        self._attend = attend
+
+    def take_rooms(self, rooms: Sequence[Room]) -> None:
+        """Where each layer's next key and value go, for the tape to write and attend."""
+        self._attend = None
         for index, room in enumerate(rooms):
             if room.addresses != self._rooms[index]:
                 self._take_room(index, room)
@@ -213,6 +236,16 @@ class StackTape:
 
     def play(self, pool: Pool, first: int, end: int) -> int:
         """See `Tape.play`."""
+        if self._attend is None:
+            return self._tape.play(pool, first, end)
+        for index in range(bisect_left(self._attention_starts, first), bisect_left(self._attention_starts, end)):
+            start = self._attention_starts[index]
+            stopped = self._tape.play(pool, first, start)
+            if stopped != start:
+                return stopped
+            out = self._attend(index, self._query, self._keys, self._values, self._scales[index])
+            self._attended.copy_(out.view_as(self._attended))
+            first = self._attention_ends[index]
         return self._tape.play(pool, first, end)
 
 

@@ -167,7 +167,8 @@ class PagedLayer(DynamicLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): expected a negative number, of tokens to remove, or 0")
         if self.table is not None:
-            self.table.crop(max(0, self.table.tokens + tokens_to_remove))
+            # Assisted generation may count in a tensor.
+            self.table.crop(max(0, self.table.tokens + int(tokens_to_remove)))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let the sequences be those of some beams; what they have in common is shared."""

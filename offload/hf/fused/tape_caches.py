@@ -1,0 +1,107 @@
+"""Caches as a tape sees them: buffers with room that its rows write to and attend, or blocks that are attended between
+its rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+
+from offload.hf.fused.kv_cache import Form, GrowingLayer, Room
+from offload.hf.paged.layer import PagedLayer
+from offload.kv.attention import attend_few
+from offload.kv.table import BlockTable
+
+if TYPE_CHECKING:
+    from offload.hf.fused.stack_tape import StackTape
+
+
+class TapeCache(ABC):
+    """A cache that a tape can write the next token of each sequence to.
+
+    Attributes:
+        batch: sequences.
+        past: tokens of each sequence that are there.
+    """
+
+    batch: int
+    past: int
+
+    @abstractmethod
+    def give_to(self, tape: StackTape) -> None:
+        """Let a tape that is about to be played write to this cache and attend to it."""
+
+    def took_one(self) -> None:  # noqa: B027 - blocks have the token when it is written
+        """The tape has been played."""
+
+
+def tape_cache(cache: DynamicCache, form: Form) -> TapeCache | None:
+    """A cache with room for one token more of each sequence in every layer, all of one length; None for another."""
+    if all(type(layer) is GrowingLayer for layer in cache.layers):
+        return _growing(cache, form)
+    if all(type(layer) is PagedLayer for layer in cache.layers):
+        return _paged(cache, form)
+    return None
+
+
+class _Growing(TapeCache):
+    def __init__(self, layers: list[GrowingLayer], rooms: list[Room], form: Form) -> None:
+        self.batch, self.past = form[0], rooms[0].past
+        self._layers, self._rooms, self._form = layers, rooms, form
+
+    def give_to(self, tape: StackTape) -> None:
+        tape.take_rooms(self._rooms)
+
+    def took_one(self) -> None:
+        for layer, room in zip(self._layers, self._rooms, strict=True):
+            layer.took_one(room, self._form)
+
+
+def _growing(cache: DynamicCache, form: Form) -> TapeCache | None:
+    layers: list[GrowingLayer] = cache.layers  # type: ignore[assignment]  # as the caller has seen
+    rooms = []
+    for layer in layers:
+        room = layer.room_for_one(form)
+        if room is None or (rooms and room.past != rooms[0].past):
+            return None
+        rooms.append(room)
+    return _Growing(layers, rooms, form)
+
+
+class _Paged(TapeCache):
+    def __init__(self, layers: list[PagedLayer], tables: list[BlockTable], batch: int) -> None:
+        self.batch, self.past = batch, tables[0].length
+        self._paging, self._tables = layers[0].paging, tables
+
+    def give_to(self, tape: StackTape) -> None:
+        tape.attend_by(self._attend)
+
+    def _attend(
+        self, index: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        table = self._tables[index]
+        table.append(keys, values)
+        self._paging.note_paged()
+        return attend_few(table, query, scale)
+
+
+def _paged(cache: DynamicCache, form: Form) -> TapeCache | None:
+    layers: list[PagedLayer] = cache.layers  # type: ignore[assignment]  # as the caller has seen
+    batch, heads, width, dtype = form
+    tables = []
+    for layer in layers:
+        table = layer.table
+        if table is None or layer.dtype is not dtype or layer.paging is not layers[0].paging:
+            return None
+        plain = table.layouts.plain
+        if (
+            table.sequences != batch
+            or (plain.kv_heads, plain.key_width, plain.value_width) != (heads, width, width)
+            or (tables and table.length != tables[0].length)
+        ):
+            return None
+        tables.append(table)
+    return _Paged(layers, tables, batch)
