@@ -15,11 +15,13 @@ import torch
 import examples.tiny_recall
 import offload
 from benchmarks.harness import Report, Spread, interleave, ratios, say
+from cpu_kernels.merge_parts import merge_parts
 from examples.tiny_recall.recall import Recalled, recall_all
 from examples.tiny_recall.task import tell_facts
 from formats.kv import KvLayout
 from offload.devices.host import HostDevice
-from offload.kv.attention import attend_few, attend_in_place, merge_parts, parts_in_place
+from offload.devices.host_threads import kernel_pool
+from offload.kv.attention import attend_few, attend_in_place, parts_in_place
 from offload.kv.pool import BlockPool
 from offload.kv.sparsity.chosen import attend_to_chosen
 from offload.kv.sparsity.top_k import TopK
@@ -170,7 +172,7 @@ def _gate(report: Report, title: str, table: BlockTable, query: torch.Tensor) ->
             parts_in_place(table, query, 0.1, columns=(old, table.columns), ahead=False),
         ]
     out, lse = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    found = merge_parts(out, lse, None)
+    found = merge_parts(out, lse, None, kernel_pool())
     off = float((found - attend_in_place(table, query, 0.1)).abs().max())
     tolerance = ROUNDED_TOLERANCE if (table.layouts.packed or table.layouts.plain).has_pairs else TOLERANCE
     report.gate(title, off <= tolerance, f"{off:.1e} apart, tolerance {tolerance:.0e}")

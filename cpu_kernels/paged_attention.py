@@ -113,24 +113,22 @@ def paged_attention(
     """
     _check_query(query, layout)
     batch, heads, positions, _ = query.shape
-    _check_lists(batch, positions, offsets, addresses, lengths, first_positions, query_positions, layout, valid)
+    check_lists(batch, positions, offsets, addresses, lengths, first_positions, query_positions, layout, valid)
     if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
         raise ValueError(f"window={window}, softcap={softcap}: expected positive numbers or None")
     group = heads // layout.kv_heads
     rows = _query_rows(query, layout, group)
     out = torch.empty(batch, heads, positions, layout.output_width, dtype=torch.float32)
     lse = torch.empty(batch, heads, positions, dtype=torch.float32)
-    job = _job_template(layout).copy()
-    job[block_fields.GROUP] = group
+    job = attention_job(layout, group, scale, softcap)
     job[kernel.QUERIES] = rows.data_ptr()
     job[kernel.ADDRESSES], job[kernel.LENGTHS] = addresses.ctypes.data, lengths.ctypes.data
     job[kernel.FIRST_POSITIONS] = first_positions.ctypes.data
     job[kernel.QUERY_POSITIONS], job[kernel.POSITIONS] = query_positions.ctypes.data, positions
-    job[kernel.WINDOW] = window or _NO_WINDOW
+    if window is not None:
+        job[kernel.WINDOW] = window
     if valid is not None:
         job[kernel.VALID], job[kernel.VALID_COLUMNS] = valid.ctypes.data, valid.shape[1]
-    job[kernel.SCALE : kernel.SCALE + 1].view(np.float32)[0] = scale
-    job[kernel.SOFTCAP : kernel.SOFTCAP + 1].view(np.float32)[0] = softcap or 0.0
     job[kernel.OUT], job[kernel.LSE] = out.data_ptr(), lse.data_ptr()
     lists = job, offsets, lengths, first_positions, query_positions
     counts = chunk_counter()(*lists)
@@ -139,37 +137,21 @@ def paged_attention(
     return out, lse
 
 
-def merge_lse(parts: list[tuple[torch.Tensor, torch.Tensor]], sinks: torch.Tensor | None = None) -> torch.Tensor:
-    """Attention over the tokens of all parts from attention over each.
+def attention_job(layout: KvLayout, group: int, scale: float, softcap: float | None = None) -> Int64:
+    """A job without window but for its addresses, all of which are 0.
 
     Args:
-        parts: (out fp32 [B, Hq, T, V], lse fp32 [B, Hq, T]) of disjoint tokens, added in this order.
-        sinks: [Hq], a score of each head that takes weight and has no value; None: none.
-
-    Returns:
-        fp32 [B, Hq, T, V]; zeros where a query sees nothing.
-
-    Raises:
-        ValueError: no parts.
+        layout: of the blocks.
+        group: query heads of a key-value head.
+        scale: of the scores.
+        softcap: see `paged_attention`.
     """
-    if not parts:
-        raise ValueError("merge_lse: expected at least one part, found none")
-    if len(parts) == 1 and sinks is None:
-        return parts[0][0]
-    largest = parts[0][1]
-    for _, lse in parts[1:]:
-        largest = torch.maximum(largest, lse)
-    if sinks is not None:
-        largest = torch.maximum(largest, sinks.float()[None, :, None])
-    # Where nothing is seen, exp(-inf - 0) = 0.
-    largest = torch.where(largest == -torch.inf, 0.0, largest)
-    total = torch.exp(sinks.float()[None, :, None] - largest) if sinks is not None else torch.zeros_like(largest)
-    merged = torch.zeros_like(parts[0][0])
-    for out, lse in parts:
-        share = torch.exp(lse - largest)
-        total = total + share
-        merged.addcmul_(out, share[..., None])
-    return merged.div_(torch.where(total == 0, 1.0, total)[..., None])
+    job = _job_template(layout).copy()
+    job[block_fields.GROUP] = group
+    job[kernel.WINDOW] = _NO_WINDOW
+    job[kernel.SCALE : kernel.SCALE + 1].view(np.float32)[0] = scale
+    job[kernel.SOFTCAP : kernel.SOFTCAP + 1].view(np.float32)[0] = softcap or 0.0
+    return job
 
 
 def _check_query(query: torch.Tensor, layout: KvLayout) -> None:
@@ -187,7 +169,7 @@ def _check_query(query: torch.Tensor, layout: KvLayout) -> None:
         )
 
 
-def _check_lists(
+def check_lists(
     batch: int,
     positions: int,
     offsets: Int64,
@@ -198,6 +180,11 @@ def _check_lists(
     layout: KvLayout,
     valid: Bool | None,
 ) -> None:
+    """See that lists of blocks are as `paged_attention` takes them.
+
+    Raises:
+        ValueError: they are not.
+    """
     for name, array, shape in (
         ("offsets", offsets, (batch + 1,)),
         ("addresses", addresses, addresses.shape[:1]),

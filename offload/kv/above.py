@@ -188,7 +188,7 @@ class Above:
             _check(ticket)
         else:
             self.arena.give(int(records.addresses[block]), size)
-            records.addresses[block], records.is_above[block] = target, False
+            records.move(block, target)
             self._below.seal(block, entry.first_token)
 
     def _copy(self, address: int, target: int, nbytes: int, urgency: Urgency) -> Ticket:

@@ -15,8 +15,11 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.kv_blocks import read_tokens
+from cpu_kernels.merge_parts import merge_parts
 from offload.devices.base import AttentionBatch, AttentionWork
 from offload.devices.host_attention import attend
+from offload.devices.host_threads import kernel_pool
+from offload.kv.one_token import attend_one
 from offload.kv.stream import Segment, Stream, Unit, segments, tiers_of, units_of
 from offload.kv.table import BlockTable
 
@@ -49,7 +52,12 @@ def attend_in_place(
     Raises:
         StorageError, StoreCorruptError: a block cannot be read.
     """
-    return merge_parts(*parts_in_place(table, query, scale, valid=valid), sinks)
+    if query.shape[0] == query.shape[2] == 1 and valid is None and query.is_contiguous():
+        with table.pool.use():
+            out = attend_one(table, query, scale, sinks)
+        if out is not None:
+            return out
+    return merge_parts(*parts_in_place(table, query, scale, valid=valid), sinks, kernel_pool())
 
 
 def parts_in_place(
@@ -184,20 +192,6 @@ class _Call:
             self._scale,
             None if self._valid is None else self._valid[rows],
         )
-
-
-def merge_parts(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """`merge_lse` over the second dimension: out [B, segments, Hq, T, V], lse [B, segments, Hq, T]."""
-    largest = lse.amax(1, keepdim=True)
-    if sinks is not None:
-        largest = torch.maximum(largest, sinks.float()[None, None, :, None])
-    largest = torch.where(largest == -torch.inf, 0.0, largest)
-    shares = torch.exp(lse - largest)
-    total = shares.sum(1)
-    if sinks is not None:
-        total = total + torch.exp(sinks.float()[None, None, :, None] - largest)[:, 0]
-    merged = (out * shares[..., None]).sum(1)
-    return merged.div_(torch.where(total == 0, 1.0, total)[..., None])
 
 
 def attend_few(

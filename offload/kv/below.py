@@ -103,7 +103,7 @@ class Below:
         else:
             records.checksums[block] = job.checksum
             self.slots.give(int(records.addresses[block]), int(records.sizes[block]))
-            records.addresses[block] = 0
+            records.move(block, 0)
 
     def _wait(self, job: WriteJob) -> None:
         if not job.finished:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from offload.devices.base import Device, KvAccelerator, Slab
 from offload.errors import ClosedError, UnsupportedOperationError
@@ -106,6 +107,7 @@ class BlockPool:
         self._device = device
         self._memory_above = memory_above
         self._landing: Slab | None = None
+        self._scratch = torch.empty(0, dtype=torch.float32, device="cpu")
         self._process = os.getpid()
         self._closed = False
 
@@ -190,6 +192,15 @@ class BlockPool:
             self.above.move_ahead()
         self.below.write_ahead()
         return block
+
+    def scratch(self, elements: int) -> torch.Tensor:
+        """Fp32 memory that is anybody's who holds the lock, [elements]; where it grows, `records.version` changes."""
+        if len(self._scratch) < elements:
+            # Tensors made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                self._scratch = torch.empty(elements + elements // 2, dtype=torch.float32, device="cpu")
+            self.records.version += 1
+        return self._scratch[:elements]
 
     def share(self, blocks: npt.NDArray[np.int64]) -> None:
         """Count one more reference for each."""

@@ -23,6 +23,7 @@ class BlockRecords:
         owners: int64, number of the one sequence of one layer that it was made for.
         serials: int64, how often the number was used before.
         free: numbers that are not used.
+        version: another one whenever a block comes, goes or moves.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class BlockRecords:
         self.owners = np.zeros(0, np.int64)
         self.serials = np.zeros(0, np.int64)
         self.free: list[int] = []
+        self.version = 0
         self._grow(_FIRST_COUNT)
 
     def _grow(self, count: int) -> None:
@@ -51,15 +53,22 @@ class BlockRecords:
         if not self.free:
             self._grow(2 * len(self.refs))
         block = self.free.pop()
+        self.version += 1
         self.addresses[block], self.is_above[block], self.offsets[block] = address, is_above, -1
         self.sizes[block], self.owners[block], self.refs[block] = nbytes, owner, 1
         return block
 
     def give(self, block: int) -> None:
         """Forget a block, whose memory and place in the file were given back."""
+        self.version += 1
         self.addresses[block], self.is_above[block], self.offsets[block] = 0, False, -1
         self.serials[block] += 1
         self.free.append(block)
+
+    def move(self, block: int, address: int) -> None:
+        """A block is at another address of host memory now, or on disk only, which is 0."""
+        self.version += 1
+        self.addresses[block], self.is_above[block] = address, False
 
     def is_current(self, block: int, serial: int) -> bool:
         """Whether a block is still the one that had this serial, and referred to."""

@@ -6,7 +6,7 @@ import ctypes
 import itertools
 import weakref
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from offload.kv.held import Held
 from offload.kv.pool import BlockPool
 from offload.kv.sparsity.base import TableSparsity
 from placement.kv_settings import KvSettings
+
+if TYPE_CHECKING:
+    from offload.kv.one_token import OneToken
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
@@ -57,6 +60,7 @@ class BlockTable:
         follower: the table that is attended after this one; its blocks are read ahead.
         sparsity: attends to a part of the table; None where all of it is attended to.
         evicted: what it has lost; None where nothing.
+        one_token: what attention of the next token may find as it was; None where nothing is kept.
     """
 
     def __init__(self, pool: BlockPool, layouts: Layouts, settings: KvSettings, sequences: int) -> None:
@@ -68,6 +72,7 @@ class BlockTable:
         self.follower: weakref.ref[BlockTable] | None = None
         self.sparsity: TableSparsity | None = None
         self.evicted: Evicted | None = None
+        self.one_token: OneToken | None = None
         self._number = next(_numbers)
         self._held = Held(np.zeros((sequences, 0), np.int64), 0)
         self._finalizer = weakref.finalize(self, pool.abandoned.append, self._held)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cpu_kernels.paged_attention import merge_lse, paged_attention
-from cpu_kernels.paged_attention_reference import merge_lse_reference, paged_attention_reference
+from cpu_kernels.paged_attention import paged_attention
+from cpu_kernels.paged_attention_reference import paged_attention_reference
 from cpu_kernels.threads import shared_pool
 from formats.kv import KV_FORMATS, KvLayout
 from offload.devices.host_threads import kernel_pool
@@ -117,20 +117,6 @@ def test_rows_of_a_chunk_have_the_bits_of_each_alone(format: str, group: int, to
         at = np.ascontiguousarray(positions[:, t : t + 1])
         one, _ = paged_attention(query[:, :, t : t + 1], *lists, at, blocks.layout, 0.3, pool=kernel_pool())
         assert torch.equal(one[:, :, 0], whole[:, :, t])
-
-
-def test_parts_and_sinks_are_merged() -> None:
-    generator = torch.Generator().manual_seed(3)
-    parts = [(torch.randn(2, 4, 3, 8, generator=generator), torch.randn(2, 4, 3, generator=generator)) for _ in "abc"]
-    parts[1][1][0, 2] = -torch.inf
-    parts[1][0][0, 2] = 0
-    sinks = torch.linspace(-2, 3, 4)
-    for score in (None, sinks):
-        assert (merge_lse(parts, score) - merge_lse_reference(parts, score)).abs().max() < 1e-6
-    nothing = [(torch.zeros(1, 1, 1, 4), torch.full((1, 1, 1), -torch.inf))] * 2
-    assert not merge_lse(nothing).any()
-    with pytest.raises(ValueError, match="at least one part"):
-        merge_lse([])
 
 
 def test_scores_far_apart() -> None:

@@ -9,8 +9,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from offload.kv.attention import attend_by_segments, attend_in_place
-from tests.kv.tables import HEADS, WIDTH, Twin, make_table, small_pool
+from cpu_kernels.merge_parts import merge_parts
+from offload.devices.host_threads import kernel_pool
+from offload.kv.attention import attend_by_segments, attend_in_place, parts_in_place
+from tests.kv.tables import HEADS, WIDTH, Twin, make_table, random_states, small_pool
 
 QUERY_HEADS, SCALE = 2 * HEADS, 0.4
 MEMORIES = [(14, 0), (60, 0), (4, 10), (60, 9), (14, 60)]
@@ -122,4 +124,29 @@ def test_the_next_layer_is_read_ahead(tmp_path: Path) -> None:
     found = attend_in_place(twins[1].table, query, SCALE)
     assert (found - _expected(twins[1], query, None, None)).abs().max() < 2e-6
     pool.check()
+    pool.close()
+
+
+@pytest.mark.parametrize("packed", [None, "int8"])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_token_after_token_has_the_bits_of_all_parts(tmp_path: Path, packed: str | None, with_sinks: bool) -> None:
+    """What is kept from one token to the next, while blocks come, go, move and are cut off, for two tables in turn."""
+    sinks = torch.randn(QUERY_HEADS, generator=torch.Generator().manual_seed(4)) if with_sinks else None
+    pool = small_pool(tmp_path, 9)
+    twins = [Twin(make_table(pool, 1, packed), seed) for seed in range(2)]
+    kept = 0
+    for step in range(90):
+        twin = twins[step % 2]
+        before = twin.table.one_token
+        if step == 40:
+            twin.table.crop(7)
+        elif step == 50:
+            twin.table.select(np.array([0]))
+        twin.table.append(*random_states(twin.generator, 1, 1 if step % 30 else 35))
+        query = torch.randn(1, QUERY_HEADS, 1, WIDTH, generator=torch.Generator().manual_seed(step))
+        found = attend_in_place(twin.table, query, SCALE, sinks=sinks)
+        expected = merge_parts(*parts_in_place(twin.table, query, SCALE), sinks, kernel_pool())
+        assert torch.equal(found, expected), step
+        kept += twin.table.one_token is before and before is not None and before.all_below
+    assert kept > 20 and pool.below.blocks_written > 0
     pool.close()

@@ -62,7 +62,7 @@ class _Growing(TapeCache):
 
 def _growing(cache: DynamicCache, form: Form) -> TapeCache | None:
     layers: list[GrowingLayer] = cache.layers  # type: ignore[assignment]  # as the caller has seen
-    rooms = []
+    rooms: list[Room] = []
     for layer in layers:
         room = layer.room_for_one(form)
         if room is None or (rooms and room.past != rooms[0].past):
@@ -91,7 +91,7 @@ class _Paged(TapeCache):
 def _paged(cache: DynamicCache, form: Form) -> TapeCache | None:
     layers: list[PagedLayer] = cache.layers  # type: ignore[assignment]  # as the caller has seen
     batch, heads, width, dtype = form
-    tables = []
+    tables: list[BlockTable] = []
     for layer in layers:
         table = layer.table
         if table is None or layer.dtype is not dtype or layer.paging is not layers[0].paging:

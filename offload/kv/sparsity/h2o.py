@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload.kv.attention import merge_parts, parts_in_place
+from cpu_kernels.merge_parts import merge_parts
+from offload.devices.host_threads import kernel_pool
+from offload.kv.attention import parts_in_place
 from offload.kv.sparsity.base import TableSparsity
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ class H2o(TableSparsity):
             else:
                 counters.sparse_steps += 1
             self._evict(table, valid)
-        return merge_parts(out, lse, sinks)
+        return merge_parts(out, lse, sinks, kernel_pool())
 
     def _add(self, lse: torch.Tensor, weight: float) -> None:
         """Attention of queries to each block, from lse [B, columns, Hq, T]."""

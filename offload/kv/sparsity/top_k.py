@@ -14,7 +14,9 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.block_selection import captured_mass, choose_blocks
-from offload.kv.attention import merge_parts, parts_in_place
+from cpu_kernels.merge_parts import merge_parts
+from offload.devices.host_threads import kernel_pool
+from offload.kv.attention import parts_in_place
 from offload.kv.sparsity.base import TableSparsity
 from offload.kv.sparsity.chosen import attend_to_chosen
 from offload.kv.sparsity.landmarks import Landmarks
@@ -66,7 +68,7 @@ class TopK(TableSparsity):
                 counters.note_captured(captured_mass(lse.logsumexp(1), whole.logsumexp(1)))
         self._steps += 1
         counters.sparse_steps += 1
-        return merge_parts(out, lse, sinks)
+        return merge_parts(out, lse, sinks, kernel_pool())
 
     def _choose(self, table: BlockTable, query: torch.Tensor, old: int, count: int, valid: Bool | None) -> Int64:
         """int64 [B, Hk, count], ascending, of the first `old` columns."""
