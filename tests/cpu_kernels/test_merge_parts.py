@@ -43,7 +43,7 @@ def test_bits_do_not_depend_on_threads() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    out, lse = _parts(1, 2, 2, 1, 4)
+    out, lse = _parts(1, 2, 2, 3, 4)
     for bad in ((out, lse[:, :1]), (out.double(), lse), (out.transpose(2, 3), lse.transpose(2, 3))):
         with pytest.raises(ValueError, match="merge_parts: expected"):
             merge_parts(*bad, None, kernel_pool())
