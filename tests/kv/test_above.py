@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from offload.devices.host_accelerator import HostAccelerator
 from offload.devices.link import Link, LinkReader
 from offload.kv import attention
 from offload.kv.attention import attend_in_place
+from tests.kv.gate import Gate
 from tests.kv.tables import HEADS, PLAIN, SETTINGS, WIDTH, Twin, make_table, small_pool
-
-PATIENCE_S = 60
 
 
 class GatedReader(LinkReader):
@@ -27,29 +25,15 @@ class GatedReader(LinkReader):
 
     def __init__(self) -> None:
         super().__init__(Link(1e15, 0.0))
-        self.allowed = 0
-        self.opened = False
+        self.gate = Gate()
         self.failing = 0
-        self.changed = threading.Condition()
 
     def read(self, shard: int, offset: int, out: memoryview) -> None:
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.opened or self.allowed > 0, PATIENCE_S), "never let go"
-            self.allowed -= 1
-            if self.failing:
-                self.failing -= 1
-                raise OSError(5, "the link is gone")
+        self.gate.pass_one()
+        if self.failing:
+            self.failing -= 1
+            raise OSError(5, "the link is gone")
         super().read(shard, offset, out)
-
-    def let_go(self, count: int) -> None:
-        with self.changed:
-            self.allowed += count
-            self.changed.notify_all()
-
-    def open(self) -> None:
-        with self.changed:
-            self.opened = True
-            self.changed.notify_all()
 
 
 class GatedAccelerator(HostAccelerator):
@@ -80,9 +64,9 @@ def test_blocks_that_are_moving_may_be_freed_shared_or_reopened(tmp_path: Path, 
             case "grow" if twin.table.tokens < 16 * 17:
                 twin.append(chance.randint(1, 15))
             case _:
-                device.reader.let_go(chance.randint(1, 3))
+                device.reader.gate.let_go(chance.randint(1, 3))
         pool.check()
-    device.reader.open()
+    device.reader.gate.open()
     twin.append(300)
     twin.check()
     pool.check()
@@ -91,7 +75,7 @@ def test_blocks_that_are_moving_may_be_freed_shared_or_reopened(tmp_path: Path, 
 
 def test_a_copy_that_fails_ends_in_its_error_and_nothing_is_lost(tmp_path: Path) -> None:
     device = GatedAccelerator(8)
-    device.reader.open()
+    device.reader.gate.open()
     pool = small_pool(tmp_path, 40, 8, device)
     twin = Twin(make_table(pool, 1))
     twin.append(16 * 7)

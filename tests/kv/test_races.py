@@ -9,34 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.kv.gate import PATIENCE_S, Gate
 from tests.kv.tables import Twin, make_table, small_pool
 
-PATIENCE_S = 60
 
-
-class SlowDisk:
+class SlowDisk(Gate):
     """Writes wait until the schedule lets as many of them go."""
 
-    def __init__(self) -> None:
-        self.allowed = 0
-        self.opened = False
-        self.changed = threading.Condition()
-
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.opened or self.allowed > 0, PATIENCE_S), "never let go"
-            self.allowed -= 1
+        self.pass_one()
         return os.pwrite(fd, data, offset)
-
-    def let_go(self, count: int) -> None:
-        with self.changed:
-            self.allowed += count
-            self.changed.notify_all()
-
-    def open(self) -> None:
-        with self.changed:
-            self.opened = True
-            self.changed.notify_all()
 
 
 @pytest.mark.parametrize("seed", range(6))
