@@ -77,6 +77,62 @@ def write_tokens(
     )  # fmt: skip
 
 
+class TokenWriter:
+    """`write_tokens` of one token after the other of one sequence into one block, checked once."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor | None, address: int, layout: KvLayout) -> None:
+        """Prepare for tensors of this form.
+
+        Args:
+            keys: [1, Hk, 1, key_width], as of `write_tokens`.
+            values: [1, Hk, 1, value_width] or None, likewise.
+            address: of the block.
+            layout: of it.
+        """
+        self._form = _form(keys, values, address)
+        self._layout = layout
+        self._offsets, self._addresses = np.array([0, 1]), np.array([address])
+        self._place = np.zeros(1, np.int64)
+        self._checked = False
+        other = keys if values is None else values
+        self._write = row_writer(elements_of(keys.dtype), _elements(layout.format))
+        self._strides = [np.array(one.stride()[:3], np.int64) * keys.element_size() for one in (keys, other)]
+        self._shape = np.array((1, layout.kv_heads, 1), np.int64)
+
+    def takes(self, keys: torch.Tensor, values: torch.Tensor | None, address: int) -> bool:
+        """Whether it was prepared for such tensors and this block."""
+        return self._form == _form(keys, values, address)
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor | None, place: int) -> None:
+        """Write a token.
+
+        Args:
+            keys: of a form that it takes.
+            values: likewise.
+            place: of the token in the block.
+
+        Raises:
+            ValueError: see `write_tokens`, and a place that the block does not have.
+        """
+        self._place[0] = place
+        if not self._checked:
+            write_tokens(keys, values, self._offsets, self._addresses, self._place, self._layout)
+            self._checked = True
+            return
+        if not 0 <= place < self._layout.block_tokens:
+            raise ValueError(f"place {place} of a block of {self._layout.block_tokens} tokens")
+        other = keys if values is None else values
+        self._write(
+            layout_fields(self._layout), keys.data_ptr(), self._strides[0], other.data_ptr(), self._strides[1],
+            self._shape, self._offsets, self._addresses, self._place,
+        )  # fmt: skip
+
+
+def _form(keys: torch.Tensor, values: torch.Tensor | None, address: int) -> tuple[object, ...]:
+    own = keys.shape, keys.stride(), keys.dtype, keys.is_cpu, address
+    return own if values is None else (*own, values.shape, values.stride(), values.dtype, values.is_cpu)
+
+
 def read_tokens(
     addresses: Int64, first_token: int, tokens: int, layout: KvLayout, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_kernels.kv_blocks import pack_block, read_tokens, write_tokens
+from cpu_kernels.kv_blocks import TokenWriter, pack_block, read_tokens, write_tokens
 from formats.kv import KvLayout
 from offload.errors import UnsupportedOperationError
 from offload.kv.evicted import Evicted
@@ -73,6 +73,7 @@ class BlockTable:
         self.sparsity: TableSparsity | None = None
         self.evicted: Evicted | None = None
         self.one_token: OneToken | None = None
+        self._writer: TokenWriter | None = None
         self._number = next(_numbers)
         self._held = Held(np.zeros((sequences, 0), np.int64), 0)
         self._finalizer = weakref.finalize(self, pool.abandoned.append, self._held)
@@ -127,6 +128,8 @@ class BlockTable:
         """
         size, done, new = self.settings.block_tokens, 0, keys.shape[2]
         with self.pool.use():
+            if new == self.sequences == 1 and self._append_to_last(keys, values):
+                return
             self._own_tail()
             while done < new:
                 first = self.tokens // size
@@ -135,6 +138,20 @@ class BlockTable:
                 self._write(keys[:, :, span], None if values is None else values[:, :, span], first)
                 done += count
                 self._age()
+
+    def _append_to_last(self, keys: torch.Tensor, values: torch.Tensor | None) -> bool:
+        """Add a token to the one sequence's last block, if that is its own and neither begins nor ends with it."""
+        place = self.tokens % self.settings.block_tokens
+        block = int(self._held.blocks[0, self._held.columns - 1]) if place else -1
+        if place in (0, self.settings.block_tokens - 1) or self.pool.refs[block] != 1:
+            return False
+        address = int(self.pool.addresses[block])
+        writer = self._writer
+        if writer is None or not writer.takes(keys, values, address):
+            writer = self._writer = TokenWriter(keys, values, address, self.layouts.plain)
+        writer.write(keys, values, place)
+        self.tokens += 1
+        return True
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor | None, first: int) -> None:
         """Write tokens into the columns from `first` on, made where they are missing."""

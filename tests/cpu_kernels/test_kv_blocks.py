@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpu_kernels.kv_blocks import pack_block, read_tokens, write_tokens
+from cpu_kernels.kv_blocks import TokenWriter, pack_block, read_tokens, write_tokens
 from cpu_kernels.paged_attention_reference import (
     block_bytes,
     pack_block_reference,
@@ -51,6 +51,32 @@ def test_written_tokens_are_read_back(format: str, shape: tuple[int, ...]) -> No
         assert torch.equal(found_values.float(), expected)
         before, _ = read_tokens(mine, 0, at, layout)
         assert before.isnan().all()
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_token_after_token_is_written_as_all_at_once(format: str, shape: tuple[int, ...]) -> None:
+    layout = KvLayout(format, *shape)
+    found, expected = (empty_blocks(layout, [layout.block_tokens]) for _ in range(2))
+    keys, values = _tensors(layout, 1, 20, torch.bfloat16)
+    write_tokens(keys, values, expected.offsets, expected.addresses, np.array([7], INT64), layout)
+    parts = [(keys[:, :, i : i + 1], None if values is None else values[:, :, i : i + 1]) for i in range(20)]
+    address = int(found.addresses[0])
+    writer = TokenWriter(*parts[0], address, layout)
+    for place, part in enumerate(parts, 7):
+        assert writer.takes(*part, address)
+        writer.write(*part, place)
+    mine, theirs = (read_tokens(blocks.addresses, 7, 20, layout) for blocks in (found, expected))
+    assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
+    assert not writer.takes(*parts[0], address + 64)
+    assert not writer.takes(keys[:, :, :2], parts[0][1], address)
+    assert not writer.takes(parts[0][0].float(), parts[0][1], address)
+    with pytest.raises(ValueError, match="place 128 of a block"):
+        writer.write(*parts[0], 128)
+    with pytest.raises(ValueError, match="keys: expected"):
+        TokenWriter(keys[..., :-1][:, :, :1], parts[0][1], address, layout).write(
+            keys[..., :-1][:, :, :1], parts[0][1], 0
+        )
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
