@@ -109,7 +109,8 @@ class SpillFile:
         """Take space back; an extent of which nothing is used may be any owner's."""
         extent = self._extents[offset]
         extent.used -= 1
-        free = self._free[extent.owner, extent.nbytes]
+        # There is none where another extent of the owner was the last with free space, and went.
+        free = self._free.setdefault((extent.owner, extent.nbytes), [])
         free.append(offset)
         if extent.used:
             return

@@ -51,7 +51,7 @@ def test_more_of_a_part_is_no_slower(invoke: Invoke) -> None:
 
 
 def test_what_does_not_fit_says_what_does(invoke: Invoke) -> None:
-    arguments = ["plan", MIXTRAL, "--cpu", "ddr5-desktop", "--context", "32768", "--ram", "4.5GiB"]
+    arguments = ["plan", MIXTRAL, "--cpu", "ddr5-desktop", "--context", "32768", "--ram", "4GiB"]
     result = invoke(*arguments)
     assert (result.exit_code, result.stdout) == (3, "")
     tokens = re.search(r"With --context (\d+) it fits", result.stderr)
