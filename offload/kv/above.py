@@ -121,6 +121,8 @@ class Above:
         Raises:
             StorageError: see `Below.take`.
         """
+        if nbytes > self.arena.chunk_nbytes:
+            return None
         while (address := self.arena.take(nbytes)) is None:
             if not self._moves and not self._start_move():
                 return None

@@ -15,6 +15,7 @@ class Arena:
     Attributes:
         budget_nbytes: of the slab.
         used_nbytes: of slots that are out.
+        chunk_nbytes: of a chunk, and of the largest slot that it can have.
     """
 
     def __init__(self, slab: Slab, largest_nbytes: int) -> None:
@@ -28,10 +29,10 @@ class Arena:
         self.used_nbytes = 0
         self._first = slab.address
         # At least four chunks, or as many as there can be.
-        self._chunk = largest_nbytes * max(1, min(ARENA_CHUNK_BLOCKS, slab.nbytes // (4 * largest_nbytes)))
-        count = slab.nbytes // self._chunk
+        self.chunk_nbytes = largest_nbytes * max(1, min(ARENA_CHUNK_BLOCKS, slab.nbytes // (4 * largest_nbytes)))
+        count = slab.nbytes // self.chunk_nbytes
         # The lowest address is used first.
-        self._empty = [slab.address + index * self._chunk for index in reversed(range(count))]
+        self._empty = [slab.address + index * self.chunk_nbytes for index in reversed(range(count))]
         self._free: dict[int, list[int]] = {}
         self._open: dict[int, dict[int, None]] = {}
 
@@ -43,10 +44,10 @@ class Arena:
         """
         chunks = self._open.setdefault(nbytes, {})
         if not chunks:
-            if not self._empty or nbytes > self._chunk:
+            if not self._empty or nbytes > self.chunk_nbytes:
                 return None
             chunk = self._empty.pop()
-            self._free[chunk] = [chunk + index * nbytes for index in reversed(range(self._chunk // nbytes))]
+            self._free[chunk] = [chunk + index * nbytes for index in reversed(range(self.chunk_nbytes // nbytes))]
             chunks[chunk] = None
         chunk = next(iter(chunks))
         slots = self._free[chunk]
@@ -59,10 +60,10 @@ class Arena:
     def give(self, address: int, nbytes: int) -> None:
         """Take a slot back."""
         self.used_nbytes -= nbytes
-        chunk = address - (address - self._first) % self._chunk
+        chunk = address - (address - self._first) % self.chunk_nbytes
         slots = self._free[chunk]
         slots.append(address)
-        if len(slots) == self._chunk // nbytes:
+        if len(slots) == self.chunk_nbytes // nbytes:
             self._open[nbytes].pop(chunk, None)
             del self._free[chunk]
             self._empty.append(chunk)

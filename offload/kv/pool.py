@@ -183,13 +183,13 @@ class BlockPool:
             StorageError: a block that had to leave cannot be written.
         """
         self.release_abandoned()
+        if self.above is not None:
+            self.above.move_ahead()
         address = None if self.above is None else self.above.take(nbytes)
         is_above = address is not None
         if address is None:
             address = self.below.take(nbytes)
         block = self.records.take(address, nbytes, owner, is_above=is_above)
-        if self.above is not None:
-            self.above.move_ahead()
         self.below.write_ahead()
         return block
 
