@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from formats.elements import ELEMENT_FORMATS
 from formats.key_sketch import SketchLayout
 from formats.kv import KvLayout
-from placement.kv_settings import ARENA_CHUNK_BLOCKS, KvSettings
+from placement.kv_settings import CHUNK_BLOCKS, KvSettings
 from placement.kv_sparsity import KvSparsity
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def with_blocks_above(spec: ModelSpec, workload: Workload, plan: KvPlan, vram_nb
 def whole_above_nbytes(spec: ModelSpec, workload: Workload, format: str) -> int:
     """Memory of an accelerator in which a cache of the full context lies whole, with what chunks of it leave free."""
     staging = SETTINGS.staging_segments * _segment_nbytes(spec, format)
-    chunks = 3 * ARENA_CHUNK_BLOCKS * largest_block_nbytes(spec, format)
+    chunks = 3 * CHUNK_BLOCKS * largest_block_nbytes(spec, format)
     return _whole_nbytes(spec, workload.batch, workload.context_tokens, format) - staging + chunks
 
 

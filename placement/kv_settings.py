@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ARENA_CHUNK_BLOCKS = 8
+CHUNK_BLOCKS = 8
 """An accelerator's memory for blocks is cut into chunks of so many of the largest, each for blocks of one size."""
 
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from offload.devices.base import KvAccelerator, Slab
 from offload.devices.link import CHUNK_NBYTES
-from offload.kv.arena import Arena
 from offload.kv.below import AHEAD_BLOCKS, Below
+from offload.kv.chunked_slots import ChunkedSlots
 from offload.kv.records import BlockRecords
 from offload.kv.slots import view
 from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
@@ -55,7 +55,7 @@ class Above:
 
     Attributes:
         accelerator: whose memory.
-        arena: the slots.
+        slots: of its memory.
         blocks_moved: since the start.
         stall_s: seconds that the model waited for copies.
     """
@@ -80,7 +80,7 @@ class Above:
             free: what to do with a block that nobody refers to any more when it would leave.
         """
         self.accelerator = accelerator
-        self.arena = Arena(slab, largest_nbytes)
+        self.slots = ChunkedSlots(slab, largest_nbytes)
         self.blocks_moved = 0
         self.stall_s = 0.0
         self._records = records
@@ -121,9 +121,9 @@ class Above:
         Raises:
             StorageError: see `Below.take`.
         """
-        if nbytes > self.arena.chunk_nbytes:
+        if nbytes > self.slots.chunk_nbytes:
             return None
-        while (address := self.arena.take(nbytes)) is None:
+        while (address := self.slots.take(nbytes)) is None:
             if not self._moves and not self._start_move():
                 return None
             self._finish_move()
@@ -135,11 +135,11 @@ class Above:
         Raises:
             StorageError: see `Below.take`.
         """
-        arena, ahead = self.arena, min(AHEAD_BLOCKS, len(self._sealed) // 4 + 1)
+        slots, ahead = self.slots, min(AHEAD_BLOCKS, len(self._sealed) // 4 + 1)
         while (
             self._sealed
             and len(self._moves) < ahead
-            and arena.budget_nbytes - arena.used_nbytes < ahead * self._records.sizes[self._sealed[0].block]
+            and slots.budget_nbytes - slots.used_nbytes < ahead * self._records.sizes[self._sealed[0].block]
             and self._start_move()
         ):
             pass
@@ -189,7 +189,7 @@ class Above:
             heapq.heappush(self._sealed, entry)
             _check(ticket)
         else:
-            self.arena.give(int(records.addresses[block]), size)
+            self.slots.give(int(records.addresses[block]), size)
             records.move(block, target)
             self._below.seal(block, entry.first_token)
 

@@ -320,7 +320,7 @@ class BlockPool:
     def _free(self, block: int) -> None:
         records, address = self.records, int(self.addresses[block])
         if address:
-            slots = self.above.arena if self.above is not None and self.is_above[block] else self.slots
+            slots = self.above.slots if self.above is not None and self.is_above[block] else self.slots
             slots.give(address, int(records.sizes[block]))
         if records.offsets[block] >= 0:
             self.file.give(int(records.offsets[block]))
@@ -332,7 +332,7 @@ class BlockPool:
         """Bytes of blocks in an accelerator's memory, in the host's, and of those on disk only."""
         with self.lock:
             on_disk = (self.refs > 0) & (self.addresses == 0)
-            above = 0 if self.above is None else self.above.arena.used_nbytes
+            above = 0 if self.above is None else self.above.slots.used_nbytes
             return above, self.slots.used_nbytes, int(self.records.sizes[on_disk].sum())
 
     def check(self) -> None:
@@ -357,7 +357,7 @@ class BlockPool:
             coming, used_above = 0, 0
             if self.above is not None:
                 self.above.check()
-                coming, used_above = self.above.moving_nbytes(), self.above.arena.used_nbytes
+                coming, used_above = self.above.moving_nbytes(), self.above.slots.used_nbytes
             in_ram, above = (int(records.sizes[resident & which].sum()) for which in (~self.is_above, self.is_above))
             assert in_ram + coming == self.slots.used_nbytes, "slots are not accounted for"
             assert above == used_above, "slots above are not accounted for"

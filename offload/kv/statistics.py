@@ -100,7 +100,7 @@ def kv_statistics(pool: BlockPool, format: str | None, sparsity: KvSparsity | No
         vram_nbytes=in_vram,
         ram_nbytes=in_ram,
         disk_nbytes=on_disk,
-        vram_budget_nbytes=0 if above is None else above.arena.budget_nbytes,
+        vram_budget_nbytes=0 if above is None else above.slots.budget_nbytes,
         ram_budget_nbytes=pool.ram_nbytes,
         blocks_written=pool.below.blocks_written,
         blocks_read=counters.blocks_read,

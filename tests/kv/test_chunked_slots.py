@@ -7,7 +7,7 @@ import random
 import pytest
 
 from offload.devices.host import HostDevice
-from offload.kv.arena import Arena
+from offload.kv.chunked_slots import ChunkedSlots
 
 PAGE = 4096
 
@@ -18,14 +18,14 @@ def test_slots_never_overlap_and_all_memory_comes_back(pages: int, seed: int) ->
     chance = random.Random(seed)
     slab = HostDevice().allocate(pages * PAGE)
     sizes = [PAGE, 2 * PAGE, 3 * PAGE]
-    arena = Arena(slab, max(sizes))
+    slots = ChunkedSlots(slab, max(sizes))
     taken: dict[int, int] = {}
     owner: dict[int, int] = {}
     refused = 0
     for _ in range(800):
         if chance.random() < 0.6:
             nbytes = chance.choice(sizes)
-            address = arena.take(nbytes)
+            address = slots.take(nbytes)
             if address is None:
                 refused += 1
                 continue
@@ -37,22 +37,22 @@ def test_slots_never_overlap_and_all_memory_comes_back(pages: int, seed: int) ->
         elif taken:
             address = chance.choice(list(taken))
             nbytes = taken.pop(address)
-            arena.give(address, nbytes)
+            slots.give(address, nbytes)
             for page in range(address, address + nbytes, PAGE):
                 del owner[page]
-        assert arena.used_nbytes == sum(taken.values())
+        assert slots.used_nbytes == sum(taken.values())
     assert refused, "the memory was never used up: the test shows nothing"
     for address, nbytes in taken.items():
-        arena.give(address, nbytes)
-    assert arena.used_nbytes == 0
+        slots.give(address, nbytes)
+    assert slots.used_nbytes == 0
     # Whatever it was used for before, the whole of it now serves one size.
     count = 0
-    while arena.take(sizes[-1]) is not None:
+    while slots.take(sizes[-1]) is not None:
         count += 1
     assert pages // 3 - 8 < count <= pages // 3, "more than a chunk is lost"
 
 
 def test_a_slot_larger_than_a_chunk_is_refused() -> None:
-    arena = Arena(HostDevice().allocate(8 * PAGE), PAGE)
-    assert arena.take(3 * PAGE) is None
-    assert arena.take(2 * PAGE) is not None
+    slots = ChunkedSlots(HostDevice().allocate(8 * PAGE), PAGE)
+    assert slots.take(3 * PAGE) is None
+    assert slots.take(2 * PAGE) is not None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from offload.devices.base import Slab
-from placement.kv_settings import ARENA_CHUNK_BLOCKS
+from placement.kv_settings import CHUNK_BLOCKS
 
 
-class Arena:
+class ChunkedSlots:
     """Slots of one slab, cut into chunks, each of which holds slots of one size for as long as any is out.
 
     Memory of an accelerator is not given back page by page, as the host's is (`RamSlots`): what one size leaves is
@@ -29,7 +29,7 @@ class Arena:
         self.used_nbytes = 0
         self._first = slab.address
         # At least four chunks, or as many as there can be.
-        self.chunk_nbytes = largest_nbytes * max(1, min(ARENA_CHUNK_BLOCKS, slab.nbytes // (4 * largest_nbytes)))
+        self.chunk_nbytes = largest_nbytes * max(1, min(CHUNK_BLOCKS, slab.nbytes // (4 * largest_nbytes)))
         count = slab.nbytes // self.chunk_nbytes
         # The lowest address is used first.
         self._empty = [slab.address + index * self.chunk_nbytes for index in reversed(range(count))]
