@@ -183,9 +183,10 @@ class BlockPool:
             StorageError: a block that had to leave cannot be written.
         """
         self.release_abandoned()
+        address = None
         if self.above is not None:
             self.above.move_ahead()
-        address = None if self.above is None else self.above.take(nbytes)
+            address = self.above.take(nbytes)
         is_above = address is not None
         if address is None:
             address = self.below.take(nbytes)

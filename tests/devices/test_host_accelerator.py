@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from offload.devices.base import ExpertBatch
+from formats.kv import KvLayout
+from offload.devices.base import AttentionBatch, ExpertBatch
 from offload.devices.host_accelerator import HostAccelerator
 from offload.devices.link import Link
 from offload.errors import DoesNotFitError
@@ -46,3 +47,21 @@ def test_experts_must_be_in_its_own_memory() -> None:
         run(rig.reader.shard.ctypes.data)
     device.synchronise()
     rig.close()
+
+
+def test_kv_blocks_must_be_in_its_own_memory() -> None:
+    device, layout = HostAccelerator(1 << 20, Link(1e9)), KvLayout("fp32", 2, 16, 16)
+    slab = device.allocate(2 * layout.nbytes)
+    positions = np.array([[63]], np.int64)
+
+    def attend(address: int) -> AttentionBatch:
+        lists = np.array([0, 1]), np.array([address]), np.array([64]), np.zeros(1, np.int64)
+        return AttentionBatch(torch.randn(1, 4, 1, 16), *lists, positions, layout, 0.3, None)
+
+    for address in (slab.address, slab.address + layout.nbytes):
+        assert device.start_attention(attend(address)).finish()[0].shape == (1, 4, 1, 16)
+    for address in (slab.address - layout.nbytes, slab.address + slab.nbytes - 4096):
+        with pytest.raises(ValueError, match=r"a KV block at address .* is not in the accelerator's memory"):
+            device.start_attention(attend(address))
+        with pytest.raises(ValueError, match=r"a KV block at address .* is not in the accelerator's memory"):
+            device.read_blocks(np.array([address]), 64, layout)
