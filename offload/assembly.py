@@ -38,6 +38,7 @@ from offload.preparation import Prepared
 from offload.reconciliation import MemoryUse
 from offload.request import DEFAULT_LINK, FUSED_KINDS, AcceleratorRequest
 from offload.runtime import Runtime
+from offload.step_graph.runner import use_step_graphs
 from offload.store.convert import convert, find_store
 from offload.store.progress import NoProgress, Progress
 from offload.store.store import ExpertStore
@@ -62,6 +63,8 @@ def assemble(
     prefetch: str = "off",
     accelerator: AcceleratorRequest | None = None,
     sparsity: KvSparsity | None = None,
+    *,
+    step_graph: bool = False,
 ) -> PreTrainedModel:
     """Convert unless the store is there, load dense weights, start the runtime.
 
@@ -76,6 +79,7 @@ def assemble(
         prefetch: see `Request`.
         accelerator: what the plan's VRAM is, None for a plan without.
         sparsity: how KV caches in blocks are attended to in part, None for all of them.
+        step_graph: replay decode steps as graphs, on the accelerator.
 
     Raises:
         DeviceError: the GPU is not there.
@@ -99,8 +103,8 @@ def assemble(
         if above is not None and prepared.plan.vram is not None and prepared.plan.vram.head:
             runtime.dense = DensePlacement(model, prepared.plan.vram, above)
         on_cpu = model.device.type == "cpu"
-        # Those are the CPU's kernels.
-        runtime.fused = fuse(model, fused if on_cpu else (), runtime)
+        # Those are the CPU's kernels; a graph is made of torch's operations.
+        runtime.fused = fuse(model, fused if on_cpu and not step_graph else (), runtime)
         if prepared.plan.kv is not None:
             runtime.paging = _page(model, prepared.plan.kv, device, store_root, sparsity, above)
         # Dense weights that lie in an accelerator's memory are in place only while their layer runs.
@@ -110,6 +114,8 @@ def assemble(
             prepare_kernels(model, layers, progress, attends=attends)
         if prefetch != "off":
             _prefetch(model, runtime, prefetch)
+        if step_graph:
+            runtime.graphs = use_step_graphs(model, runtime)
         _go_on_learning(runtime)
         if above is not None or prepared.plan.ram_slots == prepared.plan.expert_count:
             runtime.preload(progress)

@@ -105,6 +105,10 @@ class DoorbellError(DeviceError):
     """A request that an accelerator made of the CPU could not be answered."""
 
 
+class CaptureError(OffloadError):
+    """A decode step cannot be captured as a graph: what it does depends on more than a replay would see."""
+
+
 class SlowDeviceWarning(UserWarning):
     """An accelerator does not work the fast way, or with less memory; the message says why."""
 

@@ -46,6 +46,7 @@ def load(
     kv_vram: int | str | None = None,
     kv_sparsity: str | None = None,
     prefix_cache: int | str | None = None,
+    step_graph: bool = False,
     progress: bool | None = None,
 ) -> PreTrainedModel:
     """A transformers model whose experts lie on disk and, as far as the budget goes, in RAM.
@@ -100,6 +101,11 @@ def load(
         prefix_cache: bound on the bytes of saved prefixes, beside the expert stores: `model.offload.save_prefix()`
             keeps the KV cache of a token sequence, and `generate()` begins prompts with the longest that fits. The KV
             cache then lies in blocks. None keeps none.
+        step_graph: with an accelerator, replay decode steps as one graph each: no Python between their layers. Experts
+            move between steps only. The first step of a graph is also done layer by layer, and compared; steps that no
+            graph takes go layer by layer, and `stats().graphs` says why. The last bits of outputs depend on where
+            experts are. On CUDA **no GPU has run it yet**: docs/gpu.md. With "host" it shows what would be captured;
+            the small operations are then torch's own, whatever `fused` says.
         progress: show bars; None where stderr is a terminal and HF_HUB_DISABLE_PROGRESS_BARS is not set.
 
     Raises:
@@ -111,6 +117,7 @@ def load(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
         fused=fused, quant=quant, policy=policy, prefetch=prefetch, device=device, vram=vram, link=link,
         kv=kv, kv_ram=kv_ram, kv_vram=kv_vram, kv_sparsity=kv_sparsity, prefix_cache=prefix_cache,
+        step_graph=step_graph,
     )  # fmt: skip
     _check_device(request)
     return_large_blocks()
@@ -122,7 +129,7 @@ def load(
 
     loaded = assemble(
         prepared, request.store_root, progress_bar(progress), request.fused, request.policy, request.prefetch,
-        request.accelerator, request.kv.sparsity,
+        request.accelerator, request.kv.sparsity, step_graph=request.step_graph,
     )  # fmt: skip
     if request.prefixes_nbytes is not None:
         keep_prefixes(loaded, request.store_root, request.prefixes_nbytes)

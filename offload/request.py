@@ -67,6 +67,7 @@ class Request:
         accelerator: None for the CPU alone.
         kv: format, bound and sparsity of the KV cache.
         prefixes_nbytes: bound on saved prefixes, None where none are kept.
+        step_graph: replay decode steps as graphs.
     """
 
     ram_nbytes: int
@@ -81,6 +82,7 @@ class Request:
     accelerator: AcceleratorRequest | None = None
     kv: KvChoice = field(default_factory=KvChoice)
     prefixes_nbytes: int | None = None
+    step_graph: bool = False
 
 
 def make_request(
@@ -103,6 +105,7 @@ def make_request(
     kv_vram: int | str | None = None,
     kv_sparsity: str | None = None,
     prefix_cache: int | str | None = None,
+    step_graph: bool = False,
 ) -> Request:
     """Check and resolve a user's arguments.
 
@@ -127,6 +130,7 @@ def make_request(
             for none.
         kv_sparsity: one of SPARSITY_METHODS and a share, for which the KV cache lies in blocks; None for all of it.
         prefix_cache: bound on the bytes of saved prefixes, for which the KV cache lies in blocks; None for none.
+        step_graph: replay decode steps as graphs, with an accelerator.
 
     Raises:
         InvalidArgumentError: naming the argument, what it may be and what it was.
@@ -155,6 +159,7 @@ def make_request(
         accelerator,
         _kv_above(choice, kv_vram, accelerator),
         None if prefix_cache is None else parse_size(prefix_cache, "prefix_cache"),
+        _step_graph(step_graph, accelerator, prefetch),
     )
 
 
@@ -196,6 +201,19 @@ def _accelerator(device: object, vram: int | str | None, link: str | Link | None
             f'vram={vram!r}: goes with device="cuda", or with device="host", whose memory plays an accelerator\'s'
         )
     return AcceleratorRequest("host", parse_size(vram, "vram"), parse_link(DEFAULT_LINK if link is None else link))
+
+
+def _step_graph(step_graph: object, accelerator: AcceleratorRequest | None, prefetch: bool | str) -> bool:
+    if not isinstance(step_graph, bool):
+        raise InvalidArgumentError(f"step_graph={step_graph!r}: expected True or False")
+    if step_graph and accelerator is None:
+        raise InvalidArgumentError('step_graph=True: goes with device="cuda", or with device="host" and vram=')
+    if step_graph and _prefetch(prefetch) != "off":
+        raise InvalidArgumentError(
+            f"step_graph=True and prefetch={prefetch!r}: a graph has no moment between layers at which experts could "
+            "be read ahead; give one of them"
+        )
+    return step_graph
 
 
 def kv_choice(format: object, ram: int | str | None, sparsity: object, *, saved: bool = False) -> KvChoice:

@@ -60,6 +60,11 @@ from prefetch.traces.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from offload.hf.paged.prefixes import Prefixes
+    from offload.step_graph.runner import StepGraphs
+
+
+Queue = Callable[[ExpertsLayer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""What a step queues for a layer while it is captured: (layer, hidden, top_k_index, top_k_weights) → [T, H]."""
 
 
 def _do_nothing() -> None:
@@ -99,6 +104,8 @@ class Runtime:
         self.prefixes: Prefixes | None = None
         self.dense: DensePlacement | None = None
         self._dense_copied_before = 0
+        self.graphs: StepGraphs | None = None
+        self.queue: Queue | None = None
         self.memory: MemoryUse | None = None
         self.learners: dict[str, Learner] = {}
         self.closed = self._released = self._decoded = False
@@ -158,6 +165,9 @@ class Runtime:
             raise UnsupportedOperationError(
                 "an offloaded model computes no gradients: its experts are not parameters; use torch.no_grad()"
             )
+        with self.lock:
+            if self.queue is not None:
+                return self.queue(layer, hidden, top_k_index, top_k_weights)
         with self.lock, torch.no_grad(), self._observed(layer.first_key, top_k_index) as observer:
             if self.accelerated is None:
                 return moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights, observer)
@@ -218,6 +228,19 @@ class Runtime:
         for keys in layers:
             self.tier.note_hits(keys)
         self._moe_steps += len(layers)
+
+    def note_graph_step(self, routed: Sequence[torch.Tensor], seconds: float) -> None:
+        """A captured step was replayed. Call with the lock.
+
+        Args:
+            routed: int64 [T, k] of each layer.
+            seconds: of the step.
+        """
+        for number, top_k_index in enumerate(routed):
+            self.observer.begin(number)
+            self.observer.finished(top_k_index)
+        self._moe_steps += len(routed)
+        self._moe_s += seconds
 
     def preload(self, progress: Progress) -> None:
         """Read experts in the order of their keys: into all of an accelerator's slots, then into the host's.
@@ -368,6 +391,7 @@ class Runtime:
             accelerator=self._accelerator_stats(),
             kv=None if self.paging is None else self.paging.statistics(),
             prefix=None if self.prefixes is None else replace(self.prefixes.statistics),
+            graphs=None if self.graphs is None else replace(self.graphs.figures),
         )
 
     def _accelerator_stats(self) -> AcceleratorStatistics | None:
@@ -440,6 +464,8 @@ class Runtime:
                 save_learnt(self.store, self.learners)
             self.closed = True
             self._end_waits()
+            if self.graphs is not None:
+                self.graphs.close()
             if self.dense is not None:
                 self.dense.close()
             for tier in self._tiers():

@@ -9,6 +9,7 @@ from offload.kv.prefix_files import PrefixStatistics
 from offload.kv.statistics import KvStatistics
 from offload.prefetcher import Prefetcher
 from offload.sizes import format_size
+from offload.step_graph.figures import GraphFigures
 from offload.tiers.counters import TierCounters
 from offload.tiers.expert_tier import ExpertTier
 from prefetch.predictors.predictor import Skill
@@ -116,6 +117,7 @@ class Statistics:
             not.
         kv: what the KV cache in blocks did, since it was made; None where caches grow in place.
         prefix: what saved prefixes did, since the model was loaded; None where none are kept.
+        graphs: what captured decode steps did, since the model was loaded; None without `step_graph=`.
     """
 
     hits: int
@@ -145,6 +147,7 @@ class Statistics:
     accelerator: AcceleratorStatistics | None = None
     kv: KvStatistics | None = None
     prefix: PrefixStatistics | None = None
+    graphs: GraphFigures | None = None
 
     @property
     def hit_rate(self) -> float:

@@ -15,6 +15,7 @@ from offload.devices.link import Link
 from offload.moe.layer import ExpertsLayer
 
 if TYPE_CHECKING:
+    from offload.step_graph.graph import StepGraph
     from offload.tiers.transfer import Reader
 
 
@@ -150,6 +151,33 @@ class Accelerator(Device):
     @abstractmethod
     def host(self) -> Device:
         """The device of host memory that this one copies from fastest."""
+
+    @abstractmethod
+    def step_graph(self) -> StepGraph:
+        """An empty graph for a decode step on this device."""
+
+    @abstractmethod
+    def sum_experts(
+        self,
+        layer: ExpertsLayer,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """out[t] = sum of weights[t, i] x expert ids[t, i] (hidden[t]) over the experts that are here.
+
+        Kernels of a step: nothing waits, all tensors are on this device, and what they hold may change until a replay.
+
+        Args:
+            layer: whose experts they are.
+            hidden: [T, H] contiguous, in the layer's dtype.
+            ids: int64 [T, k] contiguous.
+            weights: fp32 [T, k] contiguous.
+            table: int64 [experts]: address of each bundle in this device's memory, 0 where it is not here.
+            out: fp32 [T, H] contiguous.
+        """
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import torch
 
 from offload.devices.base import Accelerator, ExpertBatch, Slab, Span, Work
 from offload.devices.cuda_driver import CopyStream, CudaDriver
-from offload.devices.cuda_experts import CudaWork
+from offload.devices.cuda_experts import CudaWork, sum_experts
 from offload.devices.link import Link
 from offload.devices.pinned import PinnedHostDevice, host_bytes
 from offload.errors import DoesNotFitError, UnsupportedOperationError
 from offload.moe.layer import ExpertsLayer
 from offload.sizes import format_size
+from offload.step_graph.graph import StepGraph
 
 _PROBE_NBYTES = 32 << 20
 _PROBES = 3
@@ -135,6 +136,26 @@ class CudaDevice(Accelerator):
     def copy_reader(self) -> CudaCopyReader:
         """Copies on streams."""
         return CudaCopyReader(self.driver)
+
+    def step_graph(self) -> StepGraph:
+        """A CUDA graph.
+
+        Raises:
+            DeviceError: the driver lacks what a doorbell needs.
+        """
+        return self.driver.step_graph()
+
+    def sum_experts(
+        self,
+        layer: ExpertsLayer,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Start kernels on the current stream."""
+        sum_experts(layer, hidden, ids, weights, table, out)
 
     def _measure_link(self) -> Link:
         """What one stream of copies from pinned memory reaches."""

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from offload.errors import DeviceError
+from offload.step_graph.graph import StepGraph
 
 _NAME = re.compile(r"cuda(?::(?P<index>\d+))?")
 
@@ -77,6 +78,14 @@ class CudaDriver(ABC):
     @abstractmethod
     def copy_stream(self) -> CopyStream:
         """A new queue of copies."""
+
+    @abstractmethod
+    def step_graph(self) -> StepGraph:
+        """An empty graph.
+
+        Raises:
+            DeviceError: the driver lacks what a doorbell needs.
+        """
 
     @abstractmethod
     def finish_kernels(self) -> None:
@@ -149,6 +158,12 @@ class TorchCudaDriver(CudaDriver):
     def copy_stream(self) -> CopyStream:
         """A stream of its own."""
         return _TorchStream(self.device)
+
+    def step_graph(self) -> StepGraph:
+        """A CUDA graph."""
+        from offload.devices.cuda_graph import CudaGraph
+
+        return CudaGraph(self.device)
 
     def finish_kernels(self) -> None:
         """Of the current stream."""

@@ -49,6 +49,21 @@ class CudaWork(Work):
         self._out.index_copy_(0, torch.from_numpy(self._batch.rows), self._sums.cpu())
 
 
+def sum_experts(
+    layer: ExpertsLayer,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    table: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """See `Accelerator.sum_experts`; the layer's gate is one that kernels know."""
+    assert layer.activation is not None
+    rows = expert_mlp(hidden, ids, table, layer.layout, layer.activation)
+    # Rows of experts that are not here were not written, and are not read.
+    combine(rows, torch.where(table[ids] != 0, weights, 0.0), out)
+
+
 def _rows(layer: ExpertsLayer, x: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """fp32 [S, pairs, H], to be summed over S."""
     layout = layer.layout

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from cpu_kernels.word_functions import wait_function, write_function
 from offload.devices.mailbox import Stream
 from offload.errors import DeviceError
 
@@ -68,3 +71,53 @@ class CudaStream(Stream):
     def _check(name: str, status: int) -> None:
         if status:
             raise DeviceError(f"{name}: the CUDA driver refused with error {status}")
+
+
+class HostFunctionStream(CudaStream):
+    """Words that functions on the driver's own thread write and wait for (cuLaunchHostFunc), in compiled code.
+
+    For drivers that refuse stream memory operations. While one waits, no other stream's host functions may be called.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream, library: Any = None) -> None:
+        """Find the driver.
+
+        Args:
+            stream: as of `CudaStream`.
+            library: as of `CudaStream`.
+
+        Raises:
+            DeviceError: there is no driver.
+        """
+        self._stream = stream
+        # A captured graph calls with the same arguments in every replay.
+        self._arguments: list[npt.NDArray[np.int64]] = []
+        try:
+            driver = ctypes.CDLL("libcuda.so.1") if library is None else library
+            self._launch = driver.cuLaunchHostFunc
+        except (OSError, AttributeError) as error:
+            raise DeviceError(f"the doorbell needs a CUDA driver: {error}") from error
+        self._launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        self._launch.restype = ctypes.c_int
+
+    def write_value(self, address: int, value: int) -> None:
+        """See `Stream`.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        self._call(write_function(), address, value)
+
+    def wait_value(self, address: int, value: int) -> None:
+        """See `Stream`.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        self._call(wait_function(), address, value)
+
+    def _call(self, function: int, address: int, value: int) -> None:
+        arguments = np.array([address, value], np.int64)
+        self._arguments.append(arguments)
+        status = self._launch(self._stream.cuda_stream, function, arguments.ctypes.data)
+        self._check("cuLaunchHostFunc", status)

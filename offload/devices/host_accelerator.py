@@ -20,7 +20,11 @@ from offload.devices.host import HostDevice
 from offload.devices.host_attention import Attended, attend
 from offload.devices.link import Link, LinkReader
 from offload.errors import DoesNotFitError
+from offload.moe.accumulate import PairAccumulator
 from offload.moe.layer import ExpertsLayer
+from offload.moe.routing import route
+from offload.step_graph.graph import StepGraph
+from offload.step_graph.recorded_graph import RecordedGraph
 
 
 class HostAccelerator(KvAccelerator):
@@ -114,6 +118,35 @@ class HostAccelerator(KvAccelerator):
     def host(self) -> Device:
         """Plain host memory."""
         return self._host
+
+    def step_graph(self) -> StepGraph:
+        """One whose operations are recorded."""
+        return RecordedGraph()
+
+    def sum_experts(
+        self,
+        layer: ExpertsLayer,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """With the CPU kernels; returns when done.
+
+        Raises:
+            ValueError: a bundle that is not in this device's memory.
+        """
+        known = table.numpy()
+        chosen = ids.numpy()
+        # An id that there is not is a pair that nobody computes here.
+        routing = route(torch.from_numpy(np.where(known[chosen] != 0, chosen, layer.count)), weights, layer.count)
+        accumulator = PairAccumulator(routing, hidden.shape[1])
+        if routing.experts:
+            rows, targets = accumulator.target(slice(None))
+            batch = ExpertBatch(known[routing.experts].astype(np.intp), routing.offsets, routing.tokens, targets)
+            self.run_experts(layer, batch, hidden, rows)
+        out.copy_(accumulator.result())
 
     def synchronise(self) -> None:
         """Nothing runs on after a call."""

@@ -10,7 +10,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from offload.devices.base import Device, ExpertBatch, Work
+from offload.devices.base import Accelerator, Device, ExpertBatch, Work
 from offload.errors import DoesNotFitError, SlowDeviceWarning
 from offload.moe.accumulate import Accumulator, OrderedAccumulator, make_accumulator
 from offload.moe.costs import ObservedCosts
@@ -37,7 +37,7 @@ class Accelerated:
 
     tiers: TierPair
     host: Device
-    accelerator: Device
+    accelerator: Accelerator
     costs: ObservedCosts
     popularity: PromptPopularity = field(default_factory=PromptPopularity)
 

@@ -27,6 +27,7 @@ class SlotTable:
     Attributes:
         count: slots, retired ones included.
         version: another number after every change of who has arrived, and where.
+        moved: keys that arrived or left; for whoever keeps a copy of who is where, and takes them out.
     """
 
     def __init__(self, count: int) -> None:
@@ -38,6 +39,7 @@ class SlotTable:
         self._retired: list[int] = []
         self._pinned: set[int] = set()
         self.version = 0
+        self.moved: set[int] = set()
 
     def slot_of(self, key: int) -> int | None:
         """The slot that `key` owns, whatever its state."""
@@ -86,6 +88,7 @@ class SlotTable:
         """Loading → ready."""
         self._move(key, SlotState.LOADING, SlotState.READY)
         self.version += 1
+        self.moved.add(key)
         self._pinned.discard(key)
 
     def acquire(self, key: int) -> int:
@@ -105,6 +108,7 @@ class SlotTable:
         if slot is None or self._state[slot] not in (SlotState.READY, SlotState.LOADING):
             raise RuntimeError(f"expert {key} cannot be evicted: {self.state_of(key).value}")
         self.version += 1
+        self.moved.add(key)
         del self._slot[key]
         self._pinned.discard(key)
         self._key[slot] = None
@@ -146,6 +150,7 @@ class SlotTable:
             loaded: keys whose load has finished: they are ready; others that were loading are free.
         """
         self.version += 1
+        self.moved.update(self._slot)
         kept = (SlotState.READY, SlotState.IN_USE)
         self._slot.clear()
         self._free.clear()

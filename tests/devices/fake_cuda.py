@@ -8,6 +8,8 @@ import weakref
 import torch
 
 from offload.devices.cuda_driver import CopyStream, CudaDriver, PinRefusedError
+from offload.step_graph.graph import StepGraph
+from offload.step_graph.recorded_graph import RecordedGraph
 
 
 class FakeStream(CopyStream):
@@ -90,6 +92,9 @@ class FakeCudaDriver(CudaDriver):
 
     def copy_stream(self) -> CopyStream:
         return FakeStream(self)
+
+    def step_graph(self) -> StepGraph:
+        return RecordedGraph()
 
     def finish_kernels(self) -> None:
         pass

@@ -15,15 +15,13 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from offload.hf.fused.angles import Angles
-from offload.hf.fused.conditions import is_plain
+from offload.hf.fused.conditions import is_plain, returns_hidden_and_cache
 from offload.hf.fused.kv_cache import GrowingLayer
 from offload.hf.fused.stack import Stack
 from offload.hf.fused.stand_ins import Given, with_children
 from offload.hf.fused.swap import plain_class
 from offload.hf.fused.watch import Watch
 
-_TAKEN = {"input_ids", "past_key_values", "attention_mask", "position_ids", "use_cache", "return_dict"}
-_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _PAST_TOKENS = 5
 
 
@@ -61,7 +59,7 @@ class DecoderPass:
             or not is_plain(ids)
             or weight is None
             or not is_plain(weight)
-            or not self._returns_so(passed)
+            or not returns_hidden_and_cache(self._config, passed)
             or not self._watch.finds_nothing()
         ):
             return None
@@ -76,17 +74,6 @@ class DecoderPass:
         with torch.no_grad():
             hidden = self._stack.decode(ready, embed, self._angles.at(ready.past), normed=True)
         return self._output(last_hidden_state=hidden, past_key_values=cache)
-
-    def _returns_so(self, passed: dict[str, Any]) -> bool:
-        """Whether nothing is asked for but the hidden state and the cache."""
-        config = self._config
-        use_cache = passed.get("use_cache")
-        return (
-            bool(config.use_cache if use_cache is None else use_cache)
-            and passed.get("return_dict", config.return_dict) is True
-            and not any(passed[name] if name in passed else getattr(config, name, False) for name in _OUTPUTS)
-            and all(value is None or value is False or name in _TAKEN for name, value in passed.items())
-        )
 
 
 def find_pass(decoder: PreTrainedModel, layers: Sequence[nn.Module], stack: Stack) -> DecoderPass | None:

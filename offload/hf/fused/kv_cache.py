@@ -102,6 +102,45 @@ class GrowingLayer(DynamicLayer):
         if self.__dict__.get("_owner") == id(self):
             self._written = min(self._written, self.get_seq_length())
 
+    def move_to(self, buffers: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Go on in other buffers, [B, H, tokens, D] of keys and of values, with room for what is here; it is copied."""
+        current = self.keys, self.values
+        past = self.get_seq_length()
+        shown: list[torch.Tensor] = []
+        for buffer, tensor in zip(buffers, current, strict=True):
+            assert tensor is not None
+            # What is here may be a part of these very buffers, elsewhere in them.
+            within = tensor.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+            buffer[..., :past, :] = tensor.clone() if within else tensor
+            shown.append(buffer[..., :past, :])
+        self.keys, self.values = shown
+        self._buffers = list(buffers)
+        self._written, self._owner = past, id(self)
+
+    def lies_in(self, buffers: tuple[torch.Tensor, torch.Tensor], past: int) -> bool:
+        """Whether so many tokens are in these buffers, and the next one may be written there."""
+        state = self.__dict__
+        if not self.is_initialized or not self._may_extend(past) or past >= buffers[0].shape[-2]:
+            return False
+        ahead: _Ahead | None = state.get("_ahead")
+        if ahead is not None:
+            return all(mine is other for mine, other in zip(ahead.buffers, buffers, strict=True))
+        return all(
+            mine is other and shown is not None and shown.data_ptr() == other.data_ptr()
+            for mine, other, shown in zip(self._buffers, buffers, (self.keys, self.values), strict=True)
+        )
+
+    def wrote_one(self, buffers: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """The next token of each sequence was written to buffers that this layer lies in."""
+        keys, values = buffers
+        batch, heads, tokens, width = keys.shape
+        room = Room((keys.data_ptr(), values.data_ptr()), tokens, self.get_seq_length())
+        self.took_one(room, (batch, heads, width, keys.dtype))
+
+    def offer(self, buffers: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Buffers to begin in, if the first tokens fit; nobody else uses them. A copy of the layer does not either."""
+        self.__dict__["_offered"] = id(self), buffers
+
     def room_for_one(self, form: Form) -> Room | None:
         """Room for one more token of each sequence; None where `update` has to make some, or the form is another."""
         state = self.__dict__
@@ -170,13 +209,29 @@ class GrowingLayer(DynamicLayer):
             or current.data_ptr() != buffer.data_ptr()
             or (buffer.is_inference() and not torch.is_inference_mode_enabled())
         ):
-            room = -(-total // ROOM_TOKENS) * ROOM_TOKENS
-            buffer = new.new_empty(*new.shape[:-2], room, new.shape[-1])
+            buffer = self._new_buffer(index, new, total)
             if past:
                 buffer[..., :past, :] = current
             self._buffers[index] = buffer
         buffer[..., past:total, :] = new
         return buffer[..., :total, :]
+
+    def _new_buffer(self, index: int, new: torch.Tensor, total: int) -> torch.Tensor:
+        owner, offered = self.__dict__.get("_offered", (0, ()))
+        if index:
+            self.__dict__.pop("_offered", None)
+        if owner == id(self):
+            buffer: torch.Tensor = offered[index]
+            batch, heads, room, width = buffer.shape
+            if (
+                new.shape[:-2] == (batch, heads)
+                and new.shape[-1] == width
+                and room >= total
+                and (buffer.dtype, buffer.device) == (new.dtype, new.device)
+            ):
+                return buffer
+        room = -(-total // ROOM_TOKENS) * ROOM_TOKENS
+        return new.new_empty(*new.shape[:-2], room, new.shape[-1])
 
 
 def fuse_kv_cache(model: PreTrainedModel) -> int:

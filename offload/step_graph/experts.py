@@ -1,0 +1,159 @@
+"""Experts of a captured step: asked for by the doorbell below, computed above meanwhile, and summed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from offload.devices.doorbell import DoorbellServer, why_not_served
+from offload.devices.host_threads import kernel_pool
+from offload.devices.mailbox import Mailbox, MailboxLayout, collect, ring
+from offload.errors import CaptureError
+from offload.moe.layer import ExpertsLayer
+from offload.moe.tiered_step import Accelerated
+from offload.step_graph.graph import StepGraph
+from offload.step_graph.homes import Homes
+from offload.step_graph.promotion import Promotion
+
+
+def why_not_captured(layers: Sequence[ExpertsLayer], top_k: Sequence[int]) -> str | None:
+    """The reason why experts layers cannot be part of a captured step, None where they can."""
+    for layer in layers:
+        if (reason := why_not_served(layer)) is not None:
+            return reason
+    if len({(layer.layout.hidden, layer.dtype) for layer in layers}) > 1 or len(set(top_k)) > 1:
+        return "its experts layers differ in width, dtype or experts of a token"
+    return None
+
+
+class GraphExperts:
+    """The experts layers of a model in steps of one number of tokens.
+
+    Attributes:
+        tokens: T, of a step.
+        homes: where experts are.
+    """
+
+    def __init__(
+        self, accelerated: Accelerated, layers: Sequence[ExpertsLayer], top_k: int, tokens: int, device: torch.device
+    ) -> None:
+        """Start the doorbell's server.
+
+        Args:
+            accelerated: tiers and devices.
+            layers: those that `why_not_captured` has nothing against.
+            top_k: k.
+            tokens: see above.
+            device: of the model's tensors.
+        """
+        self.tokens = tokens
+        self._accelerated, self._layers = accelerated, tuple(layers)
+        self._number = {layer.first_key: number for number, layer in enumerate(layers)}
+        layout = MailboxLayout(tokens, top_k, layers[0].layout.hidden, layers[0].dtype)
+        routed_nbytes = 8 * len(layers) * layout.pairs
+        # On pages of their own: pinned, and mapped where the accelerator is a GPU.
+        self._memory = accelerated.accelerator.host().allocate(layout.nbytes + 128 + routed_nbytes)
+        memory = self._memory.bytes()
+        self._box = Mailbox(layout, memory[: layout.nbytes])
+        start = layout.nbytes + -layout.nbytes % 128
+        routed = torch.from_numpy(memory[start : start + routed_nbytes]).view(torch.int64)
+        self._routed = routed.view(len(layers), tokens, top_k)
+        fetch = weakref.WeakMethod(self._fetch)
+
+        def fetch_if_alive(layer: int, missing: list[int]) -> None:
+            # The server's thread must not keep alive what ends it.
+            if (method := fetch()) is not None:
+                method(layer, missing)
+
+        self._server = DoorbellServer(self._box, layers, kernel_pool(), fetch_if_alive)
+        self._end = weakref.finalize(self, self._server.close)
+        self.homes = Homes(accelerated.tiers, layers, self._server.homes, device)
+        counts = [layer.count for layer in layers]
+        self._tables = self.homes.above.split(counts)
+        self._promotion = Promotion(accelerated, sum(counts))
+        self._above = torch.zeros(tokens, layout.hidden, dtype=torch.float32, device=device)
+        self._below = torch.zeros_like(self._above)
+        self._server.start()
+
+    # --- within a step ---------------------------------------------------------------------------------------
+
+    def queue(
+        self,
+        graph: StepGraph,
+        layer: ExpertsLayer,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """What `moe_step` computes, as operations of a graph: [T, H] in the dtype of `hidden`.
+
+        Raises:
+            CaptureError: the layer is given other shapes than those of a step.
+        """
+        if top_k_index.shape != self._routed.shape[1:]:
+            raise CaptureError(f"{layer.name} is given {tuple(top_k_index.shape)} experts, not those of a step")
+        number = self._number[layer.first_key]
+        hidden = hidden.contiguous()
+        ids, weights = top_k_index.to(torch.int64).contiguous(), top_k_weights.to(torch.float32).contiguous()
+        ring(graph, self._box, number, hidden, ids, weights)
+        graph.copy(self._routed[number], ids)
+        graph.call(
+            partial(
+                self._accelerated.accelerator.sum_experts, layer, hidden, ids, weights, self._tables[number],
+                self._above,
+            )
+        )  # fmt: skip
+        collect(graph, self._box, number, self._below)
+        return (self._above + self._below).to(hidden.dtype)
+
+    def _fetch(self, layer: int, _missing: list[int]) -> None:
+        """On the server's thread, while whoever holds the runtime's lock waits for the step."""
+        self.homes.fetch(layer, np.unique(self._box.ids.numpy()).tolist())
+
+    # --- around one ------------------------------------------------------------------------------------------
+
+    def announce(self) -> None:
+        """A step is about to be done."""
+        self.homes.follow()
+        self._server.announce(len(self._layers))
+
+    def check(self) -> None:
+        """The step is done.
+
+        Raises:
+            DoorbellError, StorageError, StoreCorruptError: its outputs are not valid.
+        """
+        self._server.check()
+
+    def routed(self) -> list[torch.Tensor]:
+        """Int64 [T, k] of each layer: what the last step was routed to."""
+        return list(self._routed)
+
+    def account(self, step_s: float) -> None:
+        """Tell policies and counters what a valid step did, and begin to copy what is worth it."""
+        tiers = self._accelerated.tiers
+        fetched, self.homes.fetched = self.homes.fetched, 0
+        everything: list[int] = []
+        candidates: list[int] = []
+        for layer, ids in zip(self._layers, self._routed.numpy(), strict=True):
+            keys = [layer.first_key + expert for expert in np.unique(ids).tolist()]
+            below = [key for key in keys if not self.homes.is_above(key)]
+            tiers.above.policy.on_route(keys)
+            tiers.below.policy.on_route(below)
+            tiers.above.counters.hits += len(keys) - len(below)
+            tiers.above.counters.misses += len(below)
+            tiers.below.counters.hits += len(below)
+            everything += keys
+            candidates += below
+        tiers.below.counters.hits -= fetched
+        tiers.below.counters.misses += fetched
+        self._promotion.note(everything)
+        self._promotion.promote(candidates, max(layer.layout.nbytes for layer in self._layers), step_s)
+
+    def close(self) -> None:
+        """Stop the server. May be called again."""
+        self._end()

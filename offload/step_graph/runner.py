@@ -1,0 +1,312 @@
+"""Which decode steps are replayed, and which go layer by layer."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from offload.errors import CaptureError, DeviceError, DoorbellError, SlowDeviceWarning
+from offload.hf.fused.conditions import returns_hidden_and_cache
+from offload.hf.fused.kv_cache import ROOM_TOKENS, fuse_kv_cache
+from offload.hf.fused.swap import STACK, Fused, swap
+from offload.hf.fused.watch import Watch
+from offload.hf.quantised_linear import QuantisedLinear
+from offload.runtime import Runtime
+from offload.step_graph.decode_graph import DecodeGraph, why_not_held
+from offload.step_graph.experts import GraphExperts, why_not_captured
+from offload.step_graph.figures import GraphFigures
+
+LEAST_ROOM_TOKENS = 256
+"""A graph attends to all columns of its buffers: they double from here on."""
+
+_MOST_GRAPHS = 4
+_PROOFS = 3
+"""Steps that may differ from the layers' own before graphs are given up."""
+
+_ATTENTION = ("sdpa", "eager")
+_KINDS = {"full_attention", "sliding_attention", "linear_attention"}
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.1}
+"""Relative distance of hidden states: sums in another order, and choices of routers that nearly tie."""
+
+
+class StepGraphs:
+    """The graphs of one model.
+
+    The first step of a graph is done three ways: layer by layer, which is the result, queued, and replayed. Only where
+    all of them agree are later steps replayed.
+
+    Attributes:
+        figures: what was done so far.
+    """
+
+    def __init__(self, model: PreTrainedModel, runtime: Runtime) -> None:
+        """Nothing is captured yet.
+
+        Args:
+            model: carried by the runtime.
+            runtime: with an accelerator.
+        """
+        assert runtime.accelerated is not None
+        self.figures = GraphFigures()
+        self._runtime, self._accelerated = runtime, runtime.accelerated
+        self._decoder: Any = model.get_decoder()
+        self._device = model.device
+        self._experts: dict[int, GraphExperts] = {}
+        self._graphs: list[DecodeGraph] = []
+        self._declined: weakref.WeakSet[DynamicCache] = weakref.WeakSet()
+        self._proofs_left = _PROOFS
+        self._process = os.getpid()
+        self._output: type[Any] = object
+        self._watch = Watch(self._decoder.modules())
+        swap(self._decoder, _forward)
+        self._decoder.__dict__[STACK] = self
+        reason = self._why_not()
+        if reason is not None:
+            self._give_up(reason)
+
+    def _why_not(self) -> str | None:
+        """The reason why no step of this model can be captured."""
+        runtime, config = self._runtime, self._decoder.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if runtime.paging is not None:
+            return "its KV cache lies in blocks"
+        if runtime.dense is not None and runtime.dense.window is not None:
+            return "dense weights stream through a window; give more vram="
+        packed = any(isinstance(module, QuantisedLinear) for module in self._decoder.modules())
+        if packed and self._device.type == "cpu":
+            return "packed dense layers on the CPU are no operations of torch's"
+        if config._attn_implementation not in _ATTENTION:
+            return f"attention is {config._attn_implementation}, not one of {', '.join(_ATTENTION)}"
+        if not kinds <= _KINDS:
+            return f"it has layers of {', '.join(sorted(kinds - _KINDS))}"
+        return why_not_captured(runtime.layers, [experts.top_k for experts in runtime.spec.experts])
+
+    def _give_up(self, reason: str) -> None:
+        self.figures.reason = reason
+        self._graphs.clear()
+        warnings.warn(
+            f"step_graph=: decode steps of {self._runtime.plan.model} go layer by layer: {reason}",
+            SlowDeviceWarning,
+            stacklevel=2,
+        )
+
+    # --- one forward -----------------------------------------------------------------------------------------
+
+    def begin(self, cache: DynamicCache) -> None:
+        """An empty cache is about to be filled: where it can, it begins in the buffers of a graph."""
+        if self.figures.reason:
+            return
+        with self._runtime.lock:
+            graph = next((graph for graph in self._graphs if graph.is_free()), None)
+            if graph is not None:
+                graph.offer(cache)
+
+    def run(self, args: tuple[Any, ...], passed: dict[str, Any]) -> Any:
+        """The output for one new token of each sequence; None where the model's own code must run."""
+        ids, cache = passed.get("input_ids"), passed.get("past_key_values")
+        if (
+            args
+            or type(ids) is not torch.Tensor
+            or ids.dim() != 2
+            or ids.shape[1] != 1
+            or type(cache) is not DynamicCache
+            or not cache.layers
+        ):
+            return None
+        with self._runtime.lock:
+            done = None
+            if self._may_replay(ids, cache, passed):
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    done = self._run(ids, cache, passed)
+            if done is None:
+                self.figures.layer_by_layer += 1
+            return done
+
+    def _may_replay(self, ids: torch.Tensor, cache: DynamicCache, passed: dict[str, Any]) -> bool:
+        mask, past = passed.get("attention_mask"), int(cache.get_seq_length())
+        return (
+            not self.figures.reason
+            and not self._runtime.closed
+            and cache not in self._declined
+            and self._process == os.getpid()
+            and past > 0
+            and ids.dtype is torch.int64
+            and ids.device == self._device
+            and (mask is None or (isinstance(mask, torch.Tensor) and mask.shape == (len(ids), past + 1)))
+            and returns_hidden_and_cache(self._decoder.config, passed)
+            and not torch.is_autocast_enabled(self._device.type)
+            and self._has_slots(len(ids))
+            and self._watch.finds_nothing()
+        )
+
+    def _has_slots(self, batch: int) -> bool:
+        """Whether all experts of one request fit into host memory at once, beside copies that are under way."""
+        most = max(min(batch * experts.top_k, experts.count) for experts in self._runtime.spec.experts)
+        return self._runtime.tier.table.usable_slots >= most
+
+    def _run(self, ids: torch.Tensor, cache: DynamicCache, passed: dict[str, Any]) -> Any:
+        graph = self._graph_of(cache)
+        if graph is None:
+            return None
+        if not graph.set(cache, ids, passed.get("position_ids"), passed.get("attention_mask")):
+            self._declined.add(cache)
+            return None
+        if not graph.captured:
+            return self._prove(graph, ids, cache, passed)
+        before = perf_counter()
+        self._do(graph, graph.graph.replay)
+        graph.written(cache)
+        seconds = perf_counter() - before
+        self._account(seconds, len(ids))
+        self.figures.replayed += 1
+        return self._output(last_hidden_state=graph.hidden.clone(), past_key_values=cache)
+
+    def _graph_of(self, cache: DynamicCache) -> DecodeGraph | None:
+        held = next((graph for graph in self._graphs if graph.holds(cache)), None)
+        if held is not None:
+            return held
+        if why_not_held(cache) is not None:
+            self._declined.add(cache)
+            return None
+        past = int(cache.get_seq_length())
+        for graph in self._graphs:
+            if graph.is_free() and graph.suits(cache) and past < graph.room:
+                graph.lend(cache)
+                return graph
+        self._graphs = [graph for graph in self._graphs if not graph.is_free()]
+        if len(self._graphs) >= _MOST_GRAPHS:
+            return None
+        outgrown = [graph for graph in self._graphs if graph.is_lent_to(cache)]
+        try:
+            graph = DecodeGraph(
+                self._decoder, self._decoder.plain.forward, cache, self._accelerated.accelerator.step_graph(),
+                self._room(past),
+            )  # fmt: skip
+        except torch.OutOfMemoryError:
+            self._give_up(f"no memory for KV buffers of {self._room(past)} tokens; give more vram= or less context=")
+            return None
+        graph.lend(cache)
+        # Its buffers are free when the tokens have moved on, and too small for the next cache.
+        self._graphs = [one for one in self._graphs if one not in outgrown] + [graph]
+        return graph
+
+    def _room(self, past: int) -> int:
+        """Tokens of new buffers: twice as many as before, but no more than the plan has room for, unless it must be."""
+        planned = -(-self._runtime.plan.workload.context_tokens // ROOM_TOKENS) * ROOM_TOKENS
+        room = max(LEAST_ROOM_TOKENS, 1 << past.bit_length())
+        return min(room, planned) if past < planned else room
+
+    def _experts_of(self, batch: int) -> GraphExperts:
+        if batch not in self._experts:
+            top_k = self._runtime.spec.experts[0].top_k
+            self._experts[batch] = GraphExperts(self._accelerated, self._runtime.layers, top_k, batch, self._device)
+        return self._experts[batch]
+
+    def _do(self, graph: DecodeGraph, what: Callable[[], None]) -> None:
+        """One step of a graph, its experts at hand.
+
+        Raises:
+            DoorbellError, StorageError, StoreCorruptError: the outputs are not valid; nothing was written for good.
+        """
+        experts = self._experts_of(graph.batch)
+        experts.announce()
+        try:
+            what()
+        finally:
+            experts.check()
+
+    def _prove(self, graph: DecodeGraph, ids: torch.Tensor, cache: DynamicCache, passed: dict[str, Any]) -> Any:
+        """The step layer by layer, after it was queued, captured and replayed."""
+        found: list[torch.Tensor] = []
+        experts = self._experts_of(graph.batch)
+
+        def queue(*request: Any) -> torch.Tensor:
+            return experts.queue(graph.graph, *request)
+
+        def step() -> None:
+            self._runtime.queue = queue
+            try:
+                graph.step()
+            finally:
+                self._runtime.queue = None
+
+        def capture() -> None:
+            graph.disguise()
+            graph.graph.capture(step)
+
+        ways: tuple[Callable[[], None], ...] = (lambda: graph.graph.run(step), capture, graph.graph.replay)
+        try:
+            for way in ways:
+                graph.set(cache, ids, passed.get("position_ids"), passed.get("attention_mask"))
+                graph.hidden.fill_(torch.nan)
+                self._do(graph, way)
+                found.append(graph.hidden.clone())
+                graph.forget()
+        except (CaptureError, DeviceError) as error:
+            if isinstance(error, DoorbellError):
+                raise
+            self._give_up(str(error))
+            return None
+        output = self._decoder.plain.forward(self._decoder, **passed)
+        self._output = type(output)
+        self.figures.layer_by_layer += 1
+        expected = output.last_hidden_state
+        # A capture may compute nothing.
+        if all(_distance(one, expected) <= _TOLERANCE[expected.dtype] for one in (found[0], found[2])):
+            graph.note_captured(cache)
+            self.figures.captured += 1
+        else:
+            self._proofs_left -= 1
+            if not self._proofs_left:
+                self._give_up("a captured step does not give what the layers give")
+        return output
+
+    def _account(self, seconds: float, tokens: int) -> None:
+        experts = self._experts[tokens]
+        experts.account(seconds)
+        self._runtime.note_graph_step(experts.routed(), seconds)
+
+    def close(self) -> None:
+        """Stop serving. May be called again."""
+        for experts in self._experts.values():
+            experts.close()
+        self._graphs.clear()
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.float(), expected.float()
+    distance = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    return distance if distance == distance else float("inf")
+
+
+def _forward(self: Fused, *args: Any, **kwargs: Any) -> Any:
+    graphs: StepGraphs | None = self.__dict__.get(STACK)
+    done = None if graphs is None else graphs.run(args, kwargs)
+    return self.plain.forward(self, *args, **kwargs) if done is None else done
+
+
+def use_step_graphs(model: PreTrainedModel, runtime: Runtime) -> StepGraphs:
+    """Let decode steps be replayed where they can be.
+
+    Args:
+        model: carried by the runtime.
+        runtime: with an accelerator.
+    """
+    graphs = StepGraphs(model, runtime)
+    fuse_kv_cache(model)
+
+    def begin(_module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if type(cache) is DynamicCache and not cache.get_seq_length():
+            graphs.begin(cache)
+
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    return graphs
