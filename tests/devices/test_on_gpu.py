@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import offload
 from cpu_kernels.threads import ThreadPool
 from offload.devices.cuda import CudaDevice
 from offload.devices.cuda_driver import open_cuda
+from offload.devices.cuda_graph import CudaGraph
 from offload.devices.cuda_stream import CudaStream
 from offload.devices.doorbell import DoorbellServer
 from offload.devices.host import HostDevice
@@ -146,3 +148,47 @@ def test_the_doorbell(captured: bool, name: str) -> None:
                 rig.assert_close(sums[layer].cpu(), rig.reference(layer, *inputs[layer]))
                 sums[layer].fill_(torch.nan)
     rig.close()
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_steps_as_graphs(model_type: str, name: str, tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
+    """Experts above, below and on disk; in fp32, in which the last bits decide nothing here."""
+    directory = tiny_checkpoint(model_type)
+    ids = prompt(batch=2)
+    expected = greedy(reference_model(directory, torch.float32), ids)
+    model = offload.load(
+        directory, ram="1GiB", nvme=store_root, context=40, batch=2, device=name, vram=VRAM, step_graph=True
+    )
+    with model.offload as runtime:
+        for _ in range(2):
+            assert torch.equal(greedy(model, ids.to(name)).cpu(), expected)
+        runtime.check()
+        figures = runtime.stats().graphs
+        assert figures.reason == ""
+        assert figures.replayed > figures.layer_by_layer
+
+
+@pytest.mark.parametrize("functions", [False, True], ids=["stream values", "host functions"])
+def test_words_in_a_graph(functions: bool, name: str) -> None:
+    """The same graph twice: a word is waited for that a thread of the host writes, and another is written then."""
+    device = torch.device(name)
+    words = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+    given, taken = (words.data_ptr() + 4 * index for index in range(2))
+    x, y = torch.ones(4, device=device), torch.zeros(4, device=device)
+    graph = CudaGraph(device, functions=functions)
+
+    def step() -> None:
+        graph.wait_value(given, 5)
+        y.add_(x)
+        graph.write_value(given, 0)
+        graph.write_value(taken, 7)
+
+    graph.capture(step)
+    for turn in range(1, 3):
+        words[1] = 0
+        timer = threading.Timer(0.05, lambda: words.__setitem__(0, 5))
+        timer.start()
+        graph.replay()
+        timer.join()
+        assert words.tolist() == [0, 7]
+        assert y.tolist() == [float(turn)] * 4
