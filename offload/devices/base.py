@@ -127,6 +127,27 @@ class Device(ABC):
         """Return when all work given to the device is done."""
 
 
+@dataclass(frozen=True)
+class ExpertSums:
+    """Experts of one layer to sum, all tensors on the device that has them.
+
+    Attributes:
+        layer: whose experts they are.
+        hidden: [T, H] contiguous, in the layer's dtype.
+        ids: int64 [T, k] contiguous.
+        weights: fp32 [T, k] contiguous.
+        table: int64 [experts]: address of each bundle in the device's memory, 0 where it is not there.
+        out: fp32 [T, H] contiguous.
+    """
+
+    layer: ExpertsLayer
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    table: torch.Tensor
+    out: torch.Tensor
+
+
 class Accelerator(Device):
     """A device with memory of its own at the other end of a link.
 
@@ -157,26 +178,10 @@ class Accelerator(Device):
         """An empty graph for a decode step on this device."""
 
     @abstractmethod
-    def sum_experts(
-        self,
-        layer: ExpertsLayer,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        table: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
+    def sum_experts(self, sums: ExpertSums) -> None:
         """out[t] = sum of weights[t, i] x expert ids[t, i] (hidden[t]) over the experts that are here.
 
-        Kernels of a step: nothing waits, all tensors are on this device, and what they hold may change until a replay.
-
-        Args:
-            layer: whose experts they are.
-            hidden: [T, H] contiguous, in the layer's dtype.
-            ids: int64 [T, k] contiguous.
-            weights: fp32 [T, k] contiguous.
-            table: int64 [experts]: address of each bundle in this device's memory, 0 where it is not here.
-            out: fp32 [T, H] contiguous.
+        Kernels of a step: nothing waits, and what the tensors hold may change until a replay.
         """
 
 

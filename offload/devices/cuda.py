@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload.devices.base import Accelerator, ExpertBatch, Slab, Span, Work
+from offload.devices.base import Accelerator, ExpertBatch, ExpertSums, Slab, Span, Work
 from offload.devices.cuda_driver import CopyStream, CudaDriver
 from offload.devices.cuda_experts import CudaWork, sum_experts
 from offload.devices.link import Link
@@ -145,17 +145,9 @@ class CudaDevice(Accelerator):
         """
         return self.driver.step_graph()
 
-    def sum_experts(
-        self,
-        layer: ExpertsLayer,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        table: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
+    def sum_experts(self, sums: ExpertSums) -> None:
         """Start kernels on the current stream."""
-        sum_experts(layer, hidden, ids, weights, table, out)
+        sum_experts(sums)
 
     def _measure_link(self) -> Link:
         """What one stream of copies from pinned memory reaches."""

@@ -8,7 +8,7 @@ import torch
 from gpu_kernels.combine import combine
 from gpu_kernels.expert_mlp import default_config, expert_down, expert_mlp, expert_up
 from gpu_kernels.grouping import group_pairs
-from offload.devices.base import ExpertBatch, Work
+from offload.devices.base import ExpertBatch, ExpertSums, Work
 from offload.devices.cuda_driver import CudaDriver
 from offload.moe.gate import apply_gate
 from offload.moe.layer import ExpertsLayer
@@ -49,19 +49,13 @@ class CudaWork(Work):
         self._out.index_copy_(0, torch.from_numpy(self._batch.rows), self._sums.cpu())
 
 
-def sum_experts(
-    layer: ExpertsLayer,
-    hidden: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    table: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
+def sum_experts(sums: ExpertSums) -> None:
     """See `Accelerator.sum_experts`; the layer's gate is one that kernels know."""
+    layer, ids = sums.layer, sums.ids
     assert layer.activation is not None
-    rows = expert_mlp(hidden, ids, table, layer.layout, layer.activation)
+    rows = expert_mlp(sums.hidden, ids, sums.table, layer.layout, layer.activation)
     # Rows of experts that are not here were not written, and are not read.
-    combine(rows, torch.where(table[ids] != 0, weights, 0.0), out)
+    combine(rows, torch.where(sums.table[ids] != 0, sums.weights, 0.0), sums.out)
 
 
 def _rows(layer: ExpertsLayer, x: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

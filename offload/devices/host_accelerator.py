@@ -15,7 +15,7 @@ import torch
 
 from cpu_kernels.kv_blocks import read_tokens
 from formats.kv import KvLayout
-from offload.devices.base import AttentionBatch, AttentionWork, Device, ExpertBatch, KvAccelerator, Slab
+from offload.devices.base import AttentionBatch, AttentionWork, Device, ExpertBatch, ExpertSums, KvAccelerator, Slab
 from offload.devices.host import HostDevice
 from offload.devices.host_attention import Attended, attend
 from offload.devices.link import Link, LinkReader
@@ -123,30 +123,22 @@ class HostAccelerator(KvAccelerator):
         """One whose operations are recorded."""
         return RecordedGraph()
 
-    def sum_experts(
-        self,
-        layer: ExpertsLayer,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        table: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
+    def sum_experts(self, sums: ExpertSums) -> None:
         """With the CPU kernels; returns when done.
 
         Raises:
             ValueError: a bundle that is not in this device's memory.
         """
-        known = table.numpy()
-        chosen = ids.numpy()
+        layer, known, chosen = sums.layer, sums.table.numpy(), sums.ids.numpy()
         # An id that there is not is a pair that nobody computes here.
-        routing = route(torch.from_numpy(np.where(known[chosen] != 0, chosen, layer.count)), weights, layer.count)
-        accumulator = PairAccumulator(routing, hidden.shape[1])
+        here = torch.from_numpy(np.where(known[chosen] != 0, chosen, layer.count))
+        routing = route(here, sums.weights, layer.count)
+        accumulator = PairAccumulator(routing, sums.hidden.shape[1])
         if routing.experts:
             rows, targets = accumulator.target(slice(None))
             batch = ExpertBatch(known[routing.experts].astype(np.intp), routing.offsets, routing.tokens, targets)
-            self.run_experts(layer, batch, hidden, rows)
-        out.copy_(accumulator.result())
+            self.run_experts(layer, batch, sums.hidden, rows)
+        sums.out.copy_(accumulator.result())
 
     def synchronise(self) -> None:
         """Nothing runs on after a call."""

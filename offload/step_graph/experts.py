@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from offload.devices.base import ExpertSums
 from offload.devices.doorbell import DoorbellServer, why_not_served
 from offload.devices.host_threads import kernel_pool
 from offload.devices.mailbox import Mailbox, MailboxLayout, collect, ring
@@ -101,12 +102,8 @@ class GraphExperts:
         ids, weights = top_k_index.to(torch.int64).contiguous(), top_k_weights.to(torch.float32).contiguous()
         ring(graph, self._box, number, hidden, ids, weights)
         graph.copy(self._routed[number], ids)
-        graph.call(
-            partial(
-                self._accelerated.accelerator.sum_experts, layer, hidden, ids, weights, self._tables[number],
-                self._above,
-            )
-        )  # fmt: skip
+        sums = ExpertSums(layer, hidden, ids, weights, self._tables[number], self._above)
+        graph.call(partial(self._accelerated.accelerator.sum_experts, sums))
         collect(graph, self._box, number, self._below)
         return (self._above + self._below).to(hidden.dtype)
 

@@ -18,7 +18,9 @@ def test_it_runs_and_gates(tmp_path: Path) -> None:
         *(f"{format}, {tokens} tokens" for format in gpu.QUICK.formats for tokens in (1, 70)),
         *(f"tiny, {share:.0%}" for share in gpu.QUICK.models.shares if not torch.cuda.is_available()),
     ]
-    assert [row["experts_in_vram"] for row in report.tables["Models"]] == [1.0, 0.5]
+    models = report.tables["Models"]
+    assert [row["experts_in_vram"] for row in models] == [1.0, 1.0, 0.5, 0.5]
+    assert [bool(row["steps_replayed"]) for row in models] == [False, True] * 2
     assert [len(rows) for title, rows in report.tables.items() if title.startswith("Experts")] == [2, 2]
     assert len(report.targets) >= 4
 
