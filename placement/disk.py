@@ -65,12 +65,14 @@ class Disk:
 
     Attributes:
         points: by size and number in flight, of reads that go on and on.
-        bursts: by size, of the first BURST_READS reads after the disk was idle, as a layer's misses are. Empty: as fast
-            as reads that go on, after `latency_s`.
+        bursts: by size, of the first BURST_READS reads after the disk was idle, as a layer's misses are; large ones are
+            read in pieces, as bundles are. Empty: as fast as reads that go on, after `latency_s`.
         latency_s: of one small read, from request to data, when the disk is idle.
         few: what is left of reads and kernels while kernels of few tokens run.
         many: likewise of many tokens.
         free_nbytes: free bytes.
+        between: share of their speed that kernels of few tokens have between the reads of one layer and of the next:
+            their threads and the cores slept, and whoever read for the machine may be busy still.
     """
 
     points: tuple[DiskPoint, ...]
@@ -79,10 +81,13 @@ class Disk:
     few: Overlap
     many: Overlap
     free_nbytes: int
+    between: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.points or self.few.tokens >= self.many.tokens:
             raise ValueError("a disk needs measurements, and overlaps for few tokens and for more")
+        if not 0 < self.between <= 1:
+            raise ValueError(f"a share of speed is above 0 and at most 1: {self.between}")
 
     def bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
         """Speed of reads alone.
@@ -92,14 +97,19 @@ class Disk:
         depth = min({point.in_flight for point in self.points}, key=lambda d: (abs(math.log(d / max(in_flight, 1))), d))
         return _between([point for point in self.points if point.in_flight == depth], block_nbytes)
 
-    def startup_s(self, block_nbytes: int) -> float:
+    def startup_s(self, nbytes: float, piece_nbytes: int | None = None) -> float:
         """Seconds that reads of a layer take more than their share of reads that go on: none is on its way before, they
-        begin and end together, and while the first are checked none follows.
+        begin and end together, and what is read last is checked while none follows.
+
+        Args:
+            nbytes: of each.
+            piece_nbytes: in which each is read; None for in one.
         """
         if not self.bursts:
             return self.latency_s
-        going_on = self.bytes_per_s(block_nbytes, self.bursts[0].in_flight)
-        return max(0.0, BURST_READS * block_nbytes * (1 / _between(self.bursts, block_nbytes) - 1 / going_on))
+        piece = nbytes if piece_nbytes is None else min(nbytes, piece_nbytes)
+        going_on = self.bytes_per_s(int(piece), self.bursts[0].in_flight)
+        return max(0.0, BURST_READS * nbytes * (1 / _between(self.bursts, int(nbytes)) - 1 / going_on))
 
     def overlapped_bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
         """Speed of reads while the CPU's kernels of few tokens run."""

@@ -110,6 +110,7 @@ def expert_cost(
     *,
     on_gpu: bool,
     decode: bool = True,
+    around_s: float = 0.0,
 ) -> ExpertCost:
     """The cost of one MoE layer.
 
@@ -123,6 +124,7 @@ def expert_cost(
         in_ram: likewise in RAM; the others are read.
         on_gpu: the layer around runs on the accelerator, so its activations are there.
         decode: the pass has one token of each sequence.
+        around_s: of the linear layers around on the CPU, which take longer where experts were read before.
     """
     speeds = _speeds(experts, profile, need, rows, on_gpu=on_gpu)
     distinct = round(need.distinct)
@@ -131,12 +133,18 @@ def expert_cost(
         cost = _mean(reads, profile.gpu is not None, speeds, in_vram, in_ram)
     else:
         cost = _expected(profile, homes, need, speeds, in_vram, in_ram)
-    return _with_step(cost, profile.cpu.overheads_in(experts.layout.format).step_s if decode else 0.0, in_vram + in_ram)
+    if not decode:
+        return cost
+    slower_s = 0.0 if profile.disk is None else around_s * (1 / profile.disk.between - 1)
+    step_s = profile.cpu.overheads_in(experts.layout.format).step_s
+    return _with_step(cost, step_s, slower_s, need.distinct, in_vram + in_ram)
 
 
-def _with_step(cost: ExpertCost, step_s: float, found: FloatArray) -> ExpertCost:
-    """The cost with what looking for experts takes, unless all are always found."""
-    step = np.where(found < 1.0, step_s, 0.0)
+def _with_step(cost: ExpertCost, step_s: float, slower_s: float, distinct: float, found: FloatArray) -> ExpertCost:
+    """The cost with what looking for experts takes, unless all are always found, and with what the layer around takes
+    longer where one is not.
+    """
+    step = np.where(found < 1.0, step_s + slower_s * (1 - np.clip(found, 0.0, 1.0) ** distinct), 0.0)
     return replace(cost, cpu_s=cost.cpu_s + step, cpu_busy_s=cost.cpu_busy_s + step)
 
 
@@ -271,7 +279,7 @@ def _disk_s(reads: _Reads, nbytes: float, misses: FloatArray) -> tuple[FloatArra
         whole = np.maximum(whole, np.where(misses > bundles - 1, count * nbytes / speed, 0.0))
     together = np.minimum(np.maximum(misses, 1.0), most)
     first = whole * together / np.maximum(misses, 1.0)
-    startup = np.where(misses > 0, reads.disk.startup_s(block), 0.0)
+    startup = np.where(misses > 0, reads.disk.startup_s(nbytes, reads.chunk_nbytes), 0.0)
     return startup + whole, startup + first
 
 

@@ -11,7 +11,7 @@ from placement.curves import TokenCurve
 from placement.disk import Disk
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 5
+PROFILE_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,31 @@ class AttentionSpeed:
         bytes_per_s: at which the cache is read.
         few_flops_per_s: for one new token of each sequence.
         flops_per_s: for many new tokens.
+        prompt_call_s: in the place of `call_s` for many new tokens, whose keys and values are laid out first.
     """
 
     call_s: float
     bytes_per_s: float
     few_flops_per_s: float
     flops_per_s: float
+    prompt_call_s: float | None = None
 
     def seconds(self, kv_nbytes: float, flops: float, new_tokens: int) -> float:
         """Seconds of one layer: reading or computing, whichever takes longer."""
         speed = self.few_flops_per_s if new_tokens == 1 else self.flops_per_s
-        return self.call_s + max(kv_nbytes / self.bytes_per_s, flops / speed)
+        call_s = self.call_s if new_tokens == 1 or self.prompt_call_s is None else self.prompt_call_s
+        return call_s + max(kv_nbytes / self.bytes_per_s, flops / speed)
+
+    def with_speeds(self, memory: float, arithmetic: float) -> AttentionSpeed:
+        """Reading the cache follows memory, all else arithmetic."""
+        prompt = None if self.prompt_call_s is None else self.prompt_call_s / arithmetic
+        return AttentionSpeed(
+            self.call_s / arithmetic,
+            self.bytes_per_s * memory,
+            self.few_flops_per_s * arithmetic,
+            self.flops_per_s * arithmetic,
+            prompt,
+        )
 
 
 @dataclass(frozen=True)
@@ -162,12 +176,7 @@ class Compute:
             memory_bytes_per_s=memory * self.memory_bytes_per_s,
             experts=tuple(FormatCurve(one.format, one.curve.with_speeds(memory, arithmetic)) for one in self.experts),
             linears=tuple(FormatCurve(one.format, one.curve.with_speeds(memory, arithmetic)) for one in self.linears),
-            attention=AttentionSpeed(
-                self.attention.call_s / arithmetic,
-                self.attention.bytes_per_s * memory,
-                self.attention.few_flops_per_s * arithmetic,
-                self.attention.flops_per_s * arithmetic,
-            ),
+            attention=self.attention.with_speeds(memory, arithmetic),
             overheads=self.overheads.times(1 / arithmetic),
             packed_overheads=None if packed is None else packed.times(1 / arithmetic),
         )

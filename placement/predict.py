@@ -199,7 +199,7 @@ def _add_pass(
                 need = routing.demand(kind.experts, work)
                 experts = expert_cost(
                     kind.experts, profile, homes, need, work.rows, in_vram, in_ram, on_gpu=vram,
-                    decode=work.new_tokens == 1,
+                    decode=work.new_tokens == 1, around_s=0.0 if vram else cost.dense_s,
                 )  # fmt: skip
                 total.add_experts(experts, need.distinct, rates, kind.experts.layout.nbytes, times * work.count)
 

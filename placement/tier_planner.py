@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from placement.dense_choices import DenseChoice, Saving, dense_choices
-from placement.dense_cost import layer_cost, pass_cost
+from placement.dense_cost import layer_cost, linears_s, pass_cost
 from placement.expert_cost import IntArray, expert_cost
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
@@ -175,11 +175,12 @@ class _Search:
         if experts is None:
             return total
         need = self.routing.demand(experts, phase.work)
+        around_s = linears_s(self.kinds[kind].layer.linears, profile.cpu, phase.work.rows)
         for on_gpu, times in ((True, dense), (False, len(self.kinds[kind].indices) - dense)):
             if times:
                 cost = expert_cost(
                     experts, profile, _NOTHING, need, phase.work.rows, in_vram, in_ram, on_gpu=on_gpu,
-                    decode=phase.work.new_tokens == 1,
+                    decode=phase.work.new_tokens == 1, around_s=0.0 if on_gpu else around_s,
                 )  # fmt: skip
                 total += times * cost.total_s
         return total

@@ -25,7 +25,7 @@ from profiler.timing import Timing, repeated
 _MIB = 1 << 20
 _NO_OVERHEADS = Overheads(0.0, 0.0, 0.0)
 _BYTES_PER_POINT = 96 * _MIB
-_OVERLAP_NBYTES = 128 * _MIB
+_OVERLAP_NBYTES = 64 * _MIB
 _PACKED = "int4"
 """Stands for all packed formats in whole passes; what differs is in the curves."""
 _MIN_BLOCKS, _MAX_BLOCKS = 8, 256
@@ -33,6 +33,9 @@ _FEWEST = 2
 _OVERLAP_TOKENS = (1, 32)
 _IN_FLIGHT = 4
 _BURSTS = 5
+_LARGE_BLOCK = 12 * _MIB
+"""Read in pieces, as large bundles are, and checked whole."""
+_BETWEEN_READS = "bf16"
 _BESIDE_READS = ("bf16", "int8", "int4")
 """Formats of experts that are computed beside reads: their shares differ by moment more than by format."""
 
@@ -216,22 +219,33 @@ def _with_fp16(curves: tuple[FormatCurve, ...]) -> tuple[FormatCurve, ...]:
     return (*curves, *(FormatCurve("fp16", one.curve) for one in curves if one.format == "bf16"))
 
 
-_ATTENTION = {"attention, 64 cached": (1, 64), "attention, 4096 cached": (1, 4096), "attention, 512 new": (512, 0)}
+_ATTENTION = {
+    "attention, 64 cached": (1, 64),
+    "attention, 4096 cached": (1, 4096),
+    "attention, 64 new": (64, 0),
+    "attention, 512 new": (512, 0),
+}
 
 
 def _time_attention(found: _Found, subjects: Subjects, effort: Effort) -> None:
-    """One token beside few and many cached ones, and many tokens at once."""
+    """One token beside few and many cached ones, and some and many tokens at once."""
     for what, (new, cached) in _ATTENTION.items():
         found.time(what, subjects.attention(new, cached).run, effort.call_s / effort.rounds)
 
 
 def _attention(found: _Found, subjects: Subjects, bandwidth: float) -> AttentionSpeed:
     """What attention reads it reads at the bandwidth."""
-    short, long, prompt = (subjects.attention(*sizes).flops for sizes in _ATTENTION.values())
-    few, many, seconds = (found.seconds(what) for what in _ATTENTION)
-    few_flops_per_s = (long - short) / max(many - few, 1e-9)
-    call_s = max(0.0, few - short / few_flops_per_s)
-    return AttentionSpeed(call_s, bandwidth, few_flops_per_s, prompt / max(seconds - call_s, 1e-9))
+    points = {what: (subjects.attention(*sizes).flops, found.seconds(what)) for what, sizes in _ATTENTION.items()}
+    one, short, prompt, long = points.values()
+    call_s, few_flops_per_s = _line(one, short)
+    prompt_call_s, flops_per_s = _line(prompt, long)
+    return AttentionSpeed(call_s, bandwidth, few_flops_per_s, flops_per_s, prompt_call_s)
+
+
+def _line(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:
+    """(seconds of a call, flops per second) from (flops, seconds) of a small and of a large call."""
+    flops_per_s = (large[0] - small[0]) / max(large[1] - small[1], 1e-9)
+    return max(0.0, small[1] - small[0] / flops_per_s), flops_per_s
 
 
 def _read(found: _Found, subjects: Subjects, effort: Effort) -> None:
@@ -240,8 +254,10 @@ def _read(found: _Found, subjects: Subjects, effort: Effort) -> None:
         blocks = int(min(max(effort.share_of_reads * _BYTES_PER_POINT // block, _MIN_BLOCKS), _MAX_BLOCKS))
         for depth in effort.depths:
             found.note(_point_of(block, depth), blocks * block / subjects.read(block, depth, blocks))
+    for block in (*effort.blocks, _LARGE_BLOCK):
         for _ in range(_BURSTS):
             found.note(_burst_of(block), BURST_READS * block / subjects.read(block, _IN_FLIGHT, BURST_READS))
+    found.note("between", subjects.between_reads(partial(subjects.read, _MIB, _IN_FLIGHT, BURST_READS), _BETWEEN_READS))
     found.note("latency", min(subjects.read(4096, 1, 1) for _ in range(8)))
 
 
@@ -276,8 +292,11 @@ def _disk(found: _Found, effort: Effort, free_nbytes: int) -> Disk:
         for depth in effort.depths
     )
     few, many = (_overlap(found, tokens) for tokens in _OVERLAP_TOKENS)
-    bursts = tuple(DiskPoint(block, _IN_FLIGHT, found.median(_burst_of(block))) for block in effort.blocks)
-    return Disk(points, bursts, min(found.repeats["latency"]), few, many, free_nbytes)
+    bursts = tuple(
+        DiskPoint(block, _IN_FLIGHT, found.median(_burst_of(block))) for block in (*effort.blocks, _LARGE_BLOCK)
+    )
+    between = min(1.0, found.median("between"))
+    return Disk(points, bursts, min(found.repeats["latency"]), few, many, free_nbytes, between)
 
 
 def _overlap(found: _Found, tokens: int) -> Overlap:

@@ -72,6 +72,10 @@ class Subjects(Protocol):
         """
         ...
 
+    def between_reads(self, read: Callable[[], float], format: str) -> float:
+        """The share of their speed that linear layers of one token have right after `read`, at most 1."""
+        ...
+
     def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
         """What whole forward passes take beyond what `profile`, whose overheads are zero, predicts of them.
 

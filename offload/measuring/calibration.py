@@ -3,7 +3,8 @@
 Models with random weights of two depths run through the runtime with everything in RAM, as a user's model does: nothing
 is hooked, because that would change which of the runtime's ways a pass takes. What the profile's curves predict of
 their products and attention is taken off; what is left grows with the layers, or does not. What a curve has wrong for
-every model is in the remainder, and so corrected.
+every model is in the remainder, and so corrected. In prompts, where experts take most of a pass and what is left is a
+tenth, seconds of experts are taken off as they were in that very pass.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from offload.devices.base import ExpertBatch
+from offload.devices.host import HostDevice
 from offload.loading import load
+from offload.moe.layer import ExpertsLayer
 from offload.runtime import Runtime
 from placement.hardware_profile import HardwareProfile, Overheads, Speeds
 from placement.planner import predicted
@@ -57,8 +61,8 @@ class Remainders:
     Attributes:
         decode_s: of a pass of one token.
         stepped_s: likewise where the runtime looks for experts in every layer, as it does when not all have a slot.
-        short_s: of a pass of SHORT_TOKENS tokens.
-        prompt_s: of a pass of PROMPT_TOKENS tokens.
+        short_s: of a pass of SHORT_TOKENS tokens, beside its experts as they were.
+        prompt_s: likewise of PROMPT_TOKENS tokens.
     """
 
     decode_s: float
@@ -98,12 +102,26 @@ def measure_overheads(
     return Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s).times(now.arithmetic)
 
 
+class _TimedDevice(HostDevice):
+    """The host, which knows how long its experts took. A tape computes its own."""
+
+    def __init__(self) -> None:
+        self.experts_s = 0.0
+
+    def run_experts(self, layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Device.run_experts`."""
+        before = perf_counter()
+        super().run_experts(layer, batch, hidden, out)
+        self.experts_s += perf_counter() - before
+
+
 @dataclass
 class _Passes:
-    """A model with its runtime, and seconds of its passes by kind."""
+    """A model with its runtime, and seconds of its passes by kind; those of prompts without their experts."""
 
     model: PreTrainedModel
     runtime: Runtime
+    device: _TimedDevice
     decode: list[float] = field(default_factory=list)
     stepped: list[float] = field(default_factory=list)
     short: list[float] = field(default_factory=list)
@@ -111,14 +129,22 @@ class _Passes:
 
     def measure(self, repeats: int) -> None:
         """A round."""
-        few = max(3, repeats // 6)
-        self.short += _measure(self.model, SHORT_TOKENS, few)
-        self.prompt += _measure(self.model, PROMPT_TOKENS, few)
+        for tokens, found in ((SHORT_TOKENS, self.short), (PROMPT_TOKENS, self.prompt)):
+            # A model's first passes meet memory that is new to it.
+            found += self._prompts(tokens, max(2, repeats // 8))[0 if found else 1 :]
         self.decode += _measure(self.model, 1, repeats)
         # While routing is recorded every layer looks for its experts.
         self.runtime.record_trace()
         self.stepped += _measure(self.model, 1, repeats)
         self.runtime.observer.recorder = None
+
+    def _prompts(self, tokens: int, repeats: int) -> list[float]:
+        found = []
+        for number in range(repeats):
+            self.device.experts_s = 0.0
+            (seconds,) = _measure(self.model, tokens, 1, seed=len(self.short) + number)
+            found.append(seconds - self.device.experts_s)
+        return found
 
     def remainders(self, profile: HardwareProfile) -> Remainders:
         """Medians, less what is predicted."""
@@ -126,8 +152,8 @@ class _Passes:
         return Remainders(
             statistics.median(self.decode) - decode_s,
             statistics.median(self.stepped) - decode_s,
-            statistics.median(self.short) - _predicted(profile, self.runtime, SHORT_TOKENS).prefill.seconds,
-            statistics.median(self.prompt) - _predicted(profile, self.runtime, PROMPT_TOKENS).prefill.seconds,
+            statistics.median(self.short) - _beside_experts_s(profile, self.runtime, SHORT_TOKENS),
+            statistics.median(self.prompt) - _beside_experts_s(profile, self.runtime, PROMPT_TOKENS),
         )
 
 
@@ -156,12 +182,18 @@ def _loaded(stack: ExitStack, directory: Path, layers: int, quant: str | None) -
     model = load(made, ram=4 << 30, nvme=store, context=_CONTEXT_TOKENS, quant=quant, progress=False)
     runtime = cast("Runtime", model.offload)
     stack.callback(runtime.close)
-    return _Passes(model, runtime)
+    runtime.device = device = _TimedDevice()
+    return _Passes(model, runtime, device)
 
 
 def _predicted(profile: HardwareProfile, runtime: Runtime, prompt_tokens: int) -> Prediction:
     workload = Workload(_CONTEXT_TOKENS, prompt_tokens=prompt_tokens, new_tokens=2)
     return predicted(runtime.spec, profile, runtime.plan.ram_slots, workload)
+
+
+def _beside_experts_s(profile: HardwareProfile, runtime: Runtime, prompt_tokens: int) -> float:
+    terms = _predicted(profile, runtime, prompt_tokens).prefill.terms
+    return terms.total_s - terms.cpu_experts_s
 
 
 def _random_model(layers: int) -> PreTrainedModel:
@@ -174,22 +206,24 @@ def _random_model(layers: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _measure(model: PreTrainedModel, tokens: int, repeats: int) -> list[float]:
-    """Seconds of passes: of one token one after the other in a sequence, of more tokens each of a new one."""
-    generator = torch.Generator().manual_seed(2)
+def _measure(model: PreTrainedModel, tokens: int, repeats: int, seed: int = 2) -> list[float]:
+    """Seconds of passes: of one token one after the other in a sequence, after a first that does not count; of more
+    tokens each of a new one.
+    """
+    generator = torch.Generator().manual_seed(seed)
     vocab = model.config.get_text_config().vocab_size
     found = []
     cache = DynamicCache(config=model.config)
     if tokens == 1:
         _pass(model, cache, torch.randint(vocab, (1, _CACHED_TOKENS), generator=generator))
-    for _ in range(repeats + 1):
+    for _ in range(repeats + (tokens == 1)):
         if tokens > 1:
             cache = DynamicCache(config=model.config)
         ids = torch.randint(vocab, (1, tokens), generator=generator)
         before = perf_counter()
         _pass(model, cache, ids)
         found.append(perf_counter() - before)
-    return found[1:]
+    return found[tokens == 1 :]
 
 
 def _pass(model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor) -> int:

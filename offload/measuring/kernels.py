@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -47,8 +48,9 @@ def compute_dtype(format: str) -> torch.dtype:
     return torch.bfloat16 if format in PACKED_FORMATS else DTYPE_OF_FORMAT[format]
 
 
+@lru_cache(maxsize=8)
 def random_bundle(layout: BundleLayout) -> npt.NDArray[np.uint8]:
-    """An expert of small random weights."""
+    """An expert of small random weights; kept, because packing it takes longer than measuring."""
     out = np.zeros(layout.nbytes, np.uint8)
     generator = torch.Generator().manual_seed(1)
 
@@ -118,14 +120,17 @@ class ExpertCalls:
 
 
 class LinearCalls:
-    """Linear layers of `rows` outputs and HIDDEN inputs as a loaded model calls them, in turn."""
+    """Linear layers of `rows` outputs and HIDDEN inputs as a loaded model calls them, in turn.
+
+    In half as many bytes as experts: making them takes longer than measuring.
+    """
 
     def __init__(self, format: str, rows: int) -> None:
         self._dtype = dtype = compute_dtype(format)
         self._rows = rows
         first = _linear((0.02 * torch.randn(rows, HIDDEN)).to(dtype), format)
         held = sum(t.nbytes for t in [*first.parameters(), *first.buffers()])
-        layers = [first, *(copy.deepcopy(first) for _ in range(min(63, COLD_NBYTES // held)))]
+        layers = [first, *(copy.deepcopy(first) for _ in range(min(63, COLD_NBYTES // 2 // held)))]
         self._layers = torch.nn.ModuleList(layers).requires_grad_(False)
         fuse(self._layers, ["linear"])  # type: ignore[arg-type]
         self._turn: Iterator[Any] = itertools.cycle(self._layers)
@@ -162,9 +167,8 @@ def attention_calls(new_tokens: int, cached_tokens: int) -> Attention:
     dtype = torch.bfloat16
     query = torch.randn(1, HEADS, new_tokens, HEAD_WIDTH).to(dtype)
     copies = max(1, min(64, COLD_NBYTES // (seen * KV_HEADS * HEAD_WIDTH * 4)))
-    caches = itertools.cycle(
-        [tuple(torch.randn(1, KV_HEADS, seen, HEAD_WIDTH).to(dtype) for _ in range(2)) for _ in range(copies)]
-    )
+    first = torch.randn(1, KV_HEADS, seen, HEAD_WIDTH).to(dtype)
+    caches = itertools.cycle([(first.clone(), first.clone()) for _ in range(copies)])
     module = _Attends()
 
     def run() -> None:

@@ -16,6 +16,7 @@ from formats.packed import round_up
 from offload.devices.host import HostSlab
 from offload.tiers.disk import ShardReader
 from offload.tiers.transfer import ReadEngine, ReadRequest, Urgency
+from placement.planner import READ_CHUNK_NBYTES
 
 SCRATCH_NBYTES = 512 << 20
 _HUGE_PAGE_NBYTES = 2 << 20
@@ -32,6 +33,7 @@ class Scratch:
         """
         self._directory = TemporaryDirectory(prefix=".offload-profile-", dir=directory)
         self.path = Path(self._directory.name) / "scratch"
+        self._slab: HostSlab | None = None
         self._block = np.random.default_rng(1).integers(0, 256, 4 << 20, dtype=np.uint8)
         try:
             with open(self.path, "wb", buffering=0) as file:
@@ -45,18 +47,15 @@ class Scratch:
         self.nbytes = nbytes // len(self._block) * len(self._block)
 
     def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
-        """Seconds to read and check blocks at random places, each in one piece.
+        """Seconds to read and check blocks at random places, large ones in pieces as the runtime reads bundles.
 
         Raises:
             StorageError, StoreCorruptError: the disk failed, or gave other bytes than were written.
         """
         size = round_up(block_nbytes, mmap.PAGESIZE)
         reader = ShardReader([self.path], self._open)
-        engine = ReadEngine(reader, threads=in_flight, chunk_nbytes=size)
-        # Touched before: what counts is the disk, and slots are there already.
-        # Slots lie in huge pages, without which a read takes many times as long.
-        slab = HostSlab(round_up(size * blocks, _HUGE_PAGE_NBYTES))
-        slab.bytes()[:] = 0
+        engine = ReadEngine(reader, threads=in_flight, chunk_nbytes=min(size, READ_CHUNK_NBYTES))
+        slab = self._memory(size * blocks)
         places = random.Random(blocks).choices(range((self.nbytes - size) // mmap.PAGESIZE), k=blocks)
         try:
             requests = [self._request(place * mmap.PAGESIZE, size, slab, number) for number, place in enumerate(places)]
@@ -70,6 +69,14 @@ class Scratch:
             if ticket.error is not None:
                 raise ticket.error
         return seconds
+
+    def _memory(self, nbytes: int) -> HostSlab:
+        """So much memory, the same for all reads. Touched: what counts is the disk, and slots are there already."""
+        if self._slab is None or self._slab.nbytes < nbytes:
+            # Slots lie in huge pages, without which a read takes many times as long.
+            self._slab = HostSlab(round_up(nbytes, _HUGE_PAGE_NBYTES))
+            self._slab.bytes()[:] = 0
+        return self._slab
 
     def _open(self, _index: int, direct: bool) -> int:
         return os.open(self.path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
@@ -85,7 +92,7 @@ class Scratch:
         while size:
             start = offset % length
             part = min(size, length - start)
-            digest.update(self._block[start : start + part].tobytes())
+            digest.update(self._block[start : start + part].data)
             offset, size = offset + part, size - part
         return digest.intdigest()
 

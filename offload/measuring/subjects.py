@@ -12,6 +12,7 @@ import torch
 
 from formats.elements import BF16, FP32
 from formats.packed import PACKED_FORMATS
+from offload.devices.host_threads import short_waits
 from offload.measuring.calibration import measure_overheads
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls
 from offload.measuring.reads import Scratch
@@ -22,7 +23,8 @@ from profiler.subjects import Attention, Product
 from profiler.timing import repeated
 
 _ALONE_S = 0.05
-_BEFORE_PASSES_S = 0.4
+_BEFORE_PASSES_S = 0.3
+_ROWS, _LINEARS, _BURSTS = 2048, 4, 7
 
 
 class RuntimeSubjects:
@@ -83,14 +85,41 @@ class RuntimeSubjects:
         thread = threading.Thread(target=lambda: found.append(call()))
         with torch.no_grad():
             alone_s = repeated(experts.run, budget_s=_ALONE_S)
+            # As while decode reads.
+            waits = short_waits() if tokens == 1 else None
             thread.start()
             beside_s = [_seconds(experts.run)]
             while thread.is_alive():
                 beside_s.append(_seconds(experts.run))
         thread.join()
+        if waits is not None:
+            waits.close()
         # The call ended within the last run.
         whole = beside_s[:-1] or beside_s
         return found[0], min(1.0, statistics.median(alone_s) * len(whole) / sum(whole))
+
+    def between_reads(self, read: Callable[[], float], format: str) -> float:
+        """Linear layers in a row, a layer's worth, right after the reads and right after each other; threads wait
+        shortly beside reads, as they do while decode reads.
+        """
+        linears = self.linear(format, _ROWS, 1)
+
+        def few() -> None:
+            for _ in range(_LINEARS):
+                linears.run()
+
+        few()
+        alone_s = [_seconds(few) for _ in range(_BURSTS)]
+        waits = short_waits()
+        try:
+            after_s = []
+            for _ in range(_BURSTS):
+                read()
+                after_s.append(_seconds(few))
+        finally:
+            if waits is not None:
+                waits.close()
+        return min(1.0, statistics.median(alone_s) / statistics.median(after_s))
 
     def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
         """See `Subjects`."""

@@ -81,7 +81,7 @@ class ExpertCosts:
             nbytes / disk.overlapped_bytes_per_s(block, min(homes.reader_threads, bundles * pieces))
             for bundles in range(1, most + 1)
         ]
-        return _Reads(disk.startup_s(block), tuple(one))
+        return _Reads(disk.startup_s(nbytes, homes.read_chunk_nbytes), tuple(one))
 
     def scheduler(self, loads: Sequence[int]) -> LayerScheduler:
         """The runtime's scheduler, told what experts of these loads take here: straight from one token to the most."""
