@@ -55,6 +55,21 @@ def test_bursts_take_longer_than_their_share() -> None:
     assert replace(DISK, bursts=(DiskPoint(1 << 20, 4, 3e9),)).startup_s(1 << 20) == 0.0
 
 
+def test_bursts_of_large_bundles_are_read_in_pieces_and_checked_whole() -> None:
+    found = replace(DISK, bursts=(DiskPoint(1 << 20, 4, 1e9), DiskPoint(4 << 20, 4, 1.5e9)))
+    large_s = BURST_READS * (4 << 20) / 1.5e9
+    # Pieces of 64 KiB go on at 4e8 bytes per second, those of 1 MiB at 2e9.
+    assert found.startup_s(4 << 20, 1 << 20) + BURST_READS * (4 << 20) / 2e9 == pytest.approx(large_s)
+    assert found.startup_s(4 << 20, 1 << 16) == 0.0
+    assert found.startup_s(1 << 20, 4 << 20) == found.startup_s(1 << 20)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.1])
+def test_what_is_left_between_reads_is_a_share(share: float) -> None:
+    with pytest.raises(ValueError, match="share"):
+        replace(DISK, between=share)
+
+
 @pytest.mark.parametrize(
     ("tokens", "reads", "kernels"), [(0.5, 0.5, 0.6), (1, 0.5, 0.6), (8, 0.6, 0.7), (64, 0.7, 0.8), (1e4, 0.7, 0.8)]
 )

@@ -37,8 +37,8 @@ class Known:
 
     def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
         flops = 1e4 * new_tokens * (cached_tokens + new_tokens)
-        speed = 1e9 if new_tokens == 1 else 1e11
-        return Attention(1000 * (cached_tokens + new_tokens), flops, lambda: 5e-5 + flops / speed)
+        call_s, speed = (5e-5, 1e9) if new_tokens == 1 else (9e-4, 1e11)
+        return Attention(1000 * (cached_tokens + new_tokens), flops, lambda: call_s + flops / speed)
 
     def stream(self) -> float:
         return 2e10
@@ -48,6 +48,9 @@ class Known:
 
     def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
         return (1.25 if tokens > 1 else 2.0) * call(), 0.6 if tokens > 1 else 0.4
+
+    def between_reads(self, read: Callable[[], float], format: str) -> float:
+        return 0.7 if read() > 0 else 0.0
 
     def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
         self.profile = profile
@@ -70,11 +73,13 @@ def test_every_figure_comes_back() -> None:
     assert found.cpu.expert("fp16") == found.cpu.expert("bf16")
     attention = found.cpu.attention
     assert (attention.call_s, attention.few_flops_per_s, attention.flops_per_s) == pytest.approx((5e-5, 1e9, 1e11))
+    assert attention.prompt_call_s == pytest.approx(9e-4)
     assert found.disk is not None
     assert found.disk.bytes_per_s(4 << 20, 4) == pytest.approx(2e9, rel=0.01)
     assert (found.disk.many.reads, found.disk.many.kernels) == pytest.approx((0.8, 0.6))
     # Kernels have no less than what reads leave.
     assert (found.disk.few.reads, found.disk.few.kernels) == pytest.approx((0.5, 0.5))
+    assert found.disk.between == 0.7
     assert found.disk.latency_s == pytest.approx(1e-4, rel=0.1)
     assert found.cpu.overheads == found.cpu.overheads_in("bf16") == Overheads(1e-3, 2e-4, 3e-9)
     assert found.cpu.packed_overheads == found.cpu.overheads_in("int8") == Overheads(1e-3, 5e-4, 3e-9)
