@@ -75,7 +75,7 @@ class _Hook(TapeHook):
         hidden = args[0]
         if hidden.numel() != hidden.shape[-1] or not _is_usual(output, self._counts[0]):
             return
-        active = output[2].reshape(-1).numpy().astype(np.int64)
+        active = output[2].reshape(-1).numpy(force=True).astype(np.int64)
         self._prefetcher.note_router(self._layer, active, partial(self._ask, args, output))
 
     def _ask(self, args: tuple[Any, ...], output: Any) -> tuple[Any, list[Any]] | None:
@@ -133,4 +133,4 @@ def _logits(output: Any) -> Any:
 
 
 def _logits_of(logits: torch.Tensor) -> Any:
-    return logits.reshape(-1).float().numpy()
+    return logits.reshape(-1).float().numpy(force=True)
