@@ -13,7 +13,7 @@ from profiler.machine import Machine, this_machine
 if TYPE_CHECKING:
     from placement.hardware_profile import HardwareProfile
 
-_FULL_REPEATS, _QUICK_REPEATS = 36, 18
+_FULL_REPEATS, _QUICK_REPEATS = 36, 6
 _QUICK_SCRATCH_NBYTES = 128 << 20
 
 

@@ -69,7 +69,7 @@ class Effort:
 FULL = Effort((1, 2, 4, 8, 16, 32, 128, 512), 0.1, (128 << 10, _MIB, 4 * _MIB), (1, 2, 4), 1.0)
 QUICK = Effort(
     (1, 8, 16, 32, 128), 0.04, (512 << 10, 4 * _MIB), (1, 4), 0.25, ("bf16", "int8", "int4"), packed_passes=False,
-    rounds=2,
+    rounds=1,
 )  # fmt: skip
 
 

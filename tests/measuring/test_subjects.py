@@ -146,3 +146,9 @@ def test_loads_are_uneven_around_their_mean(count: int, tokens: int) -> None:
         assert loads.max() - loads.min() >= tokens**0.5
     if tokens == 1:
         assert (loads == 1).all()
+
+
+def test_linears_after_reads_have_a_share(tmp_path: Path) -> None:
+    with Scratch(tmp_path, 4 << 20) as scratch:
+        subjects = RuntimeSubjects(scratch, tmp_path, repeats=0)
+        assert 0 < subjects.between_reads(lambda: scratch.read(4096, 1, 2), "bf16") <= 1
