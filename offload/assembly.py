@@ -24,6 +24,7 @@ from offload.hf.adopt import adopt
 from offload.hf.dense_placement import DensePlacement
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.hf.fused import fuse
+from offload.hf.graphs.runner import use_step_graphs
 from offload.hf.lookahead import find_routers, look_ahead
 from offload.hf.paged.adopt import page_caches
 from offload.hf.paged.prefixes import Prefixes, begin_prompts
@@ -38,7 +39,6 @@ from offload.preparation import Prepared
 from offload.reconciliation import MemoryUse
 from offload.request import DEFAULT_LINK, FUSED_KINDS, AcceleratorRequest
 from offload.runtime import Runtime
-from offload.step_graph.runner import use_step_graphs
 from offload.store.convert import convert, find_store
 from offload.store.progress import NoProgress, Progress
 from offload.store.store import ExpertStore

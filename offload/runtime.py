@@ -59,8 +59,8 @@ from prefetch.policies.lru import LruPolicy
 from prefetch.traces.trace import RoutingTrace
 
 if TYPE_CHECKING:
+    from offload.hf.graphs.runner import StepGraphs
     from offload.hf.paged.prefixes import Prefixes
-    from offload.step_graph.runner import StepGraphs
 
 
 Queue = Callable[[ExpertsLayer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -165,13 +165,13 @@ class Runtime:
             raise UnsupportedOperationError(
                 "an offloaded model computes no gradients: its experts are not parameters; use torch.no_grad()"
             )
-        with self.lock:
+        with self.lock, torch.no_grad():
             if self.queue is not None:
                 return self.queue(layer, hidden, top_k_index, top_k_weights)
-        with self.lock, torch.no_grad(), self._observed(layer.first_key, top_k_index) as observer:
-            if self.accelerated is None:
-                return moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights, observer)
-            return retried_step(layer, self.accelerated, hidden, top_k_index, top_k_weights, observer)
+            with self._observed(layer.first_key, top_k_index) as observer:
+                if self.accelerated is None:
+                    return moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights, observer)
+                return retried_step(layer, self.accelerated, hidden, top_k_index, top_k_weights, observer)
 
     @contextmanager
     def _observed(self, first_key: int, top_k_index: torch.Tensor) -> Iterator[StepObserver]:

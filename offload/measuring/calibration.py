@@ -84,7 +84,7 @@ def measure_overheads(
     Args:
         profile: with overheads of zero.
         directory: for the experts; what is written there is removed.
-        repeats: passes of decode; a sixth as many of a prompt.
+        repeats: passes of decode; an eighth as many of a prompt, two in a round at least.
         quant: format of the models' weights; None for bf16.
         speeds: how fast the machine is at the moment, over what `profile` says.
     """

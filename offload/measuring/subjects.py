@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 
@@ -85,15 +86,12 @@ class RuntimeSubjects:
         thread = threading.Thread(target=lambda: found.append(call()))
         with torch.no_grad():
             alone_s = repeated(experts.run, budget_s=_ALONE_S)
-            # As while decode reads.
-            waits = short_waits() if tokens == 1 else None
-            thread.start()
-            beside_s = [_seconds(experts.run)]
-            while thread.is_alive():
-                beside_s.append(_seconds(experts.run))
+            with _waiting_shortly() if tokens == 1 else nullcontext():
+                thread.start()
+                beside_s = [_seconds(experts.run)]
+                while thread.is_alive():
+                    beside_s.append(_seconds(experts.run))
         thread.join()
-        if waits is not None:
-            waits.close()
         # The call ended within the last run.
         whole = beside_s[:-1] or beside_s
         return found[0], min(1.0, statistics.median(alone_s) * len(whole) / sum(whole))
@@ -110,15 +108,11 @@ class RuntimeSubjects:
 
         few()
         alone_s = [_seconds(few) for _ in range(_BURSTS)]
-        waits = short_waits()
-        try:
-            after_s = []
+        after_s = []
+        with _waiting_shortly():
             for _ in range(_BURSTS):
                 read()
                 after_s.append(_seconds(few))
-        finally:
-            if waits is not None:
-                waits.close()
         return min(1.0, statistics.median(alone_s) / statistics.median(after_s))
 
     def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
@@ -128,6 +122,17 @@ class RuntimeSubjects:
             return probe(self, profile, BF16.name if quant is None else quant, seconds=_BEFORE_PASSES_S)
 
         return measure_overheads(profile, self._directory, self._repeats, quant, speeds)
+
+
+@contextmanager
+def _waiting_shortly() -> Iterator[None]:
+    """Within the block threads give their cores up between regions, as they do while decode reads."""
+    waits = short_waits()
+    try:
+        yield
+    finally:
+        if waits is not None:
+            waits.close()
 
 
 def _seconds(call: Callable[[], object]) -> float:

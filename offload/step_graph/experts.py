@@ -57,11 +57,10 @@ class GraphExperts:
         layout = MailboxLayout(tokens, top_k, layers[0].layout.hidden, layers[0].dtype)
         routed_nbytes = 8 * len(layers) * layout.pairs
         # On pages of their own: pinned, and mapped where the accelerator is a GPU.
-        self._memory = accelerated.accelerator.host().allocate(layout.nbytes + 128 + routed_nbytes)
+        self._memory = accelerated.accelerator.host().allocate(layout.nbytes + routed_nbytes)
         memory = self._memory.bytes()
         self._box = Mailbox(layout, memory[: layout.nbytes])
-        start = layout.nbytes + -layout.nbytes % 128
-        routed = torch.from_numpy(memory[start : start + routed_nbytes]).view(torch.int64)
+        routed = torch.from_numpy(memory[layout.nbytes :][:routed_nbytes]).view(torch.int64)
         self._routed = routed.view(len(layers), tokens, top_k)
         fetch = weakref.WeakMethod(self._fetch)
 
@@ -76,6 +75,7 @@ class GraphExperts:
         counts = [layer.count for layer in layers]
         self._tables = self.homes.above.split(counts)
         self._promotion = Promotion(accelerated, sum(counts))
+        self._bundle_nbytes = max(layer.layout.nbytes for layer in layers)
         self._above = torch.zeros(tokens, layout.hidden, dtype=torch.float32, device=device)
         self._below = torch.zeros_like(self._above)
         self._server.start()
@@ -149,7 +149,7 @@ class GraphExperts:
         tiers.below.counters.hits -= fetched
         tiers.below.counters.misses += fetched
         self._promotion.note(everything)
-        self._promotion.promote(candidates, max(layer.layout.nbytes for layer in self._layers), step_s)
+        self._promotion.promote(candidates, self._bundle_nbytes, step_s)
 
     def close(self) -> None:
         """Stop the server. May be called again."""

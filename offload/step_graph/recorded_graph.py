@@ -157,9 +157,9 @@ def _why_not_indexed(func: Any, args: Any) -> str:
 
 def _again(func: Any, args: Any, kwargs: Any, result: Any) -> Callable[[], object] | None:
     """The same operation into the same memory; None for a view, which has nothing to do."""
-    aliases = [returned.alias_info for returned in func._schema.returns]
-    if any(alias is not None and alias.is_write for alias in aliases) or _writes(func):
+    if _writes(func):
         return lambda: func(*args, **kwargs)
+    aliases = [returned.alias_info for returned in func._schema.returns]
     if aliases and all(alias is not None for alias in aliases):
         return None
     if func.overloadpacket in _EMPTY:
@@ -186,4 +186,5 @@ def _poison(tensor: torch.Tensor) -> None:
 
 
 def _writes(func: Any) -> bool:
+    """Whether an operation writes to what it is given; what it returns is then that, or nothing."""
     return any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments)

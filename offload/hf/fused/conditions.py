@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch.nn import Parameter
 
-TAKEN = frozenset({"input_ids", "past_key_values", "attention_mask", "position_ids", "use_cache", "return_dict"})
+_TAKEN = frozenset({"input_ids", "past_key_values", "attention_mask", "position_ids", "use_cache", "return_dict"})
 """What a decoder may be passed by whoever wants its hidden state and its cache."""
 
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
@@ -55,5 +55,5 @@ def returns_hidden_and_cache(config: Any, passed: dict[str, Any]) -> bool:
         bool(config.use_cache if use_cache is None else use_cache)
         and passed.get("return_dict", config.return_dict) is True
         and not any(passed[name] if name in passed else getattr(config, name, False) for name in _OUTPUTS)
-        and all(value is None or value is False or name in TAKEN for name, value in passed.items())
+        and all(value is None or value is False or name in _TAKEN for name, value in passed.items())
     )

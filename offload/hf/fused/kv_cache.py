@@ -8,6 +8,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from formats.packed import round_up
+
 ROOM_TOKENS = 64
 """Buffers hold a multiple of so many tokens; placement.planner counts them."""
 
@@ -230,8 +232,7 @@ class GrowingLayer(DynamicLayer):
                 and (buffer.dtype, buffer.device) == (new.dtype, new.device)
             ):
                 return buffer
-        room = -(-total // ROOM_TOKENS) * ROOM_TOKENS
-        return new.new_empty(*new.shape[:-2], room, new.shape[-1])
+        return new.new_empty(*new.shape[:-2], round_up(total, ROOM_TOKENS), new.shape[-1])
 
 
 def fuse_kv_cache(model: PreTrainedModel) -> int:

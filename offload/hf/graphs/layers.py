@@ -106,6 +106,11 @@ class FullLayer(AttentionLayer):
         self.values.index_copy_(2, self.position, value_states)
         return self.keys, self.values
 
+    def suits(self, layer: Any) -> bool:
+        """As of any layer; one whose tokens are here need not make the views that it shows of them."""
+        here = isinstance(layer, GrowingLayer) and layer.lies_in((self.keys, self.values), layer.get_seq_length())
+        return here or super().suits(layer)
+
     def take_over(self, layer: GrowingLayer, past: int) -> bool:
         """Its tokens move here, and its next ones are written here too.
 

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from formats.packed import round_up
 from offload.errors import CaptureError, DeviceError, DoorbellError, SlowDeviceWarning
 from offload.hf.fused.conditions import returns_hidden_and_cache
 from offload.hf.fused.kv_cache import ROOM_TOKENS, fuse_kv_cache
 from offload.hf.fused.swap import STACK, Fused, swap
 from offload.hf.fused.watch import Watch
+from offload.hf.graphs.decode_graph import DecodeGraph, why_not_held
 from offload.hf.quantised_linear import QuantisedLinear
 from offload.runtime import Runtime
-from offload.step_graph.decode_graph import DecodeGraph, why_not_held
 from offload.step_graph.experts import GraphExperts, why_not_captured
 from offload.step_graph.figures import GraphFigures
 
@@ -98,6 +99,10 @@ class StepGraphs:
             stacklevel=2,
         )
 
+    def _decline(self, cache: DynamicCache, reason: str) -> None:
+        self._declined.add(cache)
+        self.figures.declined = reason
+
     # --- one forward -----------------------------------------------------------------------------------------
 
     def begin(self, cache: DynamicCache) -> None:
@@ -157,7 +162,7 @@ class StepGraphs:
         if graph is None:
             return None
         if not graph.set(cache, ids, passed.get("position_ids"), passed.get("attention_mask")):
-            self._declined.add(cache)
+            self._decline(cache, "a cache was rearranged between steps")
             return None
         if not graph.captured:
             return self._prove(graph, ids, cache, passed)
@@ -173,8 +178,9 @@ class StepGraphs:
         held = next((graph for graph in self._graphs if graph.holds(cache)), None)
         if held is not None:
             return held
-        if why_not_held(cache) is not None:
-            self._declined.add(cache)
+        reason = why_not_held(cache)
+        if reason is not None:
+            self._decline(cache, reason)
             return None
         past = int(cache.get_seq_length())
         for graph in self._graphs:
@@ -200,7 +206,7 @@ class StepGraphs:
 
     def _room(self, past: int) -> int:
         """Tokens of new buffers: twice as many as before, but no more than the plan has room for, unless it must be."""
-        planned = -(-self._runtime.plan.workload.context_tokens // ROOM_TOKENS) * ROOM_TOKENS
+        planned = round_up(self._runtime.plan.workload.context_tokens, ROOM_TOKENS)
         room = max(LEAST_ROOM_TOKENS, 1 << past.bit_length())
         return min(room, planned) if past < planned else room
 
@@ -214,7 +220,8 @@ class StepGraphs:
         """One step of a graph, its experts at hand.
 
         Raises:
-            DoorbellError, StorageError, StoreCorruptError: the outputs are not valid; nothing was written for good.
+            DoorbellError, StorageError, StoreCorruptError: the outputs are not valid. As after any pass that failed,
+                the cache is not either: windows and states are those of a step that it does not show.
         """
         experts = self._experts_of(graph.batch)
         experts.announce()
@@ -282,9 +289,9 @@ class StepGraphs:
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative to what was expected; NaN, which is below no bound, where one of them has a NaN."""
     found, expected = found.float(), expected.float()
-    distance = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-    return distance if distance == distance else float("inf")
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def _forward(self: Fused, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload.step_graph.masks import Masks
+from offload.hf.graphs.masks import Masks
 
 ROOM, WINDOW = 12, 4
 

@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from offload.hf.fused.kv_cache import GrowingLayer
-from offload.step_graph.layers import FullLayer, StateLayer, WindowLayer
+from offload.hf.graphs.layers import FullLayer, StateLayer, WindowLayer
 
 WINDOW = 5
 
@@ -37,7 +37,9 @@ def test_a_full_layer_writes_where_the_dynamic_one_shows() -> None:
         static.hand_back(layer, past)
         assert layer.get_seq_length() == past + 1
         keys, values = torch.cat((keys, new_keys), 2), torch.cat((values, new_values), 2)
+        assert static.suits(layer)
         assert static.take_over(layer, past + 1)
+        assert layer.__dict__["_ahead"] is not None, "views are made when somebody looks"
     assert torch.equal(layer.keys, keys)
     assert torch.equal(layer.values, values)
     # Layers' own code goes on in the same buffers.

@@ -11,9 +11,9 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from offload.hf.fused.kv_cache import GrowingLayer
+from offload.hf.graphs.layers import FullLayer, StateLayer, StepLayer, WindowLayer
+from offload.hf.graphs.masks import Masks
 from offload.step_graph.graph import StepGraph
-from offload.step_graph.layers import FullLayer, StateLayer, StepLayer, WindowLayer
-from offload.step_graph.masks import Masks
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 

@@ -1,0 +1,1 @@
+"""Decode steps of transformers models as graphs."""
