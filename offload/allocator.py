@@ -12,7 +12,8 @@ import os
 from functools import lru_cache
 
 KEPT_NBYTES = 8 << 20
-"""Blocks from this size on are mapped one by one; smaller ones come from heaps, which costs no page faults."""
+"""Blocks from this size on are mapped one by one, unless a heap has a free piece of that size; smaller ones come from
+heaps, which costs no page faults."""
 
 _M_MMAP_THRESHOLD = -3
 _SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
