@@ -122,7 +122,7 @@ def _run(elements, job, sequence, kv_head, run, scores, table, rows):
     for row in range(group):
         table[row] = scores.ctypes.data + 4 * _RUN_TOKENS * row
     queries = job[QUERIES] + 8 * head
-    multiply_rows(elements, keys, job[KEY_WIDTH], tokens, queries, table.ctypes.data, 0, group, keys)
+    multiply_rows(elements, keys, job[KEY_WIDTH], tokens, queries, np.int64(table.ctypes.data), 0, group, keys)
     part_width = job[VALUE_WIDTH] + 2
     address = job[PARTS] + 4 * part_width * (head * job[RUNS] + run)
     parts = carray(float32_pointer(address), (group, job[RUNS], part_width))

@@ -1,25 +1,19 @@
-"""How functions are compiled: no GIL, C's arithmetic (a division by zero does not raise), and a cache on disk.
-
-The key in the cache has a digest of all sources, see `sources`.
-"""
+"""How this package's functions are compiled: without the GIL; see `compiling`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.core.caching import FunctionCache
-from numba.core.ccallback import CFunc
+from numba import types
 from numba.extending import intrinsic as numba_intrinsic
 from numba.np.numpy_support import carray as numba_carray
 
-from cpu_kernels.sources import source_stamp
+from cpu_kernels.compiling.compiler import KernelCompiler
 
 # What these stand for in kernels differs from what they are in Python: no type would hold for both.
 carray: Any = numba_carray
 intrinsic: Any = numba_intrinsic
-_Cache: Any = FunctionCache
 
 
 def c_function(name: str, result: Any, *arguments: Any) -> Any:
@@ -27,38 +21,16 @@ def c_function(name: str, result: Any, *arguments: Any) -> Any:
     return types.ExternalFunction(name, result(*arguments))
 
 
+_compiler = KernelCompiler("cpu_kernels", "formats", nogil=True)
+
 # Compiled into whatever calls it.
-inner: Any = njit(error_model="numpy", nogil=True)
+inner: Any = _compiler.inner()
 
 # Likewise; a product and its addition may be one instruction with one rounding.
-inner_fused: Any = njit(error_model="numpy", nogil=True, fastmath={"contract"})
+inner_fused: Any = _compiler.inner(fastmath={"contract"})
 
-
-def entry(signature: str | None = None) -> Any:
-    """Decorator of a function that Python calls; compiled at once where it has a signature, else at its first call."""
-
-    def decorate(function: Any) -> Any:
-        dispatcher: Any = njit(error_model="numpy", nogil=True)(function)
-        dispatcher._cache = _StampedCache(function)
-        if signature is not None:
-            dispatcher.compile(signature)
-            dispatcher.disable_compile()
-        return dispatcher
-
-    return decorate
-
-
-def compiled_function(function: Any, result: Any, *arguments: Any) -> int:
-    """Address of a C function, compiled or from the cache; the caller keeps it per process."""
-    compiled: Any = CFunc(function, (arguments, result), {}, {"error_model": "numpy"})
-    compiled._cache = _StampedCache(function)
-    compiled.compile()
-    return int(compiled.address)
-
-
-class _StampedCache(_Cache):  # type: ignore[misc]
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return (*super()._index_key(sig, codegen), source_stamp())
+entry = _compiler.entry
+compiled_function = _compiler.address
 
 
 def task_address(task: Any) -> int:
@@ -72,6 +44,17 @@ def task_address(task: Any) -> int:
 def function_address(function: Any, arguments: int) -> int:
     """Address of a compiled function void(int64, ...) of so many arguments, for `call_at`; see `task_address`."""
     return compiled_function(function, types.void, *[types.int64] * arguments)
+
+
+def stack_room(builder: Any, nbytes: int, alignment_bytes: int) -> Any:
+    """In an intrinsic: address of room on the stack of the calling function, not filled with anything.
+
+    Numba's helper for this fills with zeros, which LLVM splits into bytes: minutes of compiling, and time at each call.
+    """
+    with builder.goto_entry_block():
+        room = builder.alloca(ir.ArrayType(ir.IntType(8), nbytes))
+    room.align = alignment_bytes
+    return builder.ptrtoint(room, ir.IntType(64))
 
 
 @intrinsic

@@ -62,8 +62,7 @@ _SMALLEST = np.float32(1e-30)
 # --- estimates ---
 
 
-@inner
-def scratch_nbytes(columns):
+def scratch_nbytes(columns: int) -> int:
     """Of a chunk: a block's middles and spreads in fp32, a tile's tables, sums of two of its rows, numbers of all."""
     tables_nbytes = _TILE_ROWS * columns // SKETCH_CHANNELS * TABLES_NBYTES
     return 8 * columns + tables_nbytes + 2 * _SUMS_NBYTES + _NUMBERS_NBYTES

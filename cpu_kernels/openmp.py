@@ -36,6 +36,7 @@ class OpenMpPool:
             AttributeError: it is not a GNU OpenMP runtime.
         """
         from cpu_kernels import openmp_kernel as kernel
+        from cpu_kernels.compiling.compiler import prepare
         from cpu_kernels.launch import Launcher, launcher_address
 
         loaded = ctypes.CDLL(str(library))
@@ -44,6 +45,7 @@ class OpenMpPool:
         self._parallel = _address(loaded, "GOMP_parallel")
         self._barrier = _address(loaded, "GOMP_barrier")
         self._body = kernel.body_address()
+        prepare(kernel.run_team)
         self._run_team = kernel.run_team
         self._kernel = kernel
         self._state = np.zeros(kernel.STATE_WORDS, np.int64)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.imputils import lower_constant
 from numba.extending import models, register_model, typeof_impl
 
 from cpu_kernels import packed_simd as simd
-from cpu_kernels.jit import intrinsic
+from cpu_kernels.jit import intrinsic, stack_room
 from cpu_kernels.packed_simd import PackedCode
 from formats.packed import COLUMN_BLOCK, TILE_ROWS
 
@@ -215,9 +215,7 @@ def widened_scratch(typingctx: Any, code: Any, blocks: Any, tokens: Any) -> tupl
     nbytes = blocks.count * code.code.widened_nbytes + 4 * TILE_ROWS * tokens.count
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        room = cgutils.alloca_once(builder, ir.ArrayType(_I8, nbytes))
-        room.align = _CACHE_LINE_BYTES
-        return builder.ptrtoint(room, _I64)
+        return stack_room(builder, nbytes, _CACHE_LINE_BYTES)
 
     return types.int64(code, blocks, tokens), codegen
 

@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import overload
 
+from cpu_kernels.compiling.inlined import InlinedCompiler
 from cpu_kernels.jit import call_at, carray, function_address, inner, intrinsic
 from cpu_kernels.kv_pairs import add_int4_half, multiply_int8_panels, round_row, round_rows
 from cpu_kernels.kv_panels import expand_rows, multiply_panels, row_nbytes
@@ -54,7 +55,7 @@ from cpu_kernels.simd import float32_pointer, int64_pointer
     LAYOUT_FIELDS,
 ) = range(26)
 
-_OPTIONS: Any = {"error_model": "numpy", "nogil": True}
+_OPTIONS: Any = {"error_model": "numpy", "nogil": True, "pipeline_class": InlinedCompiler}
 
 
 @intrinsic

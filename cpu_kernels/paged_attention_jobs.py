@@ -123,7 +123,9 @@ def chunk_counter() -> Any:
         none = np.empty((0, 1), np.int64)
         result = np.empty(4, np.int64)
         counts = _cut(job, offsets, lengths, first_positions, query_positions, none, none)
-        result[:3], result[3] = counts, 8 * _words(job, counts)[2]
+        for place in range(3):
+            result[place] = counts[place]
+        result[3] = 8 * _words(job, counts)[2]
         return result
 
     return entry(f"int64[::1]({_LISTS})")(count)

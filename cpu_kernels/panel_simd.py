@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from cpu_kernels.isa import Isa
-from cpu_kernels.jit import intrinsic
+from cpu_kernels.jit import intrinsic, stack_room
 from cpu_kernels.simd import LANES, TileShape
 
 DEPTH = 128
@@ -83,9 +83,7 @@ def wide_weights(typingctx: Any) -> tuple[Any, _Codegen]:
     """Address of fp32 [ROWS_TOGETHER, DEPTH] on the stack of the calling function."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        memory = cgutils.alloca_once(builder, ir.ArrayType(_F32, ROWS_TOGETHER * DEPTH))
-        memory.align = _ALIGNMENT_BYTES
-        return builder.ptrtoint(memory, _I64)
+        return stack_room(builder, 4 * ROWS_TOGETHER * DEPTH, _ALIGNMENT_BYTES)
 
     return types.int64(), codegen
 

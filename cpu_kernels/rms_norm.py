@@ -16,8 +16,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 
 @cache
-def _task(dtype: torch.dtype, form: Form) -> int:
-    return rms_norm_task(elements_of(dtype), FORMS.index(form))
+def _task(dtype: torch.dtype) -> int:
+    return rms_norm_task(elements_of(dtype))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, form: Form, pool: Pool) -> torch.Tensor:
@@ -57,7 +57,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, form: Form, 
     out = torch.empty_like(x)
     launcher, state = pool.launcher
     run_rms_norm(
-        launcher, state, _task(dtype, form), dtype.itemsize, x.data_ptr(), weight.data_ptr(), x.numel() // columns,
-        columns, out.data_ptr(), epsilon,
+        launcher, state, _task(dtype), FORMS.index(form), dtype.itemsize, x.data_ptr(), weight.data_ptr(),
+        x.numel() // columns, columns, out.data_ptr(), epsilon,
     )  # fmt: skip
     return out

@@ -22,7 +22,7 @@ from cpu_kernels.simd import (
 # Where the weight comes in; see `rms_norm`.
 PLAIN, ROUNDED, PLUS_ONE = range(3)
 
-X, WEIGHT, OUT, ROWS, COLUMNS, ROW_BYTES, EPSILON, ROWS_PER_CHUNK, TABLES, JOB_FIELDS = range(10)
+X, WEIGHT, OUT, ROWS, COLUMNS, ROW_BYTES, EPSILON, ROWS_PER_CHUNK, TABLES, FORM, JOB_FIELDS = range(11)
 
 _ONE_THREAD_ELEMENTS = 1 << 16
 _ONE = np.float32(1)
@@ -55,7 +55,7 @@ def _row(elements, form, x_address, weight_address, out_address, columns, epsilo
 
 
 @inner
-def run_chunk(elements, form, job_address, chunk):
+def run_chunk(elements, job_address, chunk):
     """Some rows."""
     job = carray(int64_pointer(job_address), (JOB_FIELDS,))
     epsilon = float32_from_bits(np.int32(job[EPSILON]))
@@ -63,20 +63,20 @@ def run_chunk(elements, form, job_address, chunk):
     table = job[TABLES] + 64 * chunk
     for row in range(first, min(first + job[ROWS_PER_CHUNK], job[ROWS])):
         offset = row * job[ROW_BYTES]
-        _row(elements, form, job[X] + offset, job[WEIGHT], job[OUT] + offset, job[COLUMNS], epsilon, table)
+        _row(elements, job[FORM], job[X] + offset, job[WEIGHT], job[OUT] + offset, job[COLUMNS], epsilon, table)
 
 
 @cache
-def rms_norm_task(elements: Elements, form: int) -> int:
+def rms_norm_task(elements: Elements) -> int:
     """Address of the compiled task void(int64 job, int64 chunk) for these elements; compiled or loaded on first use."""
 
     def task(job: int, chunk: int) -> None:
-        run_chunk(elements, form, job, chunk)
+        run_chunk(elements, job, chunk)
 
     return task_address(task)
 
 
-_I64 = ", ".join(["int64"] * 9)
+_I64 = ", ".join(["int64"] * 10)
 
 
 @entry(f"void({_I64}, float32)")
@@ -84,6 +84,7 @@ def run_rms_norm(
     launcher: int,
     state: int,
     task: int,
+    form: int,
     element_bytes: int,
     x: int,
     weight: int,
@@ -104,5 +105,6 @@ def run_rms_norm(
     job[ROW_BYTES] = columns * element_bytes
     job[EPSILON] = np.float32(epsilon).view(np.int32)
     job[ROWS_PER_CHUNK] = per_chunk
+    job[FORM] = form
     job[TABLES] = job.ctypes.data + 8 * ((JOB_FIELDS + 7) // 8 * 8)
     launch(launcher, state, task, job, chunks)

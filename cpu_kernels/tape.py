@@ -16,6 +16,7 @@ import torch
 from cpu_kernels import expert_mlp_jobs, packed_jobs, routing_kernel
 from cpu_kernels import tape_kernel as kernel
 from cpu_kernels.activation_quantisation_kernel import ELEMENT_NUMBERS, KINDS
+from cpu_kernels.compiling.compiler import prepare
 from cpu_kernels.decode_attention_kernel import combine_task, run_task
 from cpu_kernels.expert_mlp import activation_code, shape_of_layout, task_of_format
 from cpu_kernels.linear_kernel import linear_task
@@ -62,11 +63,12 @@ class Tape:
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        """Begin a tape.
+        """Begin a tape; what runs it is compiled or loaded now.
 
         Raises:
             ValueError: no kernel takes the dtype.
         """
+        prepare(kernel.run_tape)
         self.elements = elements_of(dtype)
         self.dtype = dtype
         self._rows: list[list[int]] = []
@@ -84,10 +86,11 @@ class Tape:
 
     def rms_norm(self, x: int, weight: torch.Tensor, rows: int, out: int, epsilon: float, form: Form) -> None:
         """See `rms_norm.rms_norm`; x and out are addresses of [rows, K]."""
-        task = rms_norm_task(self.elements, FORMS.index(form))
         (columns,) = weight.shape
-        size = self.dtype.itemsize
-        self._add(kernel.RMS_NORM, task, size, x, weight.data_ptr(), rows, columns, out, _bits(epsilon))
+        self._add(
+            kernel.RMS_NORM, rms_norm_task(self.elements), FORMS.index(form), self.dtype.itemsize, x, weight.data_ptr(),
+            rows, columns, out, _bits(epsilon),
+        )  # fmt: skip
 
     def linear(self, x: int, weight: torch.Tensor, bias: torch.Tensor | None, tokens: int, out: int) -> None:
         """See `linear.linear`; x and out are addresses of [tokens, K] and [tokens, N]."""

@@ -109,7 +109,7 @@ def run_tape(launcher, state, threads, tape, first, end):
         kind = row[0]
         if kind == RMS_NORM:
             run_rms_norm(
-                launcher, state, row[1], row[2], row[3], row[4], row[5], row[6], row[7], _float(row[8])
+                launcher, state, row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], _float(row[9])
             )  # fmt: skip
         elif kind == LINEAR:
             run_linear(

@@ -167,7 +167,10 @@ class ThreadPool:
 
     def _start(self) -> None:
         from cpu_kernels import threads_kernel as kernel
+        from cpu_kernels.compiling.compiler import prepare
 
+        for entry in (kernel.run_phases, kernel.work_until_stopped, kernel.stop):
+            prepare(entry)
         workers = self.threads - 1
         nbytes = 8 * (kernel.WORKERS + workers * kernel.WORKER_STRIDE)
         storage = np.zeros(nbytes + _STATE_ALIGNMENT_BYTES, np.uint8)

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cpu_kernels.compiling.compiler import prepare
 from cpu_kernels.tensors import describe
 from cpu_kernels.threads import Pool
 from cpu_kernels.weighted_sum_kernel import add_weighted_task, run_add_weighted, run_weighted_sum, weighted_sum_task
@@ -15,6 +16,8 @@ def compile_sums() -> None:
     """Compile the kernels, or load them from Numba's cache; calls do so on first use otherwise."""
     weighted_sum_task()
     add_weighted_task()
+    prepare(run_weighted_sum)
+    prepare(run_add_weighted)
 
 
 def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor, pool: Pool) -> torch.Tensor:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from cpu_kernels.compiling.compiler import prepare
 from cpu_kernels.expert_mlp import compile_kernels, expert_down, expert_mlp, expert_up
 from cpu_kernels.linear import MOST_TOKENS
 from cpu_kernels.packed_expert_mlp import (
@@ -19,6 +20,7 @@ from cpu_kernels.packed_expert_mlp import (
     packed_expert_up,
 )
 from cpu_kernels.panel_mlp import compile_panel_kernels, panel_expert_down, panel_expert_mlp, panel_expert_up
+from cpu_kernels.routing_kernel import group_pairs
 from cpu_kernels.weighted_sum import compile_sums
 from cpu_kernels.wide_linear import multiplies_natively
 from formats.bundle import BundleLayout
@@ -68,6 +70,7 @@ def run_experts(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, o
 
 def compile_for(layer: ExpertsLayer) -> None:
     """Compile the kernels that the layer's experts run on, or load them from Numba's cache."""
+    prepare(group_pairs)
     compile_sums()
     if layer.layout.is_packed:
         compile_packed_kernels(layer.layout.format)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from prefetch.jit import direct
+from cpu_kernels.compiling.compiler import direct
 from prefetch.learning import check_tables
 from prefetch.policies import forecast_kernel as kernel
 from prefetch.policies.base import Scores
@@ -25,9 +25,6 @@ _RATES = (0.99, 0.9, 0.6, 0.05, 0.07, 1.0)
 _UNSEEN_VISITS = 20.0
 
 _START_PROBABILITY = 0.1
-
-
-_visit_layer, _value_foretold = direct(kernel.visit_layer), direct(kernel.value_foretold)
 
 
 class ForecastPolicy(ValuedPolicy):
@@ -73,6 +70,7 @@ class ForecastPolicy(ValuedPolicy):
         # A layer's scale is its place in this, counted from the layer that was visited last.
         self._scales = np.tile(1.0 / (passes + PATIENCE_PASSES), 2)
         self.layer_scale[:] = self._scales[:layers]
+        self._visit_layer, self._value_foretold = direct(kernel.visit_layer), direct(kernel.value_foretold)
         for layer, (first, end) in enumerate(self._ranges):
             self._believe(layer, np.full(end - first, _START_PROBABILITY))
 
@@ -87,10 +85,12 @@ class ForecastPolicy(ValuedPolicy):
 
     def _believe(self, layer: int, probabilities: Floats) -> None:
         """The layer's next visit needs its experts with these probabilities."""
-        _value_foretold(layer, probabilities, self._table, self._first_keys, self._known, self._layers, self._rates)
+        self._value_foretold(
+            layer, probabilities, self._table, self._first_keys, self._known, self._layers, self._rates
+        )
 
     def _observe(self, visit: Ints, shares: Floats) -> None:
-        _visit_layer(
+        self._visit_layer(
             visit, shares, self._table, self._per_layer, self._first_keys, self._known, self.weights, self._links,
             self._layers, self._scales, self._rates, self._spare,
         )  # fmt: skip

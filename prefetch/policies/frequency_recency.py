@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from prefetch.jit import direct
+from cpu_kernels.compiling.compiler import direct
 from prefetch.policies import visit_kernel as kernel
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
-
-_frequency_recency = direct(kernel.frequency_recency)
 
 
 class FrequencyRecencyPolicy(ValuedPolicy):
@@ -22,6 +20,7 @@ class FrequencyRecencyPolicy(ValuedPolicy):
         super().__init__(geometry)
         self.decay = decay
         self._state: Floats = np.zeros((2, geometry.total))
+        self._frequency_recency = direct(kernel.frequency_recency)
 
     def _observe(self, visit: Ints, shares: Floats) -> None:
-        _frequency_recency(visit, shares, self._table, self._state, self.decay)
+        self._frequency_recency(visit, shares, self._table, self._state, self.decay)

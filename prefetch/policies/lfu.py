@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from prefetch.jit import direct
+from cpu_kernels.compiling.compiler import direct
 from prefetch.policies import visit_kernel as kernel
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
-
-_blend = direct(kernel.blend)
 
 
 class LfuPolicy(ValuedPolicy):
@@ -30,6 +28,7 @@ class LfuPolicy(ValuedPolicy):
         super().__init__(geometry)
         self.decay = decay
         self._frequency: Floats = np.zeros((1, geometry.total))
+        self._blend = direct(kernel.blend)
 
     def _observe(self, visit: Ints, shares: Floats) -> None:
-        _blend(visit, shares, self._table, self._frequency, self.decay, 1.0)
+        self._blend(visit, shares, self._table, self._frequency, self.decay, 1.0)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from prefetch.jit import direct
+from cpu_kernels.compiling.compiler import direct
 from prefetch.policies import visit_kernel as kernel
 from prefetch.policies.base import Scores
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
 from prefetch.policies.visit_kernel import COUNT, LAYER
-
-_blend, _touch = direct(kernel.blend), direct(kernel.touch)
 
 
 class MrsPolicy(ValuedPolicy):
@@ -35,6 +33,7 @@ class MrsPolicy(ValuedPolicy):
         self._scores: Floats = np.zeros((1, geometry.total))
         self._activated = [0] * geometry.layers
         self._scored = False
+        self._blend, self._touch = direct(kernel.blend), direct(kernel.touch)
 
     @property
     def scores(self) -> Floats:
@@ -45,9 +44,9 @@ class MrsPolicy(ValuedPolicy):
     def _observe(self, visit: Ints, shares: Floats) -> None:
         self._activated[visit[LAYER]] = int(visit[COUNT])
         if self._scored:
-            _touch(visit, self._table)
+            self._touch(visit, self._table)
         else:
-            _blend(visit, shares, self._table, self._scores, 1.0 - self.alpha, self.alpha)
+            self._blend(visit, shares, self._table, self._scores, 1.0 - self.alpha, self.alpha)
 
     def on_scores(self, first_key: int, scores: Scores) -> None:
         """Blends the p highest scores in."""

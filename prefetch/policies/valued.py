@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prefetch.jit import direct
+from cpu_kernels.compiling.compiler import direct
 from prefetch.packing import int64s
 from prefetch.policies import selection_kernel as selection
 from prefetch.policies.base import CachePolicy
@@ -21,8 +21,6 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _DECODED: Floats = np.empty(0)
-
-_select = direct(selection.select)
 
 
 class ValuedPolicy(CachePolicy):
@@ -56,6 +54,7 @@ class ValuedPolicy(CachePolicy):
         self._visit: Any = np.zeros(VISIT_KEYS + max(geometry.counts), np.int64)
         self._told: Any = np.zeros(selection.TOLD + total, np.int64)
         self._found: Any = np.zeros(total, np.int64)
+        self._select = direct(selection.select)
 
     @property
     def values(self) -> Floats:
@@ -146,5 +145,5 @@ class ValuedPolicy(CachePolicy):
         int64s(told).pack_into(self._told, 0, len(moved), len(changed), len(pinned), count, *moved, *changed, *pinned)
         moved.clear()
         changed.clear()
-        size = _select(self._table, self._per_layer, self._first_keys, self._quotas, self._told, self._found)
+        size = self._select(self._table, self._per_layer, self._first_keys, self._quotas, self._told, self._found)
         return list(int64s(size).unpack_from(self._found))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from prefetch.jit import direct
+from cpu_kernels.compiling.compiler import direct
 from prefetch.policies import visit_kernel as kernel
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.valued import Floats, Ints, ValuedPolicy
-
-_count_window = direct(kernel.count_window)
 
 
 class WindowPolicy(ValuedPolicy):
@@ -27,6 +25,7 @@ class WindowPolicy(ValuedPolicy):
         self.window = window
         self._uses: Floats = np.zeros((2, geometry.total))
         self._tokens: Ints = np.zeros(geometry.layers, np.int64)
+        self._count_window = direct(kernel.count_window)
 
     def _observe(self, visit: Ints, shares: Floats) -> None:
-        _count_window(visit, shares, self._table, self._uses, self._tokens, self.window)
+        self._count_window(visit, shares, self._table, self._uses, self._tokens, self.window)

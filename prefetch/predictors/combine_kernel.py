@@ -175,7 +175,8 @@ def observe(
                     moved = kept * transitions[start + expert] + (np.float32(1) - kept) * np.float32(now[expert])
                     transitions[start + expert] = moved
     used[layer] = len(needed)
-    active[layer, : len(needed)] = needed
+    for place in range(len(needed)):
+        active[layer, place] = needed[place]
     for expert in range(experts):
         uses[layer, expert] = now[expert]
         uses[layers + layer, expert] += (1.0 - rates[DECAY]) * (now[expert] - uses[layers + layer, expert])

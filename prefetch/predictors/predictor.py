@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from prefetch.jit import direct
+from cpu_kernels.compiling.compiler import direct
 from prefetch.learning import check_tables
 from prefetch.policies.geometry import Geometry
 from prefetch.predictors import combine_kernel as kernel
@@ -58,9 +58,6 @@ class Skill:
     combined_2k: float
 
 
-_predict, _observe = direct(kernel.predict), direct(kernel.observe)
-
-
 class Predictor:
     """Predicts layers 1 to `depth` ahead, while one sequence is decoded; learns from what comes.
 
@@ -98,6 +95,7 @@ class Predictor:
         self._observed = [0] * layers
         self._rates = np.array([_RATE, _OFFSET_RATE, _DECAY])
         self._flat_weights, self._flat_counts = self.weights.reshape(rows, -1), self.counts.reshape(rows, -1)
+        self._predict, self._observe = direct(kernel.predict), direct(kernel.observe)
         self._views = [self._probabilities[row, : counts[row // depth]] for row in range(rows)]
 
     def predict(self, layer: int, ahead: int, logits: npt.NDArray[np.floating], active: Ints, top_k: int) -> Floats:
@@ -115,7 +113,7 @@ class Predictor:
         """
         target = layer + ahead
         row = target * self.depth + ahead - 1
-        _predict(
+        self._predict(
             row, target, min(top_k, self.geometry.counts[target]), int(self._starts[row]),
             np.ascontiguousarray(logits, np.float64), active, self._uses, self._flat_weights, self._offsets,
             self._inputs, self._said, self._probabilities, self._transitions, self._made,
@@ -132,7 +130,7 @@ class Predictor:
         """
         scored = self._observed[layer] % SCORED == 0
         self._observed[layer] += 1
-        _observe(
+        self._observe(
             layer, self.geometry.counts[layer], scored, experts,
             _UNKNOWN if logits is None else np.ascontiguousarray(logits, np.float64), self._starts, self._uses,
             self._flat_weights, self._offsets, self._inputs, self._said, self._probabilities, self._transitions,

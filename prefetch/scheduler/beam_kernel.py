@@ -30,6 +30,7 @@ from prefetch.scheduler.timeline_kernel import (
     ON_GPU,
     RAM,
     VRAM,
+    copy_into,
 )
 
 _CPU, _GPU, _LINK, _COLD, _PROMISE, _COLUMNS = range(6)
@@ -138,21 +139,23 @@ def beam(loads: Any, homes: Any, costs: Any, width: int, bound: float, units: An
     found = 1
     for place in range(count):
         home = homes[order[place]]
-        before[:found] = states[:found]
+        for state in range(found):
+            copy_into(before[state], states[state])
         partial, found = found, 0
         for parent in range(partial):
             for unit in (ON_CPU, ON_GPU):
                 if unit == ON_CPU and home == VRAM:
                     continue
                 new = states[found]
-                new[:] = before[parent]
+                copy_into(new, before[parent])
                 _advance(new, unit, home, arrivals[place], cpu_s[place], gpu_s[place], costs[LINK])
                 even = 0.5 * (new[_CPU] + new[_GPU] + rest[place + 1])
                 new[_PROMISE] = max(max(new[_CPU], new[_GPU]), max(even, last[place + 1]))
                 if new[_PROMISE] < bound:
                     steps[found, _PARENT], steps[found, _UNIT] = parent, unit
                     found = _keep(states, steps, found, width)
-        history[place, :found] = steps[:found]
+        for step in range(found):
+            copy_into(history[place, step], steps[step])
     if found == 0:
         return np.inf
     best = 0

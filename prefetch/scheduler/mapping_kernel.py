@@ -12,7 +12,16 @@ from prefetch.scheduler.equal_kernel import best_of_equals
 from prefetch.scheduler.greedy_kernel import earliest_completion
 from prefetch.scheduler.search_kernel import search
 from prefetch.scheduler.split_kernel import best_split
-from prefetch.scheduler.timeline_kernel import BOTH, GPU_EXPERT, GPU_TOKEN, ON_CPU, ON_DISK, ORDERS, run_timeline
+from prefetch.scheduler.timeline_kernel import (
+    BOTH,
+    GPU_EXPERT,
+    GPU_TOKEN,
+    ON_CPU,
+    ON_DISK,
+    ORDERS,
+    copy_into,
+    run_timeline,
+)
 
 MOST_EQUAL = 12
 """Up to so many experts of equal load the best mapping is looked for among all pairs of numbers."""
@@ -83,7 +92,7 @@ def choose(what: int, loads: Any, homes: Any, costs: Any, orders: Any, times: An
     for row in range(ORDERS):
         for index in range(counts[row]):
             orders[row, index] = order[orders[row, index]]
-    times[0, :] = times[1, :]
+    copy_into(times[0], times[1])
     for expert in range(count):
         units[order[expert]] = mapping[expert]
         times[1, order[expert]] = times[0, expert]

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prefetch.jit import direct
+from cpu_kernels.compiling.compiler import direct
 from prefetch.packing import int64s
 from prefetch.scheduler import mapping_kernel as kernel
 from prefetch.scheduler.records import Home, Ints, LayerCosts, Schedule, Unit
 from prefetch.scheduler.timeline_kernel import ORDERS
-
-_choose = direct(kernel.choose)
 
 _COUNTS = int64s(ORDERS)
 
@@ -26,6 +24,7 @@ class LayerScheduler:
     def __init__(self, costs: LayerCosts) -> None:
         self.costs = costs
         self._costs = costs.as_array()
+        self._choose = direct(kernel.choose)
 
     def schedule(self, loads: Sequence[int] | Ints, homes: Sequence[int] | Ints) -> Schedule:
         """The best mapping that is found; see `mapping_kernel`.
@@ -64,7 +63,7 @@ class LayerScheduler:
         orders, times = np.empty((kernel.ROWS, max(count, ORDERS)), np.int64), np.empty((2, count))
         if units is not None:
             orders[kernel.UNITS, :count] = units
-        cpu_s, gpu_s = _choose(what, tokens, where, self._costs, orders, times)
+        cpu_s, gpu_s = self._choose(what, tokens, where, self._costs, orders, times)
         if cpu_s != cpu_s:
             raise ValueError("an expert is on the GPU, but the costs know no GPU")
         on_cpu, on_gpu, copied, read = _COUNTS.unpack_from(orders.data, kernel.COUNTS * orders.strides[0])

@@ -16,7 +16,7 @@ from prefetch.jit import inner
 from prefetch.scheduler.beam_kernel import beam
 from prefetch.scheduler.greedy_kernel import earliest_completion
 from prefetch.scheduler.split_kernel import best_split, split_near
-from prefetch.scheduler.timeline_kernel import BOTH, ON_DISK, ON_GPU, RAM, run_timeline
+from prefetch.scheduler.timeline_kernel import BOTH, ON_DISK, ON_GPU, RAM, copy_into, run_timeline
 
 CANDIDATES, _FIRST_SPLIT = 6, 3
 """What `_candidate` numbers; from the second on, splits."""
@@ -39,7 +39,7 @@ def _candidate(number: int, loads: Any, homes: Any, costs: Any, greedy_units: An
         for expert in range(len(homes)):
             trial[expert] = ON_GPU if homes[expert] <= BOTH else number
     elif number == 2:
-        trial[:] = greedy_units
+        copy_into(trial, greedy_units)
     elif number == 3 and on_disk == 0:
         best_split(loads, homes, costs, trial)
     else:
@@ -67,6 +67,6 @@ def search(loads: Any, homes: Any, costs: Any, units: Any, table: Any) -> None:
         cpu, gpu = run_timeline(trial, loads, homes, costs, orders, counts, times)
         if max(cpu, gpu) < best:
             best = max(cpu, gpu)
-            units[:] = trial
+            copy_into(units, trial)
     if len(loads) <= _MORE:
         beam(loads, homes, costs, _WIDTH_OF_FEW if few else _WIDTH_OF_MORE, best, units)

@@ -24,6 +24,7 @@ from prefetch.scheduler.timeline_kernel import (
     ON_DISK,
     ON_GPU,
     RAM,
+    copy_into,
 )
 
 
@@ -69,6 +70,6 @@ def best_split(loads: Any, homes: Any, costs: Any, units: Any) -> None:
 def split_near(homes: Any, copies: int, like: Any, units: Any) -> None:
     """`like` with exactly `copies` of the uncached experts on the GPU, those of the most tokens."""
     uncached = ascending(homes, RAM, ON_DISK)
-    units[:] = like
+    copy_into(units, like)
     for index in range(len(uncached)):
         units[uncached[len(uncached) - 1 - index]] = ON_GPU if index < copies else ON_CPU

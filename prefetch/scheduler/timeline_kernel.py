@@ -24,6 +24,13 @@ CPU_ORDER, GPU_ORDER, TRANSFERS, READS, ORDERS = range(5)
 
 
 @inner
+def copy_into(target: Any, source: Any) -> None:
+    """All elements of an array to another of one dimension and at least that length."""
+    for index in range(len(source)):
+        target[index] = source[index]
+
+
+@inner
 def sort_by(order: Any, count: int, ready: Any) -> None:
     """Sort the first `count` places by ready time, then by number: an insertion sort, as they are nearly sorted."""
     for index in range(1, count):

@@ -1,29 +1,13 @@
-"""What is compiled is kept on disk under a key that has all sources in it."""
+"""What this package compiles depends on its sources and on those of the packed formats."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
-
-import pytest
-
-from cpu_kernels import jit, sources
+from cpu_kernels.compiling.compiler import prepare
+from cpu_kernels.compiling.kept import source_stamp
 from cpu_kernels.weighted_sum_kernel import run_add_weighted
 
 
-def test_the_stamp_is_of_all_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    stamp = sources.source_stamp()
-    assert len(stamp) == 16
-    assert sources.source_stamp.__wrapped__() == stamp
-    read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "launch.py"))
-    assert sources.source_stamp.__wrapped__() != stamp
-
-
-def test_a_kernel_is_not_taken_from_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, codegen = run_add_weighted._cache, SimpleNamespace(magic_tuple=lambda: ("cpu",))
-    signature = run_add_weighted.signatures[0]
-    key = cache._index_key(signature, codegen)
-    assert cache._index_key(signature, codegen) == key
-    monkeypatch.setattr(jit, "source_stamp", lambda: "other")
-    assert cache._index_key(signature, codegen) != key
+def test_a_kernel_is_kept_under_the_sources_that_it_is_made_of() -> None:
+    prepare(run_add_weighted)
+    assert run_add_weighted._cache._cache_file._stamp == source_stamp("cpu_kernels", "formats")
+    assert source_stamp("cpu_kernels", "formats") != source_stamp("cpu_kernels")

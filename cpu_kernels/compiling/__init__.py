@@ -1,0 +1,1 @@
+"""How the packages above compile with Numba: what is compiled when, what into what, and where it is kept."""
