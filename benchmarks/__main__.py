@@ -20,6 +20,7 @@ NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
     "llama_cpp_large", "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "decision_cost",
     "prefetch", "ablation", "kv_kernels", "simulator", "kv", "kv_quality", "kv_prefix", "kv_sparsity",
+    "compiling",
 )  # fmt: skip
 
 
@@ -28,6 +29,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         ablation,
         cache_policies,
         checkpoints,
+        compiling,
         decision_cost,
         decode,
         disk,
@@ -81,6 +83,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
             replace(shape if quick else large_model.LIKE_30B_A3B, layers=(kv.QUICK if quick else kv.FULL).model_layers),
             kv.QUICK if quick else kv.FULL,
         ),
+        "compiling": lambda work: compiling.run(work, compiling.QUICK if quick else compiling.FULL),
         "kv_quality": lambda work: kv_quality.run(work, kv_quality.QUICK if quick else kv_quality.FULL),
         "kv_sparsity": lambda work: kv_sparsity.run(work, kv_sparsity.QUICK if quick else kv_sparsity.FULL),
         "kv_prefix": lambda work: kv_prefix.run(

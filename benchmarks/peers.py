@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,10 +24,12 @@ class PeerError(Exception):
 class Process:
     """A worker process; see `benchmarks.worker`. A context manager: at its end the process is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start it, with variables added to this process's environment."""
         self._child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
             cwd=REPOSITORY,
+            env={**os.environ, **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

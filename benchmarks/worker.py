@@ -44,6 +44,12 @@ class Worker:
 
         return peak_memory(**arguments)
 
+    def first_load(self, **arguments: Any) -> Any:
+        """See `benchmarks.compiling.first_load`."""
+        from benchmarks.compiling import first_load
+
+        return first_load(**arguments)
+
     def close(self) -> None:
         """Close the open session."""
         if self._session is not None:
