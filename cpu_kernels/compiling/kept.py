@@ -21,6 +21,7 @@ from typing import Any
 import llvmlite
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.dispatcher import Dispatcher
 from numba.core.serialize import dumps
 
 _Cache: Any = FunctionCache
@@ -77,8 +78,26 @@ class _Files:
 
 
 class KeptFunctions(_Cache):  # type: ignore[misc]
-    """Numba's cache of one function, with files as above."""
+    """Numba's cache of one function, with files as above.
+
+    What a function closes over is part of its key. A compiled function among that counts by its name and by what it
+    closes over itself; Numba would take a number that each process draws anew, and never find it again.
+    """
 
     def __init__(self, function: Any, stamp: str) -> None:
         super().__init__(function)
         self._cache_file = _Files(self._cache_path, self._impl.filename_base, stamp)
+
+    def _index_key(self, sig, codegen):
+        return sig, codegen.magic_tuple(), hashlib.sha256(dumps(_described(self._py_func))).hexdigest()
+
+
+def _described(function):
+    cells = function.__closure__ or ()
+    closed_over = tuple(cell.cell_contents for cell in cells)
+    return (
+        function.__module__,
+        function.__qualname__,
+        function.__code__.co_code,
+        tuple(_described(value.py_func) if isinstance(value, Dispatcher) else value for value in closed_over),
+    )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cpu_kernels.compiling import kept
 from cpu_kernels.compiling.compiler import KernelCompiler, direct
 from cpu_kernels.compiling.kept import _Files, source_stamp
 
@@ -112,4 +112,18 @@ def test_two_functions_of_one_name_have_files_of_their_own() -> None:
 
     one, two = make(1), make(2)
     assert (one(), two()) == (1, 2)
-    assert kept.KeptFunctions is type(one._cache)
+
+
+def test_a_function_that_closes_over_a_compiled_one_is_found_again() -> None:
+    def make(value: int) -> Any:
+        @compiler.inner()
+        def compiled() -> int:
+            return value
+
+        return compiler.entry("int64()")(lambda: compiled())
+
+    def key(entry: Any) -> object:
+        return entry._cache._index_key("int64()", SimpleNamespace(magic_tuple=lambda: ("cpu",)))
+
+    assert key(make(1)) == key(make(1)) != key(make(2))
+    assert (make(1)(), make(2)()) == (1, 2)
