@@ -9,10 +9,17 @@ import torch
 from cpu_kernels.kv_blocks import write_tokens
 from cpu_kernels.paged_attention import paged_attention
 from cpu_kernels.tensors import FORMAT_OF_DTYPE, describe
-from cpu_kernels.threads import Pool
+from cpu_kernels.threads import Pool, shared_pool
 from formats.kv import KvLayout
 
 _ALIGNMENT_BYTES = 64
+_SOME_TOKENS = 16
+
+
+def compile_prompt_attention(dtype: torch.dtype) -> None:
+    """Compile what a dtype needs, or load it from Numba's cache; calls do so on first use otherwise."""
+    tensor = torch.zeros(1, 1, _SOME_TOKENS, 16, dtype=dtype, device="cpu")
+    prompt_attention(tensor, tensor, tensor, 1.0, pool=shared_pool(1))
 
 
 def prompt_attention(

@@ -28,7 +28,7 @@ from offload.hf.graphs.runner import use_step_graphs
 from offload.hf.lookahead import find_routers, look_ahead
 from offload.hf.paged.adopt import page_caches
 from offload.hf.paged.prefixes import Prefixes, begin_prompts
-from offload.kernel_preparation import prepare_kernels
+from offload.kernel_preparation import compile_ahead, prepare_kernels
 from offload.kv.paging import Paging
 from offload.kv.prefix_files import PrefixFiles
 from offload.learnt import restore_learnt
@@ -52,6 +52,7 @@ from prefetch.policies.base import CachePolicy
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.named import make_policy
 from prefetch.predictors.predictor import Predictor
+from profiler.memory import available_ram_nbytes
 
 
 def assemble(
@@ -93,6 +94,11 @@ def assemble(
     device = HostDevice() if above is None else above.host()
     layers = _layers(model, prepared)
     plan = prepared.plan
+    compile_ahead(
+        model, layers, progress, fused=frozenset(fused) if above is None and not step_graph else (),
+        with_policy=policy == "auto" and plan.ram_slots < plan.expert_count,
+        spare_ram_nbytes=available_ram_nbytes() - plan.peak_ram_nbytes,
+    )  # fmt: skip
     above_policy = None if plan.vram is None else _policy(copy.deepcopy(policy), plan.vram.slots, layers)
     runtime = Runtime(
         plan, prepared.spec, store, layers, device, _policy(policy, plan.ram_slots, layers), above, above_policy
@@ -111,7 +117,7 @@ def assemble(
         if on_cpu and runtime.dense is None:
             # A cache in blocks is attended to by its own ways.
             attends = runtime.fused.get("attention", 0) > 0 and prepared.plan.kv is None
-            prepare_kernels(model, layers, progress, attends=attends)
+            prepare_kernels(model, layers, attends=attends)
         if prefetch != "off":
             _prefetch(model, runtime, prefetch)
         if step_graph:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from cpu_kernels.compiling.together import Kernel, prepare_named
 from offload import kernel_preparation
 from tests.conftest import TinyCheckpoint
 
@@ -59,12 +62,15 @@ def test_nothing_is_compiled_after_loading(tiny_checkpoint: TinyCheckpoint, stor
 
 
 def test_progress_ends_also_when_a_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_layer: Any) -> None:
+    def fail(kernels: Sequence[Kernel], *, processes: int) -> None:
+        assert (prepare_named, ("prefetch.policies.selection_kernel", "select")) in kernels
+        assert processes == 1
         raise ValueError("no kernel")
 
-    layer = type("Layer", (), {"layout": "one", "dtype": torch.float32})()
+    layer: Any = SimpleNamespace(layout=SimpleNamespace(format="fp32"))
+    model: Any = SimpleNamespace(dtype=torch.float32, modules=list)
     told = Told()
-    monkeypatch.setattr(kernel_preparation, "compile_for", fail)
+    monkeypatch.setattr(kernel_preparation, "compile_together", fail)
     with pytest.raises(ValueError, match="no kernel"):
-        kernel_preparation.prepare_kernels(torch.nn.Module(), [layer], told)  # type: ignore[arg-type]
+        kernel_preparation.compile_ahead(model, [layer], told, fused=(), with_policy=True, spare_ram_nbytes=1 << 20)
     assert told.events == ["Preparing kernels: compiled the first time, then kept", "finished"]

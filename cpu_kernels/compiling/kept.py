@@ -84,9 +84,17 @@ class KeptFunctions(_Cache):  # type: ignore[misc]
     closes over itself; Numba would take a number that each process draws anew, and never find it again.
     """
 
+    compiled = 0
+    """How many functions this process compiled, because they were not kept."""
+
     def __init__(self, function: Any, stamp: str) -> None:
         super().__init__(function)
         self._cache_file = _Files(self._cache_path, self._impl.filename_base, stamp)
+
+    def save_overload(self, sig, data):
+        """Keep what was compiled."""
+        KeptFunctions.compiled += 1
+        super().save_overload(sig, data)
 
     def _index_key(self, sig, codegen):
         return sig, codegen.magic_tuple(), hashlib.sha256(dumps(_described(self._py_func))).hexdigest()

@@ -38,12 +38,10 @@ def fuse_attention(model: PreTrainedModel) -> int:
     return swap_forwards(model, _with_kernel)
 
 
-def prepare_attention(model: PreTrainedModel) -> None:
-    """Compile what prompts are attended to with, or load it, where that is the kernel."""
+def prompts_are_attended(model: PreTrainedModel) -> bool:
+    """Whether a kernel attends to the model's prompts, where its modules dispatch through the interface."""
     dtype, named = model.dtype, model.config.get_text_config()._attn_implementation
-    if named == IMPLEMENTATION and dtype in FORMAT_OF_DTYPE and _takes_prompts(dtype):
-        tensor = torch.zeros(1, 1, _PROMPT_TOKENS, 16, dtype=dtype, device="cpu")
-        prompt_attention(tensor, tensor, tensor, 1.0, pool=kernel_pool())
+    return named == IMPLEMENTATION and dtype in FORMAT_OF_DTYPE and _takes_prompts(dtype)
 
 
 def swap_forwards(model: PreTrainedModel, replacement: Callable[[Any], Any]) -> int:
