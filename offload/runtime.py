@@ -8,6 +8,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -391,7 +392,7 @@ class Runtime:
             accelerator=self._accelerator_stats(),
             kv=None if self.paging is None else self.paging.statistics(),
             prefix=None if self.prefixes is None else replace(self.prefixes.statistics),
-            graphs=None if self.graphs is None else replace(self.graphs.figures),
+            graphs=None if self.graphs is None else deepcopy(self.graphs.figures),
         )
 
     def _accelerator_stats(self) -> AcceleratorStatistics | None:

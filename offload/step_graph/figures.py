@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -13,12 +13,17 @@ class GraphFigures:
         captured: graphs that were captured and proven.
         replayed: decode steps that were replayed.
         layer_by_layer: decode steps that were not, those by which graphs were proven included.
+        by_reason: those, by why.
         reason: why no step is replayed any more; empty while some may be.
-        declined: why the last cache whose steps are not replayed was declined; empty where none was.
     """
 
     captured: int = 0
     replayed: int = 0
     layer_by_layer: int = 0
+    by_reason: dict[str, int] = field(default_factory=dict)
     reason: str = ""
-    declined: str = ""
+
+    def note_layer_by_layer(self, reason: str) -> None:
+        """A step was not replayed."""
+        self.layer_by_layer += 1
+        self.by_reason[reason] = self.by_reason.get(reason, 0) + 1

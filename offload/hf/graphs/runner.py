@@ -31,6 +31,10 @@ _MOST_GRAPHS = 4
 _PROOFS = 3
 """Steps that may differ from the layers' own before graphs are given up."""
 
+_PROOF, _FIRST_TOKEN = "a graph is proven", "the cache is empty"
+_EXPECTED = {_PROOF, _FIRST_TOKEN}
+"""Reasons of which nobody need be warned."""
+
 _ATTENTION = ("sdpa", "eager")
 _KINDS = {"full_attention", "sliding_attention", "linear_attention"}
 
@@ -62,7 +66,8 @@ class StepGraphs:
         self._device = model.device
         self._experts: dict[int, GraphExperts] = {}
         self._graphs: list[DecodeGraph] = []
-        self._declined: weakref.WeakSet[DynamicCache] = weakref.WeakSet()
+        self._declined: weakref.WeakKeyDictionary[DynamicCache, str] = weakref.WeakKeyDictionary()
+        self._told: set[str] = set()
         self._proofs_left = _PROOFS
         self._process = os.getpid()
         self._output: type[Any] = object
@@ -90,18 +95,25 @@ class StepGraphs:
             return f"it has layers of {', '.join(sorted(kinds - _KINDS))}"
         return why_not_captured(runtime.layers, [experts.top_k for experts in runtime.spec.experts])
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str) -> str:
         self.figures.reason = reason
         self._graphs.clear()
-        warnings.warn(
-            f"step_graph=: decode steps of {self._runtime.plan.model} go layer by layer: {reason}",
-            SlowDeviceWarning,
-            stacklevel=2,
-        )
+        self._tell(reason)
+        return reason
 
-    def _decline(self, cache: DynamicCache, reason: str) -> None:
-        self._declined.add(cache)
-        self.figures.declined = reason
+    def _tell(self, reason: str) -> None:
+        """Warn, of each reason once."""
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(
+                f"step_graph=: decode steps of {self._runtime.plan.model} go layer by layer: {reason}",
+                SlowDeviceWarning,
+                stacklevel=2,
+            )
+
+    def _decline(self, cache: DynamicCache, reason: str) -> str:
+        self._declined[cache] = reason
+        return reason
 
     # --- one forward -----------------------------------------------------------------------------------------
 
@@ -127,30 +139,36 @@ class StepGraphs:
         ):
             return None
         with self._runtime.lock:
-            done = None
-            if self._may_replay(ids, cache, passed):
+            reason = self._why_not_now(ids, cache, passed)
+            if reason is None:
                 with torch.inference_mode(mode=False), torch.no_grad():
                     done = self._run(ids, cache, passed)
-            if done is None:
-                self.figures.layer_by_layer += 1
-            return done
+                if not isinstance(done, str):
+                    return done
+                reason = done
+            self.figures.note_layer_by_layer(reason)
+            if reason not in _EXPECTED and not self._runtime.closed:
+                self._tell(reason)
+            return None
 
-    def _may_replay(self, ids: torch.Tensor, cache: DynamicCache, passed: dict[str, Any]) -> bool:
+    def _why_not_now(self, ids: torch.Tensor, cache: DynamicCache, passed: dict[str, Any]) -> str | None:
+        """The reason why this step cannot be replayed; None where it may be."""
         mask, past = passed.get("attention_mask"), int(cache.get_seq_length())
-        return (
-            not self.figures.reason
-            and not self._runtime.closed
-            and cache not in self._declined
-            and self._process == os.getpid()
-            and past > 0
-            and ids.dtype is torch.int64
-            and ids.device == self._device
-            and (mask is None or (isinstance(mask, torch.Tensor) and mask.shape == (len(ids), past + 1)))
-            and returns_hidden_and_cache(self._decoder.config, passed)
-            and not torch.is_autocast_enabled(self._device.type)
-            and self._has_slots(len(ids))
-            and self._watch.finds_nothing()
+        fits = mask is None or (isinstance(mask, torch.Tensor) and mask.shape == (len(ids), past + 1))
+        reasons: tuple[tuple[Callable[[], object], str], ...] = (
+            (lambda: self.figures.reason, self.figures.reason),
+            (lambda: self._runtime.closed, "the runtime was closed"),
+            (lambda: cache in self._declined, self._declined.get(cache, "")),
+            (lambda: self._process != os.getpid(), "this process is a fork"),
+            (lambda: past == 0, _FIRST_TOKEN),
+            (lambda: ids.dtype is not torch.int64 or ids.device != self._device, "ids are not int64 on the device"),
+            (lambda: not fits, "the mask is not [sequences, tokens]"),
+            (lambda: not returns_hidden_and_cache(self._decoder.config, passed), "more is asked for than tokens"),
+            (lambda: torch.is_autocast_enabled(self._device.type), "autocast is on"),
+            (lambda: not self._has_slots(len(ids)), "RAM has no slot for each expert of a step; give more ram="),
+            (lambda: not self._watch.finds_nothing(), "a hook, an adapter or other weights are in the decoder"),
         )
+        return next((reason for is_so, reason in reasons if is_so()), None)
 
     def _has_slots(self, batch: int) -> bool:
         """Whether all experts of one request fit into host memory at once, beside copies that are under way."""
@@ -158,12 +176,12 @@ class StepGraphs:
         return self._runtime.tier.table.usable_slots >= most
 
     def _run(self, ids: torch.Tensor, cache: DynamicCache, passed: dict[str, Any]) -> Any:
+        """The output; the reason where there is none."""
         graph = self._graph_of(cache)
-        if graph is None:
-            return None
+        if isinstance(graph, str):
+            return graph
         if not graph.set(cache, ids, passed.get("position_ids"), passed.get("attention_mask")):
-            self._decline(cache, "a cache was rearranged between steps")
-            return None
+            return self._decline(cache, "a cache was rearranged between steps")
         if not graph.captured:
             return self._prove(graph, ids, cache, passed)
         before = perf_counter()
@@ -174,14 +192,14 @@ class StepGraphs:
         self.figures.replayed += 1
         return self._output(last_hidden_state=graph.hidden.clone(), past_key_values=cache)
 
-    def _graph_of(self, cache: DynamicCache) -> DecodeGraph | None:
+    def _graph_of(self, cache: DynamicCache) -> DecodeGraph | str:
+        """A graph that holds the cache or can; the reason where there is none."""
         held = next((graph for graph in self._graphs if graph.holds(cache)), None)
         if held is not None:
             return held
         reason = why_not_held(cache)
         if reason is not None:
-            self._decline(cache, reason)
-            return None
+            return self._decline(cache, reason)
         past = int(cache.get_seq_length())
         for graph in self._graphs:
             if graph.is_free() and graph.suits(cache) and past < graph.room:
@@ -189,7 +207,7 @@ class StepGraphs:
                 return graph
         self._graphs = [graph for graph in self._graphs if not graph.is_free()]
         if len(self._graphs) >= _MOST_GRAPHS:
-            return None
+            return f"more than {_MOST_GRAPHS} caches are in use at once"
         outgrown = [graph for graph in self._graphs if graph.is_lent_to(cache)]
         try:
             graph = DecodeGraph(
@@ -197,8 +215,9 @@ class StepGraphs:
                 self._room(past),
             )  # fmt: skip
         except torch.OutOfMemoryError:
-            self._give_up(f"no memory for KV buffers of {self._room(past)} tokens; give more vram= or less context=")
-            return None
+            return self._give_up(
+                f"no memory for KV buffers of {self._room(past)} tokens; give more vram= or less context="
+            )
         graph.lend(cache)
         # Its buffers are free when the tokens have moved on, and too small for the next cache.
         self._graphs = [one for one in self._graphs if one not in outgrown] + [graph]
@@ -260,11 +279,10 @@ class StepGraphs:
         except (CaptureError, DeviceError) as error:
             if isinstance(error, DoorbellError):
                 raise
-            self._give_up(str(error))
-            return None
+            return self._give_up(str(error))
         output = self._decoder.plain.forward(self._decoder, **passed)
         self._output = type(output)
-        self.figures.layer_by_layer += 1
+        self.figures.note_layer_by_layer(_PROOF)
         expected = output.last_hidden_state
         # A capture may compute nothing.
         if all(_distance(one, expected) <= _TOLERANCE[expected.dtype] for one in (found[0], found[2])):
