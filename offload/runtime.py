@@ -461,6 +461,8 @@ class Runtime:
         with self.lock:
             if self._released:
                 return
+            if self.graphs is not None:
+                self.graphs.tell_policies()
             if not self.closed and self.learners and self._decoded:
                 save_learnt(self.store, self.learners)
             self.closed = True

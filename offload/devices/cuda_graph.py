@@ -66,10 +66,12 @@ class CudaGraph(StepGraph):
     def _on_stream(self) -> Iterator[None]:
         """Within the block work goes to the stream, after what the caller's stream has been given."""
         self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
-            yield
-        # Whoever reads results next does so on his own stream.
-        self._side.synchronize()
+        try:
+            with torch.cuda.stream(self._side):
+                yield
+        finally:
+            # Whoever reads results next does so on his own stream.
+            self._side.synchronize()
 
     def run(self, step: Callable[[], None]) -> None:
         """Do it on the stream."""
@@ -95,9 +97,10 @@ class CudaGraph(StepGraph):
             raise CaptureError(f"CUDA cannot capture a decode step: {error}") from error
         self._graph = graph
 
-    def replay(self) -> None:
+    def replay(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """One launch."""
         if self._graph is None:
             raise RuntimeError("nothing was captured")
         with self._on_stream():
             self._graph.replay()
+            meanwhile()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from offload.devices.base import ExpertSums
@@ -54,6 +56,10 @@ class GraphExperts:
         self.tokens = tokens
         self._accelerated, self._layers = accelerated, tuple(layers)
         self._number = {layer.first_key: number for number, layer in enumerate(layers)}
+        self._first_keys = np.array([layer.first_key for layer in layers])
+        # The server's thread asks policies for victims while they are told of the step before.
+        self._policies = threading.Lock()
+        self._untold: tuple[list[list[int]], list[list[int]]] | None = None
         layout = MailboxLayout(tokens, top_k, layers[0].layout.hidden, layers[0].dtype)
         routed_nbytes = 8 * len(layers) * layout.pairs
         # On pages of their own: pinned, and mapped where the accelerator is a GPU.
@@ -109,7 +115,8 @@ class GraphExperts:
 
     def _fetch(self, layer: int, _missing: list[int]) -> None:
         """On the server's thread, while whoever holds the runtime's lock waits for the step."""
-        self.homes.fetch(layer, np.unique(self._box.ids.numpy()).tolist())
+        with self._policies:
+            self.homes.fetch(layer, np.unique(self._box.ids.numpy()).tolist())
 
     # --- around one ------------------------------------------------------------------------------------------
 
@@ -131,25 +138,37 @@ class GraphExperts:
         return list(self._routed)
 
     def account(self, step_s: float) -> None:
-        """Tell policies and counters what a valid step did, and begin to copy what is worth it."""
+        """Count what a valid step did, and begin to copy what is worth it; policies are told by `tell_policies`."""
         tiers = self._accelerated.tiers
         fetched, self.homes.fetched = self.homes.fetched, 0
-        everything: list[int] = []
-        candidates: list[int] = []
-        for layer, ids in zip(self._layers, self._routed.numpy(), strict=True):
-            keys = [layer.first_key + expert for expert in np.unique(ids).tolist()]
-            below = [key for key in keys if not self.homes.is_above(key)]
-            tiers.above.policy.on_route(keys)
-            tiers.below.policy.on_route(below)
-            tiers.above.counters.hits += len(keys) - len(below)
-            tiers.above.counters.misses += len(below)
-            tiers.below.counters.hits += len(below)
-            everything += keys
-            candidates += below
-        tiers.below.counters.hits -= fetched
+        keys = np.unique(self._routed.numpy() + self._first_keys[:, None, None])
+        below = keys[~self.homes.are_above(keys)]
+        tiers.above.counters.hits += len(keys) - len(below)
+        tiers.above.counters.misses += len(below)
+        tiers.below.counters.hits += len(below) - fetched
         tiers.below.counters.misses += fetched
-        self._promotion.note(everything)
-        self._promotion.promote(candidates, self._bundle_nbytes, step_s)
+        self.tell_policies()
+        self._untold = self._by_layer(keys), self._by_layer(below)
+        self._promotion.note(keys)
+        self._promotion.promote(below.tolist(), self._bundle_nbytes, step_s)
+
+    def _by_layer(self, keys: npt.NDArray[np.int64]) -> list[list[int]]:
+        """Ascending keys, those of each layer."""
+        ends = np.searchsorted(keys, self._first_keys[1:]).tolist()
+        everything = keys.tolist()
+        return [everything[start:end] for start, end in zip([0, *ends], [*ends, len(everything)], strict=True)]
+
+    def tell_policies(self) -> None:
+        """What the last step was routed to, if they were not told: beside the next step, or before another pass."""
+        if self._untold is None:
+            return
+        told, self._untold = self._untold, None
+        tiers = self._accelerated.tiers
+        for tier, layers in zip((tiers.above, tiers.below), told, strict=True):
+            for keys in filter(None, layers):
+                # One by one: a layer that has to be read does not wait for all.
+                with self._policies:
+                    tier.policy.on_route(keys)
 
     def close(self) -> None:
         """Stop the server. May be called again."""

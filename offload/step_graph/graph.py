@@ -32,5 +32,9 @@ class StepGraph(Stream):
         """
 
     @abstractmethod
-    def replay(self) -> None:
-        """Do the captured operations again; returns when they are done."""
+    def replay(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Do the captured operations again; returns when they are done.
+
+        Args:
+            meanwhile: called once, where a device does the operations on its own while it does them.
+        """

@@ -69,6 +69,11 @@ class Homes:
         if arrived:
             self.above.copy_(torch.from_numpy(self._known))
 
+    def are_above(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """`is_above` of each."""
+        above: npt.NDArray[np.bool_] = self._known[keys] != 0
+        return above
+
     def is_above(self, key: int) -> bool:
         """Whether the step that runs, or was the last, has the expert on the accelerator."""
         return bool(self._known[key])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from offload.moe.tiered_step import Accelerated
 
@@ -29,8 +30,8 @@ class Promotion:
         self._accelerated = accelerated
         self._counts = np.zeros(experts)
 
-    def note(self, keys: list[int]) -> None:
-        """What a step was routed to."""
+    def note(self, keys: npt.NDArray[np.int64]) -> None:
+        """What a step was routed to, each once."""
         self._counts *= DECAY
         self._counts[keys] += 1.0
 

@@ -110,8 +110,9 @@ class RecordedGraph(StepGraph):
         finally:
             self._recorder = None
 
-    def replay(self) -> None:
+    def replay(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Do all operations again, into the memory that they had."""
+        meanwhile()
         for operation in self._operations:
             operation()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -233,6 +235,33 @@ class GrowingLayer(DynamicLayer):
             ):
                 return buffer
         return new.new_empty(*new.shape[:-2], round_up(total, ROOM_TOKENS), new.shape[-1])
+
+
+class Followed:
+    """Layers whose next tokens one writer puts into their buffers, step by step: what it looks at is little.
+
+    Anything else that is done to a layer ends what its keys do not show yet, or is seen by its tokens.
+    """
+
+    def __init__(self, layers: Iterable[GrowingLayer]) -> None:
+        """Begin right after `wrote_one` of each."""
+        self._layers = list(layers)
+        self._states = [layer.__dict__ for layer in self._layers]
+        self._ahead = [state["_ahead"] for state in self._states]
+
+    def are_as_left(self, layers: list[Any], past: int) -> bool:
+        """Whether these are the layers, with so many tokens, and nothing was done to them since."""
+        return (
+            len(layers) == len(self._layers)
+            and all(map(is_, layers, self._layers))
+            and all(map(is_, [state["_ahead"] for state in self._states], self._ahead))
+            and [state["_written"] for state in self._states] == [past] * len(layers)
+        )
+
+    def wrote_one(self, past: int) -> None:
+        """The next token of each, after so many, was written to the buffers, which have room for it."""
+        for state in self._states:
+            state["_written"] = past + 1
 
 
 def fuse_kv_cache(model: PreTrainedModel) -> int:

@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from offload.hf.fused.kv_cache import GrowingLayer
+from offload.hf.fused.kv_cache import Followed, GrowingLayer
 from offload.hf.graphs.layers import FullLayer, StateLayer, StepLayer, WindowLayer
 from offload.hf.graphs.masks import Masks
 from offload.step_graph.graph import StepGraph
@@ -80,6 +80,7 @@ class DecodeGraph:
         self._cache = Cache(layers=list[Any](self._layers))
         self._lent: weakref.ref[DynamicCache] | None = None
         self._references: list[int] = []
+        self._followed: Followed | None = None
 
     def _layer_like(self, layer: Any) -> StepLayer:
         if isinstance(layer, LinearAttentionLayer):
@@ -95,13 +96,20 @@ class DecodeGraph:
         """Whether nobody's cache is here, and nobody looks at what was."""
         if self._lent is not None and self._lent() is not None:
             return False
+        # Its layers would live on, and show buffers.
+        self._followed = None
         return not self._references or all(
             now <= then for now, then in zip(self._counts(), self._references, strict=True)
         )
 
     def holds(self, cache: DynamicCache) -> bool:
         """Whether the tokens of this cache are here, and it has room for one more."""
-        return self.is_lent_to(cache) and self.suits(cache) and int(cache.get_seq_length()) < self.room
+        past = int(cache.get_seq_length())
+        return self.is_lent_to(cache) and past < self.room and (self._is_as_left(cache, past) or self.suits(cache))
+
+    def _is_as_left(self, cache: DynamicCache, past: int) -> bool:
+        """Whether its tokens are here, and nothing was done to it since a step was handed back."""
+        return self._followed is not None and self._followed.are_as_left(cache.layers, past)
 
     def is_lent_to(self, cache: DynamicCache) -> bool:
         """Whether the cache's tokens are here, or were."""
@@ -148,9 +156,10 @@ class DecodeGraph:
             mask: [batch, tokens and this one], 0 for padding; None for none.
         """
         past = int(cache.get_seq_length())
-        taken = [own.take_over(layer, past) for own, layer in zip(self._layers, cache.layers, strict=True)]
-        if not all(taken):
-            return False
+        if not self._is_as_left(cache, past):
+            taken = [own.take_over(layer, past) for own, layer in zip(self._layers, cache.layers, strict=True)]
+            if not all(taken):
+                return False
         self._ids.copy_(ids)
         self._position.fill_(past)
         if positions is None:
@@ -199,8 +208,15 @@ class DecodeGraph:
     def written(self, cache: DynamicCache) -> None:
         """The cache shows the token of the last step."""
         past = int(cache.get_seq_length())
+        if self._is_as_left(cache, past):
+            assert self._followed is not None
+            self._followed.wrote_one(past)
+            return
         for own, layer in zip(self._layers, cache.layers, strict=True):
             own.hand_back(layer, past)
+        grown = [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
+        full = all(isinstance(layer, FullLayer) for layer in self._layers)
+        self._followed = Followed(grown) if full and len(grown) == len(self._layers) else None
 
     def note_captured(self, cache: DynamicCache) -> None:
         """The graph is there; what refers to the buffers now, the cache apart, always will."""

@@ -6,6 +6,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -119,9 +120,10 @@ class StepGraphs:
 
     def begin(self, cache: DynamicCache) -> None:
         """An empty cache is about to be filled: where it can, it begins in the buffers of a graph."""
-        if self.figures.reason:
-            return
         with self._runtime.lock:
+            self.tell_policies()
+            if self.figures.reason:
+                return
             graph = next((graph for graph in self._graphs if graph.is_free()), None)
             if graph is not None:
                 graph.offer(cache)
@@ -146,6 +148,7 @@ class StepGraphs:
                 if not isinstance(done, str):
                     return done
                 reason = done
+            self.tell_policies()
             self.figures.note_layer_by_layer(reason)
             if reason not in _EXPECTED and not self._runtime.closed:
                 self._tell(reason)
@@ -185,7 +188,8 @@ class StepGraphs:
         if not graph.captured:
             return self._prove(graph, ids, cache, passed)
         before = perf_counter()
-        self._do(graph, graph.graph.replay)
+        # What policies learn from the step before takes no time of this one's.
+        self._do(graph, partial(graph.graph.replay, self.tell_policies))
         graph.written(cache)
         seconds = perf_counter() - before
         self._account(seconds, len(ids))
@@ -299,8 +303,14 @@ class StepGraphs:
         experts.account(seconds)
         self._runtime.note_graph_step(experts.routed(), seconds)
 
+    def tell_policies(self) -> None:
+        """Tell cache policies of the last step, which they learn of beside the next one. Call with the lock."""
+        for experts in self._experts.values():
+            experts.tell_policies()
+
     def close(self) -> None:
         """Stop serving. May be called again."""
+        self.tell_policies()
         for experts in self._experts.values():
             experts.close()
         self._graphs.clear()

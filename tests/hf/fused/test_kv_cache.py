@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from offload.hf.fused.kv_cache import ROOM_TOKENS, Form, GrowingLayer
+from offload.hf.fused.kv_cache import ROOM_TOKENS, Followed, Form, GrowingLayer
 
 
 def _states(tokens: int, batch: int = 2, value_width: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +35,36 @@ def _write_as_a_tape(layer: GrowingLayer, keys: torch.Tensor, values: torch.Tens
         buffer.reshape(len(keys), 3, room.tokens, 4)[:, :, room.past] = states[:, :, 0].numpy()
     layer.took_one(room, form)
     return True
+
+
+def test_layers_that_one_writer_follows() -> None:
+    """Whatever else is done to one of them is seen."""
+    layers = [GrowingLayer() for _ in range(3)]
+    for layer in layers:
+        layer.update(*_states(5, value_width=4))
+
+    def follow(past: int) -> Followed:
+        for layer in layers:
+            assert _write_as_a_tape(layer, *_states(1, value_width=4))
+        followed = Followed(layers)
+        assert followed.are_as_left(list(layers), past + 1)
+        return followed
+
+    followed = follow(5)
+    followed.wrote_one(6)
+    assert [layer.get_seq_length() for layer in layers] == [7, 7, 7]
+    assert followed.are_as_left(list(layers), 7)
+    assert not followed.are_as_left(list(layers), 6)
+    assert not followed.are_as_left(layers[:2], 7)
+    assert not followed.are_as_left([*layers[:2], copy.deepcopy(layers[2])], 7)
+    assert layers[1].keys is not None, "looked at"
+    assert not followed.are_as_left(list(layers), 7)
+    assert layers[1].keys.shape[2] == 7
+    followed = follow(7)
+    layers[2].crop(-1)
+    assert not followed.are_as_left(list(layers), 8)
+    layers[2].update(*_states(1, value_width=4))
+    assert not followed.are_as_left(list(layers), 8), "written by another"
 
 
 OPERATIONS = ["one", "one", "one", "many", "crop", "reorder", "select", "repeat", "reset"]

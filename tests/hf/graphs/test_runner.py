@@ -272,6 +272,33 @@ def test_after_close(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "offload-doorbell"]
 
 
+def test_policies_are_told_of_every_step(
+    tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, once, the last one before anything else happens; whether a step was replayed or not."""
+    model = _load(tiny_checkpoint(FAMILY), store_root)
+    with model.offload as runtime:
+        policy, told = runtime.accelerated.tiers.above.policy, []
+        on_route = policy.on_route
+
+        def listen(keys: Any, shares: Any = None) -> None:
+            told.append([int(key) for key in keys])
+            on_route(keys, shares)
+
+        monkeypatch.setattr(policy, "on_route", listen)
+        for _ in range(2):
+            runtime.record_trace()
+            told.clear()
+            greedy(model, prompt())
+            assert runtime.stats().graphs.replayed
+            routed = [[layer.first_key + expert for expert in step.experts.tolist()]
+                      for step in runtime.trace().steps() for layer in (runtime.layers[step.layer],)]  # fmt: skip
+            assert told == routed[: -len(runtime.layers)]
+            runtime.graphs.tell_policies()
+            runtime.graphs.tell_policies()
+            assert told == routed
+
+
 @pytest.mark.filterwarnings("ignore:.*not wanted here:offload.errors.SlowDeviceWarning")
 def test_a_trace_has_every_step(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
     directory = tiny_checkpoint(FAMILY)
