@@ -108,10 +108,15 @@ def parts_in_place(
         for which in _runs_of_one_layout(cut, tiers.below):
             rows, places = np.nonzero(which)
             out[rows, places], lse[rows, places] = attend(call.batch(rows, places, call.addresses(which)))
-        for unit in units:
-            with stream.take() as addresses:
-                found = attend(call.batch(np.array([unit.row]), np.array([unit.segment]), addresses))
-            out[unit.row, unit.segment], lse[unit.row, unit.segment] = found[0][0], found[1][0]
+        # Half of what is read ahead, so that reads go on meanwhile.
+        most, done = max(1, table.settings.staging_segments // 2), 0
+        while done < len(units):
+            layouts = [cut[unit.segment].layout for unit in units[done : done + most]]
+            alike = next((place for place, layout in enumerate(layouts) if layout is not layouts[0]), len(layouts))
+            with stream.take_some(alike) as (taken, addresses):
+                rows, places = np.array([(unit.row, unit.segment) for unit in taken]).T
+                out[rows, places], lse[rows, places] = attend(call.batch(rows, places, addresses))
+            done += len(taken)
         for rows, places, work in above:
             out[rows, places], lse[rows, places] = work.finish()
         if ahead:

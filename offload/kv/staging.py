@@ -73,6 +73,11 @@ class Staging:
         """Whether blocks of that name are on their way or here."""
         return key in self._started
 
+    def has_arrived(self, key: Hashable) -> bool:
+        """Whether `fetch` would not wait."""
+        started = self._started.get(key)
+        return started is not None and all(ticket.finished for ticket in started.tickets)
+
     def start(
         self, key: Hashable, offsets: Sequence[int], checksums: Sequence[int], nbytes: int, buffer_nbytes: int
     ) -> bool:

@@ -122,19 +122,42 @@ class Stream:
         Raises:
             StorageError, StoreCorruptError: they cannot be read.
         """
-        index = self._done
+        with self.take_some(1) as (_, addresses):
+            yield addresses
+
+    @contextmanager
+    def take_some(self, most: int) -> Iterator[tuple[list[Unit], Int64]]:
+        """Within it, the next unit and those after it that have arrived by then, and the addresses of their blocks.
+
+        Args:
+            most: units, at most.
+
+        Raises:
+            StorageError, StoreCorruptError: they cannot be read.
+        """
+        first = self._done
         self._done += 1
-        key, unit = self._keys[index], self._units[index]
+        key, unit = self._keys[first], self._units[first]
         if not self._pool.start(key, unit.blocks):
             # Buffers hold what comes later: the same blocks came up before, for another sequence.
             self._pool.staging.drop_all()
             self._pool.start(key, unit.blocks)
         try:
-            yield self._pool.fetch(key, unit.blocks)
+            addresses = [self._pool.fetch(key, unit.blocks)]
+            while self._done < min(first + most, len(self._units)) and self._has_arrived(self._done):
+                self._done += 1
+                addresses.append(self._pool.fetch(self._keys[self._done - 1], self._units[self._done - 1].blocks))
+            yield self._units[first : self._done], np.concatenate(addresses)
         finally:
-            if key not in self._keys[self._done : self._done + 1]:
+            for key in set(self._keys[first : self._done]) - set(self._keys[self._done : self._done + 1]):
                 self._pool.drop(key)
         self._fill()
+
+    def _has_arrived(self, index: int) -> bool:
+        """Whether a unit need not be waited for; one with blocks above needs room that the one before it may hold."""
+        above = self._pool.is_above
+        pair = np.concatenate([self._units[index - 1].blocks, self._units[index].blocks])
+        return self._pool.staging.has_arrived(self._keys[index]) and not above[pair].any()
 
     def _fill(self) -> None:
         while self._next < len(self._units) and self._pool.start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,25 @@ import pytest
 import torch
 
 from cpu_kernels.merge_parts import merge_parts
+from formats.kv import KvLayout
+from offload.devices import host_attention
+from offload.devices.base import AttentionBatch
 from offload.devices.host_threads import kernel_pool
+from offload.kv import attention
 from offload.kv.attention import attend_by_segments, attend_in_place, parts_in_place
-from tests.kv.tables import HEADS, WIDTH, Twin, make_table, random_states, small_pool
+from offload.kv.staging import Staging
+from offload.kv.table import BlockTable, Layouts
+from tests.kv.tables import (
+    HEADS,
+    PLAIN,
+    SETTINGS,
+    VALUE_WIDTH,
+    WIDTH,
+    Twin,
+    make_table,
+    random_states,
+    small_pool,
+)
 
 QUERY_HEADS, SCALE = 2 * HEADS, 0.4
 MEMORIES = [(14, 0), (60, 0), (4, 10), (60, 9), (14, 60)]
@@ -67,6 +84,40 @@ def test_in_place(tmp_path: Path, new: int, with_sinks: bool, padded: bool) -> N
     error = (outs[0] - _expected(twin, query, valid, sinks)).abs().max()
     assert error < 2e-6
     assert all(torch.equal(outs[0], other) for other in outs[1:]), "bits depend on where blocks lie"
+
+
+@pytest.mark.parametrize("packed", [None, "int8"])
+def test_what_has_arrived_is_attended_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: str | None
+) -> None:
+    """In fewer calls, each of one layout; the bits are those of one after the other."""
+    settings = replace(SETTINGS, staging_segments=6)
+    calls: list[int] = []
+
+    def attend(batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(batch.lengths))
+        return host_attention.attend(batch)
+
+    monkeypatch.setattr(attention, "attend", attend)
+    outs, counts = [], []
+    for together in (False, True):
+        monkeypatch.setattr(Staging, "has_arrived", lambda self, key, all=together: all and self.is_started(key))
+        pool = small_pool(tmp_path, 30)
+        pool.stage(settings, PLAIN.nbytes)
+        layout = None if packed is None else KvLayout(packed, HEADS, WIDTH, VALUE_WIDTH, settings.block_tokens)
+        twin = Twin(BlockTable(pool, Layouts(PLAIN, layout), settings, 2))
+        for tokens in (400, 41, 1):
+            twin.append(tokens)
+        calls.clear()
+        outs.append(attend_in_place(twin.table, _query(twin, 1), SCALE))
+        counts.append(list(calls))
+        pool.check()
+        pool.close()
+    assert torch.equal(*outs)
+    one_by_one, at_once = counts
+    assert sum(one_by_one) == sum(at_once)
+    assert len(at_once) < len(one_by_one)
+    assert max(at_once[-3:]) <= 3
 
 
 @pytest.mark.parametrize("padded", [False, True])
