@@ -267,10 +267,11 @@ def _speeds(paging: Any) -> dict[str, float]:
     nbytes = sum(int(pool.records.sizes[block]) for block in table.blocks(0, 0, table.columns))
     seconds, _ = _timed(lambda: attend_in_place(table, query, 0.1), 3)
     pool.close()
-    pool = BlockPool(HostDevice(), 24 << 20, SpillFile(paging.pool.file.directory))
+    # With room for all segments that are read at once, and about as much of a layer on disk as in the model.
+    pool = BlockPool(HostDevice(), 100 << 20, SpillFile(paging.pool.file.directory))
     pool.stage(SETTINGS, _table(pool, "bf16").layouts.plain.nbytes)
     table = _table(pool, "int8")
-    _fill(table, 32768)
+    _fill(table, 131072)
     before = pool.staging.bytes_read
     start = perf_counter()
     for _ in range(3):
