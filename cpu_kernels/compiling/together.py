@@ -38,8 +38,12 @@ def compile_together(kernels: Sequence[Kernel], *, processes: int = 2) -> None:
         for place, (function, arguments) in enumerate(kernels, 1):
             before = KeptFunctions.compiled
             function(*arguments)
-            if other is None and processes > 1 and KeptFunctions.compiled > before:
-                other = _OtherProcess([*reversed(kernels[place:])])
+            if processes > 1 and KeptFunctions.compiled > before:
+                processes = 1
+                try:
+                    other = _OtherProcess([*reversed(kernels[place:])])
+                except OSError as error:
+                    _warn(f"could not be started ({error})")
     finally:
         if other is not None:
             other.end()
@@ -68,11 +72,13 @@ class _OtherProcess:
             self._process.stdin.close()
         code = self._process.wait()
         if code != _ENDED_AT_ITS_INPUTS_END:
-            warnings.warn(
-                f"a second process that compiles kernels ended with code {code}: what is done once took longer",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            _warn(f"ended with code {code}")
+
+
+def _warn(what: str) -> None:
+    warnings.warn(
+        f"a second process that compiles kernels {what}: what is done once takes longer", RuntimeWarning, stacklevel=3
+    )
 
 
 def _main() -> None:

@@ -103,6 +103,20 @@ def test_a_process_that_fails_is_told_of(tmp_path: Path) -> None:
     assert "a second process that compiles kernels ended with code 1" in run(tmp_path, _RUN_AND_FAIL)
 
 
+def test_where_no_process_can_be_started_one_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiles() -> None:
+        KeptFunctions.compiled += 1
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(KeptFunctions, "compiled", 0)
+    monkeypatch.setattr(together.subprocess, "Popen", refuse)
+    with pytest.warns(RuntimeWarning, match="could not be started .*no more processes"):
+        together.compile_together([(compiles, ()), (compiles, ())])
+    assert KeptFunctions.compiled == 2
+
+
 def test_an_entry_is_compiled_by_its_name() -> None:
     together.prepare_named("cpu_kernels.routing_kernel", "group_pairs")
     assert group_pairs.overloads
