@@ -20,7 +20,7 @@ NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
     "llama_cpp_large", "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "decision_cost",
     "prefetch", "ablation", "kv_kernels", "simulator", "kv", "kv_quality", "kv_prefix", "kv_sparsity",
-    "compiling",
+    "compiling", "trace_hits",
 )  # fmt: skip
 
 
@@ -52,6 +52,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         quality,
         simulator,
         step,
+        trace_hits,
     )
 
     shape = checkpoints.QUICK if quick else checkpoints.FULL
@@ -83,6 +84,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
             replace(shape if quick else large_model.LIKE_30B_A3B, layers=(kv.QUICK if quick else kv.FULL).model_layers),
             kv.QUICK if quick else kv.FULL,
         ),
+        "trace_hits": lambda _work: trace_hits.run(trace_hits.QUICK if quick else trace_hits.FULL),
         "compiling": lambda work: compiling.run(work, compiling.QUICK if quick else compiling.FULL),
         "kv_quality": lambda work: kv_quality.run(work, kv_quality.QUICK if quick else kv_quality.FULL),
         "kv_sparsity": lambda work: kv_sparsity.run(work, kv_sparsity.QUICK if quick else kv_sparsity.FULL),

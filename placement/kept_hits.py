@@ -4,7 +4,7 @@ Of a popularity (see `routing`), each expert is in one of two states: the layer'
 makes the next need more probable or less. A cache that keeps what is most probably needed holds states in the order of
 that probability, as far as its slots go; what it holds is found as often as they are needed. That is the best that can
 be done where passes are drawn independently ("A0" of Aho, Denning and Ullman, "Principles of optimal page replacement",
-1971). The experts that a layer just read take slots too, worth keeping or not: `_PASSING` of a layer's needs where a
+1971). The experts that a layer just read take slots too, worth keeping or not: `PASSING` of a layer's needs where a
 pass is one token of each sequence, and all of them in prompts, whose layers need most experts at once.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from placement.routing import FloatArray, Popularity, inclusion, pass_probabilities
 
-_PASSING = 0.7
+PASSING = 0.7
 """Measured: replays of the forecast policy on drawn passes, skew 0 to 1, locality 0 to 0.3, 1 and 4 sequences."""
 
 
@@ -53,7 +53,7 @@ class KeptHits:
         self._slots = np.concatenate([[0.0], np.cumsum(share[order])])
         found = np.concatenate([[0.0], np.cumsum((share * need)[order])])
         self._found = found / found[-1]
-        self._passing = (_PASSING if tokens is None else 1.0) * found[-1] / len(layers)
+        self._passing = (PASSING if tokens is None else 1.0) * found[-1] / len(layers)
         # A prompt's layer has all its experts when it ends: the slots that are left are of the other layers.
         self._others = 1.0 if tokens is None or len(layers) == 1 else len(layers) / (len(layers) - 1)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from placement.model_spec import ModelSpec
+from placement.policy_hits import policy_hits
 from placement.predict import Routing
-from placement.trace_analysis import decode_hits, fit_popularity
+from placement.trace_analysis import fit_popularity
 from prefetch.traces.trace import RoutingTrace, TraceError
 
 
-def routing_of(trace: RoutingTrace, spec: ModelSpec) -> Routing:
-    """Hit rates of decode by stack distances of the trace, everything else by the popularity that is most like it.
+def routing_of(trace: RoutingTrace, spec: ModelSpec, policy: str = "auto") -> Routing:
+    """Hit rates of decode by a replay of the trace, everything else by the popularity that is most like it.
 
     Args:
         trace: of this model, with passes of decode; hit rates are for passes of as many tokens as most of these have.
         spec: of the model.
+        policy: name of the runtime's cache policy.
 
     Raises:
         TraceError: another model's trace, or one that is too short.
@@ -27,7 +29,7 @@ def routing_of(trace: RoutingTrace, spec: ModelSpec) -> Routing:
             f"{sorted(top_k)}; record one of this model"
         )
     popularity = fit_popularity(trace)
-    hits = decode_hits(trace)
+    hits = policy_hits(trace, policy)
     rows = sorted(trace.pass_tokens[~trace.pass_prefill].tolist())[int((~trace.pass_prefill).sum()) // 2]
     source = (
         f"the trace {trace.name!r} of {len(trace.experts)} tokens; popularity like rank^-{popularity.skew:.2f}, "

@@ -31,7 +31,7 @@ _OPTIONS = (
         show_default=True,
         help="Of the synthetic trace: added to the logits of the experts of the token before.",
     ),
-    click.option("--policy", default="lru", show_default=True, help="Cache policy that is simulated."),
+    click.option("--policy", default="auto", show_default=True, help="Cache policy that is simulated."),
     click.option(
         "--timeline",
         type=click.Path(path_type=Path, dir_okay=False),
@@ -71,7 +71,7 @@ class Simulate:
         wanted, locality = options.pop("simulate"), options.pop("locality")
         policy, timeline = options.pop("policy"), options.pop("timeline")
         if not wanted:
-            if timeline is not None or locality or policy != "lru":
+            if timeline is not None or locality or policy != "auto":
                 raise InvalidArgumentError("--timeline, --locality and --policy go with --simulate")
             return None
         if locality and options["trace"] is not None:

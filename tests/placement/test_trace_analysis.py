@@ -7,6 +7,7 @@ import pytest
 
 from placement.kept_hits import kept_hits
 from placement.planner import make_plan
+from placement.policy_hits import policy_hits
 from placement.predict import UNCERTAINTY, predict
 from placement.routing import Popularity
 from placement.simulator.simulate import homes_of
@@ -41,7 +42,7 @@ def test_requests_are_the_steps_of_the_trace() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("skew", [0.0, 0.8])
-def test_hit_rates_are_those_of_the_runtimes_policy(skew: float, batch: int) -> None:
+def test_hit_rates_are_those_of_a_least_recently_used_cache(skew: float, batch: int) -> None:
     trace = trace_of(skew, new=60, batch=batch, locality=1.0)
     curve = decode_hits(trace)
     for slots in (16, 40, 90, 127):
@@ -99,7 +100,7 @@ def test_a_prediction_takes_hits_of_the_trace_and_popularity_for_the_rest() -> N
     least = make_plan(spec, work, 1 << 34).peak_ram_nbytes
     plan = make_plan(spec, work, least - 64 * spec.bundle_nbytes)
     told = predict(spec, machine(gpu=False), homes_of(plan), work, routing)
-    expected = decode_hits(trace).rate(np.array([float(plan.ram_slots)]))[0]
+    expected = policy_hits(trace).rate(np.array([float(plan.ram_slots)]))[0]
     assert told.decode.ram_hit_rate == pytest.approx(expected)
     assert trace.name in told.routing
     low_s = told.decode.seconds / (1 + UNCERTAINTY["measured"])
