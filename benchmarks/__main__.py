@@ -20,7 +20,7 @@ NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
     "llama_cpp_large", "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "decision_cost",
     "prefetch", "ablation", "kv_kernels", "simulator", "kv", "kv_quality", "kv_prefix", "kv_sparsity",
-    "compiling", "trace_hits",
+    "compiling", "trace_hits", "replayed_steps",
 )  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         plan_accuracy,
         prefetch,
         quality,
+        replayed_steps,
         simulator,
         step,
         trace_hits,
@@ -86,6 +87,11 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         ),
         "trace_hits": lambda _work: trace_hits.run(trace_hits.QUICK if quick else trace_hits.FULL),
         "compiling": lambda work: compiling.run(work, compiling.QUICK if quick else compiling.FULL),
+        "replayed_steps": lambda work: replayed_steps.run(
+            work,
+            replace(shape, dtype="float32") if quick else replayed_steps.NARROW,
+            replayed_steps.QUICK if quick else replayed_steps.FULL,
+        ),
         "kv_quality": lambda work: kv_quality.run(work, kv_quality.QUICK if quick else kv_quality.FULL),
         "kv_sparsity": lambda work: kv_sparsity.run(work, kv_sparsity.QUICK if quick else kv_sparsity.FULL),
         "kv_prefix": lambda work: kv_prefix.run(

@@ -24,6 +24,11 @@ class StepObserver:
         self.recorder: TraceRecorder | None = None
         self._layer = 0
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether anything becomes of what it is told."""
+        return self.prefetcher is not None or self.recorder is not None
+
     def begin(self, layer: int) -> None:
         """A step of `layer` (counted over experts layers) starts."""
         self._layer = layer

@@ -230,16 +230,17 @@ class Runtime:
             self.tier.note_hits(keys)
         self._moe_steps += len(layers)
 
-    def note_graph_step(self, routed: Sequence[torch.Tensor], seconds: float) -> None:
+    def note_graph_step(self, routed: torch.Tensor, seconds: float) -> None:
         """A captured step was replayed. Call with the lock.
 
         Args:
-            routed: int64 [T, k] of each layer.
+            routed: int64 [layers, T, k].
             seconds: of the step.
         """
-        for number, top_k_index in enumerate(routed):
-            self.observer.begin(number)
-            self.observer.finished(top_k_index)
+        if self.observer.is_asked:
+            for number, top_k_index in enumerate(routed):
+                self.observer.begin(number)
+                self.observer.finished(top_k_index)
         self._moe_steps += len(routed)
         self._moe_s += seconds
 
@@ -356,8 +357,15 @@ class Runtime:
 
     # --- telling ---------------------------------------------------------------------------------------------
 
+    def _settle_graphs(self) -> None:
+        """Have captured steps counted that are not yet."""
+        if self.graphs is not None:
+            with self.lock:
+                self.graphs.settle()
+
     def reset_stats(self) -> None:
         """Count from zero."""
+        self._settle_graphs()
         self._passes = Passes()
         self._moe_steps = 0
         self._moe_s = 0.0
@@ -369,6 +377,7 @@ class Runtime:
 
     def stats(self) -> Statistics:
         """The figures so far."""
+        self._settle_graphs()
         counters, passes, reader = self.tier.counters, self._passes, self.tier.engine.reader
         return Statistics(
             hits=counters.hits,
@@ -461,8 +470,7 @@ class Runtime:
         with self.lock:
             if self._released:
                 return
-            if self.graphs is not None:
-                self.graphs.tell_policies()
+            self._settle_graphs()
             if not self.closed and self.learners and self._decoded:
                 save_learnt(self.store, self.learners)
             self.closed = True

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,20 @@ def why_not_captured(layers: Sequence[ExpertsLayer], top_k: Sequence[int]) -> st
     return None
 
 
+class _Routed(NamedTuple):
+    """What a step was routed to, and where that was.
+
+    Attributes:
+        keys: int64 [layers x T x k], layer by layer.
+        above: bool, likewise: whether each was on the accelerator.
+        fetched: how many the step had to wait for.
+    """
+
+    keys: npt.NDArray[np.int64]
+    above: npt.NDArray[np.bool_]
+    fetched: int
+
+
 class GraphExperts:
     """The experts layers of a model in steps of one number of tokens.
 
@@ -57,9 +72,10 @@ class GraphExperts:
         self._accelerated, self._layers = accelerated, tuple(layers)
         self._number = {layer.first_key: number for number, layer in enumerate(layers)}
         self._first_keys = np.array([layer.first_key for layer in layers])
-        # The server's thread asks policies for victims while they are told of the step before.
-        self._policies = threading.Lock()
-        self._untold: tuple[list[list[int]], list[list[int]]] | None = None
+        # The server's thread fetches, and asks policies for victims, while they are told of the step before.
+        self._tiers_lock = threading.Lock()
+        self._uncounted: _Routed | None = None
+        self._candidates: list[int] = []
         layout = MailboxLayout(tokens, top_k, layers[0].layout.hidden, layers[0].dtype)
         routed_nbytes = 8 * len(layers) * layout.pairs
         # On pages of their own: pinned, and mapped where the accelerator is a GPU.
@@ -115,7 +131,7 @@ class GraphExperts:
 
     def _fetch(self, layer: int, _missing: list[int]) -> None:
         """On the server's thread, while whoever holds the runtime's lock waits for the step."""
-        with self._policies:
+        with self._tiers_lock:
             self.homes.fetch(layer, np.unique(self._box.ids.numpy()).tolist())
 
     # --- around one ------------------------------------------------------------------------------------------
@@ -133,42 +149,54 @@ class GraphExperts:
         """
         self._server.check()
 
-    def routed(self) -> list[torch.Tensor]:
-        """Int64 [T, k] of each layer: what the last step was routed to."""
-        return list(self._routed)
+    @property
+    def routed(self) -> torch.Tensor:
+        """Int64 [layers, T, k]: what the last step was routed to."""
+        return self._routed
 
     def account(self, step_s: float) -> None:
-        """Count what a valid step did, and begin to copy what is worth it; policies are told by `tell_policies`."""
+        """Keep what a valid step did for `settle`, and make room for what the step before it found worth a copy."""
+        self.settle()
+        keys = (self._routed.numpy() + self._first_keys[:, None, None]).ravel()
+        self._uncounted = _Routed(keys, self.homes.are_above(keys), self.homes.take_fetched())
+        self._promotion.make_room(self._candidates, self._bundle_nbytes, step_s)
+        self._candidates = []
+
+    def disregard(self) -> None:
+        """What the last step did is not to be counted: another pass does it again."""
+        self.homes.take_fetched()
+
+    def begin_copies(self) -> None:
+        """Beside a step: begin to copy what room was made for."""
+        # The server's thread fetches what the step waits for, and ends these then.
+        with self._tiers_lock:
+            self._promotion.begin()
+
+    def settle(self) -> None:
+        """Count the last step and tell policies of it, unless that is done: beside the next, or before another pass."""
+        if self._uncounted is None:
+            return
+        (keys, was_above, fetched), self._uncounted = self._uncounted, None
         tiers = self._accelerated.tiers
-        fetched, self.homes.fetched = self.homes.fetched, 0
-        keys = np.unique(self._routed.numpy() + self._first_keys[:, None, None])
-        below = keys[~self.homes.are_above(keys)]
+        keys, first = np.unique(keys, return_index=True)
+        below = keys[~was_above[first]]
         tiers.above.counters.hits += len(keys) - len(below)
         tiers.above.counters.misses += len(below)
         tiers.below.counters.hits += len(below) - fetched
         tiers.below.counters.misses += fetched
-        self.tell_policies()
-        self._untold = self._by_layer(keys), self._by_layer(below)
         self._promotion.note(keys)
-        self._promotion.promote(below.tolist(), self._bundle_nbytes, step_s)
+        self._candidates = self._promotion.best_first(below)
+        for tier, routed in ((tiers.above, keys), (tiers.below, below)):
+            for one in filter(None, self._by_layer(routed)):
+                # One by one: a layer that has to be read does not wait for all.
+                with self._tiers_lock:
+                    tier.policy.on_route(one)
 
     def _by_layer(self, keys: npt.NDArray[np.int64]) -> list[list[int]]:
         """Ascending keys, those of each layer."""
         ends = np.searchsorted(keys, self._first_keys[1:]).tolist()
         everything = keys.tolist()
         return [everything[start:end] for start, end in zip([0, *ends], [*ends, len(everything)], strict=True)]
-
-    def tell_policies(self) -> None:
-        """What the last step was routed to, if they were not told: beside the next step, or before another pass."""
-        if self._untold is None:
-            return
-        told, self._untold = self._untold, None
-        tiers = self._accelerated.tiers
-        for tier, layers in zip((tiers.above, tiers.below), told, strict=True):
-            for keys in filter(None, layers):
-                # One by one: a layer that has to be read does not wait for all.
-                with self._policies:
-                    tier.policy.on_route(keys)
 
     def close(self) -> None:
         """Stop the server. May be called again."""

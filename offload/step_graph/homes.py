@@ -22,7 +22,6 @@ class Homes:
     Attributes:
         above: int64 [all experts] on the accelerator: the address of each one's bundle in its memory, 0 where it is not
             there.
-        fetched: experts that steps had to wait for, since it was last set to 0.
     """
 
     def __init__(
@@ -42,7 +41,8 @@ class Homes:
         """
         self._tiers = tiers
         self._layers = layers
-        self._first = np.array([layer.first_key for layer in layers])
+        self._first = [layer.first_key for layer in layers]
+        self._layer_of = [number for number, layer in enumerate(layers) for _ in range(layer.count)]
         self._below = below
         count = sum(layer.count for layer in layers)
         self._known = np.zeros(count, np.int64)
@@ -51,7 +51,7 @@ class Homes:
             homes[:] = NOWHERE
         for table in (tiers.above.table, tiers.below.table):
             table.moved.update(table)
-        self.fetched = 0
+        self._fetched = 0
 
     def follow(self) -> None:
         """Before a step: take over what has moved."""
@@ -88,7 +88,7 @@ class Homes:
         Raises:
             StorageError, StoreCorruptError: an expert could not be read; both tiers are whole.
         """
-        tiers, first = self._tiers, int(self._first[layer])
+        tiers, first = self._tiers, self._first[layer]
         keys = [first + expert for expert in routed if not self.is_above(first + expert)]
         # Copies ahead hold slots, and what is needed now comes first.
         tiers.end_copies()
@@ -103,15 +103,20 @@ class Homes:
         lower.moved.clear()
 
     def _count(self, _key: int) -> None:
-        self.fetched += 1
+        self._fetched += 1
+
+    def take_fetched(self) -> int:
+        """How many experts steps had to wait for since this was last asked."""
+        fetched, self._fetched = self._fetched, 0
+        return fetched
 
     def _place(self, key: int) -> None:
         """The server's word about one expert."""
-        layer = int(np.searchsorted(self._first, key, side="right")) - 1
+        layer = self._layer_of[key]
         if self.is_above(key):
             home = ELSEWHERE
         elif self._tiers.below.table.state_of(key) in _HERE:
             home = self._tiers.below.address(key)
         else:
             home = NOWHERE
-        self._below[layer][key - int(self._first[layer])] = home
+        self._below[layer][key - self._first[layer]] = home

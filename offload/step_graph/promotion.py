@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,27 +26,31 @@ class Promotion:
     The count of an expert decays with every step (the idea of HybriMoE's scores, arXiv 2504.05897, section 4.4, with
     choices for scores). A step is one graph, so nothing can be copied for the layer that comes next; what is copied is
     there for steps to come, and copies run beside the next ones. As many are begun as the link carries in half a step.
+    What goes is gone when the step begins, what comes is asked for while it runs.
     """
 
     def __init__(self, accelerated: Accelerated, experts: int) -> None:
         self._accelerated = accelerated
         self._counts = np.zeros(experts)
+        self._chosen: list[int] = []
 
     def note(self, keys: npt.NDArray[np.int64]) -> None:
         """What a step was routed to, each once."""
         self._counts *= DECAY
         self._counts[keys] += 1.0
 
-    def promote(self, candidates: list[int], nbytes: int, step_s: float) -> int:
-        """Begin to copy the best of some experts that are below.
+    def best_first(self, keys: npt.NDArray[np.int64]) -> list[int]:
+        """Those that are routed to most come first."""
+        best: list[int] = keys[np.argsort(-self._counts[keys], kind="stable")].tolist()
+        return best
+
+    def make_room(self, candidates: list[int], nbytes: int, step_s: float) -> None:
+        """Between steps: choose the best of some experts that were below and still are, and free slots for them.
 
         Args:
-            candidates: experts that the last step found below.
+            candidates: experts that a step found below, the best first.
             nbytes: of one.
             step_s: seconds of a step.
-
-        Returns:
-            How many are being copied.
         """
         tiers, link = self._accelerated.tiers, self._accelerated.accelerator.link
         above = tiers.above
@@ -53,15 +59,21 @@ class Promotion:
         # A slow link carries one at least, over some steps.
         carried = max(int(_SHARE_OF_LINK * step_s / link.copy_s(nbytes)), 1 if not tiers.held else 0)
         room = min(slots - tiers.held, carried)
-        begun = 0
-        for key in sorted(candidates, key=lambda key: -self._counts[key]):
-            if begun >= room:
+        chosen = list(islice(filter(tiers.can_be_copied, candidates), max(room, 0)))
+        free = above.table.free_slots
+        victims = above.policy.victims(above.table.pinned, max(len(chosen) - free, 0))
+        worth_it = 0
+        for key, victim in zip(chosen[free:], victims, strict=False):
+            if self._counts[key] < _GAIN * self._counts[victim] + 1.0:
                 break
-            if not above.table.free_slots:
-                victim = above.policy.victim(above.table.pinned)
-                if victim is None or self._counts[key] < _GAIN * self._counts[victim] + 1.0:
-                    break
-            if not tiers.copy_ahead(key):
-                break
-            begun += 1
-        return begun
+            worth_it += 1
+        for victim in victims[:worth_it]:
+            above.evict(victim)
+        self._chosen = chosen[: free + worth_it]
+
+    def begin(self) -> None:
+        """Beside a step, which reads no slot that is free: begin to copy what was chosen."""
+        chosen, self._chosen = self._chosen, []
+        tiers = self._accelerated.tiers
+        idle = list(filter(tiers.can_be_copied, chosen))
+        tiers.copy_all_ahead(idle[: tiers.above.table.free_slots])

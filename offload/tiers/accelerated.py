@@ -73,14 +73,22 @@ class TierPair:
 
     def copy_ahead(self, key: int) -> bool:
         """Begin to copy an expert for a later layer; False where it is not idle below, or no slot above is to spare."""
-        if self.below.table.state_of(key) is not SlotState.READY or self.above.table.slot_of(key) is not None:
+        if not self.can_be_copied(key):
             return False
-        self.below.poll([key])
-        self._held.add(key)
-        if self.above.start_loads([key], Urgency.SOON):
-            return True
-        self._let_go(key)
-        return False
+        return self.copy_all_ahead([key]) == 1
+
+    def can_be_copied(self, key: int) -> bool:
+        """Whether an expert is idle below, and neither above nor on its way."""
+        return self.below.table.state_of(key) is SlotState.READY and self.above.table.slot_of(key) is None
+
+    def copy_all_ahead(self, keys: Sequence[int]) -> int:
+        """Begin to copy experts that can be copied, in order, until slots above run out; how many."""
+        self.below.poll(keys)
+        self._held.update(keys)
+        begun = self.above.start_loads(keys, Urgency.SOON)
+        for key in keys[begun:]:
+            self._let_go(key)
+        return begun
 
     def settle(self) -> None:
         """Give back below what is not being copied any more."""

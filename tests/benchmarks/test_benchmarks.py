@@ -25,6 +25,7 @@ from benchmarks import (
     overhead,
     plan_accuracy,
     quality,
+    replayed_steps,
     simulator,
     step,
 )
@@ -57,6 +58,9 @@ RUNS: dict[str, Callable[[Path], Report]] = {
     "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK),
     "overhead": lambda work: overhead.run(work, TINY, overhead.OverheadScale(rounds=2, steps=1)),
     "decision_cost": lambda work: decision_cost.run(work, decision_cost.QUICK),
+    "replayed_steps": lambda work: replayed_steps.run(
+        work, replace(TINY, dtype="float32"), replayed_steps.ReplayScale(steps=3, before=3, columns=64, rounds=2)
+    ),
     "simulator": lambda work: simulator.run(simulator.SimulatorScale(3, 8, 2, 6, 1)),
 }
 
@@ -92,6 +96,10 @@ EXPECTED_ROWS = {
         "Scheduler, a layer": 8,
         "Cache policy, a layer": len(POLICIES),
         "Decode where nothing can be foreseen": 2,
+    },
+    "replayed_steps": {
+        "Attention of one token over 64, milliseconds": 3,
+        "A layer of a replayed step, microseconds": 2,
     },
     "simulator": {"Expert events": 12},
 }

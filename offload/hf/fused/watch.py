@@ -50,6 +50,10 @@ class Watch:
         for module in modules:
             self._children.add(module._modules, only)
 
+    def aliases(self) -> list[torch.Tensor]:
+        """All weights' memory as it is now; it stays allocated as long as these are kept."""
+        return [tensor.detach() for tensor in self._held.values]
+
     def finds_nothing(self) -> bool:
         """Whether there are no hooks, weights lie where they lay, and nobody has replaced a module or its forward."""
         return (

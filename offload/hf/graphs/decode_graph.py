@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from offload.hf.fused.kv_cache import Followed, GrowingLayer
+from offload.hf.graphs.attention import grouped_attention
 from offload.hf.graphs.layers import FullLayer, StateLayer, StepLayer, WindowLayer
 from offload.hf.graphs.masks import Masks
 from offload.step_graph.graph import StepGraph
@@ -104,12 +105,19 @@ class DecodeGraph:
 
     def holds(self, cache: DynamicCache) -> bool:
         """Whether the tokens of this cache are here, and it has room for one more."""
-        past = int(cache.get_seq_length())
-        return self.is_lent_to(cache) and past < self.room and (self._is_as_left(cache, past) or self.suits(cache))
+        return self.is_lent_to(cache) and cache.get_seq_length() < self.room and self.suits(cache)
 
-    def _is_as_left(self, cache: DynamicCache, past: int) -> bool:
-        """Whether its tokens are here, and nothing was done to it since a step was handed back."""
-        return self._followed is not None and self._followed.are_as_left(cache.layers, past)
+    def goes_on(self, cache: DynamicCache, past: int) -> bool:
+        """Whether the next step needs but its token: nothing was done to the cache since the last, of `past` tokens.
+
+        Then all its layers keep whatever they keep by token, so that a step which they do not show is as good as none.
+        """
+        return (
+            self._followed is not None
+            and past < self.room
+            and self.is_lent_to(cache)
+            and self._followed.are_as_left(cache.layers, past)
+        )
 
     def is_lent_to(self, cache: DynamicCache) -> bool:
         """Whether the cache's tokens are here, or were."""
@@ -156,10 +164,16 @@ class DecodeGraph:
             mask: [batch, tokens and this one], 0 for padding; None for none.
         """
         past = int(cache.get_seq_length())
-        if not self._is_as_left(cache, past):
-            taken = [own.take_over(layer, past) for own, layer in zip(self._layers, cache.layers, strict=True)]
-            if not all(taken):
-                return False
+        taken = [own.take_over(layer, past) for own, layer in zip(self._layers, cache.layers, strict=True)]
+        if not all(taken):
+            return False
+        self.set_token(past, ids, positions, mask)
+        return True
+
+    def set_token(
+        self, past: int, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> None:
+        """What the next step reads beside the tokens that are here, `past` of them; see `set`."""
         self._ids.copy_(ids)
         self._position.fill_(past)
         if positions is None:
@@ -170,7 +184,6 @@ class DecodeGraph:
             self._valid.fill_(True)
         else:
             self._valid[:, : past + 1].copy_(mask)
-        return True
 
     def forget(self) -> None:
         """After a step that the cache does not show: its token is wiped out, so that a replay has to write it."""
@@ -193,10 +206,11 @@ class DecodeGraph:
             mask = {kind: self._mask_of(kind) for kind in self._kinds}
         else:
             mask = self._mask_of(_SLIDING if self._windowed else _FULL)
-        output = self._forward(
-            self._decoder, input_ids=self._ids, attention_mask=mask, position_ids=self._positions,
-            past_key_values=self._cache, use_cache=True,
-        )  # fmt: skip
+        with grouped_attention():
+            output = self._forward(
+                self._decoder, input_ids=self._ids, attention_mask=mask, position_ids=self._positions,
+                past_key_values=self._cache, use_cache=True,
+            )  # fmt: skip
         self.hidden.copy_(output.last_hidden_state)
 
     def _mask_of(self, kind: str) -> torch.Tensor | None:
@@ -208,7 +222,7 @@ class DecodeGraph:
     def written(self, cache: DynamicCache) -> None:
         """The cache shows the token of the last step."""
         past = int(cache.get_seq_length())
-        if self._is_as_left(cache, past):
+        if self.goes_on(cache, past):
             assert self._followed is not None
             self._followed.wrote_one(past)
             return

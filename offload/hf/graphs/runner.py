@@ -19,6 +19,7 @@ from offload.hf.fused.conditions import returns_hidden_and_cache
 from offload.hf.fused.kv_cache import ROOM_TOKENS, fuse_kv_cache
 from offload.hf.fused.swap import STACK, Fused, swap
 from offload.hf.fused.watch import Watch
+from offload.hf.graphs.attention import group_attention
 from offload.hf.graphs.decode_graph import DecodeGraph, why_not_held
 from offload.hf.quantised_linear import QuantisedLinear
 from offload.runtime import Runtime
@@ -35,6 +36,8 @@ _PROOFS = 3
 _PROOF, _FIRST_TOKEN = "a graph is proven", "the cache is empty"
 _EXPECTED = {_PROOF, _FIRST_TOKEN}
 """Reasons of which nobody need be warned."""
+
+_LISTENED = "a hook, an adapter or other weights are in the decoder"
 
 _ATTENTION = ("sdpa", "eager")
 _KINDS = {"full_attention", "sliding_attention", "linear_attention"}
@@ -72,7 +75,10 @@ class StepGraphs:
         self._proofs_left = _PROOFS
         self._process = os.getpid()
         self._output: type[Any] = object
+        self._most_routed: dict[int, int] = {}
         self._watch = Watch(self._decoder.modules())
+        # While these keep weights' memory, a step may begin before it is known that they are still the model's.
+        self._kept: list[torch.Tensor] = []
         swap(self._decoder, _forward)
         self._decoder.__dict__[STACK] = self
         reason = self._why_not()
@@ -99,6 +105,7 @@ class StepGraphs:
     def _give_up(self, reason: str) -> str:
         self.figures.reason = reason
         self._graphs.clear()
+        self._kept.clear()
         self._tell(reason)
         return reason
 
@@ -121,7 +128,7 @@ class StepGraphs:
     def begin(self, cache: DynamicCache) -> None:
         """An empty cache is about to be filled: where it can, it begins in the buffers of a graph."""
         with self._runtime.lock:
-            self.tell_policies()
+            self.settle()
             if self.figures.reason:
                 return
             graph = next((graph for graph in self._graphs if graph.is_free()), None)
@@ -148,7 +155,7 @@ class StepGraphs:
                 if not isinstance(done, str):
                     return done
                 reason = done
-            self.tell_policies()
+            self.settle()
             self.figures.note_layer_by_layer(reason)
             if reason not in _EXPECTED and not self._runtime.closed:
                 self._tell(reason)
@@ -169,17 +176,28 @@ class StepGraphs:
             (lambda: not returns_hidden_and_cache(self._decoder.config, passed), "more is asked for than tokens"),
             (lambda: torch.is_autocast_enabled(self._device.type), "autocast is on"),
             (lambda: not self._has_slots(len(ids)), "RAM has no slot for each expert of a step; give more ram="),
-            (lambda: not self._watch.finds_nothing(), "a hook, an adapter or other weights are in the decoder"),
         )
         return next((reason for is_so, reason in reasons if is_so()), None)
 
     def _has_slots(self, batch: int) -> bool:
         """Whether all experts of one request fit into host memory at once, beside copies that are under way."""
-        most = max(min(batch * experts.top_k, experts.count) for experts in self._runtime.spec.experts)
+        most = self._most_routed.get(batch)
+        if most is None:
+            most = max(min(batch * experts.top_k, experts.count) for experts in self._runtime.spec.experts)
+            self._most_routed[batch] = most
         return self._runtime.tier.table.usable_slots >= most
 
     def _run(self, ids: torch.Tensor, cache: DynamicCache, passed: dict[str, Any]) -> Any:
         """The output; the reason where there is none."""
+        past = int(cache.get_seq_length())
+        going_on = next((graph for graph in self._graphs if graph.goes_on(cache, past)), None) if self._kept else None
+        if going_on is not None:
+            going_on.set_token(past, ids, passed.get("position_ids"), passed.get("attention_mask"))
+            return self._replay(going_on, cache, self._watch.finds_nothing)
+        if not self._watch.finds_nothing():
+            return self._stop_trusting()
+        if not self._kept:
+            self._kept = self._watch.aliases()
         graph = self._graph_of(cache)
         if isinstance(graph, str):
             return graph
@@ -187,12 +205,40 @@ class StepGraphs:
             return self._decline(cache, "a cache was rearranged between steps")
         if not graph.captured:
             return self._prove(graph, ids, cache, passed)
+        return self._replay(graph, cache, lambda: True)
+
+    def _stop_trusting(self) -> str:
+        """Look before steps, not beside them, until nothing is found; weights that were replaced are let go."""
+        self._kept.clear()
+        return _LISTENED
+
+    def _replay(self, graph: DecodeGraph, cache: DynamicCache, finds_nothing: Callable[[], bool]) -> Any:
+        """A step of a graph that was set.
+
+        Args:
+            graph: captured.
+            cache: whose tokens are there.
+            finds_nothing: looks beside the step whether the model is what was captured; where it is not, the step is
+                as if it had not been.
+        """
+        found: list[bool] = []
+
+        def meanwhile() -> None:
+            self._experts[graph.batch].begin_copies()
+            found.append(finds_nothing())
+            # What is counted and learnt of the step before takes no time of this one's.
+            self.settle()
+
         before = perf_counter()
-        # What policies learn from the step before takes no time of this one's.
-        self._do(graph, partial(graph.graph.replay, self.tell_policies))
-        graph.written(cache)
+        self._do(graph, partial(graph.graph.replay, meanwhile))
         seconds = perf_counter() - before
-        self._account(seconds, len(ids))
+        experts = self._experts[graph.batch]
+        if not all(found):
+            experts.disregard()
+            return self._stop_trusting()
+        graph.written(cache)
+        experts.account(seconds)
+        self._runtime.note_graph_step(experts.routed, seconds)
         self.figures.replayed += 1
         return self._output(last_hidden_state=graph.hidden.clone(), past_key_values=cache)
 
@@ -298,22 +344,18 @@ class StepGraphs:
                 self._give_up("a captured step does not give what the layers give")
         return output
 
-    def _account(self, seconds: float, tokens: int) -> None:
-        experts = self._experts[tokens]
-        experts.account(seconds)
-        self._runtime.note_graph_step(experts.routed(), seconds)
-
-    def tell_policies(self) -> None:
-        """Tell cache policies of the last step, which they learn of beside the next one. Call with the lock."""
+    def settle(self) -> None:
+        """Count the last step and tell policies of it, which is otherwise done beside the next. Call with the lock."""
         for experts in self._experts.values():
-            experts.tell_policies()
+            experts.settle()
 
     def close(self) -> None:
         """Stop serving. May be called again."""
-        self.tell_policies()
+        self.settle()
         for experts in self._experts.values():
             experts.close()
         self._graphs.clear()
+        self._kept.clear()
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -336,6 +378,8 @@ def use_step_graphs(model: PreTrainedModel, runtime: Runtime) -> StepGraphs:
         runtime: with an accelerator.
     """
     graphs = StepGraphs(model, runtime)
+    if not graphs.figures.reason:
+        group_attention(model)
     fuse_kv_cache(model)
 
     def begin(_module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -39,15 +39,14 @@ def _tried(function: Callable[..., Any], module: torch.nn.Module, has_sinks: boo
     kv_heads = heads // getattr(module, "num_key_value_groups", 1)
     if kv_heads < 1 or (has_sinks and (sinks is None or sinks.shape != (heads,))):
         return False
-    dtype = torch.float32 if sinks is None else sinks.dtype
+    dtype, device = (torch.float32, None) if sinks is None else (sinks.dtype, sinks.device)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(1, count, tokens, _WIDTH, generator=generator).to(dtype)
+        torch.randn(1, count, tokens, _WIDTH, generator=generator).to(device, dtype)
         for count, tokens in ((heads, _NEW), (kv_heads, _TOKENS), (kv_heads, _TOKENS))
     )
-    mask = torch.zeros(_NEW, _TOKENS, dtype=dtype).masked_fill_(
-        torch.ones(_NEW, _TOKENS, dtype=torch.bool).triu(_TOKENS - _NEW + 1), torch.finfo(dtype).min
-    )
+    later = torch.ones(_NEW, _TOKENS, dtype=torch.bool, device=device).triu(_TOKENS - _NEW + 1)
+    mask = torch.zeros(_NEW, _TOKENS, dtype=dtype, device=device).masked_fill_(later, torch.finfo(dtype).min)
     given: dict[str, Any] = {"s_aux": sinks} if has_sinks else {}
     try:
         with torch.no_grad():

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import threading
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,31 @@ def test_every_family_is_captured(model_type: str, tiny_checkpoint: TinyCheckpoi
     assert stats.accelerator.hits
     assert stats.accelerator.copies > stats.accelerator.slots, "experts move between steps"
     assert stats.accelerator.misses == stats.hits + stats.misses
+
+
+@pytest.mark.parametrize(("model_type", "options"), [("gpt_oss", {}), (FAMILY, {"attn_implementation": "eager"})])
+def test_keys_are_not_repeated_for_query_heads(
+    model_type: str, options: dict[str, Any], tiny_checkpoint: TinyCheckpoint, store_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In a step; layer by layer they are, as transformers' functions have it."""
+    directory = tiny_checkpoint(model_type)
+    ids = prompt()
+    expected = greedy(reference_model(directory, torch.float32), ids)
+    model = _load(directory, store_root, below=None, **options)
+    modelling: Any = inspect.getmodule(type(model))
+    repeat, repeated = modelling.repeat_kv, {True: 0, False: 0}
+
+    def counted(states: torch.Tensor, times: int) -> torch.Tensor:
+        repeated[runtime.queue is not None and states.shape[2] > 7] += 1
+        return repeat(states, times)
+
+    monkeypatch.setattr(modelling, "repeat_kv", counted)
+    with model.offload as runtime:
+        assert torch.equal(greedy(model, ids), expected)
+        assert runtime.stats().graphs.replayed == 14
+    assert repeated[False]
+    assert not repeated[True]
 
 
 def test_buffers_double(tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +186,88 @@ def test_what_graphs_do_not_know_goes_layer_by_layer(tiny_checkpoint: TinyCheckp
         assert len(out.hidden_states) == 4
 
 
+def test_more_caches_than_graphs(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
+    """Those that came too late go layer by layer, which is counted and told once, until another is gone."""
+    reason = "more than 4 caches are in use at once"
+    directory = tiny_checkpoint(FAMILY)
+    ids = prompt(tokens=8)
+    expected = logits(reference_model(directory, torch.float32), ids)
+    model = _load(directory, store_root)
+
+    def step(cache: DynamicCache, first: int, last: int) -> None:
+        found = model(ids[:, first:last], past_key_values=cache, use_cache=True).logits[:, -1]
+        torch.testing.assert_close(found.float(), expected[:, last - 1], rtol=0, atol=1e-4)
+
+    with model.offload as runtime, torch.no_grad():
+        caches = [DynamicCache(config=model.config) for _ in range(5)]
+        for cache in caches:
+            step(cache, 0, 4)
+        for cache in caches[:4]:
+            step(cache, 4, 5)
+        for place in (4, 5):
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                step(caches[4], place, place + 1)
+            assert [str(one.message).endswith(reason) for one in told] == [True] * (place == 4)
+        assert runtime.stats().graphs.by_reason == {"a graph is proven": 4, reason: 2}
+        for cache in caches[1:4]:
+            step(cache, 5, 6)
+        assert runtime.stats().graphs.replayed == 3
+        del caches[0], cache
+        gc.collect()
+        step(caches[-1], 6, 7)
+        step(caches[-1], 7, 8)
+        stats = runtime.stats()
+        assert (stats.graphs.captured, stats.graphs.by_reason[reason]) == (4, 2)
+        assert stats.graphs.replayed == 5
+
+
+def test_what_changes_between_steps_is_seen_beside_the_next(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
+    """A step that began before it was known is as if it had not been: of its tokens, and of what is counted."""
+    directory = tiny_checkpoint(FAMILY)
+    ids = prompt(tokens=14)
+    reference, model = reference_model(directory, torch.float32), _load(directory, store_root)
+    caches = [DynamicCache(config=one.config) for one in (reference, model)]
+
+    def step(first: int, last: int) -> None:
+        expected, found = (
+            one(ids[:, first:last], past_key_values=cache, use_cache=True).logits
+            for one, cache in zip((reference, model), caches, strict=True)
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+    def scale(one: PreTrainedModel, factor: float) -> None:
+        weight = one.get_decoder().layers[1].self_attn.o_proj.weight
+        kept.append(weight.data)
+        weight.data = factor * weight.data
+
+    kept: list[torch.Tensor] = []
+    with model.offload as runtime, torch.no_grad():
+        step(0, 4)
+        for place in (4, 5, 6):
+            step(place, place + 1)
+        assert runtime.stats().graphs.replayed == 2
+        calls: list[int] = []
+        handle = model.get_decoder().layers[1].register_forward_hook(lambda *_: calls.append(1))
+        with pytest.warns(SlowDeviceWarning, match="a hook"):
+            step(7, 8)
+        step(8, 9)
+        assert len(calls) == 2
+        handle.remove()
+        for place in (9, 10):
+            step(place, place + 1)
+        assert runtime.stats().graphs.replayed == 4
+        for one in (reference, model):
+            scale(one, 2.0)
+        for place in (11, 12, 13):
+            step(place, place + 1)
+        stats = runtime.stats()
+        assert stats.graphs.replayed == 4
+        assert stats.graphs.by_reason["a hook, an adapter or other weights are in the decoder"] == 5
+        assert stats.accelerator.misses == stats.hits + stats.misses
+        runtime.check()
+
+
 def test_a_read_that_fails(tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request ends with the error, nothing is left in use, and the next one works."""
     directory = tiny_checkpoint(FAMILY)
@@ -235,6 +343,7 @@ def test_a_capture_that_lies_is_found_out(
     [
         ({"quant": "int8"}, "packed dense layers on the CPU"),
         ({"kv": "int8"}, "its KV cache lies in blocks"),
+        ({"kv_vram": "64KiB"}, "its KV cache lies in blocks"),
         ({"attn_implementation": "plain"}, "attention is plain"),
     ],
 )
@@ -290,13 +399,14 @@ def test_policies_are_told_of_every_step(
             runtime.record_trace()
             told.clear()
             greedy(model, prompt())
-            assert runtime.stats().graphs.replayed
+            assert runtime.graphs.figures.replayed
             routed = [[layer.first_key + expert for expert in step.experts.tolist()]
                       for step in runtime.trace().steps() for layer in (runtime.layers[step.layer],)]  # fmt: skip
             assert told == routed[: -len(runtime.layers)]
-            runtime.graphs.tell_policies()
-            runtime.graphs.tell_policies()
-            assert told == routed
+            for _ in range(2):
+                stats = runtime.stats()
+                assert told == routed
+                assert stats.accelerator.hits + stats.accelerator.misses >= sum(map(len, routed))
 
 
 @pytest.mark.filterwarnings("ignore:.*not wanted here:offload.errors.SlowDeviceWarning")
