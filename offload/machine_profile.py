@@ -13,7 +13,7 @@ from profiler.machine import Machine, this_machine
 if TYPE_CHECKING:
     from placement.hardware_profile import HardwareProfile
 
-_FULL_REPEATS, _QUICK_REPEATS = 36, 6
+_FULL_REPEATS, _QUICK_REPEATS = 30, 6
 _QUICK_SCRATCH_NBYTES = 128 << 20
 
 
@@ -52,6 +52,7 @@ def measure_profile(root: Path, *, quick: bool, say: Callable[[str], None]) -> t
     Raises:
         OSError: the disk cannot be written or read.
     """
+    from offload.measuring.calibration import DEPTHS, QUICK_DEPTHS
     from offload.measuring.reads import SCRATCH_NBYTES, Scratch
     from offload.measuring.subjects import RuntimeSubjects
     from offload.store.files import free_nbytes
@@ -61,7 +62,8 @@ def measure_profile(root: Path, *, quick: bool, say: Callable[[str], None]) -> t
     machine = machine_with(root)
     say("writing a scratch file")
     with Scratch(root, _QUICK_SCRATCH_NBYTES if quick else SCRATCH_NBYTES) as scratch:
-        subjects = RuntimeSubjects(scratch, root, repeats=_QUICK_REPEATS if quick else _FULL_REPEATS)
+        repeats, depths = (_QUICK_REPEATS, QUICK_DEPTHS) if quick else (_FULL_REPEATS, DEPTHS)
+        subjects = RuntimeSubjects(scratch, root, repeats=repeats, depths=depths)
         effort = QUICK if quick else FULL
         profile = measure_machine(subjects, machine, free_nbytes(root), effort=effort, say=say)
     return profile, write_profile(profiles_directory(), machine, profile)

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 ROOFLINE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -14,7 +15,7 @@ ROOFLINE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 class TokenCurve:
     """Seconds that a device takes for a product with W weights and some tokens.
 
-        seconds(W, tokens, calls) = calls * call_s + W * weight_s(tokens)
+        seconds(W, tokens, calls, entries) = calls * (call_s + entries * tokens * entry_s) + W * weight_s(tokens)
 
     weight_s runs straight between the points, is that of the first below it, and in proportion to tokens beyond the
     last. Invariant: points ascend in tokens and do not descend in seconds, so more tokens never cost less.
@@ -23,23 +24,34 @@ class TokenCurve:
         call_s: seconds of a call whatever its size.
         tokens: of the points.
         weight_s: seconds per weight at these numbers of tokens.
+        entry_s: seconds for each token and each of a call's inputs and outputs: they are converted, laid out and
+            rounded, which counts where a layer has few weights for each of them.
     """
 
     call_s: float
     tokens: tuple[int, ...]
     weight_s: tuple[float, ...]
+    entry_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.tokens or len(self.tokens) != len(self.weight_s):
             raise ValueError(f"a curve of {len(self.tokens)} numbers of tokens and {len(self.weight_s)} of seconds")
         ascending = all(a < b for a, b in zip(self.tokens, self.tokens[1:], strict=False))
         slower = all(a <= b for a, b in zip(self.weight_s, self.weight_s[1:], strict=False))
-        if self.call_s < 0 or self.tokens[0] < 1 or self.weight_s[0] <= 0 or not ascending or not slower:
+        if (
+            min(self.call_s, self.entry_s) < 0
+            or self.tokens[0] < 1
+            or self.weight_s[0] <= 0
+            or not ascending
+            or not slower
+        ):
             raise ValueError(f"a curve must ascend from 1 token and be positive: {self}")
 
-    def seconds(self, weights: float, tokens: float, calls: float = 1.0) -> float:
-        """Seconds of `calls` calls that together multiply `weights` weights, each with `tokens` tokens."""
-        return calls * self.call_s + weights * self.seconds_per_weight(tokens)
+    def seconds(self, weights: float, tokens: float, calls: float = 1.0, entries: float = 0.0) -> float:
+        """Seconds of `calls` calls that together multiply `weights` weights; `tokens` tokens with `entries` inputs and
+        outputs each.
+        """
+        return calls * (self.call_s + entries * tokens * self.entry_s) + weights * self.seconds_per_weight(tokens)
 
     def seconds_per_weight(self, tokens: float) -> float:
         """Seconds for one weight, without the call."""
@@ -70,7 +82,7 @@ class TokenCurve:
             waits = min(1.0, max(0.0, 2 - seconds / fewest))
             found = seconds * (waits / memory + (1 - waits) / arithmetic)
             moved.append(max(found, moved[-1] if moved else 0.0))
-        return TokenCurve(self.call_s / arithmetic, self.tokens, tuple(moved))
+        return TokenCurve(self.call_s / arithmetic, self.tokens, tuple(moved), self.entry_s / arithmetic)
 
 
 def roofline(bits: float, bytes_per_s: float, flops_per_s: float, call_s: float) -> TokenCurve:
@@ -86,33 +98,71 @@ def roofline(bits: float, bytes_per_s: float, flops_per_s: float, call_s: float)
     return TokenCurve(call_s, ROOFLINE_TOKENS, tuple(max(read_s, 2 * t / flops_per_s) for t in ROOFLINE_TOKENS))
 
 
-def fit_curve(samples: Sequence[tuple[int, int, float]]) -> TokenCurve:
+class Sample(NamedTuple):
+    """A call that was measured; `entries` are inputs and outputs of a token, 0 where they are not told apart."""
+
+    weights: int
+    tokens: int
+    seconds: float
+    entries: int = 0
+
+
+def fit_curve(samples: Sequence[Sample]) -> TokenCurve:
     """The curve through measurements.
 
-    The seconds of a call come from the smallest and the largest product at the fewest tokens; points from the largest
-    product at every number of tokens. Where noise lets more tokens cost less, neighbours are averaged (isotonic
-    regression by pooling adjacent violators).
+    The seconds of a call come from the smallest and the largest product at the fewest tokens, those of entries from the
+    smallest and the largest at the most tokens at which both were measured; points from the largest product at every
+    number of tokens. Where noise lets more tokens cost less, neighbours are averaged (isotonic regression by pooling
+    adjacent violators).
 
     Args:
-        samples: (weights, tokens, seconds) of single calls.
+        samples: of single calls.
 
     Raises:
         ValueError: no samples, or not of one largest product.
     """
     if not samples:
         raise ValueError("a curve needs measurements")
-    largest = max(weights for weights, _, _ in samples)
-    points = sorted((tokens, seconds) for weights, tokens, seconds in samples if weights == largest)
-    if len({tokens for tokens, _ in points}) != len(points):
+    largest = max(one.weights for one in samples)
+    points = sorted((one for one in samples if one.weights == largest), key=lambda one: one.tokens)
+    if len({one.tokens for one in points}) != len(points):
         raise ValueError("a curve needs one measurement of the largest product for each number of tokens")
-    fewest = points[0][0]
-    call_s = 0.0
-    smallest = min((s for s in samples if s[1] == fewest), key=lambda sample: sample[0])
-    if smallest[0] < largest:
-        slope = max(0.0, (points[0][1] - smallest[2]) / (largest - smallest[0]))
-        call_s = min(max(0.0, smallest[2] - slope * smallest[0]), min(seconds for _, seconds in points) / 2)
-    rising = _isotonic([(seconds - call_s) / largest for _, seconds in points])
-    return TokenCurve(call_s, tuple(tokens for tokens, _ in points), tuple(rising))
+    small = [one for one in samples if one.weights < largest]
+    entry_s = _entry_s(points, small, _call_s(points, small, 0.0))
+    call_s = _call_s(points, small, entry_s)
+    rising = _isotonic([(_beside(one, entry_s) - call_s) / largest for one in points])
+    return TokenCurve(call_s, tuple(one.tokens for one in points), tuple(rising), entry_s)
+
+
+def _beside(one: Sample, entry_s: float) -> float:
+    return one.seconds - one.entries * one.tokens * entry_s
+
+
+def _call_s(points: Sequence[Sample], small: Sequence[Sample], entry_s: float) -> float:
+    """Of a call with the fewest tokens, at most half of what the shortest large one takes."""
+    fewest = points[0]
+    smaller = [one for one in small if one.tokens == fewest.tokens]
+    if not smaller:
+        return 0.0
+    least = min(smaller, key=lambda one: one.weights)
+    slope = max(0.0, (_beside(fewest, entry_s) - _beside(least, entry_s)) / (fewest.weights - least.weights))
+    most = min(_beside(one, entry_s) for one in points) / 2
+    return min(max(0.0, _beside(least, entry_s) - slope * least.weights), most)
+
+
+def _entry_s(points: Sequence[Sample], small: Sequence[Sample], call_s: float) -> float:
+    """Of what a small call with many tokens takes beyond its share of the large one's weights."""
+    pairs = [(large, one) for large in points for one in small if one.tokens == large.tokens and one.entries > 0]
+    pairs = [(large, one) for large, one in pairs if large.tokens > points[0].tokens]
+    if not pairs:
+        return 0.0
+    large, least = max(pairs, key=lambda pair: pair[0].tokens)
+    share = least.weights / large.weights
+    entries = least.tokens * (least.entries - share * large.entries)
+    beyond = least.seconds - call_s - share * (large.seconds - call_s)
+    # Noise must leave at least half of every large call to its weights.
+    most = min((one.seconds - call_s) / (one.entries * one.tokens) for one in points) / 2
+    return min(max(0.0, beyond / entries), most)
 
 
 def _isotonic(values: Sequence[float]) -> list[float]:

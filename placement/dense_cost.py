@@ -41,7 +41,9 @@ class DenseCost:
 
 def linears_s(linears: tuple[LinearSpec, ...], device: Compute, rows: int) -> float:
     """Seconds of linear layers of a device for `rows` tokens."""
-    return sum(device.linear(one.format).seconds(one.weights, rows, one.count) for one in linears)
+    return sum(
+        device.linear(one.format).seconds(one.weights, rows, one.count, one.rows + one.columns) for one in linears
+    )
 
 
 def attention_s(layer: LayerSpec, device: Compute, work: Pass) -> float:

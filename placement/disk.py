@@ -69,7 +69,7 @@ class Disk:
             read in pieces, as bundles are. Empty: as fast as reads that go on, after `latency_s`.
         latency_s: of one small read, from request to data, when the disk is idle.
         few: what is left of reads and kernels while kernels of few tokens run.
-        many: likewise of many tokens.
+        many: likewise in prompts, as a model's own layers found it: kernels begin and end as experts arrive.
         free_nbytes: free bytes.
         between: share of their speed that kernels of few tokens have between the reads of one layer and of the next:
             their threads and the cores slept, and whoever read for the machine may be busy still.

@@ -88,8 +88,10 @@ class _Speeds:
     nbytes: float
 
 
-def _reads(disk: Disk | None, homes: Homes, need: LayerDemand) -> _Reads:
-    overlap = None if disk is None else disk.overlap(need.tokens_per_expert)
+def _reads(disk: Disk | None, homes: Homes, need: LayerDemand, *, decode: bool = True) -> _Reads:
+    overlap = None
+    if disk is not None:
+        overlap = disk.overlap(need.tokens_per_expert) if decode else disk.many
     return _Reads(disk, overlap, homes.read_chunk_nbytes, homes.reader_threads)
 
 
@@ -129,23 +131,24 @@ def expert_cost(
     speeds = _speeds(experts, profile, need, rows, on_gpu=on_gpu)
     distinct = round(need.distinct)
     if distinct > _MOST_EXACT or abs(distinct - need.distinct) > 1e-9:
-        reads = _reads(profile.disk, homes, need)
+        reads = _reads(profile.disk, homes, need, decode=decode)
         cost = _mean(reads, profile.gpu is not None, speeds, in_vram, in_ram)
     else:
-        cost = _expected(profile, homes, need, speeds, in_vram, in_ram)
+        cost = _expected(profile, homes, need, speeds, in_vram, in_ram, decode=decode)
+    overheads = profile.cpu.overheads_in(experts.layout.format)
     if not decode:
-        return cost
+        read = need.distinct * np.clip(1 - in_vram - in_ram, 0.0, 1.0)
+        return _with_cpu(cost, overheads.arrival_s * read)
     slower_s = 0.0 if profile.disk is None else around_s * (1 / profile.disk.between - 1)
-    step_s = profile.cpu.overheads_in(experts.layout.format).step_s
-    return _with_step(cost, step_s, slower_s, need.distinct, in_vram + in_ram)
+    found = in_vram + in_ram
+    # Looking for experts, unless all are always found, and what the layer around takes longer where one is not.
+    missed = 1 - np.clip(found, 0.0, 1.0) ** need.distinct
+    return _with_cpu(cost, np.where(found < 1.0, overheads.step_s + slower_s * missed, 0.0))
 
 
-def _with_step(cost: ExpertCost, step_s: float, slower_s: float, distinct: float, found: FloatArray) -> ExpertCost:
-    """The cost with what looking for experts takes, unless all are always found, and with what the layer around takes
-    longer where one is not.
-    """
-    step = np.where(found < 1.0, step_s + slower_s * (1 - np.clip(found, 0.0, 1.0) ** distinct), 0.0)
-    return replace(cost, cpu_s=cost.cpu_s + step, cpu_busy_s=cost.cpu_busy_s + step)
+def _with_cpu(cost: ExpertCost, seconds: FloatArray) -> ExpertCost:
+    """The cost with so much more of the CPU, while nothing else goes on."""
+    return replace(cost, cpu_s=cost.cpu_s + seconds, cpu_busy_s=cost.cpu_busy_s + seconds)
 
 
 def _mean(reads: _Reads, has_gpu: bool, speeds: _Speeds, in_vram: FloatArray, in_ram: FloatArray) -> ExpertCost:
@@ -164,11 +167,13 @@ def _expected(
     speeds: _Speeds,
     in_vram: FloatArray,
     in_ram: FloatArray,
+    *,
+    decode: bool,
 ) -> ExpertCost:
     """The mean over all outcomes of independent lookups, one for each needed expert."""
     distinct = round(need.distinct)
     reads_needed = bool((1 - in_vram - in_ram > 1e-12).any())
-    reads = _reads(profile.disk if reads_needed else None, homes, need)
+    reads = _reads(profile.disk if reads_needed else None, homes, need, decode=decode)
     hits, misses, ways, costs = _all_outcomes(reads, profile.gpu is not None, speeds, distinct, reads_needed)
     missing = np.clip(1 - in_vram - in_ram, 0.0, 1.0)
     # Powers by columns of a small table: 0, 1, ... distinct.

@@ -11,7 +11,7 @@ from placement.curves import TokenCurve
 from placement.disk import Disk
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 6
+PROFILE_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ class Overheads:
         element_s: for each new token and entry of the residual stream in each layer.
         step_s: more in each MoE layer of such a pass as long as not every expert has a slot: looking for experts.
         prompt_layer_s: in each layer of a pass of more tokens, in the place of `layer_s` and `step_s`.
+        arrival_s: in such a pass, for each expert that comes from disk, beside its read and its product: asking for it,
+            hearing that it is there, its slot. Neither is done meanwhile where threads have no cores to spare.
     """
 
     pass_s: float
@@ -110,6 +112,7 @@ class Overheads:
     element_s: float
     step_s: float = 0.0
     prompt_layer_s: float | None = None
+    arrival_s: float = 0.0
 
     def of_layer(self, new_tokens: int) -> float:
         """Seconds in each layer, whatever its size and whatever its experts do."""
@@ -119,8 +122,9 @@ class Overheads:
         """All of them, `factor` times as long."""
         prompt = None if self.prompt_layer_s is None else factor * self.prompt_layer_s
         return Overheads(
-            factor * self.pass_s, factor * self.layer_s, factor * self.element_s, factor * self.step_s, prompt
-        )
+            factor * self.pass_s, factor * self.layer_s, factor * self.element_s, factor * self.step_s, prompt,
+            factor * self.arrival_s,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from placement.curves import TokenCurve, fit_curve
+from placement.curves import Sample, TokenCurve, fit_curve
 from placement.disk import BURST_READS, Disk, DiskPoint, Overlap
 from placement.hardware_profile import (
     AttentionSpeed,
@@ -24,13 +24,14 @@ from profiler.timing import Timing, repeated
 
 _MIB = 1 << 20
 _NO_OVERHEADS = Overheads(0.0, 0.0, 0.0)
+_NO_OVERLAP = Overlap(2, 1.0, 1.0)
+"""Until passes from disk tell."""
 _BYTES_PER_POINT = 96 * _MIB
 _OVERLAP_NBYTES = 64 * _MIB
 _PACKED = "int4"
 """Stands for all packed formats in whole passes; what differs is in the curves."""
 _MIN_BLOCKS, _MAX_BLOCKS = 8, 256
 _FEWEST = 2
-_OVERLAP_TOKENS = (1, 32)
 _IN_FLIGHT = 4
 _BURSTS = 5
 _LARGE_BLOCK = 12 * _MIB
@@ -66,9 +67,9 @@ class Effort:
     rounds: int = 3
 
 
-FULL = Effort((1, 2, 4, 8, 16, 32, 128, 512), 0.1, (128 << 10, _MIB, 4 * _MIB), (1, 2, 4), 1.0)
+FULL = Effort((1, 2, 4, 8, 16, 32, 128, 512), 0.09, (128 << 10, _MIB, 4 * _MIB), (1, 2, 4), 1.0)
 QUICK = Effort(
-    (1, 8, 16, 32, 128), 0.04, (512 << 10, 4 * _MIB), (1, 4), 0.25, ("bf16", "int8", "int4"), packed_passes=False,
+    (1, 8, 32, 128), 0.04, (512 << 10, 4 * _MIB), (1, 4), 0.25, ("bf16", "int8", "int4"), packed_passes=False,
     rounds=1,
 )  # fmt: skip
 
@@ -92,13 +93,17 @@ class _Point:
 
 @dataclass
 class _Found:
-    """What the rounds brought: repeats of each timing, and sizes of products."""
+    """What the rounds brought: repeats of each timing, and sizes of products and of attention."""
 
     repeats: dict[str, list[float]] = field(default_factory=dict)
-    weights: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Weights of a product, and entries of a token."""
+    flops: dict[str, float] = field(default_factory=dict)
 
-    def time(self, what: str, call: Callable[[], object], budget_s: float) -> None:
-        self.repeats.setdefault(what, []).extend(repeated(call, budget_s=budget_s, fewest=_FEWEST))
+    def time(self, what: str, run: Callable[[], object], budget_s: float, calls: int = 1) -> None:
+        """Repeat a run of some calls: seconds of one of these."""
+        seconds = repeated(run, budget_s=budget_s, fewest=_FEWEST)
+        self.repeats.setdefault(what, []).extend(each / calls for each in seconds)
 
     def note(self, what: str, value: float) -> None:
         self.repeats.setdefault(what, []).append(value)
@@ -146,32 +151,36 @@ def measure_machine(
         for name in formats:
             for point in (*experts[name], *linears[name]):
                 product = point.make()
-                found.weights[point.what] = product.weights
-                found.time(point.what, product.run, effort.call_s / effort.rounds)
+                found.sizes[point.what] = product.weights, product.entries
+                found.time(point.what, product.run, effort.call_s / effort.rounds, product.calls)
             if name in _BESIDE_READS:
                 _read_beside_kernels(found, subjects, name, effort)
         _time_attention(found, subjects, effort)
         found.note("memory", subjects.stream())
         _read(found, subjects, effort)
-    timed = [what for what in found.repeats if what in found.weights or what.startswith("attention")]
+    timed = [what for what in found.repeats if what in found.sizes or what.startswith("attention")]
     bandwidth = found.median("memory")
     cpu = Compute(
         available_ram_nbytes(),
         bandwidth,
         _with_fp16(tuple(FormatCurve(name, _fit(found, experts[name])) for name in formats)),
         _with_fp16(tuple(FormatCurve(name, _fit(found, linears[name])) for name in formats)),
-        _attention(found, subjects, bandwidth),
+        _attention(found, bandwidth),
         _NO_OVERHEADS,
     )
     provenance = Provenance("measured", machine.describe(), machine.fingerprint, now(), machine.versions)
-    profile = HardwareProfile("this machine", cpu, None, None, None, 0, _disk(found, effort, free_nbytes), provenance)
+    disk = _disk(found, effort, free_nbytes)
+    profile = HardwareProfile("this machine", cpu, None, None, None, 0, disk, provenance)
     say("forward passes")
-    overheads = subjects.overheads(profile, None)
-    packed = subjects.overheads(profile, _PACKED) if effort.packed_passes and _PACKED in formats else None
+    overheads, prompts = subjects.overheads(profile, None)
+    packed = None
+    if effort.packed_passes and _PACKED in formats:
+        packed, _ = subjects.overheads(profile, _PACKED)
     gpu = ("a GPU is there; it is not measured, because the runtime does not use it yet",) if machine.gpus else ()
     return replace(
         profile,
         cpu=replace(cpu, overheads=overheads, packed_overheads=packed),
+        disk=replace(disk, many=prompts),
         provenance=replace(provenance, notes=(*found.told(timed), *gpu)),
     )
 
@@ -199,18 +208,22 @@ def _linear_points(subjects: Subjects, format: str, effort: Effort) -> list[_Poi
         _Point(f"{what}, {tokens} tokens", tokens, partial(subjects.linear, format, 2048, tokens))
         for tokens in effort.tokens
     ]
-    # The small one last: weights of one size are made at a time.
-    return [*large, _Point(f"{what}, small", 1, partial(subjects.linear, format, 256, 1), large=False)]
+    # Small ones last: weights of one size are made at a time.
+    small = [
+        _Point(f"{what}, small, {tokens} tokens", tokens, partial(subjects.linear, format, 256, tokens), large=False)
+        for tokens in (1, effort.tokens[-1])
+    ]
+    return [*large, *small]
 
 
 def _fit(found: _Found, points: list[_Point]) -> TokenCurve:
-    """The fit of the small product and the large ones, these scaled to one size."""
-    size = next(found.weights[point.what] for point in points if point.large)
+    """The fit of small products and the large ones, these scaled to one size."""
+    size = next(found.sizes[point.what][0] for point in points if point.large)
     samples = []
     for point in points:
-        weights = found.weights[point.what]
+        weights, entries = found.sizes[point.what]
         scaled = size if point.large else weights
-        samples.append((scaled, point.tokens, found.seconds(point.what) * scaled / weights))
+        samples.append(Sample(scaled, point.tokens, found.seconds(point.what) * scaled / weights, entries))
     return fit_curve(samples)
 
 
@@ -230,13 +243,14 @@ _ATTENTION = {
 def _time_attention(found: _Found, subjects: Subjects, effort: Effort) -> None:
     """One token beside few and many cached ones, and some and many tokens at once."""
     for what, (new, cached) in _ATTENTION.items():
-        found.time(what, subjects.attention(new, cached).run, effort.call_s / effort.rounds)
+        attention = subjects.attention(new, cached)
+        found.flops[what] = attention.flops
+        found.time(what, attention.run, effort.call_s / effort.rounds)
 
 
-def _attention(found: _Found, subjects: Subjects, bandwidth: float) -> AttentionSpeed:
+def _attention(found: _Found, bandwidth: float) -> AttentionSpeed:
     """What attention reads it reads at the bandwidth."""
-    points = {what: (subjects.attention(*sizes).flops, found.seconds(what)) for what, sizes in _ATTENTION.items()}
-    one, short, prompt, long = points.values()
+    one, short, prompt, long = ((found.flops[what], found.seconds(what)) for what in _ATTENTION)
     call_s, few_flops_per_s = _line(one, short)
     prompt_call_s, flops_per_s = _line(prompt, long)
     return AttentionSpeed(call_s, bandwidth, few_flops_per_s, flops_per_s, prompt_call_s)
@@ -268,13 +282,12 @@ def _read_beside_kernels(found: _Found, subjects: Subjects, format: str, effort:
     def read() -> float:
         return subjects.read(block, _IN_FLIGHT, blocks)
 
-    for tokens in _OVERLAP_TOKENS:
-        for _ in range(2):
-            # Alone right before: only what lies close together can be compared.
-            alone_s = read()
-            beside_s, kernels = subjects.beside_kernels(read, format, tokens)
-            found.note(f"reads beside {tokens}", alone_s / beside_s)
-            found.note(f"kernels beside {tokens}", kernels)
+    for _ in range(2):
+        # Alone right before: only what lies close together can be compared.
+        alone_s = read()
+        beside_s, kernels = subjects.beside_kernels(read, format, 1)
+        found.note("reads beside kernels", alone_s / beside_s)
+        found.note("kernels beside reads", kernels)
 
 
 def _burst_of(block: int) -> str:
@@ -291,14 +304,10 @@ def _disk(found: _Found, effort: Effort, free_nbytes: int) -> Disk:
         for block in effort.blocks
         for depth in effort.depths
     )
-    few, many = (_overlap(found, tokens) for tokens in _OVERLAP_TOKENS)
+    reads, kernels = (min(1.0, found.median(what)) for what in ("reads beside kernels", "kernels beside reads"))
+    few = Overlap(1, reads, min(1.0, max(kernels, 1 - reads)))
     bursts = tuple(
         DiskPoint(block, _IN_FLIGHT, found.median(_burst_of(block))) for block in (*effort.blocks, _LARGE_BLOCK)
     )
     between = min(1.0, found.median("between"))
-    return Disk(points, bursts, min(found.repeats["latency"]), few, many, free_nbytes, between)
-
-
-def _overlap(found: _Found, tokens: int) -> Overlap:
-    reads, kernels = (min(1.0, found.median(f"{what} beside {tokens}")) for what in ("reads", "kernels"))
-    return Overlap(tokens, reads, min(1.0, max(kernels, 1 - reads)))
+    return Disk(points, bursts, min(found.repeats["latency"]), few, _NO_OVERLAP, free_nbytes, between)

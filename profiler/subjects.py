@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from placement.disk import Overlap
 from placement.hardware_profile import HardwareProfile, Overheads
 
 
@@ -15,11 +16,15 @@ class Product:
 
     Attributes:
         weights: that one call multiplies.
-        run: one call; every call takes other weights.
+        run: `calls` calls; every call takes other weights.
+        entries: inputs and outputs of a token; 0 where they are not told apart.
+        calls: that are made at once, in a row.
     """
 
     weights: int
     run: Callable[[], object]
+    entries: int = 0
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,9 @@ class Subjects(Protocol):
         """The share of their speed that linear layers of one token have right after `read`, at most 1."""
         ...
 
-    def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
-        """What whole forward passes take beyond what `profile`, whose overheads are zero, predicts of them.
+    def overheads(self, profile: HardwareProfile, quant: str | None) -> tuple[Overheads, Overlap]:
+        """What whole forward passes take beyond what `profile`, whose overheads are zero, predicts of them; and what
+        reads and kernels have of their speeds in passes of prompts whose experts come from disk.
 
         quant: format of the model's weights; None for bf16.
         """

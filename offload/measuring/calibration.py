@@ -3,8 +3,9 @@
 Models with random weights of two depths run through the runtime with everything in RAM, as a user's model does: nothing
 is hooked, because that would change which of the runtime's ways a pass takes. What the profile's curves predict of
 their products and attention is taken off; what is left grows with the layers, or does not. What a curve has wrong for
-every model is in the remainder, and so corrected. In prompts, where experts take most of a pass and what is left is a
-tenth, seconds of experts are taken off as they were in that very pass.
+every model is in the remainder, and so corrected. Their experts are narrow, so that what is looked for is a large share
+of a pass, and many, so that no pass finds the caches as it left them. In prompts seconds of experts are taken off as
+they were in that very pass. How reads and kernels get on in prompts is seen in a model with wide experts.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -26,16 +28,22 @@ from offload.devices.host import HostDevice
 from offload.loading import load
 from offload.moe.layer import ExpertsLayer
 from offload.runtime import Runtime
+from placement.disk import Overlap
 from placement.hardware_profile import HardwareProfile, Overheads, Speeds
 from placement.planner import predicted
 from placement.prediction import Prediction
 from placement.workload import Workload
 
-LAYERS = (2, 6)
+DEPTHS = (6, 24)
 """Far apart, so that noise of either moves what a layer takes by little; deep enough not to stay in the caches."""
+QUICK_DEPTHS = (6,)
+"""What does not grow with layers is counted as theirs."""
+_NARROW, _WIDE, _WIDE_DEPTH = 64, 512, 2
+"""Of experts; layers of the model whose experts come from disk."""
 SHORT_TOKENS, PROMPT_TOKENS = 32, 256
 _CONTEXT_TOKENS = 512
 _CACHED_TOKENS = 32
+_TOKENS_OF_EXPERTS = SHORT_TOKENS * 8 // 16
 _ROUND_PASSES, _ROUNDS = 6, 3
 """Of decode in a round at least, and rounds at most."""
 _SIZES: dict[str, Any] = {
@@ -45,7 +53,6 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 64,
     "intermediate_size": 1024,
-    "moe_intermediate_size": 512,
     "num_experts": 16,
     "num_experts_per_tok": 8,
     "max_position_embeddings": _CONTEXT_TOKENS,
@@ -68,8 +75,42 @@ class Remainders:
 
     decode_s: float
     stepped_s: float
-    short_s: float
-    prompt_s: float
+    short_s: float = 0.0
+    prompt_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class FromDisk:
+    """A prompt's experts, all of which come from disk.
+
+    Attributes:
+        layers_s: seconds in MoE layers beyond what these take beside experts with everything in RAM.
+        kernels_s: of them, in kernels.
+        alone_s: of kernels with everything in RAM, if each expert had a call of its own, as those that arrive do.
+        waiting_s: of `layers_s`, for reads.
+        reads_s: of the same reads alone.
+        loads: experts that were read.
+    """
+
+    layers_s: float
+    kernels_s: float
+    alone_s: float
+    waiting_s: float
+    reads_s: float
+    loads: int
+
+    @property
+    def overlap(self) -> Overlap:
+        """Kernels have the share of their speed that they had; reads that were not waited for went on meanwhile."""
+        kernels = min(1.0, self.alone_s / self.kernels_s)
+        reads = (self.reads_s - self.waiting_s) / self.kernels_s
+        return Overlap(_TOKENS_OF_EXPERTS, min(1.0, max(reads, 1 - kernels)), kernels)
+
+    @property
+    def arrival_s(self) -> float:
+        """Of each expert, what kernels and reads do not account for."""
+        both = self.overlap.seconds(np.array(self.alone_s), np.array(self.reads_s))
+        return max(0.0, self.layers_s - float(both)) / self.loads
 
 
 def measure_overheads(
@@ -78,8 +119,10 @@ def measure_overheads(
     repeats: int,
     quant: str | None = None,
     speeds: Callable[[], Speeds] = Speeds,
-) -> Overheads:
-    """The overheads that make predictions of the models' passes right.
+    read: Callable[[int, int], float] | None = None,
+    depths: tuple[int, ...] = DEPTHS,
+) -> tuple[Overheads, Overlap]:
+    """The overheads that make predictions of the models' passes right, and how reads and kernels slow each other down.
 
     Args:
         profile: with overheads of zero.
@@ -87,20 +130,24 @@ def measure_overheads(
         repeats: passes of decode; an eighth as many of a prompt, two in a round at least.
         quant: format of the models' weights; None for bf16.
         speeds: how fast the machine is at the moment, over what `profile` says.
+        read: seconds of reading blocks of some bytes, so many, alone; None as fast as they are read in passes.
+        depths: layers of the models with narrow experts, one or two; of one, all is counted as its layers'.
     """
-    now, shallow, deep = _remainders(profile, directory, repeats, quant, speeds)
-    more = LAYERS[1] - LAYERS[0]
-    layer_s = (deep.decode_s - shallow.decode_s) / more
-    pass_s = max(0.0, shallow.decode_s - LAYERS[0] * layer_s)
-    step_s = max(0.0, deep.stepped_s - deep.decode_s) / LAYERS[1]
-    # A prompt's passes are long: of their differences little would be left but noise.
-    short, prompt = ((seconds - pass_s) / LAYERS[1] for seconds in (deep.short_s, deep.prompt_s))
+    few, many = depths[0], depths[-1]
+    now, shallow, deep, prompts = _remainders(profile, directory, repeats, quant, speeds, read, depths)
+    layer_s = deep.decode_s / many if few == many else (deep.decode_s - shallow.decode_s) / (many - few)
+    pass_s = max(0.0, shallow.decode_s - few * layer_s)
+    step_s = max(0.0, deep.stepped_s - deep.decode_s) / many
+    # A prompt's passes are long: of their differences little would be left but noise, and of few layers enough is seen.
+    short, prompt = ((seconds - pass_s) / few for seconds in (shallow.short_s, shallow.prompt_s))
     elements = SHORT_TOKENS * _SIZES["hidden_size"]
     # No more than all of the short pass's: noise must not leave less than nothing for the layer.
     element_s = min((prompt - short) / (PROMPT_TOKENS / SHORT_TOKENS - 1), short) / elements
     element_s = max(0.0, element_s)
     prompt_layer_s = short - element_s * elements
-    return Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s).times(now.arithmetic)
+    overheads = Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s)
+    # Beside reads as they were: nobody would scale them with the processor alone.
+    return replace(overheads.times(now.arithmetic), arrival_s=prompts.arrival_s), prompts.overlap
 
 
 class _TimedDevice(HostDevice):
@@ -127,12 +174,46 @@ class _Passes:
     stepped: list[float] = field(default_factory=list)
     short: list[float] = field(default_factory=list)
     prompt: list[float] = field(default_factory=list)
+    from_disk: list[FromDisk] = field(default_factory=list)
 
-    def measure(self, repeats: int) -> None:
-        """A round."""
+    def measure_prompts(self, repeats: int) -> None:
+        """A round of prompts."""
         for tokens, found in ((SHORT_TOKENS, self.short), (PROMPT_TOKENS, self.prompt)):
             # A model's first passes meet memory that is new to it.
             found += self._prompts(tokens, max(2, repeats // 8))[0 if found else 1 :]
+
+    def measure_prompts_from_disk(self, repeats: int, call_s: float, read: Callable[[int, int], float] | None) -> None:
+        """A round; `call_s` is what a call of experts takes whatever its size."""
+        for _ in range(max(2, repeats // 4)):
+            self.from_disk.append(self._prompt_from_disk(call_s, read))
+
+    def _prompt_from_disk(self, call_s: float, read: Callable[[int, int], float] | None) -> FromDisk:
+        """A prompt with everything in RAM and one with nothing, and the reads alone."""
+        runtime = self.runtime
+        every = range(runtime.plan.expert_count)
+        inside = self._prompt_in_layers()
+        for key in every:
+            runtime.tier.evict(key)
+        before = runtime.tier.counters.loads
+        outside = self._prompt_in_layers()
+        loads = runtime.tier.counters.loads - before
+        runtime.tier.fetch(every, lambda _key: None)
+        layers = len(runtime.layers)
+        reads_s = outside[2]
+        if read is not None:
+            reads_s = sum(read(runtime.plan.slot_nbytes, round(loads / layers)) for _ in range(layers))
+        layers_s = outside[0] - (inside[0] - inside[1])
+        return FromDisk(layers_s, outside[1], inside[1] + loads * call_s, outside[2], reads_s, loads)
+
+    def _prompt_in_layers(self) -> tuple[float, float, float]:
+        """Seconds of a short prompt in MoE layers: all, in kernels, waiting for reads."""
+        before = self.runtime.stats()
+        self._prompts(SHORT_TOKENS, 1)
+        after = self.runtime.stats()
+        return after.moe_s - before.moe_s, self.device.experts_s, after.read_stall_s - before.read_stall_s
+
+    def measure_decode(self, repeats: int) -> None:
+        """A round of decode."""
         self.decode += _measure(self.model, 1, repeats)
         # While routing is recorded every layer looks for its experts.
         self.runtime.record_trace()
@@ -150,37 +231,55 @@ class _Passes:
     def remainders(self, profile: HardwareProfile) -> Remainders:
         """Medians, less what is predicted."""
         decode_s = _predicted(profile, self.runtime, _CACHED_TOKENS).decode.seconds
+        decode = statistics.median(self.decode) - decode_s, statistics.median(self.stepped) - decode_s
+        if not self.short:
+            return Remainders(*decode)
         return Remainders(
-            statistics.median(self.decode) - decode_s,
-            statistics.median(self.stepped) - decode_s,
+            *decode,
             statistics.median(self.short) - _beside_experts_s(profile, self.runtime, SHORT_TOKENS),
             statistics.median(self.prompt) - _beside_experts_s(profile, self.runtime, PROMPT_TOKENS),
         )
 
+    def prompts(self) -> FromDisk:
+        """Medians of the prompts whose experts came from disk."""
+        return FromDisk(*(statistics.median(values) for values in zip(*map(astuple, self.from_disk), strict=True)))
+
 
 def _remainders(
-    profile: HardwareProfile, directory: Path, repeats: int, quant: str | None, speeds: Callable[[], Speeds]
-) -> tuple[Speeds, Remainders, Remainders]:
-    """(speeds, remainders of the shallow model, of the deep one); both take turns, and before each round the machine
-    is probed, so that what others do on it meanwhile is in all three.
+    profile: HardwareProfile,
+    directory: Path,
+    repeats: int,
+    quant: str | None,
+    speeds: Callable[[], Speeds],
+    read: Callable[[int, int], float] | None,
+    depths: tuple[int, ...],
+) -> tuple[Speeds, Remainders, Remainders, FromDisk]:
+    """(speeds, remainders of the shallow model, of the deep one, prompts from disk of one with wide experts).
+
+    Models take turns, and before each round the machine is probed, so that what others do on it meanwhile is in all of
+    them. Prompts are the shallow one's alone.
     """
     with ExitStack() as stack:
-        models = [_loaded(stack, directory, layers, quant) for layers in LAYERS]
+        narrow = [_loaded(stack, directory, layers, _NARROW, quant) for layers in depths]
+        wide = _loaded(stack, directory, _WIDE_DEPTH, _WIDE, quant)
+        call_s = profile.cpu.expert(wide.runtime.plan.format).call_s
         found: list[Speeds] = []
         rounds = max(1, min(_ROUNDS, repeats // _ROUND_PASSES))
+        each = max(3, repeats // rounds)
         for _ in range(rounds):
-            for passes in models:
-                found.append(speeds())
-                passes.measure(max(3, repeats // rounds))
+            found.append(speeds())
+            for passes in narrow:
+                passes.measure_decode(each)
+            narrow[0].measure_prompts(each)
+            wide.measure_prompts_from_disk(each, call_s, read)
         now = Speeds(statistics.median(one.memory for one in found), statistics.median(one.arithmetic for one in found))
         scaled = profile.with_speeds(now)
-        shallow, deep = (passes.remainders(scaled) for passes in models)
-        return now, shallow, deep
+        return now, narrow[0].remainders(scaled), narrow[-1].remainders(scaled), wide.prompts()
 
 
-def _loaded(stack: ExitStack, directory: Path, layers: int, quant: str | None) -> _Passes:
+def _loaded(stack: ExitStack, directory: Path, layers: int, width: int, quant: str | None) -> _Passes:
     store = stack.enter_context(TemporaryDirectory(prefix=".offload-profile-", dir=directory))
-    made = _random_model(layers)
+    made = _random_model(layers, width)
     model = load(made, ram=4 << 30, nvme=store, context=_CONTEXT_TOKENS, quant=quant, progress=False)
     runtime = cast("Runtime", model.offload)
     stack.callback(runtime.close)
@@ -198,9 +297,9 @@ def _beside_experts_s(profile: HardwareProfile, runtime: Runtime, prompt_tokens:
     return terms.total_s - terms.cpu_experts_s
 
 
-def _random_model(layers: int) -> PreTrainedModel:
+def _random_model(layers: int, width: int) -> PreTrainedModel:
     """Made without weights and filled from one block: drawing each of them takes longer than measuring."""
-    config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=layers, **_SIZES)
+    config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=layers, moe_intermediate_size=width, **_SIZES)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
@@ -15,10 +15,12 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from cpu_kernels.tape import Tape
 from formats.bundle import MATRICES, BundleLayout
 from formats.packed import PACKED_FORMATS
 from offload.devices.base import ExpertBatch
 from offload.devices.host import HostDevice
+from offload.devices.host_threads import kernel_pool
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.hf.fused import fuse
 from offload.hf.fused.attention import attend
@@ -29,6 +31,8 @@ from profiler.subjects import Attention, Product
 
 HIDDEN, INTERMEDIATE = 2048, 768
 HEADS, KV_HEADS, HEAD_WIDTH = 32, 4, 128
+_IN_A_ROW, _MOST_TAPED = 4, 8
+"""Linear layers of a run, as many as a layer of a model has, and tokens up to which there are such runs."""
 COLD_NBYTES = 256 << 20
 """Calls take their weights from so many bytes in turn: more than caches hold."""
 
@@ -120,33 +124,58 @@ class ExpertCalls:
 
 
 class LinearCalls:
-    """Linear layers of `rows` outputs and HIDDEN inputs as a loaded model calls them, in turn.
+    """Linear layers of `rows` outputs and HIDDEN inputs as a loaded model calls them, in turn: those of decode from a
+    tape, some in a row, others one by one from Python.
 
     In half as many bytes as experts: making them takes longer than measuring.
     """
 
     def __init__(self, format: str, rows: int) -> None:
-        self._dtype = dtype = compute_dtype(format)
+        self._dtype = compute_dtype(format)
         self._rows = rows
-        first = _linear((0.02 * torch.randn(rows, HIDDEN)).to(dtype), format)
+        first = _linear(format, rows)
         held = sum(t.nbytes for t in [*first.parameters(), *first.buffers()])
-        layers = [first, *(copy.deepcopy(first) for _ in range(min(63, COLD_NBYTES // 2 // held)))]
+        count = min(64, max(_IN_A_ROW, COLD_NBYTES // 2 // held))
+        layers = [copy.deepcopy(first) for _ in range(count)]
         self._layers = torch.nn.ModuleList(layers).requires_grad_(False)
         fuse(self._layers, ["linear"])  # type: ignore[arg-type]
         self._turn: Iterator[Any] = itertools.cycle(self._layers)
 
     def product(self, tokens: int) -> Product:
-        """A call with `tokens` tokens."""
+        """Calls with `tokens` tokens."""
         x = torch.randn(1, tokens, HIDDEN).to(self._dtype)
+        if tokens <= _MOST_TAPED:
+            return Product(self._rows * HIDDEN, self._taped(x), self._rows + HIDDEN, _IN_A_ROW)
 
         def call() -> None:
             with torch.no_grad():
                 next(self._turn)(x)
 
-        return Product(self._rows * HIDDEN, call)
+        return Product(self._rows * HIDDEN, call, self._rows + HIDDEN)
+
+    def _taped(self, x: torch.Tensor) -> Callable[[], None]:
+        """The next _IN_A_ROW layers."""
+        tokens = x.shape[1]
+        out = torch.empty(tokens, self._rows, dtype=x.dtype)
+        tape = Tape(x.dtype)
+        for layer in self._layers:
+            if isinstance(layer, QuantisedLinear):
+                tape.packed_linear(x.data_ptr(), layer.weights, None, tokens, out.data_ptr())
+            else:
+                tape.linear(x.data_ptr(), layer.get_parameter("weight"), None, tokens, out.data_ptr())
+        runs = itertools.cycle(range(0, tape.rows - _IN_A_ROW + 1, _IN_A_ROW))
+
+        def call(_kept: tuple[torch.Tensor, ...] = (x, out)) -> None:
+            first = next(runs)
+            tape.play(kernel_pool(), first, first + _IN_A_ROW)
+
+        return call
 
 
-def _linear(weight: torch.Tensor, format: str) -> torch.nn.Module:
+@lru_cache(maxsize=32)
+def _linear(format: str, rows: int) -> torch.nn.Module:
+    """A layer of small random weights that nobody changes; kept, because packing it takes longer than measuring."""
+    weight = (0.02 * torch.randn(rows, HIDDEN)).to(compute_dtype(format))
     if format in PACKED_FORMATS:
         return QuantisedLinear(weight, None, format, "profile")
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)

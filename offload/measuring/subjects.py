@@ -14,10 +14,12 @@ import torch
 from formats.elements import BF16, FP32
 from formats.packed import PACKED_FORMATS
 from offload.devices.host_threads import short_waits
-from offload.measuring.calibration import measure_overheads
+from offload.measuring.calibration import DEPTHS, measure_overheads
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls
 from offload.measuring.reads import Scratch
+from placement.disk import Overlap
 from placement.hardware_profile import HardwareProfile, Overheads, Speeds
+from placement.planner import READER_THREADS
 from profiler.probe import probe
 from profiler.stream import stream_bytes_per_s
 from profiler.subjects import Attention, Product
@@ -25,7 +27,7 @@ from profiler.timing import repeated
 
 _ALONE_S = 0.05
 _BEFORE_PASSES_S = 0.3
-_ROWS, _LINEARS, _BURSTS = 2048, 4, 7
+_ROWS, _BURSTS = 2048, 7
 
 
 class RuntimeSubjects:
@@ -33,17 +35,19 @@ class RuntimeSubjects:
 
     formats: Sequence[str] = (BF16.name, FP32.name, *PACKED_FORMATS)
 
-    def __init__(self, scratch: Scratch, directory: Path, *, repeats: int) -> None:
+    def __init__(self, scratch: Scratch, directory: Path, *, repeats: int, depths: tuple[int, ...] = DEPTHS) -> None:
         """Measure with a scratch file that is there.
 
         Args:
             scratch: to be read.
             directory: of experts for whole passes.
             repeats: of whole passes.
+            depths: layers of the models whose passes they are; see `measure_overheads`.
         """
         self._scratch = scratch
         self._directory = directory
         self._repeats = repeats
+        self._depths = depths
         # Weights of one format at a time: making them takes longer than measuring.
         self._experts: ExpertCalls | None = None
         self._linears: tuple[tuple[str, int], LinearCalls] | None = None
@@ -100,12 +104,7 @@ class RuntimeSubjects:
         """Linear layers in a row, a layer's worth, right after the reads and right after each other; threads wait
         shortly beside reads, as they do while decode reads.
         """
-        linears = self.linear(format, _ROWS, 1)
-
-        def few() -> None:
-            for _ in range(_LINEARS):
-                linears.run()
-
+        few = self.linear(format, _ROWS, 1).run
         few()
         alone_s = [_seconds(few) for _ in range(_BURSTS)]
         after_s = []
@@ -115,13 +114,16 @@ class RuntimeSubjects:
                 after_s.append(_seconds(few))
         return min(1.0, statistics.median(alone_s) / statistics.median(after_s))
 
-    def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
+    def overheads(self, profile: HardwareProfile, quant: str | None) -> tuple[Overheads, Overlap]:
         """See `Subjects`."""
 
         def speeds() -> Speeds:
             return probe(self, profile, BF16.name if quant is None else quant, seconds=_BEFORE_PASSES_S)
 
-        return measure_overheads(profile, self._directory, self._repeats, quant, speeds)
+        def read(block_nbytes: int, blocks: int) -> float:
+            return self.read(block_nbytes, READER_THREADS, blocks)
+
+        return measure_overheads(profile, self._directory, self._repeats, quant, speeds, read, self._depths)
 
 
 @contextmanager

@@ -43,8 +43,11 @@ def test_linears_compute_what_a_linear_layer_does() -> None:
     with torch.no_grad():
         found = calls._layers[0](x)
     torch.testing.assert_close(found, x @ calls._layers[0].weight.T, atol=1e-2, rtol=1e-2)
-    assert calls.product(4).weights == 32 * 128
-    calls.product(4).run()
+    for tokens, at_once in ((4, 4), (9, 1)):
+        product = calls.product(tokens)
+        assert (product.weights, product.entries, product.calls) == (32 * 128, 32 + 128, at_once)
+        for _ in range(3):
+            product.run()
 
 
 def test_packed_linears_have_weights_of_their_own() -> None:
@@ -91,9 +94,11 @@ def test_overheads_come_from_two_depths(
     """
     layer, step, each = 3e-4, 1e-4, 1e-9 * 1024
 
-    def remainders(*_: object) -> tuple[Speeds, calibration.Remainders, calibration.Remainders]:
-        shallow, deep = (made(layers) for layers in calibration.LAYERS)
-        return Speeds(arithmetic=speed), shallow, deep
+    read = calibration.FromDisk(0.5, 0.3, 0.12, 0.05, 0.2, 100)
+
+    def remainders(*_: object) -> tuple[Speeds, calibration.Remainders, calibration.Remainders, calibration.FromDisk]:
+        shallow, deep = (made(layers) for layers in calibration.DEPTHS)
+        return Speeds(arithmetic=speed), shallow, deep, read
 
     def made(layers: int) -> calibration.Remainders:
         decode = 2e-3 + layers * layer
@@ -102,35 +107,42 @@ def test_overheads_come_from_two_depths(
         return calibration.Remainders(decode, decode + layers * step, short, long if prompt < 1 else prompt)
 
     monkeypatch.setattr(calibration, "_remainders", remainders)
-    found = calibration.measure_overheads(machine(gpu=False), tmp_path, 3)
+    found, overlap = calibration.measure_overheads(machine(gpu=False), tmp_path, 3)
+    # Kernels had 0.4 of their speed; reads took part in no more than what that left, which is the least they can have.
+    assert (overlap.kernels, overlap.reads) == pytest.approx((0.4, 0.6))
+    assert found.arrival_s == pytest.approx((0.5 - 0.12 - 0.2) / 100), "what neither accounts for"
     found = found.times(1 / speed)
     assert found.layer_s == pytest.approx(layer)
     assert found.pass_s == pytest.approx(2e-3)
     assert found.step_s == pytest.approx(step)
     assert found.element_s == pytest.approx(element)
     assert found.prompt_layer_s == pytest.approx(2e-3 - element * 32 * 1024, abs=1e-12)
+    monkeypatch.setattr(calibration, "_remainders", lambda *_: (Speeds(), made(4), made(4), read))
+    found, _ = calibration.measure_overheads(machine(gpu=False), tmp_path, 3, depths=(4,))
+    assert (found.pass_s, found.layer_s) == pytest.approx((0, layer + 2e-3 / 4)), "of one model all is its layers'"
 
 
 @pytest.mark.parametrize("quant", [None, "int4"])
 def test_overheads_are_what_predictions_leave(
     quant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 128, "moe_intermediate_size": 64, "head_dim": 32}
+    sizes = {"vocab_size": 64, "hidden_size": 128, "head_dim": 32}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
     monkeypatch.setattr(calibration, "_SIZES", calibration._SIZES | sizes)
+    monkeypatch.setattr(calibration, "_WIDE", 128)
     monkeypatch.setattr(calibration, "PROMPT_TOKENS", 16)
     monkeypatch.setattr(calibration, "SHORT_TOKENS", 4)
-    monkeypatch.setattr(calibration, "LAYERS", (1, 3))
     with Scratch(tmp_path, 4 << 20) as scratch:
-        subjects = RuntimeSubjects(scratch, tmp_path, repeats=3)
+        subjects = RuntimeSubjects(scratch, tmp_path, repeats=3, depths=(1, 3) if quant else (2,))
         profile = machine(gpu=False, ram=1e12, cpu_flops=1e15)
         # The output layer of "int4" is in int8.
         linears = (*profile.cpu.linears, FormatCurve("int8", profile.cpu.linear("int4")))
         profile = dataclasses.replace(profile, cpu=dataclasses.replace(profile.cpu, linears=linears))
-        found = subjects.overheads(profile, quant)
+        found, overlap = subjects.overheads(profile, quant)
+        assert overlap.together >= 1
         # Signs and sizes are this machine's, and others may use it meanwhile.
         assert all(math.isfinite(value) for value in dataclasses.astuple(found))
-        assert min(found.pass_s, found.step_s, found.element_s) >= 0
+        assert min(found.pass_s, found.step_s, found.element_s, found.arrival_s) >= 0
         said, share = subjects.beside_kernels(lambda: 2.5, "bf16", 3)
         assert said == 2.5
         assert 0 < share <= 1

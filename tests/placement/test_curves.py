@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.curves import TokenCurve, fit_curve, roofline
+from placement.curves import Sample, TokenCurve, fit_curve, roofline
 
 CURVE = TokenCurve(1e-5, (1, 4, 16), (1e-10, 2e-10, 8e-10))
 
@@ -70,24 +70,43 @@ def test_faster_arithmetic_helps_the_rest() -> None:
 
 
 def test_measurements_on_a_curve_give_the_curve() -> None:
-    samples = [(weights, tokens, CURVE.seconds(weights, tokens)) for weights in (10**5, 10**7) for tokens in (1, 4, 16)]
+    samples = [
+        Sample(weights, tokens, CURVE.seconds(weights, tokens)) for weights in (10**5, 10**7) for tokens in (1, 4, 16)
+    ]
     found = fit_curve(samples)
     assert found.call_s == pytest.approx(CURVE.call_s)
     assert found.tokens == CURVE.tokens
     assert found.weight_s == pytest.approx(CURVE.weight_s)
 
 
+def test_what_entries_take_is_told_apart_from_weights() -> None:
+    """Half as wide a layer takes more than a quarter, and a slower processor takes longer for its entries too."""
+    curve = TokenCurve(2e-5, (1, 8, 64), (1e-10, 2e-10, 9e-10), 1e-9)
+    samples = [
+        Sample(rows * 2048, tokens, curve.seconds(rows * 2048, tokens, 1, rows + 2048), rows + 2048)
+        for rows, tokens in ((2048, 1), (2048, 8), (2048, 64), (256, 1), (256, 64))
+    ]
+    found = fit_curve(samples)
+    assert found.entry_s == pytest.approx(1e-9, rel=0.02)
+    for side, tokens in ((1024, 64), (1024, 20), (256, 8)):
+        expected = curve.seconds(side**2, tokens, 2, 2 * side)
+        assert found.seconds(side**2, tokens, 2, 2 * side) == pytest.approx(expected, rel=0.01)
+    assert found.seconds(1024**2, 64, 1, 2048) > 1.02 * found.seconds(2048**2, 64, 1, 4096) / 4
+    assert found.with_speeds(1.0, 0.5).entry_s == pytest.approx(2 * found.entry_s)
+
+
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=8), st.floats(1e-6, 1.0))
 def test_noise_still_gives_a_curve(seconds: list[float], small: float) -> None:
-    samples = [(1000, 2**i, value) for i, value in enumerate(seconds)]
-    found = fit_curve([*samples, (10, 1, small)])
+    samples = [Sample(1000, 2**i, value, 70) for i, value in enumerate(seconds)]
+    found = fit_curve([*samples, Sample(10, 1, small, 20), Sample(10, 2 ** (len(seconds) - 1), small, 20)])
     assert found.call_s <= min(seconds) / 2
     assert all(a <= b for a, b in itertools.pairwise(found.weight_s))
     # Pooling keeps the sum: no measurement is dropped.
-    assert sum(found.weight_s) * 1000 + len(seconds) * found.call_s == pytest.approx(sum(seconds))
+    entries = sum(70 * 2**i * found.entry_s for i in range(len(seconds)))
+    assert sum(found.weight_s) * 1000 + len(seconds) * found.call_s + entries == pytest.approx(sum(seconds))
 
 
-@pytest.mark.parametrize("samples", [[], [(10, 1, 1.0), (10, 1, 2.0)]])
-def test_no_curve_without_measurements(samples: list[tuple[int, int, float]]) -> None:
+@pytest.mark.parametrize("samples", [[], [Sample(10, 1, 1.0), Sample(10, 1, 2.0)]])
+def test_no_curve_without_measurements(samples: list[Sample]) -> None:
     with pytest.raises(ValueError):
         fit_curve(samples)

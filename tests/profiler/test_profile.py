@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from placement.curves import TokenCurve
+from placement.disk import Overlap
 from placement.hardware_profile import HardwareProfile, Overheads
 from profiler import profile as measuring
 from profiler.machine import Machine
@@ -18,7 +19,7 @@ from profiler.subjects import Attention, Product
 MACHINE = Machine("made up", 4, 1 << 34, (), ("torch 1",), 7)
 TOKENS = FULL.tokens
 EXPERTS = {"bf16": TokenCurve(2e-5, TOKENS, tuple(1e-10 * t for t in TOKENS)), "int4": TokenCurve(3e-5, (1,), (2e-11,))}
-LINEARS = {"bf16": TokenCurve(1e-5, (1,), (9e-11,)), "int4": TokenCurve(4e-6, (1,), (3e-11,))}
+LINEARS = {"bf16": TokenCurve(1e-5, (1,), (9e-11,), 2e-9), "int4": TokenCurve(4e-6, (1,), (3e-11,))}
 
 
 class Known:
@@ -33,7 +34,8 @@ class Known:
         return Product(count * 10**6, partial(EXPERTS[format].seconds, count * 10**6, tokens))
 
     def linear(self, format: str, rows: int, tokens: int) -> Product:
-        return Product(rows * 1000, partial(LINEARS[format].seconds, rows * 1000, tokens))
+        entries = rows + 1000
+        return Product(rows * 1000, partial(LINEARS[format].seconds, rows * 1000, tokens, 1, entries), entries)
 
     def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
         flops = 1e4 * new_tokens * (cached_tokens + new_tokens)
@@ -47,14 +49,14 @@ class Known:
         return 1e-4 + blocks * block_nbytes / (in_flight * 5e8)
 
     def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
-        return (1.25 if tokens > 1 else 2.0) * call(), 0.6 if tokens > 1 else 0.4
+        return 2.0 * call(), 0.4
 
     def between_reads(self, read: Callable[[], float], format: str) -> float:
         return 0.7 if read() > 0 else 0.0
 
-    def overheads(self, profile: HardwareProfile, quant: str | None) -> Overheads:
+    def overheads(self, profile: HardwareProfile, quant: str | None) -> tuple[Overheads, Overlap]:
         self.profile = profile
-        return Overheads(1e-3, 2e-4 if quant is None else 5e-4, 3e-9)
+        return Overheads(1e-3, 2e-4 if quant is None else 5e-4, 3e-9), Overlap(16, 0.8, 0.6)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +72,8 @@ def test_every_figure_comes_back() -> None:
     for tokens in (1, 3, 32, 512, 2000):
         assert found.cpu.expert("bf16").seconds_per_weight(tokens) == pytest.approx(1e-10 * tokens, rel=5e-3)
     assert found.cpu.linear("int4").seconds(10**6, 1) == pytest.approx(LINEARS["int4"].seconds(10**6, 1), rel=1e-3)
+    assert found.cpu.linear("bf16").entry_s == pytest.approx(2e-9, rel=0.01)
+    assert found.cpu.linear("int4").entry_s == pytest.approx(0, abs=1e-12)
     assert found.cpu.expert("fp16") == found.cpu.expert("bf16")
     attention = found.cpu.attention
     assert (attention.call_s, attention.few_flops_per_s, attention.flops_per_s) == pytest.approx((5e-5, 1e9, 1e11))
