@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
-BURST_READS = 8
+FEW_READS, BURST_READS = 2, 8
+"""Of bursts that are measured."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Disk:
         points: by size and number in flight, of reads that go on and on.
         bursts: by size, of the first BURST_READS reads after the disk was idle, as a layer's misses are; large ones are
             read in pieces, as bundles are. Empty: as fast as reads that go on, after `latency_s`.
+        short_bursts: likewise of the first FEW_READS; empty: their reads take as long beyond those that go on.
         latency_s: of one small read, from request to data, when the disk is idle.
         few: what is left of reads and kernels while kernels of few tokens run.
         many: likewise in prompts, as a model's own layers found it: kernels begin and end as experts arrive.
@@ -82,6 +84,7 @@ class Disk:
     many: Overlap
     free_nbytes: int
     between: float = 1.0
+    short_bursts: tuple[DiskPoint, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.points or self.few.tokens >= self.many.tokens:
@@ -97,19 +100,24 @@ class Disk:
         depth = min({point.in_flight for point in self.points}, key=lambda d: (abs(math.log(d / max(in_flight, 1))), d))
         return _between([point for point in self.points if point.in_flight == depth], block_nbytes)
 
-    def startup_s(self, nbytes: float, piece_nbytes: int | None = None) -> float:
-        """Seconds that reads of a layer take more than their share of reads that go on: none is on its way before, they
-        begin and end together, and what is read last is checked while none follows.
+    def startup_s(self, nbytes: float, reads: FloatArray, going_on_s: Callable[[FloatArray], FloatArray]) -> FloatArray:
+        """Seconds that reads of a layer take more than reads that go on: none is on its way before, they begin and end
+        together, and what is read last is checked while none follows.
 
         Args:
             nbytes: of each.
-            piece_nbytes: in which each is read; None for in one.
+            reads: [...] how many there are; straight between the bursts that were measured, level outside.
+            going_on_s: seconds of so many that go on.
         """
         if not self.bursts:
-            return self.latency_s
-        piece = nbytes if piece_nbytes is None else min(nbytes, piece_nbytes)
-        going_on = self.bytes_per_s(int(piece), self.bursts[0].in_flight)
-        return max(0.0, BURST_READS * nbytes * (1 / _between(self.bursts, int(nbytes)) - 1 / going_on))
+            return np.full_like(reads, self.latency_s)
+        counts, found = [], []
+        for count, points in ((FEW_READS, self.short_bursts), (BURST_READS, self.bursts)):
+            if points:
+                burst_s = count * nbytes / _between(points, int(nbytes))
+                counts.append(count)
+                found.append(max(0.0, burst_s - float(going_on_s(np.array(float(count))))))
+        return np.interp(reads, counts, found)
 
     def overlapped_bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
         """Speed of reads while the CPU's kernels of few tokens run."""
@@ -125,11 +133,11 @@ class Disk:
 
     def times(self, factor: float) -> Disk:
         """The disk with reads `factor` times as fast."""
-        points, bursts = (
+        points, bursts, short = (
             tuple(DiskPoint(p.block_nbytes, p.in_flight, factor * p.bytes_per_s) for p in some)
-            for some in (self.points, self.bursts)
+            for some in (self.points, self.bursts, self.short_bursts)
         )
-        return replace(self, points=points, bursts=bursts, latency_s=self.latency_s / factor)
+        return replace(self, points=points, bursts=bursts, short_bursts=short, latency_s=self.latency_s / factor)
 
 
 def _between(points: Sequence[DiskPoint], block_nbytes: int) -> float:

@@ -136,14 +136,15 @@ def expert_cost(
     else:
         cost = _expected(profile, homes, need, speeds, in_vram, in_ram, decode=decode)
     overheads = profile.cpu.overheads_in(experts.layout.format)
+    read = need.distinct * np.clip(1 - in_vram - in_ram, 0.0, 1.0)
     if not decode:
-        read = need.distinct * np.clip(1 - in_vram - in_ram, 0.0, 1.0)
         return _with_cpu(cost, overheads.arrival_s * read)
     slower_s = 0.0 if profile.disk is None else around_s * (1 / profile.disk.between - 1)
     found = in_vram + in_ram
     # Looking for experts, unless all are always found, and what the layer around takes longer where one is not.
     missed = 1 - np.clip(found, 0.0, 1.0) ** need.distinct
-    return _with_cpu(cost, np.where(found < 1.0, overheads.step_s + slower_s * missed, 0.0))
+    step_s = overheads.step_s + overheads.step_arrival_s * read + slower_s * missed
+    return _with_cpu(cost, np.where(found < 1.0, step_s, 0.0))
 
 
 def _with_cpu(cost: ExpertCost, seconds: FloatArray) -> ExpertCost:
@@ -276,15 +277,20 @@ def _disk_s(reads: _Reads, nbytes: float, misses: FloatArray) -> tuple[FloatArra
     block = int(min(nbytes, reads.chunk_nbytes))
     pieces = math.ceil(nbytes / reads.chunk_nbytes)
     most = max(1, math.ceil(reads.threads / pieces))
-    whole = np.zeros_like(misses)
-    for bundles in range(1, most + 1):
-        speed = reads.disk.bytes_per_s(block, min(reads.threads, bundles * pieces))
-        # As many as can be in flight read at this speed, and more do in turn; never sooner than fewer.
-        count = np.minimum(misses, bundles) if bundles < most else misses
-        whole = np.maximum(whole, np.where(misses > bundles - 1, count * nbytes / speed, 0.0))
+    speeds = [reads.disk.bytes_per_s(block, min(reads.threads, bundles * pieces)) for bundles in range(1, most + 1)]
+
+    def going_on_s(count: FloatArray) -> FloatArray:
+        whole = np.zeros_like(count)
+        for bundles, speed in enumerate(speeds, 1):
+            # As many as can be in flight read at this speed, and more do in turn; never sooner than fewer.
+            so_many = np.minimum(count, bundles) if bundles < most else count
+            whole = np.maximum(whole, np.where(count > bundles - 1, so_many * nbytes / speed, 0.0))
+        return whole
+
+    whole = going_on_s(misses)
     together = np.minimum(np.maximum(misses, 1.0), most)
     first = whole * together / np.maximum(misses, 1.0)
-    startup = np.where(misses > 0, reads.disk.startup_s(nbytes, reads.chunk_nbytes), 0.0)
+    startup = np.where(misses > 0, reads.disk.startup_s(nbytes, misses, going_on_s), 0.0)
     return startup + whole, startup + first
 
 

@@ -11,7 +11,7 @@ from placement.curves import TokenCurve
 from placement.disk import Disk
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 7
+PROFILE_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,9 @@ class Overheads:
         element_s: for each new token and entry of the residual stream in each layer.
         step_s: more in each MoE layer of such a pass as long as not every expert has a slot: looking for experts.
         prompt_layer_s: in each layer of a pass of more tokens, in the place of `layer_s` and `step_s`.
-        arrival_s: in such a pass, for each expert that comes from disk, beside its read and its product: asking for it,
-            hearing that it is there, its slot. Neither is done meanwhile where threads have no cores to spare.
+        step_arrival_s: in a pass of one token of each sequence, for each expert that comes from disk, beside its read
+            and its product: asking for it, hearing that it is there, waking threads.
+        arrival_s: likewise in a pass of more tokens.
     """
 
     pass_s: float
@@ -112,6 +113,7 @@ class Overheads:
     element_s: float
     step_s: float = 0.0
     prompt_layer_s: float | None = None
+    step_arrival_s: float = 0.0
     arrival_s: float = 0.0
 
     def of_layer(self, new_tokens: int) -> float:
@@ -123,7 +125,7 @@ class Overheads:
         prompt = None if self.prompt_layer_s is None else factor * self.prompt_layer_s
         return Overheads(
             factor * self.pass_s, factor * self.layer_s, factor * self.element_s, factor * self.step_s, prompt,
-            factor * self.arrival_s,
+            factor * self.step_arrival_s, factor * self.arrival_s,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from placement.curves import Sample, TokenCurve, fit_curve
-from placement.disk import BURST_READS, Disk, DiskPoint, Overlap
+from placement.disk import BURST_READS, FEW_READS, Disk, DiskPoint, Overlap
 from placement.hardware_profile import (
     AttentionSpeed,
     Compute,
@@ -24,10 +24,9 @@ from profiler.timing import Timing, repeated
 
 _MIB = 1 << 20
 _NO_OVERHEADS = Overheads(0.0, 0.0, 0.0)
-_NO_OVERLAP = Overlap(2, 1.0, 1.0)
+_NO_OVERLAPS = Overlap(1, 1.0, 1.0), Overlap(2, 1.0, 1.0)
 """Until passes from disk tell."""
 _BYTES_PER_POINT = 96 * _MIB
-_OVERLAP_NBYTES = 64 * _MIB
 _PACKED = "int4"
 """Stands for all packed formats in whole passes; what differs is in the curves."""
 _MIN_BLOCKS, _MAX_BLOCKS = 8, 256
@@ -37,8 +36,6 @@ _BURSTS = 5
 _LARGE_BLOCK = 12 * _MIB
 """Read in pieces, as large bundles are, and checked whole."""
 _BETWEEN_READS = "bf16"
-_BESIDE_READS = ("bf16", "int8", "int4")
-"""Formats of experts that are computed beside reads: their shares differ by moment more than by format."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +150,6 @@ def measure_machine(
                 product = point.make()
                 found.sizes[point.what] = product.weights, product.entries
                 found.time(point.what, product.run, effort.call_s / effort.rounds, product.calls)
-            if name in _BESIDE_READS:
-                _read_beside_kernels(found, subjects, name, effort)
         _time_attention(found, subjects, effort)
         found.note("memory", subjects.stream())
         _read(found, subjects, effort)
@@ -172,15 +167,13 @@ def measure_machine(
     disk = _disk(found, effort, free_nbytes)
     profile = HardwareProfile("this machine", cpu, None, None, None, 0, disk, provenance)
     say("forward passes")
-    overheads, prompts = subjects.overheads(profile, None)
-    packed = None
-    if effort.packed_passes and _PACKED in formats:
-        packed, _ = subjects.overheads(profile, _PACKED)
+    plain = subjects.passes(profile, None)
+    packed = subjects.passes(profile, _PACKED) if effort.packed_passes and _PACKED in formats else None
     gpu = ("a GPU is there; it is not measured, because the runtime does not use it yet",) if machine.gpus else ()
     return replace(
         profile,
-        cpu=replace(cpu, overheads=overheads, packed_overheads=packed),
-        disk=replace(disk, many=prompts),
+        cpu=replace(cpu, overheads=plain.overheads, packed_overheads=None if packed is None else packed.overheads),
+        disk=replace(disk, few=plain.few, many=plain.many),
         provenance=replace(provenance, notes=(*found.told(timed), *gpu)),
     )
 
@@ -270,28 +263,14 @@ def _read(found: _Found, subjects: Subjects, effort: Effort) -> None:
             found.note(_point_of(block, depth), blocks * block / subjects.read(block, depth, blocks))
     for block in (*effort.blocks, _LARGE_BLOCK):
         for _ in range(_BURSTS):
-            found.note(_burst_of(block), BURST_READS * block / subjects.read(block, _IN_FLIGHT, BURST_READS))
+            for reads in (FEW_READS, BURST_READS):
+                found.note(_burst_of(block, reads), reads * block / subjects.read(block, _IN_FLIGHT, reads))
     found.note("between", subjects.between_reads(partial(subjects.read, _MIB, _IN_FLIGHT, BURST_READS), _BETWEEN_READS))
     found.note("latency", min(subjects.read(4096, 1, 1) for _ in range(8)))
 
 
-def _read_beside_kernels(found: _Found, subjects: Subjects, format: str, effort: Effort) -> None:
-    block = effort.blocks[-1]
-    blocks = int(max(effort.share_of_reads * _OVERLAP_NBYTES // block, _MIN_BLOCKS))
-
-    def read() -> float:
-        return subjects.read(block, _IN_FLIGHT, blocks)
-
-    for _ in range(2):
-        # Alone right before: only what lies close together can be compared.
-        alone_s = read()
-        beside_s, kernels = subjects.beside_kernels(read, format, 1)
-        found.note("reads beside kernels", alone_s / beside_s)
-        found.note("kernels beside reads", kernels)
-
-
-def _burst_of(block: int) -> str:
-    return f"bursts of {block}"
+def _burst_of(block: int, reads: int) -> str:
+    return f"bursts of {reads} of {block}"
 
 
 def _point_of(block: int, depth: int) -> str:
@@ -304,10 +283,12 @@ def _disk(found: _Found, effort: Effort, free_nbytes: int) -> Disk:
         for block in effort.blocks
         for depth in effort.depths
     )
-    reads, kernels = (min(1.0, found.median(what)) for what in ("reads beside kernels", "kernels beside reads"))
-    few = Overlap(1, reads, min(1.0, max(kernels, 1 - reads)))
-    bursts = tuple(
-        DiskPoint(block, _IN_FLIGHT, found.median(_burst_of(block))) for block in (*effort.blocks, _LARGE_BLOCK)
+    short, bursts = (
+        tuple(
+            DiskPoint(block, _IN_FLIGHT, found.median(_burst_of(block, reads)))
+            for block in (*effort.blocks, _LARGE_BLOCK)
+        )
+        for reads in (FEW_READS, BURST_READS)
     )
     between = min(1.0, found.median("between"))
-    return Disk(points, bursts, min(found.repeats["latency"]), few, _NO_OVERLAP, free_nbytes, between)
+    return Disk(points, bursts, min(found.repeats["latency"]), *_NO_OVERLAPS, free_nbytes, between, short)

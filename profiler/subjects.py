@@ -42,6 +42,21 @@ class Attention:
     run: Callable[[], object]
 
 
+@dataclass(frozen=True)
+class WholePasses:
+    """What whole forward passes tell of a machine.
+
+    Attributes:
+        overheads: what they take beyond what is predicted of their parts.
+        few: what reads and kernels of one token leave each other, where experts come from disk.
+        many: likewise of several tokens.
+    """
+
+    overheads: Overheads
+    few: Overlap
+    many: Overlap
+
+
 class Subjects(Protocol):
     """A runtime to measure.
 
@@ -71,20 +86,15 @@ class Subjects(Protocol):
         """Seconds to read that many blocks from random places of the disk."""
         ...
 
-    def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
-        """What `call` returns while experts of a format with so many tokens are computed, and the share of their speed
-        alone that these then have.
-        """
-        ...
-
     def between_reads(self, read: Callable[[], float], format: str) -> float:
         """The share of their speed that linear layers of one token have right after `read`, at most 1."""
         ...
 
-    def overheads(self, profile: HardwareProfile, quant: str | None) -> tuple[Overheads, Overlap]:
-        """What whole forward passes take beyond what `profile`, whose overheads are zero, predicts of them; and what
-        reads and kernels have of their speeds in passes of prompts whose experts come from disk.
+    def passes(self, profile: HardwareProfile, quant: str | None) -> WholePasses:
+        """Measure whole forward passes.
 
-        quant: format of the model's weights; None for bf16.
+        Args:
+            profile: what it predicts of passes is taken off; its overheads are zero.
+            quant: format of the model's weights; None for bf16.
         """
         ...

@@ -11,28 +11,29 @@ they were in that very pass. How reads and kernels get on in prompts is seen in 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, cast
 
-import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from offload.devices.base import ExpertBatch
 from offload.devices.host import HostDevice
 from offload.loading import load
+from offload.measuring.from_disk import FromDisk, measure_from_disk, median_of
 from offload.moe.layer import ExpertsLayer
 from offload.runtime import Runtime
-from placement.disk import Overlap
 from placement.hardware_profile import HardwareProfile, Overheads, Speeds
 from placement.planner import predicted
 from placement.prediction import Prediction
 from placement.workload import Workload
+from profiler.subjects import WholePasses
 
 DEPTHS = (6, 24)
 """Far apart, so that noise of either moves what a layer takes by little; deep enough not to stay in the caches."""
@@ -79,41 +80,7 @@ class Remainders:
     prompt_s: float = 0.0
 
 
-@dataclass(frozen=True)
-class FromDisk:
-    """A prompt's experts, all of which come from disk.
-
-    Attributes:
-        layers_s: seconds in MoE layers beyond what these take beside experts with everything in RAM.
-        kernels_s: of them, in kernels.
-        alone_s: of kernels with everything in RAM, if each expert had a call of its own, as those that arrive do.
-        waiting_s: of `layers_s`, for reads.
-        reads_s: of the same reads alone.
-        loads: experts that were read.
-    """
-
-    layers_s: float
-    kernels_s: float
-    alone_s: float
-    waiting_s: float
-    reads_s: float
-    loads: int
-
-    @property
-    def overlap(self) -> Overlap:
-        """Kernels have the share of their speed that they had; reads that were not waited for went on meanwhile."""
-        kernels = min(1.0, self.alone_s / self.kernels_s)
-        reads = (self.reads_s - self.waiting_s) / self.kernels_s
-        return Overlap(_TOKENS_OF_EXPERTS, min(1.0, max(reads, 1 - kernels)), kernels)
-
-    @property
-    def arrival_s(self) -> float:
-        """Of each expert, what kernels and reads do not account for."""
-        both = self.overlap.seconds(np.array(self.alone_s), np.array(self.reads_s))
-        return max(0.0, self.layers_s - float(both)) / self.loads
-
-
-def measure_overheads(
+def measure_passes(
     profile: HardwareProfile,
     directory: Path,
     repeats: int,
@@ -121,7 +88,7 @@ def measure_overheads(
     speeds: Callable[[], Speeds] = Speeds,
     read: Callable[[int, int], float] | None = None,
     depths: tuple[int, ...] = DEPTHS,
-) -> tuple[Overheads, Overlap]:
+) -> WholePasses:
     """The overheads that make predictions of the models' passes right, and how reads and kernels slow each other down.
 
     Args:
@@ -134,7 +101,7 @@ def measure_overheads(
         depths: layers of the models with narrow experts, one or two; of one, all is counted as its layers'.
     """
     few, many = depths[0], depths[-1]
-    now, shallow, deep, prompts = _remainders(profile, directory, repeats, quant, speeds, read, depths)
+    now, shallow, deep, (decode, prompts) = _remainders(profile, directory, repeats, quant, speeds, read, depths)
     layer_s = deep.decode_s / many if few == many else (deep.decode_s - shallow.decode_s) / (many - few)
     pass_s = max(0.0, shallow.decode_s - few * layer_s)
     step_s = max(0.0, deep.stepped_s - deep.decode_s) / many
@@ -147,7 +114,8 @@ def measure_overheads(
     prompt_layer_s = short - element_s * elements
     overheads = Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s)
     # Beside reads as they were: nobody would scale them with the processor alone.
-    return replace(overheads.times(now.arithmetic), arrival_s=prompts.arrival_s), prompts.overlap
+    overheads = replace(overheads.times(now.arithmetic), step_arrival_s=decode.arrival_s, arrival_s=prompts.arrival_s)
+    return WholePasses(overheads, decode.overlap, prompts.overlap)
 
 
 class _TimedDevice(HostDevice):
@@ -174,7 +142,8 @@ class _Passes:
     stepped: list[float] = field(default_factory=list)
     short: list[float] = field(default_factory=list)
     prompt: list[float] = field(default_factory=list)
-    from_disk: list[FromDisk] = field(default_factory=list)
+    decode_from_disk: list[FromDisk] = field(default_factory=list)
+    prompts_from_disk: list[FromDisk] = field(default_factory=list)
 
     def measure_prompts(self, repeats: int) -> None:
         """A round of prompts."""
@@ -182,43 +151,32 @@ class _Passes:
             # A model's first passes meet memory that is new to it.
             found += self._prompts(tokens, max(2, repeats // 8))[0 if found else 1 :]
 
-    def measure_prompts_from_disk(self, repeats: int, call_s: float, read: Callable[[int, int], float] | None) -> None:
-        """A round; `call_s` is what a call of experts takes whatever its size."""
-        for _ in range(max(2, repeats // 4)):
-            self.from_disk.append(self._prompt_from_disk(call_s, read))
+    def measure_from_disk(self, repeats: int, call_s: float, read: Callable[[int, int], float] | None) -> None:
+        """A round of decode and of prompts; `call_s` is what a call of experts takes whatever its size."""
+        repeats = max(2, repeats // 4)
+        rest = call_s, read
+        for _ in range(repeats):
+            run = partial(self._prompts, SHORT_TOKENS, 1)
+            self.prompts_from_disk.append(measure_from_disk(self.runtime, self.device, run, _TOKENS_OF_EXPERTS, *rest))
+        with self._looking_for_experts(), torch.no_grad():
+            cache = DynamicCache(config=self.model.config)
+            _pass(self.model, cache, torch.ones(1, _CACHED_TOKENS, dtype=torch.int64))
+            for number in range(repeats):
+                run = partial(_pass, self.model, cache, torch.tensor([[number]]))
+                self.decode_from_disk.append(measure_from_disk(self.runtime, self.device, run, 1, *rest))
 
-    def _prompt_from_disk(self, call_s: float, read: Callable[[int, int], float] | None) -> FromDisk:
-        """A prompt with everything in RAM and one with nothing, and the reads alone."""
-        runtime = self.runtime
-        every = range(runtime.plan.expert_count)
-        inside = self._prompt_in_layers()
-        for key in every:
-            runtime.tier.evict(key)
-        before = runtime.tier.counters.loads
-        outside = self._prompt_in_layers()
-        loads = runtime.tier.counters.loads - before
-        runtime.tier.fetch(every, lambda _key: None)
-        layers = len(runtime.layers)
-        reads_s = outside[2]
-        if read is not None:
-            reads_s = sum(read(runtime.plan.slot_nbytes, round(loads / layers)) for _ in range(layers))
-        layers_s = outside[0] - (inside[0] - inside[1])
-        return FromDisk(layers_s, outside[1], inside[1] + loads * call_s, outside[2], reads_s, loads)
-
-    def _prompt_in_layers(self) -> tuple[float, float, float]:
-        """Seconds of a short prompt in MoE layers: all, in kernels, waiting for reads."""
-        before = self.runtime.stats()
-        self._prompts(SHORT_TOKENS, 1)
-        after = self.runtime.stats()
-        return after.moe_s - before.moe_s, self.device.experts_s, after.read_stall_s - before.read_stall_s
+    @contextmanager
+    def _looking_for_experts(self) -> Iterator[None]:
+        """While routing is recorded every layer looks for its experts."""
+        self.runtime.record_trace()
+        yield
+        self.runtime.observer.recorder = None
 
     def measure_decode(self, repeats: int) -> None:
         """A round of decode."""
         self.decode += _measure(self.model, 1, repeats)
-        # While routing is recorded every layer looks for its experts.
-        self.runtime.record_trace()
-        self.stepped += _measure(self.model, 1, repeats)
-        self.runtime.observer.recorder = None
+        with self._looking_for_experts():
+            self.stepped += _measure(self.model, 1, repeats)
 
     def _prompts(self, tokens: int, repeats: int) -> list[float]:
         found = []
@@ -240,10 +198,6 @@ class _Passes:
             statistics.median(self.prompt) - _beside_experts_s(profile, self.runtime, PROMPT_TOKENS),
         )
 
-    def prompts(self) -> FromDisk:
-        """Medians of the prompts whose experts came from disk."""
-        return FromDisk(*(statistics.median(values) for values in zip(*map(astuple, self.from_disk), strict=True)))
-
 
 def _remainders(
     profile: HardwareProfile,
@@ -253,8 +207,8 @@ def _remainders(
     speeds: Callable[[], Speeds],
     read: Callable[[int, int], float] | None,
     depths: tuple[int, ...],
-) -> tuple[Speeds, Remainders, Remainders, FromDisk]:
-    """(speeds, remainders of the shallow model, of the deep one, prompts from disk of one with wide experts).
+) -> tuple[Speeds, Remainders, Remainders, tuple[FromDisk, FromDisk]]:
+    """(speeds, remainders of the shallow model, of the deep one, (decode, prompts) of one with wide experts from disk).
 
     Models take turns, and before each round the machine is probed, so that what others do on it meanwhile is in all of
     them. Prompts are the shallow one's alone.
@@ -271,10 +225,11 @@ def _remainders(
             for passes in narrow:
                 passes.measure_decode(each)
             narrow[0].measure_prompts(each)
-            wide.measure_prompts_from_disk(each, call_s, read)
+            wide.measure_from_disk(each, call_s, read)
         now = Speeds(statistics.median(one.memory for one in found), statistics.median(one.arithmetic for one in found))
         scaled = profile.with_speeds(now)
-        return now, narrow[0].remainders(scaled), narrow[-1].remainders(scaled), wide.prompts()
+        from_disk = median_of(wide.decode_from_disk), median_of(wide.prompts_from_disk)
+        return now, narrow[0].remainders(scaled), narrow[-1].remainders(scaled), from_disk
 
 
 def _loaded(stack: ExitStack, directory: Path, layers: int, width: int, quant: str | None) -> _Passes:

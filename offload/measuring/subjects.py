@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import statistics
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-
-import torch
 
 from formats.elements import BF16, FP32
 from formats.packed import PACKED_FORMATS
 from offload.devices.host_threads import short_waits
-from offload.measuring.calibration import DEPTHS, measure_overheads
+from offload.measuring.calibration import DEPTHS, measure_passes
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls
 from offload.measuring.reads import Scratch
-from placement.disk import Overlap
-from placement.hardware_profile import HardwareProfile, Overheads, Speeds
+from placement.hardware_profile import HardwareProfile, Speeds
 from placement.planner import READER_THREADS
 from profiler.probe import probe
 from profiler.stream import stream_bytes_per_s
-from profiler.subjects import Attention, Product
-from profiler.timing import repeated
+from profiler.subjects import Attention, Product, WholePasses
 
-_ALONE_S = 0.05
 _BEFORE_PASSES_S = 0.3
 _ROWS, _BURSTS = 2048, 7
 
@@ -42,7 +36,7 @@ class RuntimeSubjects:
             scratch: to be read.
             directory: of experts for whole passes.
             repeats: of whole passes.
-            depths: layers of the models whose passes they are; see `measure_overheads`.
+            depths: layers of the models whose passes they are; see `measure_passes`.
         """
         self._scratch = scratch
         self._directory = directory
@@ -80,26 +74,6 @@ class RuntimeSubjects:
         """See `Subjects`."""
         return self._scratch.read(block_nbytes, in_flight, blocks)
 
-    def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
-        """The call runs on a thread of its own, the kernels on this one until it returns.
-
-        One expert a call, as they are computed when they arrive: both threads of a call wait for each other more often.
-        """
-        experts = self._expert_calls(format).product(1, tokens)
-        found: list[float] = []
-        thread = threading.Thread(target=lambda: found.append(call()))
-        with torch.no_grad():
-            alone_s = repeated(experts.run, budget_s=_ALONE_S)
-            with _waiting_shortly() if tokens == 1 else nullcontext():
-                thread.start()
-                beside_s = [_seconds(experts.run)]
-                while thread.is_alive():
-                    beside_s.append(_seconds(experts.run))
-        thread.join()
-        # The call ended within the last run.
-        whole = beside_s[:-1] or beside_s
-        return found[0], min(1.0, statistics.median(alone_s) * len(whole) / sum(whole))
-
     def between_reads(self, read: Callable[[], float], format: str) -> float:
         """Linear layers in a row, a layer's worth, right after the reads and right after each other; threads wait
         shortly beside reads, as they do while decode reads.
@@ -114,7 +88,7 @@ class RuntimeSubjects:
                 after_s.append(_seconds(few))
         return min(1.0, statistics.median(alone_s) / statistics.median(after_s))
 
-    def overheads(self, profile: HardwareProfile, quant: str | None) -> tuple[Overheads, Overlap]:
+    def passes(self, profile: HardwareProfile, quant: str | None) -> WholePasses:
         """See `Subjects`."""
 
         def speeds() -> Speeds:
@@ -123,7 +97,7 @@ class RuntimeSubjects:
         def read(block_nbytes: int, blocks: int) -> float:
             return self.read(block_nbytes, READER_THREADS, blocks)
 
-        return measure_overheads(profile, self._directory, self._repeats, quant, speeds, read, self._depths)
+        return measure_passes(profile, self._directory, self._repeats, quant, speeds, read, self._depths)
 
 
 @contextmanager

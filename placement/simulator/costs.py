@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
+import numpy as np
+
+from placement.disk import FloatArray
 from placement.expert_cost import expert_weights
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
@@ -19,17 +22,21 @@ _SCHEDULERS_KEPT = 64
 
 @dataclass(frozen=True)
 class _Reads:
-    """How reads of experts go: seconds until the n-th of m is there."""
+    """How reads of experts go: seconds until the n-th of m is there.
 
-    startup_s: float
+    Attributes:
+        startup_s: what m reads take more, by m, than reads that go on.
+        one_s: of one of b bundles that are in flight together, by b - 1, the disk's time shared out.
+    """
+
+    startup_s: Callable[[int], float]
     one_s: tuple[float, ...]
-    """Seconds of one of b bundles that are in flight together, by b - 1, the disk's time shared out."""
 
     def arrivals(self, count: int) -> list[float]:
         """Seconds until each of `count` is there, ascending; as many as can be are in flight and end together."""
         together = min(count, len(self.one_s))
-        one = self.one_s[together - 1]
-        return [self.startup_s + max(number, together) * one for number in range(1, count + 1)]
+        one, startup_s = self.one_s[together - 1], self.startup_s(count)
+        return [startup_s + max(number, together) * one for number in range(1, count + 1)]
 
 
 class ExpertCosts:
@@ -81,7 +88,15 @@ class ExpertCosts:
             nbytes / disk.overlapped_bytes_per_s(block, min(homes.reader_threads, bundles * pieces))
             for bundles in range(1, most + 1)
         ]
-        return _Reads(disk.startup_s(nbytes, homes.read_chunk_nbytes), tuple(one))
+
+        def going_on_s(counts: FloatArray) -> FloatArray:
+            return counts * np.array(one)[np.minimum(counts.astype(int), most) - 1]
+
+        @cache
+        def startup_s(count: int) -> float:
+            return float(disk.startup_s(nbytes, np.array(float(count)), going_on_s))
+
+        return _Reads(startup_s, tuple(one))
 
     def scheduler(self, loads: Sequence[int]) -> LayerScheduler:
         """The runtime's scheduler, told what experts of these loads take here: straight from one token to the most."""

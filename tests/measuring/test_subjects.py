@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from offload.errors import StoreCorruptError
 from offload.measuring import calibration, kernels
+from offload.measuring.from_disk import FromDisk
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls, uneven_loads
 from offload.measuring.reads import Scratch
 from offload.measuring.subjects import RuntimeSubjects
@@ -94,9 +96,9 @@ def test_overheads_come_from_two_depths(
     """
     layer, step, each = 3e-4, 1e-4, 1e-9 * 1024
 
-    read = calibration.FromDisk(0.5, 0.3, 0.12, 0.05, 0.2, 100)
+    read = FromDisk(1, 0.1, 0.1, 0.1, 0.0, 0.1, 0.0, 10, 1), FromDisk(16, 0.5, 0.3, 0.12, 0.05, 0.2, 0.0, 100, 1)
 
-    def remainders(*_: object) -> tuple[Speeds, calibration.Remainders, calibration.Remainders, calibration.FromDisk]:
+    def remainders(*_: object) -> tuple[Any, ...]:
         shallow, deep = (made(layers) for layers in calibration.DEPTHS)
         return Speeds(arithmetic=speed), shallow, deep, read
 
@@ -107,10 +109,10 @@ def test_overheads_come_from_two_depths(
         return calibration.Remainders(decode, decode + layers * step, short, long if prompt < 1 else prompt)
 
     monkeypatch.setattr(calibration, "_remainders", remainders)
-    found, overlap = calibration.measure_overheads(machine(gpu=False), tmp_path, 3)
-    # Kernels had 0.4 of their speed; reads took part in no more than what that left, which is the least they can have.
-    assert (overlap.kernels, overlap.reads) == pytest.approx((0.4, 0.6))
-    assert found.arrival_s == pytest.approx((0.5 - 0.12 - 0.2) / 100), "what neither accounts for"
+    passes = calibration.measure_passes(machine(gpu=False), tmp_path, 3)
+    assert (passes.few, passes.many) == tuple(one.overlap for one in read)
+    found = passes.overheads
+    assert (found.step_arrival_s, found.arrival_s) == tuple(one.arrival_s for one in read)
     found = found.times(1 / speed)
     assert found.layer_s == pytest.approx(layer)
     assert found.pass_s == pytest.approx(2e-3)
@@ -118,7 +120,7 @@ def test_overheads_come_from_two_depths(
     assert found.element_s == pytest.approx(element)
     assert found.prompt_layer_s == pytest.approx(2e-3 - element * 32 * 1024, abs=1e-12)
     monkeypatch.setattr(calibration, "_remainders", lambda *_: (Speeds(), made(4), made(4), read))
-    found, _ = calibration.measure_overheads(machine(gpu=False), tmp_path, 3, depths=(4,))
+    found = calibration.measure_passes(machine(gpu=False), tmp_path, 3, depths=(4,)).overheads
     assert (found.pass_s, found.layer_s) == pytest.approx((0, layer + 2e-3 / 4)), "of one model all is its layers'"
 
 
@@ -138,14 +140,12 @@ def test_overheads_are_what_predictions_leave(
         # The output layer of "int4" is in int8.
         linears = (*profile.cpu.linears, FormatCurve("int8", profile.cpu.linear("int4")))
         profile = dataclasses.replace(profile, cpu=dataclasses.replace(profile.cpu, linears=linears))
-        found, overlap = subjects.overheads(profile, quant)
-        assert overlap.together >= 1
+        passes = subjects.passes(profile, quant)
+        found = passes.overheads
+        assert passes.few.tokens == 1 < passes.many.tokens
         # Signs and sizes are this machine's, and others may use it meanwhile.
         assert all(math.isfinite(value) for value in dataclasses.astuple(found))
-        assert min(found.pass_s, found.step_s, found.element_s, found.arrival_s) >= 0
-        said, share = subjects.beside_kernels(lambda: 2.5, "bf16", 3)
-        assert said == 2.5
-        assert 0 < share <= 1
+        assert min(found.pass_s, found.step_s, found.element_s, found.arrival_s, found.step_arrival_s) >= 0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.disk import BURST_READS, Disk, DiskPoint, Overlap
+from placement.disk import BURST_READS, FEW_READS, Disk, DiskPoint, Overlap
 
 POINTS = (
     DiskPoint(1 << 16, 1, 1e8),
@@ -45,23 +45,30 @@ def test_a_disk_without_measurements_is_refused() -> None:
         Disk(POINTS, (), 1e-4, DISK.many, DISK.few, 0)
 
 
+def _startup_s(disk: Disk, nbytes: int, reads: float, rate: float = 2e9) -> float:
+    return float(disk.startup_s(nbytes, np.array(reads), lambda count: count * nbytes / rate))
+
+
 def test_bursts_take_longer_than_their_share() -> None:
-    assert DISK.startup_s(1 << 20) == DISK.latency_s
+    assert _startup_s(DISK, 1 << 20, 5.0) == DISK.latency_s
     bursts = (DiskPoint(1 << 16, 4, 2e8), DiskPoint(1 << 20, 4, 1e9))
     found = replace(DISK, bursts=bursts)
     burst_s = BURST_READS * (1 << 20) / 1e9
-    assert found.startup_s(1 << 20) + BURST_READS * (1 << 20) / 2e9 == pytest.approx(burst_s)
-    assert found.times(2.0).startup_s(1 << 20) == pytest.approx(found.startup_s(1 << 20) / 2)
-    assert replace(DISK, bursts=(DiskPoint(1 << 20, 4, 3e9),)).startup_s(1 << 20) == 0.0
+    for reads in (1.0, 8.0, 20.0):
+        assert _startup_s(found, 1 << 20, reads) + BURST_READS * (1 << 20) / 2e9 == pytest.approx(burst_s)
+    assert _startup_s(found.times(2.0), 1 << 20, 8, 4e9) == pytest.approx(_startup_s(found, 1 << 20, 8) / 2)
+    assert _startup_s(replace(DISK, bursts=(DiskPoint(1 << 20, 4, 3e9),)), 1 << 20, 8) == 0.0
 
 
-def test_bursts_of_large_bundles_are_read_in_pieces_and_checked_whole() -> None:
-    found = replace(DISK, bursts=(DiskPoint(1 << 20, 4, 1e9), DiskPoint(4 << 20, 4, 1.5e9)))
-    large_s = BURST_READS * (4 << 20) / 1.5e9
-    # Pieces of 64 KiB go on at 4e8 bytes per second, those of 1 MiB at 2e9.
-    assert found.startup_s(4 << 20, 1 << 20) + BURST_READS * (4 << 20) / 2e9 == pytest.approx(large_s)
-    assert found.startup_s(4 << 20, 1 << 16) == 0.0
-    assert found.startup_s(1 << 20, 4 << 20) == found.startup_s(1 << 20)
+def test_few_reads_take_what_they_were_measured_to() -> None:
+    found = replace(DISK, bursts=(DiskPoint(1 << 20, 4, 1e9),), short_bursts=(DiskPoint(1 << 20, 4, 5e8),))
+    few_s, burst_s = FEW_READS * (1 << 20) / 5e8, BURST_READS * (1 << 20) / 1e9
+    for reads in (2.0, 3.5, 8.0):
+        whole_s = _startup_s(found, 1 << 20, reads) + reads * (1 << 20) / 2e9
+        assert whole_s == pytest.approx(np.interp(reads, [FEW_READS, BURST_READS], [few_s, burst_s]))
+    assert _startup_s(found, 1 << 20, 1.0) == pytest.approx(_startup_s(found, 1 << 20, 2.0))
+    assert _startup_s(found, 1 << 20, 99.0) == pytest.approx(_startup_s(found, 1 << 20, 8.0))
+    assert _startup_s(found.times(2.0), 1 << 20, 2, 4e9) == pytest.approx(_startup_s(found, 1 << 20, 2) / 2)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.1])

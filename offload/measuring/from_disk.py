@@ -1,0 +1,123 @@
+"""Passes whose experts all come from disk: how reads and kernels slow each other down, and what arriving takes.
+
+Measured on a model's own layers, because kernels that begin and end as experts arrive, one at a time, on threads that
+sleep in between, are not the kernels that can be repeated beside a long read.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Protocol
+
+import numpy as np
+
+from offload.runtime import Runtime
+from placement.disk import Overlap
+from placement.planner import READER_THREADS
+
+_LEAST = 0.05
+"""Share that noise may leave."""
+
+
+@dataclass(frozen=True)
+class FromDisk:
+    """The MoE layers of a pass, whose experts all come from disk.
+
+    Attributes:
+        tokens: of an expert, on average.
+        layers_s: seconds in MoE layers beyond what these take beside experts with everything in RAM.
+        kernels_s: of them, in kernels.
+        alone_s: of kernels with everything in RAM, if each expert had a call of its own, as those that arrive do.
+        waiting_s: of `layers_s`, for reads.
+        reads_s: of the same reads alone.
+        first_s: of them, until the first are there.
+        loads: experts that were read.
+        layers: MoE layers.
+    """
+
+    tokens: int
+    layers_s: float
+    kernels_s: float
+    alone_s: float
+    waiting_s: float
+    reads_s: float
+    first_s: float
+    loads: int
+    layers: int
+
+    @property
+    def _last_s(self) -> float:
+        """Of the experts that arrive last in their layers: nothing is read beside them."""
+        return self.layers * self.alone_s / self.loads
+
+    @property
+    def overlap(self) -> Overlap:
+        """Kernels have the share of their speed that they had; reads that were not waited for went on meanwhile."""
+        beside_s = max(self.kernels_s - self._last_s, 1e-9)
+        kernels = min(1.0, max(_LEAST, (self.alone_s - self._last_s) / beside_s))
+        reads = (self.reads_s - self.waiting_s) / beside_s
+        return Overlap(self.tokens, min(1.0, max(_LEAST, reads, 1 - kernels)), kernels)
+
+    @property
+    def arrival_s(self) -> float:
+        """Of each expert, what kernels and reads do not account for, as `placement.expert_cost` adds them up."""
+        idle_s = min(self.first_s, self.reads_s)
+        rest = np.array(self.alone_s - self._last_s), np.array(self.reads_s - idle_s)
+        both_s = float(self.overlap.seconds(*rest))
+        return max(0.0, self.layers_s - idle_s - both_s - self._last_s) / self.loads
+
+
+class _Clock(Protocol):
+    """Seconds that kernels of experts took since it was set to 0."""
+
+    experts_s: float
+
+
+def measure_from_disk(
+    runtime: Runtime, clock: _Clock, run: Callable[[], object], tokens: int, call_s: float,
+    read: Callable[[int, int], float] | None,
+) -> FromDisk:  # fmt: skip
+    """A pass with everything in RAM and one with nothing, and the reads alone.
+
+    Args:
+        runtime: with a slot for every expert; all are there before and after.
+        clock: of its device.
+        run: the pass, which looks for its experts in every layer.
+        tokens: of an expert, on average.
+        call_s: of a call of experts whatever its size.
+        read: seconds of reading blocks of some bytes, so many, alone; None as fast as they are read in passes.
+    """
+    every = range(runtime.plan.expert_count)
+    inside = _in_layers(runtime, clock, run)
+    for key in every:
+        runtime.tier.evict(key)
+    before = runtime.tier.counters.loads
+    outside = _in_layers(runtime, clock, run)
+    loads, layers = runtime.tier.counters.loads - before, len(runtime.layers)
+    runtime.tier.fetch(every, lambda _key: None)
+    each = round(loads / layers)
+    reads_s, first_s = outside[2], outside[2] * min(1.0, READER_THREADS / each)
+    if read is not None:
+        reads_s = sum(read(runtime.plan.slot_nbytes, each) for _ in range(layers))
+        first_s = sum(read(runtime.plan.slot_nbytes, min(each, READER_THREADS)) for _ in range(layers))
+    return FromDisk(
+        tokens, outside[0] - (inside[0] - inside[1]), outside[1], inside[1] + (loads - layers) * call_s, outside[2],
+        reads_s, first_s, loads, layers,
+    )  # fmt: skip
+
+
+def _in_layers(runtime: Runtime, clock: _Clock, run: Callable[[], object]) -> tuple[float, float, float]:
+    """Seconds of a pass in MoE layers: all, in kernels, waiting for reads."""
+    before = runtime.stats()
+    clock.experts_s = 0.0
+    run()
+    after = runtime.stats()
+    return after.moe_s - before.moe_s, clock.experts_s, after.read_stall_s - before.read_stall_s
+
+
+def median_of(found: Sequence[FromDisk]) -> FromDisk:
+    """Of each part; counts are those of one of the passes in the middle."""
+    parts = [statistics.median_low(values) for values in zip(*map(astuple, found), strict=True)]
+    return FromDisk(*parts)
