@@ -81,6 +81,7 @@ class _Speeds:
     distinct: float
     cpu_s: float
     cpu_call_s: float
+    arrival_s: float
     gpu_s: float
     gpu_call_s: float
     copy_s: float
@@ -128,7 +129,7 @@ def expert_cost(
         decode: the pass has one token of each sequence.
         around_s: of the linear layers around on the CPU, which take longer where experts were read before.
     """
-    speeds = _speeds(experts, profile, need, rows, on_gpu=on_gpu)
+    speeds = _speeds(experts, profile, need, rows, on_gpu=on_gpu, decode=decode)
     distinct = round(need.distinct)
     if distinct > _MOST_EXACT or abs(distinct - need.distinct) > 1e-9:
         reads = _reads(profile.disk, homes, need, decode=decode)
@@ -143,8 +144,7 @@ def expert_cost(
     found = in_vram + in_ram
     # Looking for experts, unless all are always found, and what the layer around takes longer where one is not.
     missed = 1 - np.clip(found, 0.0, 1.0) ** need.distinct
-    step_s = overheads.step_s + overheads.step_arrival_s * read + slower_s * missed
-    return _with_cpu(cost, np.where(found < 1.0, step_s, 0.0))
+    return _with_cpu(cost, np.where(found < 1.0, overheads.step_s + slower_s * missed, 0.0))
 
 
 def _with_cpu(cost: ExpertCost, seconds: FloatArray) -> ExpertCost:
@@ -242,10 +242,10 @@ def _outcomes(
     c, g, p = speeds.cpu_s, speeds.gpu_s, speeds.copy_s
     on_cpu, on_gpu = np.where(host - copied > _NONE, host - copied, 0.0), hits + copied
     # Resident experts share a call; each that arrives has its own.
-    cpu = on_cpu * c + speeds.cpu_call_s * np.where(on_cpu > 0, 1 + np.minimum(misses, on_cpu), 0.0)
+    cpu = on_cpu * c + np.where(on_cpu > 0, speeds.cpu_call_s + speeds.arrival_s * np.minimum(misses, on_cpu), 0.0)
     gpu = on_gpu * g + np.where(on_gpu > 0, speeds.gpu_call_s, 0.0)
     link = copied * p + np.where(on_gpu > 0, speeds.crossing_s, 0.0)
-    last = np.where(on_cpu > 0, np.minimum(c + speeds.cpu_call_s, cpu), p + g)
+    last = np.where(on_cpu > 0, np.minimum(c + speeds.arrival_s, cpu), p + g)
     resident = np.where(on_cpu > misses, (on_cpu - misses) * c + speeds.cpu_call_s, 0.0)
     idle = np.minimum(np.maximum(first - resident, 0.0), disk)
     after = np.zeros_like(disk)
@@ -294,13 +294,17 @@ def _disk_s(reads: _Reads, nbytes: float, misses: FloatArray) -> tuple[FloatArra
     return startup + whole, startup + first
 
 
-def _speeds(experts: ExpertsSpec, profile: HardwareProfile, need: LayerDemand, rows: int, *, on_gpu: bool) -> _Speeds:
+def _speeds(
+    experts: ExpertsSpec, profile: HardwareProfile, need: LayerDemand, rows: int, *, on_gpu: bool, decode: bool
+) -> _Speeds:
     layout = experts.layout
     weights, tokens = expert_weights(experts), need.tokens_per_expert
     cpu = profile.cpu.expert(layout.format)
     c = weights * cpu.seconds_per_weight(tokens)
+    arrival = profile.cpu.overheads_in(layout.format).step_arrival_s if decode else None
+    arrival_s = cpu.call_s if arrival is None else arrival
     if profile.gpu is None or profile.to_gpu is None or profile.from_gpu is None:
-        return _Speeds(need.distinct, c, cpu.call_s, 0.0, 0.0, 0.0, 0.0, layout.nbytes)
+        return _Speeds(need.distinct, c, cpu.call_s, arrival_s, 0.0, 0.0, 0.0, 0.0, layout.nbytes)
     gpu = profile.gpu.expert(layout.format)
     activations = rows * layout.hidden * 2
     # Activations cross between the layer around and the experts that run on the other side.
@@ -309,6 +313,7 @@ def _speeds(experts: ExpertsSpec, profile: HardwareProfile, need: LayerDemand, r
         need.distinct,
         c,
         cpu.call_s + (crossing if on_gpu else 0.0),
+        arrival_s + (crossing if on_gpu else 0.0),
         weights * gpu.seconds_per_weight(tokens),
         gpu.call_s,
         profile.to_gpu.seconds(layout.nbytes),

@@ -104,8 +104,9 @@ class Overheads:
         step_s: more in each MoE layer of such a pass as long as not every expert has a slot: looking for experts.
         prompt_layer_s: in each layer of a pass of more tokens, in the place of `layer_s` and `step_s`.
         step_arrival_s: in a pass of one token of each sequence, for each expert that comes from disk, beside its read
-            and its product: asking for it, hearing that it is there, waking threads.
-        arrival_s: likewise in a pass of more tokens.
+            and its product, in the place of the kernels' call: asking for it, a slot for it, hearing that it is there,
+            waking threads. None: what a call takes.
+        arrival_s: in a pass of more tokens, likewise, beside the kernels' call, while nothing else goes on.
     """
 
     pass_s: float
@@ -113,7 +114,7 @@ class Overheads:
     element_s: float
     step_s: float = 0.0
     prompt_layer_s: float | None = None
-    step_arrival_s: float = 0.0
+    step_arrival_s: float | None = None
     arrival_s: float = 0.0
 
     def of_layer(self, new_tokens: int) -> float:
@@ -123,9 +124,10 @@ class Overheads:
     def times(self, factor: float) -> Overheads:
         """All of them, `factor` times as long."""
         prompt = None if self.prompt_layer_s is None else factor * self.prompt_layer_s
+        arrival = None if self.step_arrival_s is None else factor * self.step_arrival_s
         return Overheads(
             factor * self.pass_s, factor * self.layer_s, factor * self.element_s, factor * self.step_s, prompt,
-            factor * self.step_arrival_s, factor * self.arrival_s,
+            arrival, factor * self.arrival_s,
         )  # fmt: skip
 
 

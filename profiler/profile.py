@@ -24,8 +24,9 @@ from profiler.timing import Timing, repeated
 
 _MIB = 1 << 20
 _NO_OVERHEADS = Overheads(0.0, 0.0, 0.0)
-_NO_OVERLAPS = Overlap(1, 1.0, 1.0), Overlap(2, 1.0, 1.0)
+_NO_OVERLAP = Overlap(2, 1.0, 1.0)
 """Until passes from disk tell."""
+_OVERLAP_NBYTES = 64 * _MIB
 _BYTES_PER_POINT = 96 * _MIB
 _PACKED = "int4"
 """Stands for all packed formats in whole passes; what differs is in the curves."""
@@ -35,6 +36,8 @@ _IN_FLIGHT = 4
 _BURSTS = 5
 _LARGE_BLOCK = 12 * _MIB
 """Read in pieces, as large bundles are, and checked whole."""
+_BESIDE_READS = ("bf16", "int4")
+"""Formats of experts that are computed beside reads: their shares differ by moment more than by format."""
 _BETWEEN_READS = "bf16"
 
 
@@ -150,6 +153,8 @@ def measure_machine(
                 product = point.make()
                 found.sizes[point.what] = product.weights, product.entries
                 found.time(point.what, product.run, effort.call_s / effort.rounds, product.calls)
+            if name in _BESIDE_READS:
+                _read_beside_kernels(found, subjects, name, effort)
         _time_attention(found, subjects, effort)
         found.note("memory", subjects.stream())
         _read(found, subjects, effort)
@@ -173,7 +178,7 @@ def measure_machine(
     return replace(
         profile,
         cpu=replace(cpu, overheads=plain.overheads, packed_overheads=None if packed is None else packed.overheads),
-        disk=replace(disk, few=plain.few, many=plain.many),
+        disk=replace(disk, many=plain.many),
         provenance=replace(provenance, notes=(*found.told(timed), *gpu)),
     )
 
@@ -269,6 +274,21 @@ def _read(found: _Found, subjects: Subjects, effort: Effort) -> None:
     found.note("latency", min(subjects.read(4096, 1, 1) for _ in range(8)))
 
 
+def _read_beside_kernels(found: _Found, subjects: Subjects, format: str, effort: Effort) -> None:
+    block = effort.blocks[-1]
+    blocks = int(max(effort.share_of_reads * _OVERLAP_NBYTES // block, _MIN_BLOCKS))
+
+    def read() -> float:
+        return subjects.read(block, _IN_FLIGHT, blocks)
+
+    for _ in range(2):
+        # Alone right before: only what lies close together can be compared.
+        alone_s = read()
+        beside_s, kernels = subjects.beside_kernels(read, format, 1)
+        found.note("reads beside kernels", alone_s / beside_s)
+        found.note("kernels beside reads", kernels)
+
+
 def _burst_of(block: int, reads: int) -> str:
     return f"bursts of {reads} of {block}"
 
@@ -290,5 +310,7 @@ def _disk(found: _Found, effort: Effort, free_nbytes: int) -> Disk:
         )
         for reads in (FEW_READS, BURST_READS)
     )
+    reads, kernels = (min(1.0, found.median(what)) for what in ("reads beside kernels", "kernels beside reads"))
+    few = Overlap(1, reads, min(1.0, max(kernels, 1 - reads)))
     between = min(1.0, found.median("between"))
-    return Disk(points, bursts, min(found.repeats["latency"]), *_NO_OVERLAPS, free_nbytes, between, short)
+    return Disk(points, bursts, min(found.repeats["latency"]), few, _NO_OVERLAP, free_nbytes, between, short)

@@ -48,12 +48,10 @@ class WholePasses:
 
     Attributes:
         overheads: what they take beyond what is predicted of their parts.
-        few: what reads and kernels of one token leave each other, where experts come from disk.
-        many: likewise of several tokens.
+        many: what reads and kernels of several tokens leave each other, where experts come from disk.
     """
 
     overheads: Overheads
-    few: Overlap
     many: Overlap
 
 
@@ -84,6 +82,12 @@ class Subjects(Protocol):
 
     def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
         """Seconds to read that many blocks from random places of the disk."""
+        ...
+
+    def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
+        """What `call` returns while experts of a format with so many tokens are computed, and the share of their speed
+        alone that these then have.
+        """
         ...
 
     def between_reads(self, read: Callable[[], float], format: str) -> float:

@@ -23,13 +23,21 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from formats.elements import BF16
 from offload.devices.base import ExpertBatch
 from offload.devices.host import HostDevice
 from offload.loading import load
-from offload.measuring.from_disk import FromDisk, measure_from_disk, median_of
+from offload.measuring.from_disk import (
+    DecodeFromDisk,
+    PromptFromDisk,
+    decode_from_disk,
+    median_of,
+    prompt_from_disk,
+)
 from offload.moe.layer import ExpertsLayer
 from offload.runtime import Runtime
 from placement.hardware_profile import HardwareProfile, Overheads, Speeds
+from placement.plan import Plan
 from placement.planner import predicted
 from placement.prediction import Prediction
 from placement.workload import Workload
@@ -84,9 +92,9 @@ def measure_passes(
     profile: HardwareProfile,
     directory: Path,
     repeats: int,
+    read: Callable[[int, int], float],
     quant: str | None = None,
     speeds: Callable[[], Speeds] = Speeds,
-    read: Callable[[int, int], float] | None = None,
     depths: tuple[int, ...] = DEPTHS,
 ) -> WholePasses:
     """The overheads that make predictions of the models' passes right, and how reads and kernels slow each other down.
@@ -95,9 +103,9 @@ def measure_passes(
         profile: with overheads of zero.
         directory: for the experts; what is written there is removed.
         repeats: passes of decode; an eighth as many of a prompt, two in a round at least.
+        read: seconds of reading blocks of some bytes, so many, alone.
         quant: format of the models' weights; None for bf16.
         speeds: how fast the machine is at the moment, over what `profile` says.
-        read: seconds of reading blocks of some bytes, so many, alone; None as fast as they are read in passes.
         depths: layers of the models with narrow experts, one or two; of one, all is counted as its layers'.
     """
     few, many = depths[0], depths[-1]
@@ -114,8 +122,12 @@ def measure_passes(
     prompt_layer_s = short - element_s * elements
     overheads = Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s)
     # Beside reads as they were: nobody would scale them with the processor alone.
-    overheads = replace(overheads.times(now.arithmetic), step_arrival_s=decode.arrival_s, arrival_s=prompts.arrival_s)
-    return WholePasses(overheads, decode.overlap, prompts.overlap)
+    curve, disk = profile.with_speeds(now).cpu.expert(quant or BF16.name), profile.disk
+    assert disk is not None
+    expert_s = 3 * _SIZES["hidden_size"] * _WIDE * curve.seconds_per_weight(1)
+    arrival_s = decode.arrival_s(expert_s, curve.call_s, step_s, disk.few)
+    overheads = replace(overheads.times(now.arithmetic), step_arrival_s=arrival_s, arrival_s=prompts.arrival_s)
+    return WholePasses(overheads, prompts.overlap)
 
 
 class _TimedDevice(HostDevice):
@@ -142,8 +154,8 @@ class _Passes:
     stepped: list[float] = field(default_factory=list)
     short: list[float] = field(default_factory=list)
     prompt: list[float] = field(default_factory=list)
-    decode_from_disk: list[FromDisk] = field(default_factory=list)
-    prompts_from_disk: list[FromDisk] = field(default_factory=list)
+    decode_from_disk: list[DecodeFromDisk] = field(default_factory=list)
+    prompts_from_disk: list[PromptFromDisk] = field(default_factory=list)
 
     def measure_prompts(self, repeats: int) -> None:
         """A round of prompts."""
@@ -151,19 +163,22 @@ class _Passes:
             # A model's first passes meet memory that is new to it.
             found += self._prompts(tokens, max(2, repeats // 8))[0 if found else 1 :]
 
-    def measure_from_disk(self, repeats: int, call_s: float, read: Callable[[int, int], float] | None) -> None:
-        """A round of decode and of prompts; `call_s` is what a call of experts takes whatever its size."""
-        repeats = max(2, repeats // 4)
-        rest = call_s, read
-        for _ in range(repeats):
+    def measure_prompts_from_disk(self, repeats: int, call_s: float, read: Callable[[int, int], float]) -> None:
+        """A round; `call_s` is what a call of experts takes whatever its size."""
+        for _ in range(max(2, repeats // 4)):
             run = partial(self._prompts, SHORT_TOKENS, 1)
-            self.prompts_from_disk.append(measure_from_disk(self.runtime, self.device, run, _TOKENS_OF_EXPERTS, *rest))
-        with self._looking_for_experts(), torch.no_grad():
-            cache = DynamicCache(config=self.model.config)
-            _pass(self.model, cache, torch.ones(1, _CACHED_TOKENS, dtype=torch.int64))
-            for number in range(repeats):
-                run = partial(_pass, self.model, cache, torch.tensor([[number]]))
-                self.decode_from_disk.append(measure_from_disk(self.runtime, self.device, run, 1, *rest))
+            self.prompts_from_disk.append(
+                prompt_from_disk(self.runtime, self.device, run, _TOKENS_OF_EXPERTS, call_s, read)
+            )
+
+    @torch.no_grad()
+    def measure_decode_from_disk(self, repeats: int, read: Callable[[int, int], float]) -> None:
+        """A round."""
+        cache = DynamicCache(config=self.model.config)
+        _pass(self.model, cache, torch.ones(1, _CACHED_TOKENS, dtype=torch.int64))
+        for number in range(repeats):
+            run = partial(_pass, self.model, cache, torch.tensor([[number]]))
+            self.decode_from_disk.append(decode_from_disk(self.runtime, run, read))
 
     @contextmanager
     def _looking_for_experts(self) -> Iterator[None]:
@@ -205,9 +220,9 @@ def _remainders(
     repeats: int,
     quant: str | None,
     speeds: Callable[[], Speeds],
-    read: Callable[[int, int], float] | None,
+    read: Callable[[int, int], float],
     depths: tuple[int, ...],
-) -> tuple[Speeds, Remainders, Remainders, tuple[FromDisk, FromDisk]]:
+) -> tuple[Speeds, Remainders, Remainders, tuple[DecodeFromDisk, PromptFromDisk]]:
     """(speeds, remainders of the shallow model, of the deep one, (decode, prompts) of one with wide experts from disk).
 
     Models take turns, and before each round the machine is probed, so that what others do on it meanwhile is in all of
@@ -216,6 +231,7 @@ def _remainders(
     with ExitStack() as stack:
         narrow = [_loaded(stack, directory, layers, _NARROW, quant) for layers in depths]
         wide = _loaded(stack, directory, _WIDE_DEPTH, _WIDE, quant)
+        tight = _loaded(stack, directory, _WIDE_DEPTH, _WIDE, quant, beside=wide.runtime.plan)
         call_s = profile.cpu.expert(wide.runtime.plan.format).call_s
         found: list[Speeds] = []
         rounds = max(1, min(_ROUNDS, repeats // _ROUND_PASSES))
@@ -225,17 +241,25 @@ def _remainders(
             for passes in narrow:
                 passes.measure_decode(each)
             narrow[0].measure_prompts(each)
-            wide.measure_from_disk(each, call_s, read)
+            wide.measure_prompts_from_disk(each, call_s, read)
+            tight.measure_decode_from_disk(each, read)
         now = Speeds(statistics.median(one.memory for one in found), statistics.median(one.arithmetic for one in found))
         scaled = profile.with_speeds(now)
-        from_disk = median_of(wide.decode_from_disk), median_of(wide.prompts_from_disk)
+        from_disk = median_of(tight.decode_from_disk), median_of(wide.prompts_from_disk)
         return now, narrow[0].remainders(scaled), narrow[-1].remainders(scaled), from_disk
 
 
-def _loaded(stack: ExitStack, directory: Path, layers: int, width: int, quant: str | None) -> _Passes:
+def _loaded(
+    stack: ExitStack, directory: Path, layers: int, width: int, quant: str | None, beside: Plan | None = None
+) -> _Passes:
+    """A model with a slot for every expert; or, beside the plan of such a one, with few more than a token needs."""
     store = stack.enter_context(TemporaryDirectory(prefix=".offload-profile-", dir=directory))
     made = _random_model(layers, width)
-    model = load(made, ram=4 << 30, nvme=store, context=_CONTEXT_TOKENS, quant=quant, progress=False)
+    ram = 4 << 30
+    if beside is not None:
+        slots = min(beside.ram_slots - 1, layers * _SIZES["num_experts_per_tok"] + 2)
+        ram = beside.peak_ram_nbytes - (beside.ram_slots - slots) * beside.slot_nbytes
+    model = load(made, ram=ram, nvme=store, context=_CONTEXT_TOKENS, quant=quant, progress=False)
     runtime = cast("Runtime", model.offload)
     stack.callback(runtime.close)
     runtime.device = device = _TimedDevice()

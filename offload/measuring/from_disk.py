@@ -1,4 +1,4 @@
-"""Passes whose experts all come from disk: how reads and kernels slow each other down, and what arriving takes.
+"""Passes whose experts all come from disk: how reads and kernels of prompts slow each other down, what arriving takes.
 
 Measured on a model's own layers, because kernels that begin and end as experts arrive, one at a time, on threads that
 sleep in between, are not the kernels that can be repeated beside a long read.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -19,11 +19,12 @@ from placement.planner import READER_THREADS
 
 _LEAST = 0.05
 """Share that noise may leave."""
+_HALVINGS = 40
 
 
 @dataclass(frozen=True)
-class FromDisk:
-    """The MoE layers of a pass, whose experts all come from disk.
+class PromptFromDisk:
+    """The MoE layers of a prompt, whose experts all come from disk.
 
     Attributes:
         tokens: of an expert, on average.
@@ -75,10 +76,10 @@ class _Clock(Protocol):
     experts_s: float
 
 
-def measure_from_disk(
+def prompt_from_disk(
     runtime: Runtime, clock: _Clock, run: Callable[[], object], tokens: int, call_s: float,
-    read: Callable[[int, int], float] | None,
-) -> FromDisk:  # fmt: skip
+    read: Callable[[int, int], float],
+) -> PromptFromDisk:  # fmt: skip
     """A pass with everything in RAM and one with nothing, and the reads alone.
 
     Args:
@@ -87,7 +88,7 @@ def measure_from_disk(
         run: the pass, which looks for its experts in every layer.
         tokens: of an expert, on average.
         call_s: of a call of experts whatever its size.
-        read: seconds of reading blocks of some bytes, so many, alone; None as fast as they are read in passes.
+        read: seconds of reading blocks of some bytes, so many, alone.
     """
     every = range(runtime.plan.expert_count)
     inside = _in_layers(runtime, clock, run)
@@ -97,12 +98,8 @@ def measure_from_disk(
     outside = _in_layers(runtime, clock, run)
     loads, layers = runtime.tier.counters.loads - before, len(runtime.layers)
     runtime.tier.fetch(every, lambda _key: None)
-    each = round(loads / layers)
-    reads_s, first_s = outside[2], outside[2] * min(1.0, READER_THREADS / each)
-    if read is not None:
-        reads_s = sum(read(runtime.plan.slot_nbytes, each) for _ in range(layers))
-        first_s = sum(read(runtime.plan.slot_nbytes, min(each, READER_THREADS)) for _ in range(layers))
-    return FromDisk(
+    reads_s, first_s = _alone(runtime, loads, read)
+    return PromptFromDisk(
         tokens, outside[0] - (inside[0] - inside[1]), outside[1], inside[1] + (loads - layers) * call_s, outside[2],
         reads_s, first_s, loads, layers,
     )  # fmt: skip
@@ -117,7 +114,93 @@ def _in_layers(runtime: Runtime, clock: _Clock, run: Callable[[], object]) -> tu
     return after.moe_s - before.moe_s, clock.experts_s, after.read_stall_s - before.read_stall_s
 
 
-def median_of(found: Sequence[FromDisk]) -> FromDisk:
+@dataclass(frozen=True)
+class DecodeFromDisk:
+    """The MoE layers of a pass of one token, whose experts all come from disk into a cache that others leave.
+
+    Kernels run on a tape there, where nobody sees how long they take.
+
+    Attributes:
+        layers_s: seconds in MoE layers.
+        reads_s: of the same reads alone.
+        first_s: of them, until the first are there.
+        loads: experts that were read.
+        layers: MoE layers.
+    """
+
+    layers_s: float
+    reads_s: float
+    first_s: float
+    loads: int
+    layers: int
+
+    def arrival_s(self, expert_s: float, call_s: float, step_s: float, overlap: Overlap) -> float:
+        """Seconds for each expert that make `placement.expert_cost` right: those of a call, and whatever else arriving
+        takes.
+
+        Args:
+            expert_s: of an expert's kernel, alone.
+            call_s: of a call of kernels.
+            step_s: of a layer, for looking for its experts.
+            overlap: of reads and kernels.
+        """
+        each, reads_s = self.loads / self.layers, self.reads_s / self.layers
+        idle_s = min(self.first_s / self.layers, reads_s)
+
+        def layer_s(arrival_s: float) -> float:
+            last_s = expert_s + arrival_s
+            rest_s = call_s + each * last_s - last_s
+            both_s = float(overlap.seconds(np.array(rest_s), np.array(reads_s - idle_s)))
+            return step_s + idle_s + both_s + last_s
+
+        wanted_s, low, high = self.layers_s / self.layers, 0.0, self.layers_s
+        # More for each never makes a layer faster, so halving finds where it is as slow as it was.
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if layer_s(middle) < wanted_s else (low, middle)
+        return low
+
+
+def decode_from_disk(runtime: Runtime, run: Callable[[], object], read: Callable[[int, int], float]) -> DecodeFromDisk:
+    """A pass with other experts in RAM, and the reads alone; see `prompt_from_disk`."""
+    needed = _after(runtime, run)
+    _after(
+        runtime,
+        lambda: runtime.tier.fetch(
+            [key for key in range(runtime.plan.expert_count) if key not in needed][: runtime.plan.ram_slots],
+            lambda _: None,
+        ),
+    )
+    before = runtime.stats()
+    run()
+    after = runtime.stats()
+    loads, layers = after.misses - before.misses, len(runtime.layers)
+    reads_s, first_s = _alone(runtime, loads, read)
+    return DecodeFromDisk(after.moe_s - before.moe_s, reads_s, first_s, loads, layers)
+
+
+def _after(runtime: Runtime, bring: Callable[[], object]) -> set[int]:
+    """The experts that are there when something brought them to where none was."""
+    for key in list(runtime.tier.table):
+        runtime.tier.evict(key)
+    bring()
+    return set(runtime.tier.table)
+
+
+def _alone(runtime: Runtime, loads: int, read: Callable[[int, int], float]) -> tuple[float, float]:
+    """Seconds of a pass's reads, and of those that are there first, layer by layer."""
+    nbytes, layers = runtime.plan.slot_nbytes, len(runtime.layers)
+    each = round(loads / layers)
+    return (
+        sum(read(nbytes, each) for _ in range(layers)),
+        sum(read(nbytes, min(each, READER_THREADS)) for _ in range(layers)),
+    )
+
+
+_Found = TypeVar("_Found", PromptFromDisk, DecodeFromDisk)
+
+
+def median_of(found: Sequence[_Found]) -> _Found:
     """Of each part; counts are those of one of the passes in the middle."""
     parts = [statistics.median_low(values) for values in zip(*map(astuple, found), strict=True)]
-    return FromDisk(*parts)
+    return type(found[0])(*parts)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
+
+import torch
 
 from formats.elements import BF16, FP32
 from formats.packed import PACKED_FORMATS
@@ -19,7 +22,9 @@ from placement.planner import READER_THREADS
 from profiler.probe import probe
 from profiler.stream import stream_bytes_per_s
 from profiler.subjects import Attention, Product, WholePasses
+from profiler.timing import repeated
 
+_ALONE_S = 0.05
 _BEFORE_PASSES_S = 0.3
 _ROWS, _BURSTS = 2048, 7
 
@@ -74,6 +79,26 @@ class RuntimeSubjects:
         """See `Subjects`."""
         return self._scratch.read(block_nbytes, in_flight, blocks)
 
+    def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
+        """The call runs on a thread of its own, the kernels on this one until it returns.
+
+        One expert a call, as they are computed when they arrive: both threads of a call wait for each other more often.
+        """
+        experts = self._expert_calls(format).product(1, tokens)
+        found: list[float] = []
+        thread = threading.Thread(target=lambda: found.append(call()))
+        with torch.no_grad():
+            alone_s = repeated(experts.run, budget_s=_ALONE_S)
+            with _waiting_shortly() if tokens == 1 else nullcontext():
+                thread.start()
+                beside_s = [_seconds(experts.run)]
+                while thread.is_alive():
+                    beside_s.append(_seconds(experts.run))
+        thread.join()
+        # The call ended within the last run.
+        whole = beside_s[:-1] or beside_s
+        return found[0], min(1.0, statistics.median(alone_s) * len(whole) / sum(whole))
+
     def between_reads(self, read: Callable[[], float], format: str) -> float:
         """Linear layers in a row, a layer's worth, right after the reads and right after each other; threads wait
         shortly beside reads, as they do while decode reads.
@@ -97,7 +122,7 @@ class RuntimeSubjects:
         def read(block_nbytes: int, blocks: int) -> float:
             return self.read(block_nbytes, READER_THREADS, blocks)
 
-        return measure_passes(profile, self._directory, self._repeats, quant, speeds, read, self._depths)
+        return measure_passes(profile, self._directory, self._repeats, read, quant, speeds, self._depths)
 
 
 @contextmanager
