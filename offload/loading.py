@@ -81,7 +81,8 @@ def load(
         prefetch: read experts of later layers ahead while one sequence is decoded: False for never, True for always,
             "auto" for as long as that is measured to pay. With `vram`, those of the next layer are also copied
             there ahead. Neither changes the output.
-        device: "cuda" or "cuda:N": dense weights, KV cache and hot experts on a GPU; docs/gpu.md says what has met one.
+        device: "cuda" or "cuda:N": dense weights, KV cache (in blocks in RAM and on disk where it does not fit) and hot
+            experts on a GPU; docs/gpu.md says what has met one.
             "host": the CPU, and with `vram` an accelerator that host memory plays, so that all three tiers run
             without a GPU. Experts there are computed by the CPU kernels: outputs are the same, speed is not a GPU's.
         vram: of a GPU's memory what may be used, None for all that is free; of "host" the size of its accelerator's,

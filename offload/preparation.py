@@ -19,7 +19,7 @@ from offload.checkpoint.dtypes import TORCH_DTYPES
 from offload.checkpoint.experts import MappedExperts, map_checkpoint
 from offload.checkpoint.lazy import lazy_state_dict
 from offload.checkpoint.locate import locate_checkpoint
-from offload.errors import DoesNotFitError, InvalidArgumentError, SlowKvWarning, UnsupportedOperationError
+from offload.errors import DoesNotFitError, InvalidArgumentError, SlowKvWarning
 from offload.hf.dense import load_dense
 from offload.hf.dense_weights import alignment_nbytes
 from offload.hf.dtypes import FORMAT_OF_DTYPE, resolve_dtype
@@ -29,6 +29,7 @@ from offload.hf.model_source import ModelBundleSource
 from offload.hf.quantise import linears_to_quantise, put_back, quantise_loaded, readable_alone, take_out
 from offload.hf.skeleton import config_dtype, make_skeleton, read_config
 from offload.hf.spec import build_spec
+from offload.kv.pieces import PIECES_NBYTES
 from offload.machine_profile import cached_profile
 from offload.request import DEFAULT_CONTEXT_TOKENS, AcceleratorRequest, Request
 from offload.sizes import format_size
@@ -246,15 +247,39 @@ def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedM
             f"{error}. Give ram={minimum} ({format_size(minimum)}) or more, or a shorter context than {context} tokens",
             minimum_ram_bytes=minimum,
         ) from error
-    if plan.kv is not None and request.accelerator is not None and request.accelerator.device != "host":
-        raise UnsupportedOperationError(
-            f"the KV cache of {spec.name} would lie in blocks in host memory, which the CPU attends to and "
-            f"device={request.accelerator.device!r} does not; leave kv=, kv_ram= and kv_sparsity= out, or load with "
-            "more ram="
-        )
     if request.accelerator is None:
         return plan
-    return _with_vram(spec, plan, request.accelerator, skeleton, request.kv.vram_nbytes)
+    try:
+        return _with_vram(spec, plan, request.accelerator, skeleton, request.kv.vram_nbytes)
+    except DoesNotFitError:
+        if request.accelerator.device == "host" or plan.kv is not None:
+            raise
+        below = _with_kv_below(spec, request, plan.workload, skeleton)
+        if below is None:
+            raise
+        return below
+
+
+def _with_kv_below(spec: ModelSpec, request: Request, workload: Workload, skeleton: PreTrainedModel) -> Plan | None:
+    """For a GPU whose memory does not hold the KV cache: the plan with blocks in host memory; None where that does not
+    fit either.
+    """
+    assert request.accelerator is not None
+    if not any(shape is not None for shape in spec.kv_shapes):
+        return None
+    profile, kv = profile_for(spec, request.store_root), replace(request.kv, blocks=True)
+    try:
+        plan = make_plan(spec, workload, request.ram_nbytes, profile, kv=kv)
+        plan = _with_vram(spec, plan, request.accelerator, skeleton, 0)
+    except (PlanInfeasibleError, DoesNotFitError):
+        return None
+    warnings.warn(
+        f"the KV cache of {workload.context_tokens} tokens does not fit into vram={request.accelerator.vram_nbytes} "
+        f"beside the layers of {spec.name}: it lies in blocks in RAM and on disk, and the CPU attends to it",
+        SlowKvWarning,
+        stacklevel=2,
+    )
+    return plan
 
 
 def check_kv(spec: ModelSpec, request: Request) -> None:
@@ -304,6 +329,8 @@ def _with_vram(
     quantised = plan.dense_format != plan.head_format or plan.dense_format in PACKED_FORMATS
     alignment = alignment_nbytes(skeleton, layers, quantised=quantised)
     other = vram_beside_weights(spec, plan.workload) if on_gpu else 0
+    if on_gpu and plan.kv is not None:
+        other += PIECES_NBYTES
     if budget is None:
         from offload.devices.cuda_driver import open_cuda
 

@@ -247,7 +247,8 @@ def _kv_above(choice: KvChoice, vram: int | str | None, accelerator: Accelerator
     nbytes = 0 if vram == 0 and vram is not False else parse_size(vram, "kv_vram")
     if not above:
         raise InvalidArgumentError(
-            f'kv_vram={vram!r}: goes with device="host" and vram=; on a GPU the KV cache lies in VRAM as a whole'
+            f'kv_vram={vram!r}: goes with device="host" and vram=; on a GPU the KV cache lies in VRAM as a whole, or '
+            "in blocks in host memory"
         )
     if choice.sparsity is not None and nbytes:
         raise InvalidArgumentError(

@@ -293,7 +293,15 @@ class Runtime:
         self.observer.prefill = tokens > 1
         self._wait_shortly(decode=tokens == 1)
         plan = self.plan
-        own = pass_nbytes(self.spec, self.paging, batch, tokens, past_tokens, all_logits=all_logits)
+        own = pass_nbytes(
+            self.spec,
+            self.paging,
+            batch,
+            tokens,
+            past_tokens,
+            all_logits=all_logits,
+            kv_elsewhere=self._kv_above,
+        )
         with self.lock:
             if cache is not None:
                 self._caches[cache] = kv_nbytes(self.spec, batch, past_tokens + tokens)
@@ -330,8 +338,12 @@ class Runtime:
             waits = short_waits() if wanted and not self.closed else None
             self._end_waits = _do_nothing if waits is None else weakref.finalize(self, waits.close)
 
+    @property
+    def _kv_above(self) -> bool:
+        return self.plan.kv_tier == "vram"
+
     def _other_caches_nbytes(self, cache: object | None) -> int:
-        if self.paging is not None:
+        if self.paging is not None or self._kv_above:
             return 0
         with self.lock:
             return sum(nbytes for other, nbytes in self._caches.items() if other is not cache)

@@ -39,9 +39,9 @@ def with_vram(
         spec: of the plan's model.
         plan: for RAM alone.
         budget_nbytes: bytes of that memory.
-        runs_attention: the accelerator computes all but the experts that are below: the KV cache has to be there, and
-            every dense weight has to be there or stream through. Otherwise, where not even the window fits, dense
-            weights stay in RAM.
+        runs_attention: the accelerator computes all but the experts that are below: every dense weight has to be
+            there or stream through, and a KV cache that is not in blocks has to be there. Otherwise, where not even the
+            window fits, dense weights stay in RAM.
         alignment_nbytes: what dense weights take beside their bytes.
         other_nbytes: what has to be there besides: activations, workspaces.
         kv_vram_nbytes: for the newest blocks of a KV cache in blocks; None for all that there is room for.
@@ -54,7 +54,7 @@ def with_vram(
     least = _least_slots_nbytes(plan)
     indices = range(len(spec.layers))
     everywhere = Homes(tuple(indices), tuple(indices), True, 0, 0, 1, 1)
-    kv = kv_moved_nbytes(spec, plan.workload, everywhere) if runs_attention else 0
+    kv = kv_moved_nbytes(spec, plan.workload, everywhere) if runs_attention and plan.kv is None else 0
     sizes = [layer.dense_nbytes for layer in spec.layers]
     rest = spec.dense_nbytes - sum(sizes) + alignment_nbytes
     fixed = rest + kv + other_nbytes
@@ -140,10 +140,16 @@ def _planned(
         )
     use = VramUse(dense, kv, other, slots * plan.slot_nbytes)
     vram = VramPlan(dense_layers, dense_layers if kv else (), dense > 0, slots, use, budget, window)
-    if window or not dense:
-        return replace(plan, vram=vram, prediction=None)
     # What left RAM makes room for experts.
-    ram_slots = min(plan.expert_count, plan.ram_slots + plan.ram.dense_nbytes // plan.slot_nbytes)
-    ram = RamUse(0, plan.ram.kv_nbytes, plan.ram.activation_nbytes, ram_slots * plan.slot_nbytes)
-    kv_tier: Tier = "vram" if kv else "ram"
-    return replace(plan, dense_tier="vram", kv_tier=kv_tier, ram_slots=ram_slots, ram=ram, vram=vram, prediction=None)
+    dense_left = 0 if window or not dense else plan.ram.dense_nbytes
+    kv_left = plan.ram.kv_nbytes if kv else 0
+    ram_slots = min(plan.expert_count, plan.ram_slots + (dense_left + kv_left) // plan.slot_nbytes)
+    ram = replace(
+        plan.ram, dense_nbytes=plan.ram.dense_nbytes - dense_left, kv_nbytes=plan.ram.kv_nbytes - kv_left,
+        slot_nbytes=ram_slots * plan.slot_nbytes,
+    )  # fmt: skip
+    dense_tier: Tier = "vram" if dense_left else plan.dense_tier
+    kv_tier: Tier = "vram" if kv else plan.kv_tier
+    return replace(
+        plan, dense_tier=dense_tier, kv_tier=kv_tier, ram_slots=ram_slots, ram=ram, vram=vram, prediction=None
+    )

@@ -11,7 +11,9 @@ import torch
 import offload
 from offload.devices import cuda_driver
 from offload.devices.pinned import PinnedHostDevice
-from offload.errors import DoesNotFitError, SlowDeviceWarning
+from offload.errors import DoesNotFitError, SlowDeviceWarning, SlowKvWarning
+from offload.kv import attention
+from offload.kv.pieces import PIECES_NBYTES, attend_in_pieces
 from tests.conftest import TinyCheckpoint
 from tests.devices.fake_cuda import FakeCudaDriver
 from tests.hf.reference import greedy, prompt, reference_model
@@ -27,9 +29,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeCudaDriver:
 
 
 def _load(directory: Path, store_root: Path, **options: object) -> torch.nn.Module:
-    return offload.load(  # type: ignore[return-value]
-        directory, ram="1GiB", nvme=store_root, context=40, device="cuda:1", **options
-    )  # type: ignore[call-overload]
+    settings = {"ram": "1GiB", "context": 40} | options
+    return offload.load(directory, nvme=store_root, device="cuda:1", **settings)  # type: ignore[return-value,call-overload]
 
 
 def _least_vram(directory: Path, store_root: Path) -> int:
@@ -58,6 +59,59 @@ def test_tokens_equal_transformers_at_any_cap(
             runtime.check()
             assert runtime.stats().accelerator.hits
             assert driver.pinned
+
+
+def test_a_cache_in_blocks_lies_in_host_memory(
+    driver: FakeCudaDriver, tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt in two chunks, the second of which attends to blocks with its products, then tokens, by the CPU."""
+    # As for tensors that are not on the CPU.
+    monkeypatch.setattr(attention, "_flash", attend_in_pieces)
+    directory = tiny_checkpoint("qwen3_moe")
+    ids = prompt(tokens=20)
+    expected = greedy(reference_model(directory, torch.float32), ids, new_tokens=2)
+    model = _load(directory, store_root, context=2000, kv_ram="800KiB", prefill_chunk=10)
+    with model.offload as runtime:
+        plan = runtime.plan
+        assert plan.kv is not None
+        assert (plan.kv_tier, plan.vram.use.kv_nbytes) == ("ram", 0)
+        assert torch.equal(greedy(model, ids, new_tokens=2), expected)
+        runtime.check()
+        figures = runtime.stats().kv
+        assert figures.paged_steps
+        assert not figures.gathered_steps
+
+
+def test_a_cache_too_large_for_vram_goes_into_blocks(
+    driver: FakeCudaDriver, tiny_checkpoint: TinyCheckpoint, store_root: Path
+) -> None:
+    directory = tiny_checkpoint("qwen3_moe")
+    long = {"ram": "4GiB", "context": 1_000_000, "prefill_chunk": 8}
+    with pytest.warns(SlowKvWarning, match="the CPU attends to it"):
+        model = _load(directory, store_root, **long)
+    with model.offload as runtime:
+        plan = runtime.plan
+        assert plan.kv is not None
+        assert plan.vram.use.kv_nbytes == 0
+        assert plan.vram.use.activation_nbytes > PIECES_NBYTES
+    with pytest.raises(DoesNotFitError, match="KV cache"):
+        _load(directory, store_root, **long, vram="1MiB")
+
+
+def test_a_cache_in_vram_leaves_ram_to_experts(
+    driver: FakeCudaDriver, tiny_checkpoint: TinyCheckpoint, store_root: Path
+) -> None:
+    """RAM that would hold the cache has slots; a long sequence takes none of them."""
+    directory = tiny_checkpoint("mixtral")
+    below = offload.plan(directory, ram="1GiB", context=4000)
+    ram = below.peak_ram_nbytes - 4 * below.slot_nbytes
+    model = _load(directory, store_root, ram=ram, context=4000)
+    with model.offload as runtime:
+        plan = runtime.plan
+        assert (plan.kv_tier, plan.ram.kv_nbytes) == ("vram", 0)
+        assert plan.ram_slots > offload.plan(directory, ram=ram, context=4000).ram_slots
+        runtime.make_room(1, 1, 3900, all_logits=False)
+        assert runtime.tier.table.usable_slots == plan.ram_slots
 
 
 def test_refused_pinning_is_said(driver: FakeCudaDriver, tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:

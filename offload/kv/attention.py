@@ -20,6 +20,7 @@ from offload.devices.base import AttentionBatch, AttentionWork
 from offload.devices.host_attention import attend
 from offload.devices.host_threads import kernel_pool
 from offload.kv.one_token import attend_one
+from offload.kv.pieces import attend_in_pieces
 from offload.kv.stream import Segment, Stream, Unit, segments, tiers_of, units_of
 from offload.kv.table import BlockTable
 
@@ -237,11 +238,11 @@ def attend_by_segments(
     sinks: torch.Tensor | None = None,
     expand: Expand | None = None,
 ) -> torch.Tensor:
-    """Attention of many new tokens, by matrix products over one segment at a time, in fp32.
+    """Attention of many new tokens, by matrix products over one segment at a time, in fp32, where these tokens are.
 
     Args:
         table: the history, which ends with the new tokens.
-        query: [B, Hq, T, D] of its last T tokens.
+        query: [B, Hq, T, D] of its last T tokens, on any device; so are keys, values and sinks.
         keys: [B, Hk, T, D] of these, as they were before the table rounded them.
         values: [B, Hk, T, V].
         scale: of the scores.
@@ -264,7 +265,7 @@ def attend_by_segments(
         tiers = tiers_of(table, cut)
         stream = Stream(table, units_of(table, cut, tiers.apart))
         for row in range(batch):
-            own = None if valid is None else torch.from_numpy(valid[row])
+            own = None if valid is None else torch.from_numpy(valid[row]).to(query.device)
             q = query[row : row + 1].float()
             total = _among_new(
                 q, keys[row : row + 1], values[row : row + 1], scale, None if own is None else own[past:]
@@ -272,7 +273,8 @@ def attend_by_segments(
             for index, segment in enumerate(cut):
                 unit = Unit(index, row, table.blocks(row, segment.first, segment.end))
                 source = stream if tiers.apart[row, index] else None
-                k, v = _read(table, segment, unit, source, past, above=bool(tiers.above[row, index]))
+                read = _read(table, segment, unit, source, past, above=bool(tiers.above[row, index]))
+                k, v = (part.to(query.device) for part in read)
                 if expand is not None:
                     k, v = expand(k, v)
                 first = segment.first * table.settings.block_tokens
@@ -310,7 +312,7 @@ def _among_new(
     k, v = (part.float().repeat_interleave(group, 1) for part in (keys, values))
     if valid is None or bool(valid.all()):
         return _flash(query, k, v, scale, None, causal=True)
-    seen = torch.ones(new, new, dtype=torch.bool).tril_() & valid
+    seen = torch.ones(new, new, dtype=torch.bool, device=query.device).tril_() & valid
     out, lse = _flash(query, k, v, scale, _additive(seen), causal=False)
     # Rows of padding see nothing.
     return out, lse.masked_fill(~seen.any(1), -torch.inf)
@@ -333,7 +335,7 @@ def _history(
 
 
 def _additive(seen: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def _flash(
@@ -346,6 +348,8 @@ def _flash(
     causal: bool,
 ) -> Part:
     """Torch's fused attention with its log-sum-exp; it wants keys and values of one width."""
+    if not query.is_cpu:
+        return attend_in_pieces(query, keys, values, scale, mask, causal=causal)
     width, value_width = keys.shape[3], values.shape[3]
     if width > value_width:
         values = torch.nn.functional.pad(values, (0, width - value_width))

@@ -10,7 +10,14 @@ from placement.workload import Workload
 
 
 def pass_nbytes(
-    spec: ModelSpec, paging: Paging | None, batch: int, tokens: int, past_tokens: int, *, all_logits: bool
+    spec: ModelSpec,
+    paging: Paging | None,
+    batch: int,
+    tokens: int,
+    past_tokens: int,
+    *,
+    all_logits: bool,
+    kv_elsewhere: bool = False,
 ) -> int:
     """Bytes beside dense weights and experts; blocks of KV caches, of all sequences, are bounded by themselves.
 
@@ -21,7 +28,10 @@ def pass_nbytes(
         tokens: new ones of each.
         past_tokens: of each, cached already.
         all_logits: logits are computed for every token.
+        kv_elsewhere: a cache that grows in place is on an accelerator.
     """
+    if paging is None and kv_elsewhere:
+        return planner.activation_nbytes(spec, batch, tokens, all_logits=all_logits)
     if paging is None:
         return planner.pass_nbytes(spec, batch, tokens, past_tokens, all_logits=all_logits)
     work = Workload(past_tokens + tokens, batch, tokens)

@@ -92,6 +92,25 @@ def test_tokens_are_those_of_transformers(
         torch.cuda.empty_cache()
 
 
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_cache_in_blocks_lies_in_host_memory(
+    model_type: str, name: str, tiny_checkpoint: TinyCheckpoint, store_root: Path
+) -> None:
+    """The prompt in chunks, which attend to blocks on the GPU; tokens, by the CPU."""
+    directory = tiny_checkpoint(model_type)
+    ids = prompt(tokens=26, batch=2)
+    expected = greedy(reference_model(directory, torch.float32), ids)
+    model = offload.load(
+        directory, ram="1GiB", nvme=store_root, context=60, batch=2, device=name, vram=VRAM, kv_ram="4MiB",
+        prefill_chunk=10,
+    )  # fmt: skip
+    with model.offload as runtime:
+        assert torch.equal(greedy(model, ids.to(name)).cpu(), expected)
+        runtime.check()
+        if runtime.plan.kv is not None:
+            assert runtime.stats().kv.paged_steps
+
+
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_packed_models(quant: str, name: str, tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
     """The caps change where experts are computed, which changes roundings and no more."""

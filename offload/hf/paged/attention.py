@@ -18,6 +18,7 @@ from offload.hf.paged.masks import padding_of
 from offload.hf.paged.recognition import is_softmax_attention
 from offload.hf.paged.states import CachedStates
 from offload.kv.attention import attend_by_segments, attend_few
+from offload.kv.table import BlockTable
 
 _NAME = "ALL_ATTENTION_FUNCTIONS"
 SINKS = "s_aux"
@@ -114,13 +115,13 @@ def _paged(module: torch.nn.Module, query: torch.Tensor, step: Step | ExpandedSt
     with torch.no_grad():
         if isinstance(step, ExpandedStep):
             if step.absorbs and few:
-                return step.release(attend_few(table, step.absorb(query), scale, valid=valid, sinks=sinks))
+                return step.release(_few(table, step.absorb(query), scale, valid, sinks))
             if step.absorbs:
                 _watch(step, step.absorb(query), scale, valid)
             elif table.sparsity is not None:
                 step.paging.pool.counters.sparsity.refused.add("latents that are not absorbed are attended to in full")
         elif few:
-            return attend_few(table, query, scale, valid=valid, sinks=sinks)
+            return _few(table, query, scale, valid, sinks)
         else:
             _watch(step, query, scale, valid)
         expand = step.expand if isinstance(step, ExpandedStep) else None
@@ -128,8 +129,14 @@ def _paged(module: torch.nn.Module, query: torch.Tensor, step: Step | ExpandedSt
         return attend_by_segments(table, query, step.keys, step.values, scale, valid=held, sinks=sinks, expand=expand)
 
 
+def _few(table: BlockTable, query: torch.Tensor, scale: float, valid: Any, sinks: torch.Tensor | None) -> torch.Tensor:
+    """By the CPU, where the blocks are: a query and its result are some KB, the blocks all that was cached."""
+    there = None if sinks is None else sinks.cpu()
+    return attend_few(table, query.cpu(), scale, valid=valid, sinks=there).to(query.device)
+
+
 def _watch(step: Step | ExpandedStep, query: torch.Tensor, scale: float, valid: Any) -> None:
     """Show a long pass to what will leave tokens out."""
     sparsity = step.table.sparsity
     if sparsity is not None and sparsity.watches_prompts:
-        sparsity.watch(step.table, query, scale, valid)
+        sparsity.watch(step.table, query.cpu(), scale, valid)

@@ -93,7 +93,7 @@ def _expand_kv(
     step = ExpandedStep(module, latents.step, expand)
     keys, values = (
         cached_states(
-            (*new.shape[:2], step.table.length, new.shape[3]), new.dtype, step, functools.partial(step.gather, side)
+            (*new.shape[:2], step.table.length, new.shape[3]), new, step, functools.partial(step.gather, side)
         )
         for side, new in enumerate((step.keys, step.values))
     )
@@ -125,7 +125,7 @@ def _tried(module: Any) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     latents, rotated = (
-        torch.randn(1, 1, 3, width, generator=generator).to(weight.dtype)
+        torch.randn(1, 1, 3, width, generator=generator).to(weight)
         for width in (module.kv_lora_rank, module.qk_rope_head_dim)
     )
     with torch.no_grad():

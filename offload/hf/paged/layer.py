@@ -69,10 +69,10 @@ class PagedLayer(DynamicLayer):
         self._dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, paging: Paging, table: BlockTable, dtype: torch.dtype) -> PagedLayer:
-        """A layer whose tokens are in a table already."""
+    def of(cls, paging: Paging, table: BlockTable, dtype: torch.dtype, device: torch.device) -> PagedLayer:
+        """A layer whose tokens are in a table already, for a model that computes in a dtype on a device."""
         layer = cls(paging)
-        layer.dtype, layer.device, layer._dtype = dtype, torch.device("cpu"), dtype
+        layer.dtype, layer.device, layer._dtype = dtype, device, dtype
         layer.table, layer.is_initialized = table, True
         return layer
 
@@ -109,7 +109,7 @@ class PagedLayer(DynamicLayer):
                 "keeps them"
             )
         rows = [table.read(row, 0, tokens, self._dtype) for row in range(table.sequences)]
-        keys, values = (torch.stack([row[side] for row in rows]) for side in (0, 1))
+        keys, values = (torch.stack([row[side] for row in rows]).to(self.device) for side in (0, 1))
         latent = table.layouts.plain.value_from_key
         return (keys[..., :latent], keys[..., latent:]) if latent else (keys, values)
 
@@ -134,9 +134,7 @@ class PagedLayer(DynamicLayer):
             return key_states, value_states
         step = Step(self, table, past, (key_states, value_states))
         keys, values = (
-            cached_states(
-                (*new.shape[:2], table.length, new.shape[3]), new.dtype, step, functools.partial(step.gather, side)
-            )
+            cached_states((*new.shape[:2], table.length, new.shape[3]), new, step, functools.partial(step.gather, side))
             for side, new in enumerate((key_states, value_states))
         )
         return keys, values
@@ -144,10 +142,11 @@ class PagedLayer(DynamicLayer):
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         table = self.table
         assert table is not None
+        # Blocks are host memory, wherever the model computes.
         if table.layouts.plain.value_from_key:
-            table.append(torch.cat([keys, values], -1).detach(), None)
+            table.append(torch.cat([keys, values], -1).detach().cpu(), None)
         else:
-            table.append(keys.detach(), values.detach())
+            table.append(keys.detach().cpu(), values.detach().cpu())
 
     def get_seq_length(self) -> int:
         """Tokens, evicted ones too."""

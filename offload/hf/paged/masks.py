@@ -52,13 +52,13 @@ def padding_of(mask: torch.Tensor | None, past: int, new: int) -> Padding | None
 def _padding_of(mask: torch.Tensor, past: int, new: int) -> Padding | None:
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (new, past + new):
         return None
-    valid = _seen(mask[:, 0, -1])
+    valid = _seen(mask[:, 0, -1].cpu())
     if valid is None:
         return None
     at = torch.arange(past + new)
     for first in range(0, new, _ROWS):
         rows = torch.arange(first, min(new, first + _ROWS)) + past
-        seen = _seen(mask[:, 0, first : first + _ROWS])
+        seen = _seen(mask[:, 0, first : first + _ROWS].cpu())
         if seen is None:
             return None
         expected = valid[:, None] & (at <= rows[:, None])

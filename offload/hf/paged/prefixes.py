@@ -115,7 +115,7 @@ class Prefixes:
             layers = []
             for description in saved.description["layers"]:
                 table = restored(self._paging, description, saved.blocks)
-                layers.append(PagedLayer.of(self._paging, table, self._model.dtype))
+                layers.append(PagedLayer.of(self._paging, table, self._model.dtype, self._model.device))
             return layers
 
     def _reject(self, tokens: np.ndarray[Any, np.dtype[np.int64]], error: Exception) -> None:

@@ -41,11 +41,13 @@ class CachedStates(torch.Tensor):
 
 
 def cached_states(
-    shape: tuple[int, ...], dtype: torch.dtype, step: Any, gather: Callable[[], torch.Tensor]
+    shape: tuple[int, ...], like: torch.Tensor, step: Any, gather: Callable[[], torch.Tensor]
 ) -> CachedStates:
-    """States of a shape; NaN, should anybody look past what this class answers."""
+    """States of a shape, with the dtype and on the device of others; NaN, should anybody look past what this class
+    answers.
+    """
     with _PLAIN():
-        states = torch.full((1,) * len(shape), torch.nan, dtype=dtype).expand(shape).as_subclass(CachedStates)
+        states = like.new_full((1,) * len(shape), torch.nan).expand(shape).as_subclass(CachedStates)
     states.step, states.gather_all = step, gather
     return states
 

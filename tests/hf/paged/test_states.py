@@ -14,7 +14,7 @@ def _states() -> tuple[CachedStates, torch.Tensor, list[int]]:
         asked[0] += 1
         return values
 
-    return cached_states((1, 2, 3, 4), torch.float32, None, gather), values, asked
+    return cached_states((1, 2, 3, 4), torch.zeros(1), None, gather), values, asked
 
 
 def test_shape_dtype_and_device_need_no_values() -> None:
@@ -36,6 +36,6 @@ def test_whatever_computes_with_them_gets_the_values() -> None:
 
 
 def test_no_memory_is_held() -> None:
-    states = cached_states((4, 8, 100_000, 128), torch.bfloat16, None, lambda: torch.zeros(1))
+    states = cached_states((4, 8, 100_000, 128), torch.zeros(1, dtype=torch.bfloat16), None, lambda: torch.zeros(1))
     with torch._C.DisableTorchFunctionSubclass():
         assert states.untyped_storage().nbytes() == 2
