@@ -18,6 +18,7 @@ from cpu_kernels.block_selection import attend_to_blocks, choose_blocks
 from cpu_kernels.key_sketch import estimate_largest_scores, sketch_blocks
 from cpu_kernels.paged_attention import paged_attention
 from cpu_kernels.paged_attention_reference import paged_attention_reference
+from cpu_kernels.prepared_attention import PreparedAttention, rows_elements
 from formats.key_sketch import SketchLayout
 from formats.kv import KV_FORMATS, KvLayout
 from formats.kv_pack import pack_kv_block
@@ -114,12 +115,24 @@ class _Histories:
         )
 
     def seconds(self, addresses: npt.NDArray[np.int64]) -> float:
-        """Mean seconds of a step, over steps that go through different blocks."""
-        before = perf_counter()
+        """Mean seconds of a step as decoding makes it, over steps that go through different blocks."""
         steps = min(len(addresses) // self.blocks, _STEPS)
-        for step in range(steps):
-            self.attend(addresses[step * self.blocks : (step + 1) * self.blocks])
+        prepared = [self._prepare(addresses[step * self.blocks : (step + 1) * self.blocks]) for step in range(steps)]
+        tokens, pool = self.blocks * self.layout.block_tokens, kernel_pool()
+        before = perf_counter()
+        for history in prepared:
+            history.attend(self.query, tokens, tokens - 1, pool)
         return (perf_counter() - before) / steps
+
+    def _prepare(self, addresses: npt.NDArray[np.int64]) -> PreparedAttention:
+        """What decoding keeps from one token to the next."""
+        layout, heads = self.layout, self.query.shape[1]
+        return PreparedAttention(
+            layout, layout.key_width**-0.5, np.array([0, len(addresses)]), addresses,
+            np.array([len(addresses) * layout.block_tokens]), np.zeros(1, np.int64),
+            torch.empty(rows_elements(layout, 1, heads)), torch.empty(1, heads, 1, layout.output_width),
+            torch.empty(1, heads, 1),
+        )  # fmt: skip
 
 
 def _fill(layout: KvLayout, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:

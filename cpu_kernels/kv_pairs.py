@@ -15,7 +15,7 @@ from numba.core import cgutils, types
 
 from cpu_kernels.jit import carray, inner, intrinsic
 from cpu_kernels.kv_pairs_simd import PairShape, pairs_add_four_rows, pairs_store, pairs_zero, store_rounded
-from cpu_kernels.kv_vectors import prefetch
+from cpu_kernels.kv_vectors import offset_by, prefetch
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_splat
 from cpu_kernels.simd import float32_pointer
 
@@ -47,28 +47,34 @@ def _constants_of(typingctx: Any, shape: Any) -> Any:
 
 
 @intrinsic
-def _prefetch_like(typingctx: Any, shape: Any, address: Any, panel_nbytes: Any) -> Any:
-    """Ask for 64 bytes a panel, as many as four rows of a tile have; they need not exist."""
+def _prefetch_like(typingctx: Any, shape: Any, address: Any) -> Any:
+    """Ask for 64 bytes a panel, as many as four rows of a tile have; they need not exist.
+
+    One after another: lines of four panels in turn arrive later.
+    """
     kernel: PairShape = shape.shape
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, address, panel_nbytes = arguments
-        for _ in range(1 if kernel.format == "int4" else kernel.words // 2):
-            prefetch(builder, address)
-            address = builder.add(address, panel_nbytes)
+        for line in range(1 if kernel.format == "int4" else kernel.words // 2):
+            prefetch(builder, offset_by(builder, arguments[1], 64 * line))
         return context.get_dummy_value()
 
-    return types.void(shape, types.int64, types.int64), codegen
+    return types.void(shape, types.int64), codegen
 
 
 @inner
-def round_row(row, count, largest, out, nbytes):
+def largest_rounded(count):
+    """What the largest of so many weights becomes: of many fewer bits are kept, so that sums fit 32 bits."""
+    return np.float32(min(_MOST_INT16, _MOST_INT32 // (_LARGEST_CODE * max(count, 1))))
+
+
+@inner
+def round_row(row, count, limit, largest, out, nbytes):
     """Weights of one head rounded; a NaN or an infinity makes the scale NaN.
 
-    row: address of fp32 [count], zero up to a multiple of 16. largest: of the magnitudes. out: address of `nbytes`
-    bytes, which may be row's. Of many weights fewer bits are kept, so that the sum of as many products fits 32 bits.
+    row: address of fp32 [count], zero up to a multiple of 16. limit: `largest_rounded`. largest: of the magnitudes.
+    out: address of `nbytes` bytes, which may be row's.
     """
-    limit = np.float32(min(_MOST_INT16, _MOST_INT32 // (_LARGEST_CODE * max(count, 1))))
     factor = limit / largest if largest > _SMALLEST else _ZERO
     for i in range(0, 4 * count, 64):
         store_rounded(out + i // 2, rows_load(row + i), factor)
@@ -78,22 +84,23 @@ def round_row(row, count, largest, out, nbytes):
 @inner
 def round_rows(rows, count, heads, out, nbytes):
     """`round_row` for `heads` rows, `nbytes` apart at the address `rows` as at `out`."""
+    limit = largest_rounded(count)
     for head in range(heads):
         row = rows + head * nbytes
         largest = rows_splat(_ZERO)
         for i in range(0, 4 * count, 64):
             largest = rows_larger(largest, rows_load(row + i))
-        round_row(row, count, rows_largest(largest), out + head * nbytes, nbytes)
+        round_row(row, count, limit, rows_largest(largest), out + head * nbytes, nbytes)
 
 
 @inner
 def _tile(shape, panel, panel_nbytes, rows, weights, nbytes, out, out_nbytes, add, ahead):
     """One tile; four rows at a time: what follows the last has weights of zero."""
-    pair_nbytes, _ = _constants_of(shape)
+    pair_nbytes, width = _constants_of(shape)
     tile = pairs_zero(shape)
     for row in range(0, rows, 4):
         offset = row // 2 * pair_nbytes
-        _prefetch_like(shape, ahead + offset, panel_nbytes)
+        _prefetch_like(shape, ahead + 16 * width * row)
         tile = pairs_add_four_rows(shape, tile, panel + offset, panel_nbytes, weights + 2 * row, nbytes)
     pairs_store(shape, tile, weights + nbytes - 4, nbytes, out, out_nbytes, add)
 
@@ -140,7 +147,7 @@ def multiply_int8_panels(panels, panel_nbytes, count, rows, weights, nbytes, hea
 def add_int4_half(half, rows, weights, nbytes, heads, out, out_nbytes, ahead):
     """Out[h][lane] += sum over r < rows of weights[h][r] [r][lane] for 32 lanes of one panel of int4.
 
-    half: address of these lanes of the first pair of rows. ahead: of what is read next, 64 bytes of every 128. The
+    half: address of these lanes of the first pair of rows. ahead: of what is read next, 16 bytes a row. The
     other arguments are those of `multiply_int8_panels`.
     """
     head = 0

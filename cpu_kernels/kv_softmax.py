@@ -177,6 +177,19 @@ def largest_of_row(row, count):
 
 
 @inner
+def scale_row_largest(row, factor, count):
+    """`scale_row`; returns the `largest_of_row` of what it leaves."""
+    factors = rows_splat(factor)
+    largest = rows_multiply(rows_load(row), factors)
+    rows_store(row, largest)
+    for i in range(64, 4 * count, 64):
+        scaled = rows_multiply(rows_load(row + i), factors)
+        rows_store(row + i, scaled)
+        largest = rows_max(largest, scaled)
+    return rows_maximum(largest)
+
+
+@inner
 def exponentials_of_row(row, largest, count):
     """Row[i] = exp(row[i] - largest); count a multiple of 16."""
     above = rows_splat(largest)

@@ -18,10 +18,11 @@ from numba.extending import overload
 
 from cpu_kernels.compiling.inlined import InlinedCompiler
 from cpu_kernels.jit import call_at, carray, function_address, inner, intrinsic
-from cpu_kernels.kv_pairs import add_int4_half, multiply_int8_panels, round_row, round_rows
+from cpu_kernels.kv_pairs import add_int4_half, largest_rounded, multiply_int8_panels, round_row, round_rows
 from cpu_kernels.kv_panels import expand_rows, multiply_panels, row_nbytes
 from cpu_kernels.kv_simd import FP8_FACTOR, KvCode
 from cpu_kernels.kv_softmax import multiply_row, rows_add, rows_store, rows_sum
+from cpu_kernels.kv_vectors import prefetch
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_multiply, rows_splat, rows_type
 from cpu_kernels.simd import float32_pointer, int64_pointer
 
@@ -82,6 +83,24 @@ def bf16_at(typingctx: Any, address: Any) -> Any:
         return builder.bitcast(bits, ir.FloatType())
 
     return types.float32(types.int64), codegen
+
+
+@intrinsic
+def _ask_for_line(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address; it need not exist."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@inner
+def ask_for(first, end):
+    """Ask for what lies between two addresses, the first of them that of a line."""
+    for address in range(first, end, 64):
+        _ask_for_line(address)
 
 
 @inner
@@ -152,12 +171,14 @@ def add_values(job, head, tokens, weights, rows, out, scratch, ahead):
     if job[INT4_VALUES_FUNCTION]:
         call_at(job[INT4_VALUES_FUNCTION], (job.ctypes.data, head, tokens, weights, rows, out, scratch, ahead))
         return
-    if job[HAS_TOKEN_SCALES]:
+    if job[ROUNDS_WEIGHTS] and tokens % 16 == 0:
+        _scale_and_round_rows(weights, head + job[VALUE_SCALES], tokens, rows, nbytes)
+    elif job[HAS_TOKEN_SCALES]:
         factor = float32_at(job.ctypes.data + 8 * CODE_FACTOR)
         for row in range(rows):
             _multiply_some(weights + row * nbytes, head + job[VALUE_SCALES], tokens, factor)
-    if job[ROUNDS_WEIGHTS]:
-        round_rows(weights, tokens, rows, weights, nbytes)
+        if job[ROUNDS_WEIGHTS]:
+            round_rows(weights, tokens, rows, weights, nbytes)
     call_at(job[MULTIPLY_FUNCTION], (head + job[VALUES], job[BLOCK_TOKENS] * job[ROW_NBYTES], job[VALUE_COLUMNS] // 16,
                                      tokens, weights, nbytes, rows, out, job[PART_NBYTES], 1, ahead))  # fmt: skip
 
@@ -172,7 +193,7 @@ def _int4_scores(job, head, tokens, queries, rows, out, scratch, ahead):
         _scale_and_round(queries, rows, query_nbytes, head + job[KEY_SCALES] + place, head + job[KEY_ZEROS] + place,
                          width, scratch, out + 128 * group, out_nbytes, False)  # fmt: skip
         add_int4_half(head + job[KEYS] + offset + group % 2 * 32, width, scratch, query_nbytes, rows,
-                      out + 128 * group, out_nbytes, ahead + offset + group % 2 * 64)  # fmt: skip
+                      out + 128 * group, out_nbytes, ahead + group * ((width + 3) // 4 * 64))  # fmt: skip
 
 
 @inner
@@ -185,7 +206,7 @@ def _int4_values(job, head, tokens, weights, rows, out, scratch, ahead):
         _scale_and_round(weights, rows, nbytes, head + job[VALUE_SCALES] + place, head + job[VALUE_ZEROS] + place,
                          tokens, scratch, out + 128 * group, out_nbytes, True)  # fmt: skip
         add_int4_half(head + job[VALUES] + offset + group % 2 * 32, tokens, scratch, nbytes, rows, out + 128 * group,
-                      out_nbytes, ahead + offset + group % 2 * 64)  # fmt: skip
+                      out_nbytes, ahead + group * block_tokens * 16)  # fmt: skip
 
 
 @inner
@@ -203,6 +224,7 @@ def _scale_and_round(weights, rows, nbytes, scales, zeros, count, scaled, out, o
     for i in range(count, (count + 15) // 16 * 16):
         carray(float32_pointer(wide_scales + 4 * i), (1,))[0] = np.float32(0)
         carray(float32_pointer(wide_zeros + 4 * i), (1,))[0] = np.float32(0)
+    limit = largest_rounded(count)
     for row in range(rows):
         weight, target = weights + row * nbytes, scaled + row * nbytes
         total = largest = rows_splat(np.float32(0))
@@ -212,11 +234,25 @@ def _scale_and_round(weights, rows, nbytes, scales, zeros, count, scaled, out, o
             rows_store(target + i, product)
             largest = rows_larger(largest, product)
             total = rows_add(total, rows_multiply(numbers, rows_load(wide_zeros + i)))
-        round_row(target, count, rows_largest(largest), target, nbytes)
+        round_row(target, count, limit, rows_largest(largest), target, nbytes)
         shift = rows_splat(rows_sum(total))
         for i in range(0, 128, 64):
             at = out + row * out_nbytes + i
             rows_store(at, rows_add(rows_load(at), shift) if add else shift)
+
+
+@inner
+def _scale_and_round_rows(weights, scales, tokens, rows, nbytes):
+    """`_multiply_some` and `round_rows` in one pass, of whole panels of tokens of int8, in place."""
+    limit = largest_rounded(tokens)
+    for row in range(rows):
+        at = weights + row * nbytes
+        largest = rows_splat(np.float32(0))
+        for i in range(0, 4 * tokens, 64):
+            product = rows_multiply(rows_load(at + i), rows_load(scales + i))
+            rows_store(at + i, product)
+            largest = rows_larger(largest, product)
+        round_row(at, tokens, limit, rows_largest(largest), at, nbytes)
 
 
 @inner

@@ -24,6 +24,7 @@ from cpu_kernels.kv_softmax import (
     hide_invalid,
     largest_of_row,
     scale_row,
+    scale_row_largest,
     sum_of_row,
 )
 from cpu_kernels.packed_tiles import int8_pointer
@@ -33,7 +34,9 @@ from cpu_kernels.paged_attention_block import (
     FROM_KEY,
     GROUP,
     HEAD_NBYTES,
+    INT4_SCORES_FUNCTION,
     KEY_COLUMNS,
+    KEY_SCALES,
     KEY_WIDTH,
     KEYS,
     LAYOUT_FIELDS,
@@ -41,6 +44,7 @@ from cpu_kernels.paged_attention_block import (
     PART_NBYTES,
     QUERY_NBYTES,
     VALUE_COLUMNS,
+    VALUE_SCALES,
     VALUES,
 )
 from cpu_kernels.simd import float32_pointer, int64_pointer
@@ -95,15 +99,15 @@ def _weigh_row(job, scores, lanes, low, high, valid, part):
     width = job[PART_NBYTES] // 4
     state = carray(float32_pointer(part), (width,))
     capped = block.float32_at(job.ctypes.data + 8 * SOFTCAP)
-    scale_row(scores, block.float32_at(job.ctypes.data + 8 * SCALE), lanes)
-    if capped > _ZERO:
-        cap_row(scores, capped, lanes)
+    largest = scale_row_largest(scores, block.float32_at(job.ctypes.data + 8 * SCALE), lanes)
     some_hidden = low > 0 or high < lanes
-    if some_hidden:
+    if capped > _ZERO or some_hidden or job[VALID]:
+        if capped > _ZERO:
+            cap_row(scores, capped, lanes)
         hide(scores, low, high, lanes, _MINUS_INFINITY)
-    if job[VALID]:
-        hide_invalid(scores, low, high, valid, _MINUS_INFINITY)
-    largest = largest_of_row(scores, lanes)
+        if job[VALID]:
+            hide_invalid(scores, low, high, valid, _MINUS_INFINITY)
+        largest = largest_of_row(scores, lanes)
     if largest == _MINUS_INFINITY:
         hide(scores, 0, 0, lanes, _ZERO)
         return
@@ -143,10 +147,15 @@ def _weigh_rows(job, chunk, token, tokens, scores):
 @inner
 def _attend_in_place(job, chunk, head, following, token, tokens, queries, scores, scratch):
     """A block's share of few rows; values are asked for while keys are read, and the next block's keys after."""
-    rows = chunk[ROWS]
+    rows, int4 = chunk[ROWS], job[INT4_SCORES_FUNCTION] != 0
+    # Scales of int4 are a fifth of a block, and needed before its codes.
+    if int4:
+        block.ask_for(head + job[VALUE_SCALES], head + job[HEAD_NBYTES])
     block.key_scores(job, head, tokens, queries, rows, scores, scratch, head + job[VALUES])
     _weigh_rows(job, chunk, token, tokens, scores)
     out = job[PARTS] + job[PART_NBYTES] * chunk[PART]
+    if int4:
+        block.ask_for(following + job[KEY_SCALES], following + job[VALUES])
     block.add_values(job, head, tokens, scores, rows, out, scratch, following + job[KEYS])
 
 
