@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 
 from cpu_kernels.jit import carray, inner, intrinsic
 from cpu_kernels.kv_pairs_simd import PairShape, pairs_add_four_rows, pairs_store, pairs_zero, store_rounded
-from cpu_kernels.kv_vectors import offset_by, prefetch
+from cpu_kernels.kv_vectors import prefetch
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_splat
 from cpu_kernels.simd import float32_pointer
 
 # Heads by panels.
-_FOUR_BY_ONE, _TWO_BY_TWO, _TWO_BY_ONE = PairShape("int8", 4, 2), PairShape("int8", 2, 4), PairShape("int8", 2, 2)
-_ONE_BY_FOUR, _ONE_BY_ONE = PairShape("int8", 1, 8), PairShape("int8", 1, 2)
+_FOUR_BY_ONE, _TWO_BY_ONE, _ONE_BY_ONE = (PairShape("int8", heads, 2) for heads in (4, 2, 1))
 # int4: heads by nibbles of a half panel.
 _FOUR_BY_LOW, _FOUR_BY_HIGH = PairShape("int4", 4, 2), PairShape("int4", 4, 2, 2)
 _TWO_BY_HALF, _ONE_BY_HALF = PairShape("int4", 2, 4), PairShape("int4", 1, 4)
@@ -35,31 +34,24 @@ _SMALLEST = np.float32(1e-30)
 
 
 @intrinsic
-def _constants_of(typingctx: Any, shape: Any) -> Any:
-    """Bytes of a pair of rows of a panel, and panels of a tile."""
-    kernel: PairShape = shape.shape
-    values = kernel.pair_nbytes, 1 if kernel.format == "int4" else kernel.words // 2
+def _pair_nbytes(typingctx: Any, shape: Any) -> Any:
+    """Bytes of a pair of rows of a panel, as a constant."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return cgutils.pack_array(builder, [ir.Constant(ir.IntType(64), value) for value in values])
+        return ir.Constant(ir.IntType(64), shape.shape.pair_nbytes)
 
-    return types.UniTuple(types.int64, 2)(shape), codegen
+    return types.int64(shape), codegen
 
 
 @intrinsic
-def _prefetch_like(typingctx: Any, shape: Any, address: Any) -> Any:
-    """Ask for 64 bytes a panel, as many as four rows of a tile have; they need not exist.
-
-    One after another: lines of four panels in turn arrive later.
-    """
-    kernel: PairShape = shape.shape
+def ask_for_line(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address; it need not exist."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        for line in range(1 if kernel.format == "int4" else kernel.words // 2):
-            prefetch(builder, offset_by(builder, arguments[1], 64 * line))
+        prefetch(builder, arguments[0])
         return context.get_dummy_value()
 
-    return types.void(shape, types.int64), codegen
+    return types.void(types.int64), codegen
 
 
 @inner
@@ -96,26 +88,22 @@ def round_rows(rows, count, heads, out, nbytes):
 @inner
 def _tile(shape, panel, panel_nbytes, rows, weights, nbytes, out, out_nbytes, add, ahead):
     """One tile; four rows at a time: what follows the last has weights of zero."""
-    pair_nbytes, width = _constants_of(shape)
+    pair_nbytes = _pair_nbytes(shape)
     tile = pairs_zero(shape)
     for row in range(0, rows, 4):
         offset = row // 2 * pair_nbytes
-        _prefetch_like(shape, ahead + 16 * width * row)
+        ask_for_line(ahead + 16 * row)
         tile = pairs_add_four_rows(shape, tile, panel + offset, panel_nbytes, weights + 2 * row, nbytes)
     pairs_store(shape, tile, weights + nbytes - 4, nbytes, out, out_nbytes, add)
 
 
 @inner
-def _sweep(shape, panels, panel_nbytes, first, count, rows, weights, nbytes, out, out_nbytes, add, ahead):
-    """Whole tiles of int8 from panel `first` on; returns the panel after them."""
-    _, width = _constants_of(shape)
-    panel = first
-    while panel + width <= count:
+def _sweep(shape, panels, panel_nbytes, count, rows, weights, nbytes, out, out_nbytes, add, ahead):
+    """Tiles of int8, a panel each: memory is read, and asked for, in the order in which it lies."""
+    for panel in range(count):
         offset = panel * panel_nbytes
         _tile(shape, panels + offset, panel_nbytes, rows, weights, nbytes, out + 64 * panel, out_nbytes, add,
               ahead + offset)  # fmt: skip
-        panel += width
-    return panel
 
 
 @inner
@@ -130,16 +118,13 @@ def multiply_int8_panels(panels, panel_nbytes, count, rows, weights, nbytes, hea
     while head < heads:
         at, target = weights + head * nbytes, out + head * out_nbytes
         if heads - head >= 4:
-            _sweep(_FOUR_BY_ONE, panels, panel_nbytes, 0, count, rows, at, nbytes, target, out_nbytes, add, ahead)
+            _sweep(_FOUR_BY_ONE, panels, panel_nbytes, count, rows, at, nbytes, target, out_nbytes, add, ahead)
             head += 4
         elif heads - head >= 2:
-            done = _sweep(_TWO_BY_TWO, panels, panel_nbytes, 0, count, rows, at, nbytes, target, out_nbytes, add, ahead)
-            _sweep(_TWO_BY_ONE, panels, panel_nbytes, done, count, rows, at, nbytes, target, out_nbytes, add, ahead)
+            _sweep(_TWO_BY_ONE, panels, panel_nbytes, count, rows, at, nbytes, target, out_nbytes, add, ahead)
             head += 2
         else:
-            done = _sweep(_ONE_BY_FOUR, panels, panel_nbytes, 0, count, rows, at, nbytes, target, out_nbytes, add,
-                          ahead)  # fmt: skip
-            _sweep(_ONE_BY_ONE, panels, panel_nbytes, done, count, rows, at, nbytes, target, out_nbytes, add, ahead)
+            _sweep(_ONE_BY_ONE, panels, panel_nbytes, count, rows, at, nbytes, target, out_nbytes, add, ahead)
             head += 1
 
 

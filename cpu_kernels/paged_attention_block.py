@@ -18,11 +18,17 @@ from numba.extending import overload
 
 from cpu_kernels.compiling.inlined import InlinedCompiler
 from cpu_kernels.jit import call_at, carray, function_address, inner, intrinsic
-from cpu_kernels.kv_pairs import add_int4_half, largest_rounded, multiply_int8_panels, round_row, round_rows
+from cpu_kernels.kv_pairs import (
+    add_int4_half,
+    ask_for_line,
+    largest_rounded,
+    multiply_int8_panels,
+    round_row,
+    round_rows,
+)
 from cpu_kernels.kv_panels import expand_rows, multiply_panels, row_nbytes
 from cpu_kernels.kv_simd import FP8_FACTOR, KvCode
 from cpu_kernels.kv_softmax import multiply_row, rows_add, rows_store, rows_sum
-from cpu_kernels.kv_vectors import prefetch
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_multiply, rows_splat, rows_type
 from cpu_kernels.simd import float32_pointer, int64_pointer
 
@@ -85,22 +91,11 @@ def bf16_at(typingctx: Any, address: Any) -> Any:
     return types.float32(types.int64), codegen
 
 
-@intrinsic
-def _ask_for_line(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at an address; it need not exist."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        prefetch(builder, arguments[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
 @inner
 def ask_for(first, end):
     """Ask for what lies between two addresses, the first of them that of a line."""
     for address in range(first, end, 64):
-        _ask_for_line(address)
+        ask_for_line(address)
 
 
 @inner
