@@ -33,6 +33,7 @@ from prefetch.policies.geometry import Geometry
 from prefetch.policies.lru import LruPolicy
 from prefetch.policies.named import make_policy
 from prefetch.scheduler.records import LayerCosts
+from prefetch.scheduler.scheduler import LayerScheduler
 from prefetch.traces.trace import LayerStep, RoutingTrace
 
 HIDDEN, INTERMEDIATE = 64, 32
@@ -153,11 +154,11 @@ class Execution:
             )
             for index in range(model.layers)
         ]  # fmt: skip
-        self._ahead = None
+        self._ahead: _CopyAhead | None = None
         if parts.prefetch:
             # Copies ahead take the link's time even where copies in a layer are off.
             always = Accelerated(self.pair, self.cpu, self.accelerator, KnownCosts(link, self.costs))
-            self._ahead = CopyAhead(always, self.layers, geometry)
+            self._ahead = _CopyAhead(always, self.layers, geometry, told)
         self._chance = np.random.default_rng(seed + 1)
         self._layer_s = 0.0
         self._preload(cached)
@@ -232,6 +233,18 @@ class _Watch:
         """The step's own copies are under way."""
         if self._following is not None:
             self._execution.look_ahead(self._layer, self._following)
+
+
+class _CopyAhead(CopyAhead):
+    """Takes layers to come to be scheduled as the parts say, where `CopyAhead` takes them to be scheduled freely."""
+
+    def __init__(self, accelerated: Accelerated, layers: list[ExpertsLayer], geometry: Geometry, told: LayerCosts):
+        super().__init__(accelerated, layers, geometry)
+        self._told = told
+
+    def _scheduler(self, costs: LayerCosts) -> LayerScheduler:
+        del costs
+        return LayerScheduler(self._told)
 
 
 def _told(costs: LayerCosts, parts: Parts) -> LayerCosts:

@@ -11,7 +11,7 @@ from offload.moe.tiered_step import Accelerated
 from offload.tiers.slot_table import SlotState
 from prefetch.impact import best_copy, loss_s
 from prefetch.policies.geometry import Geometry
-from prefetch.scheduler.records import Floats, Home, Ints
+from prefetch.scheduler.records import Floats, Home, Ints, LayerCosts
 from prefetch.scheduler.scheduler import LayerScheduler
 
 LEAST_PROBABILITY = 0.3
@@ -48,7 +48,7 @@ class CopyAhead:
         likely: Ints = np.flatnonzero(probabilities >= LEAST_PROBABILITY)
         homes = self._homes(first, likely)
         costs = self._costs.of_layer(self._nbytes[layer])
-        scheduler = LayerScheduler(costs)
+        scheduler = self._scheduler(costs)
         # What the step needs now goes first.
         ready_s = (self.tiers.above.loading + 1) * costs.link_expert_s
         while self._room > 0 and (ready_s <= layer_s or layer_s == 0):
@@ -69,6 +69,10 @@ class CopyAhead:
         if above.reading_ahead:
             first, end = self._first_keys[layer], self._first_keys[layer + 1]
             above.cancel_ahead([key for key in above.reading_ahead if first <= key < end])
+
+    def _scheduler(self, costs: LayerCosts) -> LayerScheduler:
+        """How a layer to come is taken to run."""
+        return LayerScheduler(costs)
 
     @property
     def _room(self) -> int:

@@ -49,7 +49,7 @@ class ForecastPolicy(ValuedPolicy):
         known[:, kernel.SINCE] = _UNSEEN_VISITS
         known[:, kernel.PROBABILITY] = _START_PROBABILITY
         self._known = known.reshape(-1)
-        self._spare = np.zeros(max(counts), np.float32)
+        self._spare = np.zeros(kernel.SPARE_LINES * kernel.LANES * max(blocks), np.float32)
         self._layers = np.zeros((layers, kernel.COLUMNS + 4 * max(counts)), np.int64)
         shapes: list[tuple[int, int]] = []
         for layer, own in enumerate(self._layers):

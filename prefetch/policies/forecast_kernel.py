@@ -23,12 +23,13 @@ LANES = 64
 # the compiler. LONG, MIDDLE and SHORT are shares of visits that needed it, decayed; SINCE is visits since the last
 # decoded use. The next five are what the regression gets of it: log-odds of the shares, LAST, whether the last decoded
 # token needed it, and log(1 + SINCE). Then what it says, and LATER: mean 1 / (passes until it is needed +
-# PATIENCE_PASSES) if the next visit does not need it, for the share of LONG that do. The rest is scratch: whether it is
-# needed now, what the prediction was wrong by, and log-odds of the next.
-LONG, MIDDLE, SHORT, SINCE, LONG_ODDS, MIDDLE_ODDS, SHORT_ODDS, LAST, LOG_SINCE, PROBABILITY, LATER = range(11)
-NEED, ERROR, LOGIT, ROWS = range(11, 15)
+# PATIENCE_PASSES) if the next visit does not need it, for the share of LONG that do.
+LONG, MIDDLE, SHORT, SINCE, LONG_ODDS, MIDDLE_ODDS, SHORT_ODDS, LAST, LOG_SINCE, PROBABILITY, LATER, ROWS = range(12)
 
 _BLOCK = ROWS * LANES
+
+SPARE_LINES = 2
+"""Of a visit, for all layers in the same place, as long as the blocks of the largest: see `_spare_lines`."""
 
 BIAS, INPUTS = 5, 6
 """Inputs: the five, and 1."""
@@ -80,27 +81,40 @@ def _voice(rows: Any) -> Any:
 
 
 @inner
-def place_of(expert: int, row: int) -> int:
-    """Where a layer's known numbers have one of an expert's."""
-    return (expert // LANES * ROWS + row) * LANES + expert % LANES
+def _at(block: int, row: int, lane: int) -> Any:
+    """Where a layer's known numbers have one. Unsigned: loops need no look at whether it counts from the end."""
+    return np.uint64((block * ROWS + row) * LANES + lane)
+
+
+@inner
+def _in_line(block: int, lane: int) -> Any:
+    return np.uint64(block * LANES + lane)
+
+
+@inner
+def _spare_lines(spare: Any, blocks: int) -> Any:
+    """Float32 [blocks x LANES] each: whether each expert is needed now, and an error or log-odds of it."""
+    most, size = len(spare) // SPARE_LINES, blocks * LANES
+    return spare[:size], spare[most : most + size]
 
 
 @inner_unordered
-def _find_errors(known: Any, blocks: int) -> None:
+def _find_errors(known: Any, blocks: int, experts: int, need: Any, error: Any) -> None:
     for block in range(blocks):
-        at = block * _BLOCK
         for lane in range(LANES):
-            known[at + ERROR * LANES + lane] = known[at + NEED * LANES + lane] - known[at + PROBABILITY * LANES + lane]
+            place = _in_line(block, lane)
+            error[place] = need[place] - known[_at(block, PROBABILITY, lane)]
+    for expert in range(experts, blocks * LANES):
+        error[expert] = _ZERO
 
 
 @inner_unordered
-def _sum_products(known: Any, blocks: int, row: int) -> Any:
+def _sum_products(known: Any, blocks: int, row: int, error: Any) -> Any:
     """Sum of error x a row."""
     total = np.float32(0)
     for block in range(blocks):
-        at = block * _BLOCK
         for lane in range(LANES):
-            total += known[at + ERROR * LANES + lane] * known[at + row * LANES + lane]
+            total += error[_in_line(block, lane)] * known[_at(block, row, lane)]
     return total
 
 
@@ -118,43 +132,22 @@ def _add_row(total: Any, row: Any, times: Any) -> None:
         total[expert] += times * row[expert]
 
 
-@inner_unordered
-def _copy_row(known: Any, row: int, line: Any) -> None:
-    for start in range(0, len(line), LANES):
-        at = start // LANES * _BLOCK + row * LANES
-        for lane in range(min(LANES, len(line) - start)):
-            line[start + lane] = known[at + lane]
-
-
-@inner_unordered
-def _fill_row(known: Any, row: int, line: Any) -> None:
-    for start in range(0, len(line), LANES):
-        at = start // LANES * _BLOCK + row * LANES
-        for lane in range(min(LANES, len(line) - start)):
-            known[at + lane] = line[start + lane]
-
-
 @inner
-def _learn(known: Any, blocks: int, weights: Any, links: Any, rows: Any, error: Any, rates: Any) -> None:
+def _learn(known: Any, blocks: int, weights: Any, links: Any, rows: Any, error: Any, experts: int, rates: Any) -> None:
     """The layer's next visit came: one step of gradient descent on the log loss of what was predicted.
 
-    Error is float32 [experts], filled.
+    Error is float32 [blocks x LANES], see `_find_errors`.
     """
-    experts = len(error)
-    _find_errors(known, blocks)
-    for expert in range(experts, blocks * LANES):
-        known[place_of(expert, ERROR)] = _ZERO
     pace = rates[WEIGHT_RATE] / experts
-    weights[0] += pace * _sum_products(known, blocks, LONG_ODDS)
-    weights[1] += pace * _sum_products(known, blocks, MIDDLE_ODDS)
-    weights[2] += pace * _sum_products(known, blocks, SHORT_ODDS)
-    weights[3] += pace * _sum_products(known, blocks, LAST)
-    weights[4] += pace * _sum_products(known, blocks, LOG_SINCE)
-    _copy_row(known, ERROR, error)
-    weights[BIAS] += pace * _sum_of(error)
+    weights[0] += pace * _sum_products(known, blocks, LONG_ODDS, error)
+    weights[1] += pace * _sum_products(known, blocks, MIDDLE_ODDS, error)
+    weights[2] += pace * _sum_products(known, blocks, SHORT_ODDS, error)
+    weights[3] += pace * _sum_products(known, blocks, LAST, error)
+    weights[4] += pace * _sum_products(known, blocks, LOG_SINCE, error)
+    weights[BIAS] += pace * _sum_of(error[:experts])
     step = np.float32(rates[LINK_RATE] * _voice(rows))
     for row in rows:
-        _add_row(links[row * experts : (row + 1) * experts], error, step)
+        _add_row(links[row * experts : (row + 1) * experts], error[:experts], step)
 
 
 @inner_unordered
@@ -164,80 +157,95 @@ def _odds(share: Any) -> Any:
     return log_of(kept / (_ONE - kept))
 
 
+@inner
+def _decayed(share: Any, need: Any, kept: Any) -> Any:
+    return kept * share + (_ONE - kept) * need
+
+
 @inner_unordered
-def _decay_and_add(known: Any, blocks: int, shares: int, odds: int, kept: Any) -> None:
-    """A row of shares of visits, and the row of its odds."""
+def _decay_and_add(known: Any, blocks: int, need: Any, long: Any, middle: Any, short: Any) -> None:
+    """Shares of visits and their odds, given what is kept of each. One loop of known rows: none can overlap."""
     for block in range(blocks):
-        at = block * _BLOCK
         for lane in range(LANES):
-            needed = (_ONE - kept) * known[at + NEED * LANES + lane]
-            share = kept * known[at + shares * LANES + lane] + needed
-            known[at + shares * LANES + lane] = share
-            known[at + odds * LANES + lane] = _odds(share)
+            needed = need[_in_line(block, lane)]
+            share = _decayed(known[_at(block, LONG, lane)], needed, long)
+            known[_at(block, LONG, lane)] = share
+            known[_at(block, LONG_ODDS, lane)] = _odds(share)
+            share = _decayed(known[_at(block, MIDDLE, lane)], needed, middle)
+            known[_at(block, MIDDLE, lane)] = share
+            known[_at(block, MIDDLE_ODDS, lane)] = _odds(share)
+            share = _decayed(known[_at(block, SHORT, lane)], needed, short)
+            known[_at(block, SHORT, lane)] = share
+            known[_at(block, SHORT_ODDS, lane)] = _odds(share)
 
 
 @inner_unordered
-def _note_last(known: Any, blocks: int, decode: Any) -> None:
+def _note_last(known: Any, blocks: int, need: Any, decode: Any) -> None:
     """A prefill (decode 0, else 1) shows what is popular, not what is recent."""
     for block in range(blocks):
-        at = block * _BLOCK
         for lane in range(LANES):
-            needed = known[at + NEED * LANES + lane]
+            needed = need[_in_line(block, lane)]
             used = decode if needed > _ZERO else _ZERO
-            since = (known[at + SINCE * LANES + lane] + decode) * (_ONE - used)
-            known[at + SINCE * LANES + lane] = since
-            known[at + LOG_SINCE * LANES + lane] = log_of(since + _ONE)
-            known[at + LAST * LANES + lane] = decode * needed + (_ONE - decode) * known[at + LAST * LANES + lane]
+            since = (known[_at(block, SINCE, lane)] + decode) * (_ONE - used)
+            known[_at(block, SINCE, lane)] = since
+            known[_at(block, LOG_SINCE, lane)] = log_of(since + _ONE)
+            known[_at(block, LAST, lane)] = decode * needed + (_ONE - decode) * known[_at(block, LAST, lane)]
 
 
 @inner_unordered
-def _add_inputs(known: Any, blocks: int, long: Any, middle: Any, short: Any, last: Any, since: Any, bias: Any) -> None:
-    """To LOGIT, what is seen of the expert itself."""
+def _conclude(
+    known: Any, blocks: int, linked: Any, long: Any, middle: Any, short: Any, last: Any, since: Any, bias: Any
+) -> None:
+    """PROBABILITY from what is linked and what is seen of the expert itself."""
     for block in range(blocks):
-        at = block * _BLOCK
         for lane in range(LANES):
-            logit = long * known[at + LONG_ODDS * LANES + lane] + middle * known[at + MIDDLE_ODDS * LANES + lane]
-            logit += short * known[at + SHORT_ODDS * LANES + lane] + last * known[at + LAST * LANES + lane]
-            known[at + LOGIT * LANES + lane] += logit + since * known[at + LOG_SINCE * LANES + lane] + bias
-
-
-@inner_unordered
-def _conclude(known: Any, blocks: int) -> None:
-    """PROBABILITY from LOGIT."""
-    for block in range(blocks):
-        at = block * _BLOCK
-        for lane in range(LANES):
-            probability = sigmoid_of(known[at + LOGIT * LANES + lane])
-            known[at + PROBABILITY * LANES + lane] = min(max(probability, _LEAST), _MOST)
+            logit = long * known[_at(block, LONG_ODDS, lane)] + middle * known[_at(block, MIDDLE_ODDS, lane)]
+            logit += short * known[_at(block, SHORT_ODDS, lane)] + last * known[_at(block, LAST, lane)]
+            logit = linked[_in_line(block, lane)] + (logit + since * known[_at(block, LOG_SINCE, lane)] + bias)
+            known[_at(block, PROBABILITY, lane)] = min(max(sigmoid_of(logit), _LEAST), _MOST)
 
 
 @inner
-def _predict(known: Any, blocks: int, weights: Any, links: Any, rows: Any, linked: Any) -> None:
-    """How probably the layer's next visit needs each expert. Linked is float32 [experts], filled."""
-    experts, voice = len(linked), np.float32(_voice(rows))
+def _predict(known: Any, blocks: int, weights: Any, links: Any, rows: Any, linked: Any, experts: int) -> None:
+    """How probably the layer's next visit needs each expert. Linked is float32 [blocks x LANES], filled."""
+    voice = np.float32(_voice(rows))
     linked[:] = _ZERO
     for row in rows:
-        _add_row(linked, links[row * experts : (row + 1) * experts], voice)
-    _fill_row(known, LOGIT, linked)
-    _add_inputs(
-        known, blocks, np.float32(weights[0]), np.float32(weights[1]), np.float32(weights[2]), np.float32(weights[3]),
-        np.float32(weights[4]), np.float32(weights[BIAS]),
+        _add_row(linked[:experts], links[row * experts : (row + 1) * experts], voice)
+    _conclude(
+        known, blocks, linked, np.float32(weights[0]), np.float32(weights[1]), np.float32(weights[2]),
+        np.float32(weights[3]), np.float32(weights[4]), np.float32(weights[BIAS]),
     )  # fmt: skip
-    _conclude(known, blocks)
 
 
 @inner
-def _value(known: Any, first: int, end: int, table: Any, later_share: float) -> None:
-    """What later visits are worth; VALUE and FIXED of a layer."""
-    values, fixed, cost = table[VALUE], table[FIXED], table[COST]
-    for expert in range(end - first):
-        place = known[place_of(expert, LONG)] * _STEPS_FLOAT
-        below = np.int32(place)
-        later = _LATER[below] + (place - np.float32(below)) * (_LATER[below + 1] - _LATER[below])
-        known[place_of(expert, LATER)] = later
-        probability = known[place_of(expert, PROBABILITY)]
-        values[first + expert] = cost[first + expert] * probability
-        fixed[first + expert] = cost[first + expert] * (_ONE - probability) * later * later_share
+def _find_later(known: Any, blocks: int) -> None:
+    """What later visits are worth."""
+    for block in range(blocks):
+        for lane in range(LANES):
+            place = known[_at(block, LONG, lane)] * _STEPS_FLOAT
+            below = np.uint32(np.int32(place))
+            later = _LATER[below] + (place - np.float32(below)) * (_LATER[below + np.uint32(1)] - _LATER[below])
+            known[_at(block, LATER, lane)] = later
+
+
+@inner
+def _value_block(known: Any, block: int, cost: Any, values: Any, fixed: Any, later_share: float) -> None:
+    for lane in range(len(cost)):
+        probability, later = known[_at(block, PROBABILITY, lane)], known[_at(block, LATER, lane)]
+        values[lane] = cost[lane] * probability
+        fixed[lane] = cost[lane] * (_ONE - probability) * later * later_share
+
+
+@inner
+def _value(known: Any, blocks: int, first: int, end: int, table: Any, later_share: float) -> None:
+    """VALUE and FIXED of a layer."""
+    _find_later(known, blocks)
+    for block in range(blocks):
+        begin, stop = first + block * LANES, min(first + (block + 1) * LANES, end)
+        _value_block(
+            known, block, table[COST, begin:stop], table[VALUE, begin:stop], table[FIXED, begin:stop], later_share
+        )
 
 
 @inner
@@ -290,29 +298,30 @@ def visit_layer(
         layers: int64 [layers, COLUMNS + n], see above; updated.
         scales: float64 [2 x layers]: a layer's scale is its place here, counted from the layer that was visited last.
         rates: float64 [RATES].
-        spare: float32 [experts of the largest layer]; overwritten.
+        spare: float32 [SPARE_LINES x the experts of the largest layer's blocks]; overwritten.
     """
     layer, first, end = visit[LAYER], visit[FIRST], visit[END]
     decode, used = len(shares) == 0, keys_of(visit)
     note_use(visit, table)
-    here, blocks = _known_of(known, layers, layer, end - first)
-    for expert in range(blocks * LANES):
-        here[place_of(expert, NEED)] = _ZERO
+    experts = end - first
+    here, blocks = _known_of(known, layers, layer, experts)
+    need, line = _spare_lines(spare, blocks)
+    need[:] = _ZERO
     for index in range(len(used)):
-        here[place_of(used[index] - first, NEED)] = _ONE if decode else np.float32(shares[index])
-    own, lines, line = weights[layer], links[layers[layer, LINKS] :], spare[: end - first]
+        need[used[index] - first] = _ONE if decode else np.float32(shares[index])
+    own, lines = weights[layer], links[layers[layer, LINKS] :]
     if decode:
-        _learn(here, blocks, own, lines, _rows_that_spoke(layers, layer), line, rates)
+        _find_errors(here, blocks, experts, need, line)
+        _learn(here, blocks, own, lines, _rows_that_spoke(layers, layer), line, experts, rates)
     # A prefill's last token would be a source, but nobody tells of one token.
     layers[layer, USED] = len(used) if decode else 0
     for index in range(layers[layer, USED]):
         layers[layer, COLUMNS + index] = used[index] - first
-    _decay_and_add(here, blocks, LONG, LONG_ODDS, np.float32(rates[LONG]))
-    _decay_and_add(here, blocks, MIDDLE, MIDDLE_ODDS, np.float32(rates[MIDDLE]))
-    _decay_and_add(here, blocks, SHORT, SHORT_ODDS, np.float32(rates[SHORT]))
-    _note_last(here, blocks, _ONE if decode else _ZERO)
-    _predict(here, blocks, own, lines, _list_rows(layers, layer, first_keys), line)
-    _value(here, first, end, table, rates[LATER_SHARE])
+    long, middle, short = np.float32(rates[LONG]), np.float32(rates[MIDDLE]), np.float32(rates[SHORT])
+    _decay_and_add(here, blocks, need, long, middle, short)
+    _note_last(here, blocks, need, _ONE if decode else _ZERO)
+    _predict(here, blocks, own, lines, _list_rows(layers, layer, first_keys), line, experts)
+    _value(here, blocks, first, end, table, rates[LATER_SHARE])
     count = per_layer.shape[1]
     for other in range(count):
         per_layer[SCALE, other] = scales[count - 1 - layer + other]
@@ -338,5 +347,5 @@ def value_foretold(
     for expert in range(len(probabilities)):
         cost, probability = table[COST, first + expert], probabilities[expert]
         table[VALUE, first + expert] = cost * probability
-        later = here[place_of(expert, LATER)]
+        later = here[_at(expert // LANES, LATER, expert % LANES)]
         table[FIXED, first + expert] = cost * (1.0 - probability) * later * rates[LATER_SHARE]
