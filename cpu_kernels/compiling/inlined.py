@@ -3,7 +3,8 @@
 
 Numba treats every function as one that Python may call: it optimises each together with all that it calls, makes
 machine code of it and of two wrappers, and then links the optimised code into its callers, where this begins again.
-Here it is typed and lowered, and everything else is done once, for all together, where the outermost is compiled.
+Here it is typed, lowered and cleaned up by itself (without that, LLVM makes vectors of fewer loops that it is inlined
+into), and everything else is done once, for all together, where the outermost is compiled.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ _Compiler: Any = Compiler
 
 class _InlinedLibrary(_Library):  # type: ignore[misc]
     """Code to be linked into other code."""
-
-    def _optimize_functions(self, module):
-        module.data_layout = self._codegen._data_layout
 
     def _optimize_final_module(self):
         pass
