@@ -7,21 +7,19 @@ has done so where a mask is given. A step of one token needs neither: [B, Hq, 1,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from offload.hf.fused.attention import IMPLEMENTATION, TELLING, swap_forwards
-from offload.hf.fused.swap import rebind
-from offload.hf.paged.attention import SINKS, Attention
+from offload.hf.fused.attention import IMPLEMENTATION, TELLING
+from offload.hf.paged.attention import SINKS
 from offload.hf.paged.recognition import is_softmax_attention
+from offload.hf.wrapped_attention import Attention, wrap_attention
 
-_NAME = "ALL_ATTENTION_FUNCTIONS"
 _thread = threading.local()
 
 
@@ -37,31 +35,7 @@ def grouped_attention() -> Iterator[None]:
 
 def group_attention(model: PreTrainedModel) -> int:
     """Let every module that dispatches through transformers' interface attend by groups, in such blocks; how many."""
-    return swap_forwards(model, _with_groups)
-
-
-@cache
-def _with_groups(forward: Any) -> Any:
-    interface = getattr(forward, "__globals__", {}).get(_NAME)
-    if not isinstance(interface, AttentionInterface) or isinstance(interface, _GroupedInterface):
-        return None
-    return rebind(forward, {_NAME: _GroupedInterface(interface)})
-
-
-class _GroupedInterface(AttentionInterface):
-    """An interface whose functions attend by groups where they are asked to and can."""
-
-    def __init__(self, inner: AttentionInterface) -> None:
-        super().__init__()
-        self._inner = inner
-        self._wrapped: dict[Any, Attention] = {}
-
-    def get_interface(self, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        """The function of that name."""
-        function = self._inner.get_interface(attn_implementation, default)
-        if function not in self._wrapped:
-            self._wrapped[function] = _wrap(function)
-        return self._wrapped[function]
+    return wrap_attention(model, _wrap)
 
 
 def _wrap(function: Attention) -> Attention:

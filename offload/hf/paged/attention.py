@@ -2,56 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from offload.hf.fused.attention import TELLING, swap_forwards
+from offload.hf.fused.attention import TELLING
 from offload.hf.fused.conditions import is_plain
-from offload.hf.fused.swap import rebind
 from offload.hf.paged.latent import ExpandedStep
 from offload.hf.paged.layer import Step
 from offload.hf.paged.masks import padding_of
 from offload.hf.paged.recognition import is_softmax_attention
 from offload.hf.paged.states import CachedStates
+from offload.hf.wrapped_attention import Attention, wrap_attention
 from offload.kv.attention import attend_by_segments, attend_few
 from offload.kv.table import BlockTable
 
-_NAME = "ALL_ATTENTION_FUNCTIONS"
 SINKS = "s_aux"
-Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def page_attention(model: PreTrainedModel) -> int:
     """Let every module that dispatches through transformers' interface attend to cached states; returns how many."""
-    return swap_forwards(model, _with_paging)
-
-
-@cache
-def _with_paging(forward: Any) -> Any:
-    interface = getattr(forward, "__globals__", {}).get(_NAME)
-    if not isinstance(interface, AttentionInterface) or isinstance(interface, _PagedInterface):
-        return None
-    return rebind(forward, {_NAME: _PagedInterface(interface)})
-
-
-class _PagedInterface(AttentionInterface):
-    """An interface whose functions know cached states."""
-
-    def __init__(self, inner: AttentionInterface) -> None:
-        super().__init__()
-        self._inner = inner
-        self._wrapped: dict[Any, Attention] = {}
-
-    def get_interface(self, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        """The function of that name, for cached states too."""
-        function = self._inner.get_interface(attn_implementation, default)
-        if function not in self._wrapped:
-            self._wrapped[function] = _wrap(function)
-        return self._wrapped[function]
+    return wrap_attention(model, _wrap)
 
 
 def _wrap(function: Attention) -> Attention:
