@@ -55,7 +55,7 @@ def test_every_family_is_captured(model_type: str, tiny_checkpoint: TinyCheckpoi
         runtime.check()
         stats = runtime.stats()
     assert stats.graphs.reason == ""
-    assert (stats.graphs.captured, stats.graphs.layer_by_layer, stats.graphs.replayed) == (1, 1, 29)
+    assert (stats.graphs.captured, stats.graphs.layer_by_layer, stats.graphs.replayed) == (1, 1, 29), stats.graphs
     assert stats.accelerator.hits
     assert stats.accelerator.copies > stats.accelerator.slots, "experts move between steps"
     assert stats.accelerator.misses == stats.hits + stats.misses
