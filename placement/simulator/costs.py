@@ -90,7 +90,8 @@ class ExpertCosts:
         ]
 
         def going_on_s(counts: FloatArray) -> FloatArray:
-            return counts * np.array(one)[np.minimum(counts.astype(int), most) - 1]
+            seconds: FloatArray = counts * np.array(one)[np.minimum(counts.astype(int), most) - 1]
+            return seconds
 
         @cache
         def startup_s(count: int) -> float:
