@@ -176,7 +176,7 @@ class _Passes:
         """A round."""
         cache = DynamicCache(config=self.model.config)
         _pass(self.model, cache, torch.ones(1, _CACHED_TOKENS, dtype=torch.int64))
-        for number in range(repeats):
+        for number in range(max(2, repeats // 4)):
             run = partial(_pass, self.model, cache, torch.tensor([[number]]))
             self.decode_from_disk.append(decode_from_disk(self.runtime, run, read))
 
