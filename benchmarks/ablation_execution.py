@@ -154,11 +154,12 @@ class Execution:
             )
             for index in range(model.layers)
         ]  # fmt: skip
-        self._ahead: _CopyAhead | None = None
+        self._ahead: CopyAhead | None = None
         if parts.prefetch:
             # Copies ahead take the link's time even where copies in a layer are off.
             always = Accelerated(self.pair, self.cpu, self.accelerator, KnownCosts(link, self.costs))
-            self._ahead = _CopyAhead(always, self.layers, geometry, told)
+            # Layers to come are scheduled as the parts say, too.
+            self._ahead = CopyAhead(always, self.layers, geometry, lambda _costs: LayerScheduler(told))
         self._chance = np.random.default_rng(seed + 1)
         self._layer_s = 0.0
         self._preload(cached)
@@ -233,18 +234,6 @@ class _Watch:
         """The step's own copies are under way."""
         if self._following is not None:
             self._execution.look_ahead(self._layer, self._following)
-
-
-class _CopyAhead(CopyAhead):
-    """Takes layers to come to be scheduled as the parts say, where `CopyAhead` takes them to be scheduled freely."""
-
-    def __init__(self, accelerated: Accelerated, layers: list[ExpertsLayer], geometry: Geometry, told: LayerCosts):
-        super().__init__(accelerated, layers, geometry)
-        self._told = told
-
-    def _scheduler(self, costs: LayerCosts) -> LayerScheduler:
-        del costs
-        return LayerScheduler(self._told)
 
 
 def _told(costs: LayerCosts, parts: Parts) -> LayerCosts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -29,7 +29,15 @@ class CopyAhead:
     What would not arrive before its layer is left. Called under the runtime's step lock.
     """
 
-    def __init__(self, accelerated: Accelerated, layers: Sequence[ExpertsLayer], geometry: Geometry) -> None:
+    def __init__(
+        self,
+        accelerated: Accelerated,
+        layers: Sequence[ExpertsLayer],
+        geometry: Geometry,
+        schedule: Callable[[LayerCosts], LayerScheduler] = LayerScheduler,
+    ) -> None:
+        """Copies into an accelerator's tier; `schedule` is how a layer to come, of some costs, is taken to run."""
+        self._schedule = schedule
         self.tiers = accelerated.tiers
         self._costs = accelerated.costs
         self._geometry = geometry
@@ -48,7 +56,7 @@ class CopyAhead:
         likely: Ints = np.flatnonzero(probabilities >= LEAST_PROBABILITY)
         homes = self._homes(first, likely)
         costs = self._costs.of_layer(self._nbytes[layer])
-        scheduler = self._scheduler(costs)
+        scheduler = self._schedule(costs)
         # What the step needs now goes first.
         ready_s = (self.tiers.above.loading + 1) * costs.link_expert_s
         while self._room > 0 and (ready_s <= layer_s or layer_s == 0):
@@ -69,10 +77,6 @@ class CopyAhead:
         if above.reading_ahead:
             first, end = self._first_keys[layer], self._first_keys[layer + 1]
             above.cancel_ahead([key for key in above.reading_ahead if first <= key < end])
-
-    def _scheduler(self, costs: LayerCosts) -> LayerScheduler:
-        """How a layer to come is taken to run."""
-        return LayerScheduler(costs)
 
     @property
     def _room(self) -> int:

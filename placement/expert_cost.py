@@ -89,7 +89,7 @@ class _Speeds:
     nbytes: float
 
 
-def _reads(disk: Disk | None, homes: Homes, need: LayerDemand, *, decode: bool = True) -> _Reads:
+def _reads(disk: Disk | None, homes: Homes, need: LayerDemand, *, decode: bool) -> _Reads:
     overlap = None
     if disk is not None:
         overlap = disk.overlap(need.tokens_per_expert) if decode else disk.many

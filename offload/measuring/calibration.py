@@ -11,8 +11,8 @@ they were in that very pass. How reads and kernels get on in prompts is seen in 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -121,11 +121,11 @@ def measure_passes(
     element_s = max(0.0, element_s)
     prompt_layer_s = short - element_s * elements
     overheads = Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s)
-    # Beside reads as they were: nobody would scale them with the processor alone.
     curve, disk = profile.with_speeds(now).cpu.expert(quant or BF16.name), profile.disk
     assert disk is not None
     expert_s = 3 * _SIZES["hidden_size"] * _WIDE * curve.seconds_per_weight(1)
     arrival_s = decode.arrival_s(expert_s, curve.call_s, step_s, disk.few)
+    # Arrivals as they were, beside reads as they were: nobody would scale them with the processor alone.
     overheads = replace(overheads.times(now.arithmetic), step_arrival_s=arrival_s, arrival_s=prompts.arrival_s)
     return WholePasses(overheads, prompts.overlap)
 
@@ -180,18 +180,13 @@ class _Passes:
             run = partial(_pass, self.model, cache, torch.tensor([[number]]))
             self.decode_from_disk.append(decode_from_disk(self.runtime, run, read))
 
-    @contextmanager
-    def _looking_for_experts(self) -> Iterator[None]:
-        """While routing is recorded every layer looks for its experts."""
-        self.runtime.record_trace()
-        yield
-        self.runtime.observer.recorder = None
-
     def measure_decode(self, repeats: int) -> None:
         """A round of decode."""
         self.decode += _measure(self.model, 1, repeats)
-        with self._looking_for_experts():
-            self.stepped += _measure(self.model, 1, repeats)
+        # While routing is recorded every layer looks for its experts.
+        self.runtime.record_trace()
+        self.stepped += _measure(self.model, 1, repeats)
+        self.runtime.observer.recorder = None
 
     def _prompts(self, tokens: int, repeats: int) -> list[float]:
         found = []

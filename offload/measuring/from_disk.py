@@ -164,13 +164,8 @@ class DecodeFromDisk:
 def decode_from_disk(runtime: Runtime, run: Callable[[], object], read: Callable[[int, int], float]) -> DecodeFromDisk:
     """A pass with other experts in RAM, and the reads alone; see `prompt_from_disk`."""
     needed = _after(runtime, run)
-    _after(
-        runtime,
-        lambda: runtime.tier.fetch(
-            [key for key in range(runtime.plan.expert_count) if key not in needed][: runtime.plan.ram_slots],
-            lambda _: None,
-        ),
-    )
+    others = [key for key in range(runtime.plan.expert_count) if key not in needed][: runtime.plan.ram_slots]
+    _after(runtime, lambda: runtime.tier.fetch(others, lambda _key: None))
     before = runtime.stats()
     run()
     after = runtime.stats()

@@ -33,6 +33,11 @@ _PROMPT_TOKENS = 16
 """From so many new tokens on, laying their keys and values out for a kernel is little of its work."""
 
 
+def tells_more(named: dict[str, Any]) -> bool:
+    """Whether a model tells an attention function what kernels do not know."""
+    return any(named.get(name) is not None and named[name] is not False for name in TELLING)
+
+
 def fuse_attention(model: PreTrainedModel) -> int:
     """Modules whose forward dispatches through the interface; returns how many."""
     return swap_forwards(model, _with_kernel)
@@ -91,7 +96,7 @@ def attend(
         and query.dtype is key.dtype is value.dtype
         and query.dtype in FORMAT_OF_DTYPE
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
-        and not any(named.get(name) is not None and named[name] is not False for name in TELLING)
+        and not tells_more(named)
     ):
         scale = width**-0.5 if scaling is None else scaling
         if new == 1:

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from offload.hf.fused.attention import IMPLEMENTATION, TELLING
+from offload.hf.fused.attention import IMPLEMENTATION, tells_more
 from offload.hf.paged.attention import SINKS
 from offload.hf.paged.recognition import is_softmax_attention
 from offload.hf.wrapped_attention import Attention, wrap_attention
@@ -80,7 +80,7 @@ def _suits(
         and query.shape[1] % key.shape[1] == 0
         and (mask is None or mask.shape[1] == 1)
         and not dropout
-        and not any(named.get(name) is not None and named[name] is not False for name in TELLING)
+        and not tells_more(named)
         and is_softmax_attention(function, module, named.get(SINKS) is not None)
     )
 

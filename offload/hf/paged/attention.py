@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from offload.hf.fused.attention import TELLING
+from offload.hf.fused.attention import tells_more
 from offload.hf.fused.conditions import is_plain
 from offload.hf.paged.latent import ExpandedStep
 from offload.hf.paged.layer import Step
@@ -66,7 +66,7 @@ def _obstacle(
         return "its query, keys or values are not plain tensors of one update"
     if dropout or named.get("is_causal") is False:
         return "dropout, or attention that is not causal"
-    if any(named.get(name) is not None and named[name] is not False for name in TELLING):
+    if tells_more(named):
         return "a position bias, soft cap or attention weights are asked for"
     if not is_softmax_attention(function, module, SINKS in named):
         return f"{function.__name__} is not softmax attention as the kernels know it"
