@@ -273,14 +273,20 @@ widened_nbytes = _constant("widened_nbytes", lambda code: code.widened_nbytes)
 
 @intrinsic
 def prefetch_codes(typingctx: Any, code: Any, address: Any) -> tuple[Any, _Codegen]:
-    """Ask for as many bytes as the codes of a block have; they need not exist."""
+    """Ask for as many bytes as the codes of a block have; they need not exist.
+
+    Into the second level: a core waits for more lines there at a time than on their way to the first.
+    """
     kernel: PackedCode = code.code
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        flags = [ir.Constant(_I32, flag) for flag in (0, 3, 1)]
+        for_reading, into_second_level, of_data = (ir.Constant(_I32, flag) for flag in (0, 2, 1))
         for line in range(0, kernel.codes_nbytes, _CACHE_LINE_BYTES):
             at = builder.add(arguments[1], ir.Constant(_I64, line))
-            simd.call(builder, "llvm.prefetch.p0", ir.VoidType(), builder.inttoptr(at, _I8.as_pointer()), *flags)
+            pointer = builder.inttoptr(at, _I8.as_pointer())
+            simd.call(
+                builder, "llvm.prefetch.p0", ir.VoidType(), pointer, for_reading, into_second_level, of_data
+            )  # fmt: skip
         return context.get_dummy_value()
 
     return types.void(code, types.int64), codegen

@@ -339,15 +339,15 @@ def tile_store(typingctx: Any, tile: Any, outputs: Any, offset: Any) -> tuple[An
 
 @intrinsic
 def prefetch_four_lines(typingctx: Any, address: Any) -> tuple[Any, _Codegen]:
-    """Ask for 256 bytes, which need not exist."""
+    """Ask for 256 bytes, which need not exist; into the second level, where a core waits for more lines at a time."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         function_type = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
         prefetch = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        for_reading, into_all_levels, of_data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+        for_reading, into_second_level, of_data = (ir.Constant(_I32, value) for value in (0, 2, 1))
         for line in range(4):
             at = builder.add(arguments[0], ir.Constant(_I64, line * STEP_BYTES))
-            builder.call(prefetch, [_pointer(builder, at, _I8), for_reading, into_all_levels, of_data])
+            builder.call(prefetch, [_pointer(builder, at, _I8), for_reading, into_second_level, of_data])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
