@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from types import FunctionType
 from typing import Any, NoReturn
 
 from numba import njit, types
@@ -10,10 +11,13 @@ from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 
 from cpu_kernels.compiling.inlined import InlinedCompiler
-from cpu_kernels.compiling.kept import KeptFunctions, source_stamp
+from cpu_kernels.compiling.kept import KeptFunctions, closure_digest, source_stamp
+from cpu_kernels.compiling.outermost import OutermostCompiler
 
 # It takes options of the target that its annotations leave out.
 _njit: Any = njit
+
+_DIGITS = 12
 
 
 class KernelCompiler:
@@ -52,7 +56,7 @@ class KernelCompiler:
         """
 
         def decorate(function: Any) -> Any:
-            dispatcher: Any = _njit(**self._options, no_cfunc_wrapper=True)(function)
+            dispatcher: Any = _njit(**self._options, no_cfunc_wrapper=True, pipeline_class=OutermostCompiler)(function)
             dispatcher._cache = KeptFunctions(function, source_stamp(*self._packages))
             if signature is not None:
                 dispatcher.declared = signature
@@ -66,9 +70,13 @@ class KernelCompiler:
     def address(self, function: Any, result: Any, *arguments: Any) -> int:
         """Address of a C function, compiled or loaded; the caller keeps it per process.
 
-        The constants that the function closes over are part of what it is kept under.
+        The constants that the function closes over are part of what it is kept under, and of its name: compiled code
+        is found by it, whichever process made it.
         """
-        compiled: Any = CFunc(function, (arguments, result), {}, {"error_model": "numpy"})
+        named = FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
+        named.__qualname__ = f"{function.__qualname__}.{closure_digest(function)[:_DIGITS]}"
+        options = {"error_model": "numpy"}
+        compiled: Any = CFunc(named, (arguments, result), {}, options, pipeline_class=OutermostCompiler)
         compiled._cache = KeptFunctions(function, source_stamp(*self._packages))
         compiled.compile()
         return int(compiled.address)

@@ -97,7 +97,12 @@ class KeptFunctions(_Cache):  # type: ignore[misc]
         super().save_overload(sig, data)
 
     def _index_key(self, sig, codegen):
-        return sig, codegen.magic_tuple(), hashlib.sha256(dumps(_described(self._py_func))).hexdigest()
+        return sig, codegen.magic_tuple(), closure_digest(self._py_func)
+
+
+def closure_digest(function: Any) -> str:
+    """Hexadecimal digest of a function's code and of what it closes over."""
+    return hashlib.sha256(dumps(_described(function))).hexdigest()
 
 
 def _described(function):
