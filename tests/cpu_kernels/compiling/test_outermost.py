@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 # An inner function that is too long for LLVM to inline, in two variants of one name, in tasks of one name.
-_MODULE = '''
+_MODULE = """
 import ctypes
 import sys
 
@@ -60,7 +60,7 @@ def expected(factor):
 factors = [int(word) for word in sys.argv[1:]]
 assert [result(factor) for factor in factors] == [expected(factor) for factor in factors]
 print(KeptFunctions.compiled)
-'''
+"""
 _STEP = "total = (total * 31 + factor * {}) % 1000003 if total % {} else total // 3 + {}\n        "
 
 
