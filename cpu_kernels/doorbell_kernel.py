@@ -138,7 +138,7 @@ def _compute(server, number):
     found = _divide(fields, layer)
     if found == 0:
         tape = carray(int64_pointer(layer[TAPE]), (layer[ROWS], WORDS))
-        run_tape(fields[LAUNCHER], fields[LAUNCHER_STATE], fields[THREADS], tape, 0, layer[ROWS])
+        run_tape(fields[LAUNCHER], fields[LAUNCHER_STATE], fields[THREADS], 0, tape, 0, layer[ROWS])
         sums = carray(float32_pointer(layer[TAPE_SUMS]), (fields[SUM_COUNT],))
         out = carray(float32_pointer(fields[MAILBOX] + fields[SUMS]), (fields[SUM_COUNT],))
         for i in range(fields[SUM_COUNT]):

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from cpu_kernels.threads import Team
+
 
 class OpenMpPool:
     """Runs the chunks of compiled tasks on an OpenMP team; has the interface of `ThreadPool`.
@@ -54,11 +56,17 @@ class OpenMpPool:
         self._state[kernel.MAX_THREADS] = _address(loaded, "omp_get_max_threads")
         self._state[kernel.MOST_THREADS] = most_threads
         self.launcher = Launcher(launcher_address(kernel.launch_team), self._state.ctypes.data)
+        self._team = Team(self._parallel, _address(loaded, "omp_get_thread_num"))
 
     @property
     def threads(self) -> int:
         """How many threads the calling thread's next region has."""
         return min(int(self._max_threads()), self._most_threads)
+
+    @property
+    def team(self) -> Team | None:
+        """What one region for a whole tape is started with; None for a single thread."""
+        return self._team if self.threads > 1 else None
 
     def run(self, phases: npt.NDArray[np.int64]) -> None:
         """Run phases one after the other; all chunks of one are done before the next begins.

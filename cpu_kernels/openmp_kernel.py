@@ -95,7 +95,8 @@ def _call_max_threads(typingctx: Any, function: Any) -> tuple[Any, _Codegen]:
 
 
 @inner
-def _parallel(parallel, body, data, threads):
+def run_region(parallel, body, data, threads):
+    """Run the function void(int64) at address `body` on each thread of a team, with the address of an int64 array."""
     # Numba frees an array after its last use; as an argument it lives until this returns.
     _call_parallel(parallel, body, data.ctypes.data, threads)
 
@@ -111,7 +112,7 @@ def launch_team(state, task, job, chunks):
     data[FIRST_PHASE + 2] = chunks
     data[FIRST_PHASE + 3] = 0
     threads = min(_call_max_threads(fields[MAX_THREADS]), fields[MOST_THREADS], chunks)
-    _parallel(fields[PARALLEL], fields[BODY], data, threads)
+    run_region(fields[PARALLEL], fields[BODY], data, threads)
 
 
 def body_address() -> int:
@@ -122,4 +123,4 @@ def body_address() -> int:
 @entry("void(int64, int64, int64[::1], int64)")
 def run_team(parallel: int, body: int, data: Any, threads: int) -> None:
     """Run the body with a team of so many threads, the caller's own included; returns when all are done."""
-    _parallel(parallel, body, data, threads)
+    run_region(parallel, body, data, threads)

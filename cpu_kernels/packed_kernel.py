@@ -81,7 +81,7 @@ def _columns(code, count, codes, scales, blocks, inputs, sums, offset, rows):
     tile = packed_zero(count)
     nbytes = codes_nbytes(code)
     for block in range(blocks):
-        prefetch_codes(code, codes + block * nbytes + _PREFETCH_BYTES)
+        prefetch_codes(code, count, codes + block * nbytes + _PREFETCH_BYTES)
         tile = packed_block(code, tile, codes, scales, inputs, block)
     packed_store(code, tile, sums, offset, rows)
 
@@ -125,7 +125,7 @@ def _widened_tile(code, codes, scales, blocks, inputs, sums, offset, rows, token
         count = min(_WIDENED_BLOCKS, blocks - first)
         last = first + count == blocks
         for block in range(count):
-            prefetch_codes(code, codes + (first + block) * codes_nbytes(code) + _PREFETCH_BYTES)
+            prefetch_codes(code, _FOUR, codes + (first + block) * codes_nbytes(code) + _PREFETCH_BYTES)
             packed_widen(code, codes, scales, widened + block * widened_nbytes(code), first + block)
         for token in range(0, tokens - 3, 4):
             x, out, keep = inputs + 8 * token, sums + 8 * token, kept + 4 * TILE_ROWS * token

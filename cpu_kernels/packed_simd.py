@@ -159,10 +159,12 @@ def _look_up(builder: Any, isa: Isa, codes: Any) -> Any:
 
 
 def _bytes_of_step(builder: Any, code: PackedCode, raw: Any) -> list[Any]:
-    """Unsigned bytes of columns 0-3 of a step and, with 4 bits, of columns 4-7."""
+    """Unsigned bytes of columns 0-3 of a step and, with 4 bits, of columns 4-7, maybe `_keeps_high_nibbles`."""
     if code.packed.bits == 8:
         return [raw]
     low = builder.and_(raw, constant(raw.type, 15))
+    if _keeps_high_nibbles(code):
+        return [low, builder.and_(raw, constant(raw.type, 240))]
     high = builder.lshr(raw, constant(raw.type, 4))
     if code.format == "int4":
         return [low, high]
@@ -200,13 +202,19 @@ def _dot_bytes(builder: Any, isa: Isa, total: Any, weights: Any, x: Any) -> Any:
     return call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", total.type, total, *words)
 
 
+def _keeps_high_nibbles(code: PackedCode) -> bool:
+    """Whether high nibbles are multiplied where they stand, as 16 times their code; their sums are divided."""
+    return code.format == "int4" and code.isa in ("avx512_vnni", "avx2_vnni")
+
+
 def _sums_by_bytes(builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], steps: range) -> list[Any]:
     nbytes = _PIECE_BYTES[code.isa]
     kind, sums_kind = vector(_I8, nbytes), vector(_I32, nbytes // 4)
+    places = 2 if _keeps_high_nibbles(code) else 1
     # Several chains hide the latency of the dot product where there are few tokens.
-    chains = max(1, 8 // len(inputs) // (STEP_BYTES // nbytes))
+    chains = max(1, 8 // len(inputs) // (STEP_BYTES // nbytes) // places)
     zero = ir.Constant(sums_kind, None)
-    sums = [[[zero] * chains for _ in range(STEP_BYTES // nbytes)] for _ in inputs]
+    sums = [[[[zero] * chains for _ in range(places)] for _ in range(STEP_BYTES // nbytes)] for _ in inputs]
     flip = constant(kind, 0x80)
     turn = 0
     for step in steps:
@@ -221,19 +229,27 @@ def _sums_by_bytes(builder: Any, code: PackedCode, codes: Any, inputs: Sequence[
                     operand = weights[part]
                     if code.isa == "neon_dot" and code.format == "int8":
                         operand = builder.xor(operand, flip)
-                    chain = sums[token][piece]
-                    chain[turn % chains] = _dot_bytes(builder, code.isa, chain[turn % chains], operand, x)
+                    chain = sums[token][piece][part % places]
+                    at = turn // places % chains
+                    chain[at] = _dot_bytes(builder, code.isa, chain[at], operand, x)
             turn += 1
     totals = []
     for pieces in sums:
         added = []
-        for chain in pieces:
-            total = chain[0]
-            for other in chain[1:]:
-                total = builder.add(total, other)
+        for chains_of_places in pieces:
+            total, *high = (_added(builder, chain) for chain in chains_of_places)
+            for sixteenfold in high:
+                total = builder.add(total, builder.ashr(sixteenfold, constant(sums_kind, 4)))
             added.append(total)
         totals.append(_concatenate(builder, added))
     return totals
+
+
+def _added(builder: Any, chain: list[Any]) -> Any:
+    total = chain[0]
+    for other in chain[1:]:
+        total = builder.add(total, other)
+    return total
 
 
 def _sums_by_madd_bytes(builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], steps: range) -> list[Any]:

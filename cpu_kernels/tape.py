@@ -28,6 +28,8 @@ from cpu_kernels.rms_norm import FORMS, Form
 from cpu_kernels.rms_norm_kernel import rms_norm_task
 from cpu_kernels.rotary_kernel import rotary_task
 from cpu_kernels.tape_experts_kernel import add_sums_task, choice_task, weighing_task
+from cpu_kernels.tape_team_kernel import body_address, play_in_team
+from cpu_kernels.team_kernel import posting_launcher
 from cpu_kernels.tensors import FORMAT_OF_DTYPE, elements_of
 from cpu_kernels.threads import Pool
 from cpu_kernels.torch_order import orders_as_torch
@@ -36,6 +38,8 @@ from formats.bundle import BundleLayout
 from formats.packed import COLUMN_BLOCK
 
 _ALIGNMENT_BYTES = 64
+# Of weights that come next: a part of what the second-level caches of two cores hold.
+_ASKED_AHEAD_NBYTES = 768 << 10
 
 
 Spot = tuple[int, int]
@@ -72,6 +76,7 @@ class Tape:
         self.elements = elements_of(dtype)
         self.dtype = dtype
         self._rows: list[list[int]] = []
+        self._weights: list[tuple[int, int] | None] = []
         self._scratch: list[torch.Tensor] = []
         self._kept: list[npt.NDArray[np.int64]] = []
         self._words: npt.NDArray[np.int64] | None = None
@@ -98,7 +103,8 @@ class Tape:
         task = linear_task(self.elements)
         bias_address = 0 if bias is None else bias.data_ptr()
         self._add(
-            kernel.LINEAR, task, self.dtype.itemsize, x, tokens, weight.data_ptr(), bias_address, rows, columns, out
+            kernel.LINEAR, task, self.dtype.itemsize, x, tokens, weight.data_ptr(), bias_address, rows, columns, out,
+            weights=(weight.data_ptr(), weight.nbytes),
         )  # fmt: skip
 
     def packed_linear(self, x: int, weights: PackedWeights, bias: torch.Tensor | None, tokens: int, out: int) -> None:
@@ -115,6 +121,7 @@ class Tape:
             code.codes_nbytes, ELEMENT_NUMBERS[element], OUTPUT_NUMBERS[element], x, layout.columns * size, tokens,
             *weights.addresses, 0 if bias is None else bias.data_ptr(), layout.rows, layout.columns, out,
             layout.rows * size, self.scratch(words, torch.int64).data_ptr(), words,
+            weights=(weights.addresses[0], layout.codes_nbytes),
         )  # fmt: skip
 
     def rotary(
@@ -269,9 +276,14 @@ class Tape:
         Returns:
             The row at which it ended: `end`, or behind that of a choice of experts that is not clear.
         """
-        launcher, state = pool.launcher
-        words = self.words
-        ended: int = kernel.run_tape(launcher, state, pool.threads, words, first, len(words) if end is None else end)
+        words, team = self.words, pool.team
+        end = len(words) if end is None else end
+        ended: int
+        if team is None:
+            ended = kernel.run_tape(*pool.launcher, pool.threads, 0, words, first, end)
+        else:
+            body, launcher = body_address(), posting_launcher()
+            ended = play_in_team(team.parallel, body, team.thread_number, launcher, pool.threads, words, first, end)
         return ended
 
     @property
@@ -286,12 +298,25 @@ class Tape:
             self._words = np.zeros((len(self._rows), kernel.WORDS), np.int64)
             for index, row in enumerate(self._rows):
                 self._words[index, : len(row)] = row
+            self._words[:, kernel.AHEAD :] = self._weights_ahead()
         return self._words
 
-    def _add(self, *row: int) -> int:
+    def _weights_ahead(self) -> list[tuple[int, int]]:
+        """For each row the weights that the next linear layer behind it begins with, up to a choice of experts."""
+        ahead, known = [], (0, 0)
+        for row, weights in zip(reversed(self._rows), reversed(self._weights), strict=True):
+            ahead.append(known)
+            if row[0] in (kernel.RUN_EXPERTS, kernel.PACKED_EXPERTS):
+                known = (0, 0)
+            elif weights is not None:
+                known = (weights[0], min(weights[1], _ASKED_AHEAD_NBYTES))
+        return ahead[::-1]
+
+    def _add(self, *row: int, weights: tuple[int, int] | None = None) -> int:
         if self._words is not None:
             raise RuntimeError("the tape is in use: it takes no more rows")
         self._rows.append(list(row))
+        self._weights.append(weights)
         return len(self._rows) - 1
 
 

@@ -26,10 +26,13 @@ from cpu_kernels.simd import (
     int64_pointer,
 )
 from cpu_kernels.tape_experts_kernel import choose, run_experts, run_packed_experts
+from cpu_kernels.team_kernel import say_what_is_next
 from cpu_kernels.threads_kernel import call_task
 from cpu_kernels.weighted_sum_kernel import run_weighted_sum
 
-WORDS = 26
+WORDS = 28
+# The last words of every row: the weights that rows after it read next; 0 where none are known.
+AHEAD, AHEAD_NBYTES = WORDS - 2, WORDS - 1
 
 (
     RMS_NORM,
@@ -95,11 +98,12 @@ def _run_packed_linear(launcher, state, threads, row):
     )  # fmt: skip
 
 
-@entry("int64(int64, int64, int64, int64[:, ::1], int64, int64)")
-def run_tape(launcher, state, threads, tape, first, end):
+@entry("int64(int64, int64, int64, int64, int64[:, ::1], int64, int64)")
+def run_tape(launcher, state, threads, team, tape, first, end):
     """Run the rows of a tape from `first` to before `end`, in order.
 
-    launcher, state, threads: of the pool. tape: int64 [n, WORDS].
+    launcher, state, threads: of the pool. team: state of a `team_kernel` region that is told what is next; 0: none.
+    tape: int64 [n, WORDS].
 
     Returns:
         `end`, or the row behind a choice of experts that is not clear; a choice is never the last row.
@@ -107,6 +111,8 @@ def run_tape(launcher, state, threads, tape, first, end):
     for index in range(first, end):
         row = tape[index]
         kind = row[0]
+        if team:
+            say_what_is_next(team, row[AHEAD], row[AHEAD_NBYTES])
         if kind == RMS_NORM:
             run_rms_norm(
                 launcher, state, row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], _float(row[9])

@@ -23,7 +23,7 @@ import weakref
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,18 @@ def default_threads() -> int:
     return min(cpus, MAX_THREADS)
 
 
+class Team(NamedTuple):
+    """An OpenMP runtime as compiled code sees it.
+
+    Attributes:
+        parallel: address of GOMP_parallel.
+        thread_number: address of omp_get_thread_num.
+    """
+
+    parallel: int
+    thread_number: int
+
+
 class Pool(Protocol):
     """Threads that run the chunks of compiled tasks."""
 
@@ -93,6 +105,11 @@ class Pool(Protocol):
         """What compiled code starts the threads with; valid while the pool is."""
         ...
 
+    @property
+    def team(self) -> Team | None:
+        """What one region for many phases is started with, see `team_kernel`; None: each phase is launched."""
+        ...
+
 
 class ThreadPool:
     """A number of threads, the caller's own included, that run the chunks of compiled tasks.
@@ -101,7 +118,10 @@ class ThreadPool:
 
     Attributes:
         threads: how many threads compute, the calling one included.
+        team: None.
     """
+
+    team: None = None
 
     def __init__(self, threads: int | None = None, *, spin_us: float = DEFAULT_SPIN_US) -> None:
         """Create a pool; its workers start with the first call that needs them.

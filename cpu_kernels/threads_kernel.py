@@ -68,7 +68,7 @@ def call_task(typingctx: Any, task: Any, job: Any, chunk: Any) -> tuple[Any, _Co
 
 
 @inner
-def _drain(state):
+def drain(state):
     """Claim and run chunks until none is left; True if the last chunk of the phase to finish was one of them."""
     fields = carray(int64_pointer(state), (WORKERS,))
     last = False
@@ -83,11 +83,8 @@ def _drain(state):
 
 
 @inner
-def _run_phase(state, workers, task, job, chunks):
-    if workers == 0 or chunks <= 1:
-        for chunk in range(chunks):
-            call_task(task, job, chunk)
-        return
+def post_phase(state, task, job, chunks):
+    """Let threads claim the chunks of a phase; no other phase may be running."""
     fields = carray(int64_pointer(state), (WORKERS,))
     fields[TASK] = task
     fields[JOB] = job
@@ -95,9 +92,19 @@ def _run_phase(state, workers, task, job, chunks):
     atomic_exchange(state + 8 * PENDING, chunks)
     epoch = (atomic_load(state + 8 * TICKET) >> 32) + 1
     atomic_exchange(state + 8 * TICKET, ((epoch & 0x7FFFFFFF) << 32) | chunks)
+
+
+@inner
+def _run_phase(state, workers, task, job, chunks):
+    if workers == 0 or chunks <= 1:
+        for chunk in range(chunks):
+            call_task(task, job, chunk)
+        return
+    fields = carray(int64_pointer(state), (WORKERS,))
+    post_phase(state, task, job, chunks)
     for worker in range(min(workers, chunks - 1)):
         _ring(state + 8 * (WORKERS + worker * WORKER_STRIDE))
-    if not _drain(state):
+    if not drain(state):
         for _ in range(fields[SPINS]):
             if sem_trywait(state + 8 * FINISHED) == 0:
                 return
@@ -158,7 +165,7 @@ def work_until_stopped(state: int, worker: int) -> None:
                 wait_semaphore(own + 8 * DOORBELL)
         if atomic_load(state + 8 * STOP) != 0:
             return
-        if _drain(state):
+        if drain(state):
             sem_post(state + 8 * FINISHED)
 
 
