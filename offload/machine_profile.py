@@ -98,8 +98,8 @@ def _files_to_read(
     writer = stack.enter_context(ThreadPoolExecutor(1))
     found = writer.submit(lambda: stack.enter_context(Scratch(root, nbytes)))
     return found, (
-        "the disk was measured on a file that was just written: where a virtual machine's host keeps such files in its "
-        "memory, models are read at a fraction of that speed; `offload profile --again` reads stores once there are some"
+        "the disk was measured on a file that was just written: where a virtual machine's host keeps such a file in "
+        "memory, models are read at a fraction of that speed; `offload profile --again` reads stores once there are any"
     )
 
 

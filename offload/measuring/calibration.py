@@ -122,7 +122,8 @@ def measure_passes(
     overheads = Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s)
     curve, disk = profile.with_speeds(now).cpu.expert(quant or BF16.name), profile.disk
     assert disk is not None
-    expert_s = 3 * _SIZES["hidden_size"] * _WIDE * curve.seconds_per_weight(1)
+    hidden = _SIZES["hidden_size"]
+    expert_s = curve.without_call_s(3 * hidden * _WIDE, 1, hidden + 3 * _WIDE)
     arrival_s = decode.arrival_s(expert_s, curve.call_s, step_s, disk.few)
     # Arrivals as they were, beside reads as they were: nobody would scale them with the processor alone.
     overheads = replace(overheads.times(now.arithmetic), step_arrival_s=arrival_s, arrival_s=prompts.arrival_s)

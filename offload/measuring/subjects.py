@@ -47,12 +47,12 @@ class RuntimeSubjects:
         self._repeats = repeats
         self._depths = depths
         # Weights of one format at a time: making them takes longer than measuring.
-        self._experts: ExpertCalls | None = None
+        self._experts: dict[bool, ExpertCalls] = {}
         self._linears: tuple[tuple[str, int], LinearCalls] | None = None
 
-    def experts(self, format: str, count: int, tokens: int) -> Product:
+    def experts(self, format: str, count: int, tokens: int, *, narrow: bool = False) -> Product:
         """See `Subjects`."""
-        return self._expert_calls(format).product(count, tokens)
+        return self._expert_calls(format, narrow=narrow).product(count, tokens)
 
     def linear(self, format: str, rows: int, tokens: int) -> Product:
         """See `Subjects`."""
@@ -60,11 +60,12 @@ class RuntimeSubjects:
             self._linears = (format, rows), LinearCalls(format, rows)
         return self._linears[1].product(tokens)
 
-    def _expert_calls(self, format: str) -> ExpertCalls:
-        if self._experts is None or self._experts.format != format:
-            self._experts = None
-            self._experts = ExpertCalls(format)
-        return self._experts
+    def _expert_calls(self, format: str, *, narrow: bool = False) -> ExpertCalls:
+        if any(calls.format != format for calls in self._experts.values()):
+            self._experts.clear()
+        if narrow not in self._experts:
+            self._experts[narrow] = ExpertCalls(format, narrow=narrow)
+        return self._experts[narrow]
 
     def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
         """See `Subjects`."""

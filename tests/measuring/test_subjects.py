@@ -7,13 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from offload.errors import StoreCorruptError
 from offload.measuring import calibration, kernels
 from offload.measuring.from_disk import DecodeFromDisk, PromptFromDisk
-from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls, uneven_loads
+from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls, chosen_by, uneven_loads
 from offload.measuring.reads import FileReads, Scratch
 from offload.measuring.subjects import RuntimeSubjects
 from placement.hardware_profile import FormatCurve, Speeds
@@ -186,6 +187,24 @@ def test_loads_are_uneven_around_their_mean(count: int, tokens: int) -> None:
         assert loads.max() - loads.min() >= tokens**0.5
     if tokens == 1:
         assert (loads == 1).all()
+
+
+@pytest.mark.parametrize("loads", [(1, 1, 1), (3, 1, 2, 2), (0, 4, 1), (5,), (2, 2, 1)], ids=str)
+def test_tokens_choose_different_experts(loads: tuple[int, ...]) -> None:
+    chosen = chosen_by(np.array(loads))
+    assert np.bincount(chosen.reshape(-1), minlength=len(loads)).tolist() == list(loads)
+    assert all(len(set(row)) == len(row) for row in chosen.tolist())
+
+
+@pytest.mark.parametrize("format", ["bf16", "int4"])
+def test_experts_of_few_tokens_run_on_a_tape(format: str) -> None:
+    calls = ExpertCalls(format)
+    product = calls.product(2, 2)
+    assert (product.weights, product.calls) == (2 * 3 * 128 * 64, 4)
+    before = calls._next
+    product.run()
+    assert calls._next == (before + 8) % calls._copies
+    assert calls.product(2, 4).calls == 1
 
 
 def test_linears_after_reads_have_a_share(tmp_path: Path) -> None:
