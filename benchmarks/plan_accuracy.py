@@ -2,7 +2,9 @@
 
 The profile is measured once, before; nothing is fitted to the grid. Right before each turn that is measured a probe of
 a second finds how fast memory, arithmetic and the disk are at the moment, and the profile is scaled by the median of a
-run's probes. Prompts and tokens are random, so routing is nearly uniform, which is what the prediction is told.
+run's probes. The disk is probed on the run's own store: other files may lie in the memory of a virtual machine's host,
+or not where the store does. Prompts and tokens are random, so routing is nearly uniform, which is what the prediction
+is told.
 
 The grid takes longer than one call should: each goes on where the one before stopped, with the same profile, and
 reports all runs until then.
@@ -14,7 +16,6 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter, time
@@ -26,10 +27,11 @@ from benchmarks.harness import Report, Row, Spread, say
 from benchmarks.memory import TINY
 from benchmarks.sessions import ModelOptions
 from offload.machine_profile import measure_profile
-from offload.measuring.reads import Scratch
+from offload.measuring.reads import FileReads
 from offload.measuring.subjects import RuntimeSubjects
 from offload.preparation import PreparedCheckpoint, prepare_checkpoint
 from offload.request import make_request
+from offload.store import catalog
 from offload.store.convert import convert
 from placement.hardware_profile import HardwareProfile, Speeds
 from placement.plan import Plan
@@ -39,7 +41,6 @@ from placement.records import from_data
 from profiler.probe import probe
 
 _FEWEST_PASSES, NEW_TOKENS = 4, 128
-_SCRATCH_NBYTES = 512 << 20
 _OLDEST_S = 12 * 3600.0
 
 
@@ -139,28 +140,31 @@ def run(work: Path, scale: AccuracyScale) -> Report:
         say("measuring the machine")
         kept.profile, _ = measure_profile(root, quick=scale.quick_profile, say=say)
     profile = kept.profile
-    with ExitStack() as stack:
-        scratch = stack.enter_context(
-            Scratch(root, _SCRATCH_NBYTES if not scale.quick_profile else _SCRATCH_NBYTES // 8)
+    left = [cell for cell in cells if cell.name not in kept.rows]
+    for number, cell in enumerate(left):
+        if number and perf_counter() - began > scale.limit_s:
+            break
+        plan = prepared[cell].plan
+        subjects = RuntimeSubjects(_store_of(prepared[cell], root), root, repeats=0)
+
+        def speeds(cell: Cell = cell, plan: Plan = plan, subjects: RuntimeSubjects = subjects) -> Speeds:
+            block = min(plan.slot_nbytes, plan.read_chunk_nbytes) if cell.resident < 1 else 0
+            return probe(subjects, profile, cell.quant or "bf16", block, plan.reader_threads)
+
+        kept.rows[cell.name] = found = measured(
+            _options(cell, prepared[cell], root, tiny), cell.work.prompt, cell.shape.vocab, scale.turns, speeds
         )
-        subjects = RuntimeSubjects(scratch, root, repeats=0)
-        left = [cell for cell in cells if cell.name not in kept.rows]
-        for number, cell in enumerate(left):
-            if number and perf_counter() - began > scale.limit_s:
-                break
-            plan = prepared[cell].plan
-
-            def speeds(cell: Cell = cell, plan: Plan = plan) -> Speeds:
-                block = min(plan.slot_nbytes, plan.read_chunk_nbytes) if cell.resident < 1 else 0
-                return probe(subjects, profile, cell.quant or "bf16", block, plan.reader_threads)
-
-            kept.rows[cell.name] = found = measured(
-                _options(cell, prepared[cell], root, tiny), cell.work.prompt, cell.shape.vocab, scale.turns, speeds
-            )
-            kept.write()
-            row, _ = row_of(cell, prepared[cell], profile, found)
-            say(", ".join(f"{name} {row[name]}" for name in _NAMED))
+        kept.write()
+        row, _ = row_of(cell, prepared[cell], profile, found)
+        say(", ".join(f"{name} {row[name]}" for name in _NAMED))
     return report_of(cells, prepared, profile, kept.rows)
+
+
+def _store_of(prepared: PreparedCheckpoint, root: Path) -> FileReads:
+    """The files that a run reads its experts from."""
+    store = catalog.find(root, prepared.bundles.identity, prepared.plan.format)
+    assert store is not None, "stores are written before"
+    return FileReads(store.shard_paths)
 
 
 _NAMED = ("shape", "format", "resident", "batch", "prompt", "others", "error", "prefill error", "peak error")

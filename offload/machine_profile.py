@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +14,12 @@ from profiler.cache import read_profile, write_profile
 from profiler.machine import Machine, this_machine
 
 if TYPE_CHECKING:
+    from offload.measuring.reads import FileReads
     from placement.hardware_profile import HardwareProfile
 
 _FULL_REPEATS, _QUICK_REPEATS = 30, 6
 _QUICK_SCRATCH_NBYTES = 128 << 20
+_LEAST_SHARD_NBYTES = 64 << 20
 
 
 def profiles_directory() -> Path:
@@ -41,6 +46,9 @@ def cached_profile(root: Path, formats: Iterable[str] = ()) -> HardwareProfile |
 def measure_profile(root: Path, *, quick: bool, say: Callable[[str], None]) -> tuple[HardwareProfile, Path]:
     """Measure this machine and keep the profile; what was written beside it is removed.
 
+    The disk is measured on the stores that are there, where they have enough, else on a file that is written first and
+    read last; a note says so, for a virtual machine's host may have that in its memory.
+
     Args:
         root: directory of stores, on the disk to be measured; made if it is not there.
         quick: fewer formats, sizes and repeats.
@@ -52,18 +60,53 @@ def measure_profile(root: Path, *, quick: bool, say: Callable[[str], None]) -> t
     Raises:
         OSError: the disk cannot be written or read.
     """
-    from offload.measuring.calibration import DEPTHS, QUICK_DEPTHS
-    from offload.measuring.reads import SCRATCH_NBYTES, Scratch
-    from offload.measuring.subjects import RuntimeSubjects
+    from offload.measuring.reads import SCRATCH_NBYTES
     from offload.store.files import free_nbytes
     from profiler.profile import FULL, QUICK, measure_machine
 
     root.mkdir(parents=True, exist_ok=True)
     machine = machine_with(root)
-    say("writing a scratch file")
-    with Scratch(root, _QUICK_SCRATCH_NBYTES if quick else SCRATCH_NBYTES) as scratch:
+    with ExitStack() as stack:
+        disk, note = _files_to_read(root, _QUICK_SCRATCH_NBYTES if quick else SCRATCH_NBYTES, stack, say)
+        from offload.measuring.calibration import DEPTHS, QUICK_DEPTHS
+        from offload.measuring.subjects import RuntimeSubjects
+
         repeats, depths = (_QUICK_REPEATS, QUICK_DEPTHS) if quick else (_FULL_REPEATS, DEPTHS)
-        subjects = RuntimeSubjects(scratch, root, repeats=repeats, depths=depths)
+        subjects = RuntimeSubjects(disk.result(), root, repeats=repeats, depths=depths)
         effort = QUICK if quick else FULL
         profile = measure_machine(subjects, machine, free_nbytes(root), effort=effort, say=say)
+    origin = replace(profile.provenance, notes=(*profile.provenance.notes, note))
+    profile = replace(profile, provenance=origin)
     return profile, write_profile(profiles_directory(), machine, profile)
+
+
+def _files_to_read(
+    root: Path, nbytes: int, stack: ExitStack, say: Callable[[str], None]
+) -> tuple[Future[FileReads], str]:
+    """(files on the disk to be measured, what a reader of the profile must know of them).
+
+    A file that has to be written is, while whoever called imports the rest.
+    """
+    from offload.measuring.reads import FileReads, Scratch
+
+    shards = store_files(root)
+    found: Future[FileReads] = Future()
+    if shards and FileReads(shards).nbytes >= nbytes:
+        found.set_result(FileReads(shards))
+        return found, "the disk was measured on the expert stores that were there"
+    say("writing a scratch file")
+    writer = stack.enter_context(ThreadPoolExecutor(1))
+    found = writer.submit(lambda: stack.enter_context(Scratch(root, nbytes)))
+    return found, (
+        "the disk was measured on a file that was just written: where a virtual machine's host keeps such a file in "
+        "memory, models are read at a fraction of that speed; `offload profile --again` reads stores once there are any"
+    )
+
+
+def store_files(root: Path) -> list[Path]:
+    """The shards of the complete stores under a root that are large enough to be read like large bundles."""
+    from offload.store.catalog import list_stores
+    from offload.store.store import ExpertStore
+
+    stores = [ExpertStore.open(info.path) for info in list_stores(root) if info.status == "complete"]
+    return [path for store in stores for path in store.shard_paths if path.stat().st_size >= _LEAST_SHARD_NBYTES]

@@ -29,7 +29,6 @@ from offload.hf.model_source import ModelBundleSource
 from offload.hf.quantise import linears_to_quantise, put_back, quantise_loaded, readable_alone, take_out
 from offload.hf.skeleton import config_dtype, make_skeleton, read_config
 from offload.hf.spec import build_spec
-from offload.kv.pieces import PIECES_NBYTES
 from offload.machine_profile import cached_profile
 from offload.request import DEFAULT_CONTEXT_TOKENS, AcceleratorRequest, Request
 from offload.sizes import format_size
@@ -37,6 +36,7 @@ from offload.store.progress import Progress
 from offload.store.source import BundleSource
 from placement.hardware_profile import HardwareProfile
 from placement.kv import KvChoice, largest_block_nbytes, layout_format, minimum_nbytes
+from placement.kv_settings import PIECES_NBYTES
 from placement.memory_use import vram_beside_weights
 from placement.model_spec import ModelSpec
 from placement.plan import Plan

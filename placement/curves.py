@@ -51,7 +51,11 @@ class TokenCurve:
         """Seconds of `calls` calls that together multiply `weights` weights; `tokens` tokens with `entries` inputs and
         outputs each.
         """
-        return calls * (self.call_s + entries * tokens * self.entry_s) + weights * self.seconds_per_weight(tokens)
+        return calls * self.call_s + self.without_call_s(weights, tokens, calls * entries)
+
+    def without_call_s(self, weights: float, tokens: float, entries: float) -> float:
+        """Seconds of products within a call, with so many inputs and outputs of a token together."""
+        return entries * tokens * self.entry_s + weights * self.seconds_per_weight(tokens)
 
     def seconds_per_weight(self, tokens: float) -> float:
         """Seconds for one weight, without the call."""
@@ -111,26 +115,26 @@ def fit_curve(samples: Sequence[Sample]) -> TokenCurve:
     """The curve through measurements.
 
     The seconds of a call come from the smallest and the largest product at the fewest tokens, those of entries from the
-    smallest and the largest at the most tokens at which both were measured; points from the largest product at every
-    number of tokens. Where noise lets more tokens cost less, neighbours are averaged (isotonic regression by pooling
-    adjacent violators).
+    smallest and the largest at the most tokens at which both were measured; points from the largest product of each
+    number of tokens, which need not be the same. Where noise lets more tokens cost less, neighbours are averaged
+    (isotonic regression by pooling adjacent violators).
 
     Args:
         samples: of single calls.
 
     Raises:
-        ValueError: no samples, or not of one largest product.
+        ValueError: no samples, or two of the largest product of a number of tokens.
     """
     if not samples:
         raise ValueError("a curve needs measurements")
-    largest = max(one.weights for one in samples)
-    points = sorted((one for one in samples if one.weights == largest), key=lambda one: one.tokens)
-    if len({one.tokens for one in points}) != len(points):
+    largest = {one.tokens: one for one in sorted(samples, key=lambda one: one.weights)}
+    points = sorted(largest.values(), key=lambda one: one.tokens)
+    small = [one for one in samples if one.weights < largest[one.tokens].weights]
+    if len(points) + len(small) != len(samples):
         raise ValueError("a curve needs one measurement of the largest product for each number of tokens")
-    small = [one for one in samples if one.weights < largest]
     entry_s = _entry_s(points, small, _call_s(points, small, 0.0))
     call_s = _call_s(points, small, entry_s)
-    rising = _isotonic([(_beside(one, entry_s) - call_s) / largest for one in points])
+    rising = _isotonic([(_beside(one, entry_s) - call_s) / one.weights for one in points])
     return TokenCurve(call_s, tuple(one.tokens for one in points), tuple(rising), entry_s)
 
 

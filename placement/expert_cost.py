@@ -102,6 +102,19 @@ def expert_weights(experts: ExpertsSpec) -> int:
     return (3 if layout.has_gate else 2) * layout.hidden * layout.intermediate
 
 
+def expert_entries(experts: ExpertsSpec) -> int:
+    """Numbers that an expert computes of a token, and rounds: what its projections give, and what enters the last."""
+    layout = experts.layout
+    return layout.hidden + (3 if layout.has_gate else 2) * layout.intermediate
+
+
+def cpu_arrival_s(experts: ExpertsSpec, profile: HardwareProfile, *, decode: bool) -> float:
+    """Seconds that the CPU takes for each expert that arrives from disk, beside its product, in the place of a call."""
+    format = experts.layout.format
+    measured = profile.cpu.overheads_in(format).step_arrival_s if decode else None
+    return profile.cpu.expert(format).call_s if measured is None else measured
+
+
 def expert_cost(
     experts: ExpertsSpec,
     profile: HardwareProfile,
@@ -298,11 +311,10 @@ def _speeds(
     experts: ExpertsSpec, profile: HardwareProfile, need: LayerDemand, rows: int, *, on_gpu: bool, decode: bool
 ) -> _Speeds:
     layout = experts.layout
-    weights, tokens = expert_weights(experts), need.tokens_per_expert
+    weights, entries, tokens = expert_weights(experts), expert_entries(experts), need.tokens_per_expert
     cpu = profile.cpu.expert(layout.format)
-    c = weights * cpu.seconds_per_weight(tokens)
-    arrival = profile.cpu.overheads_in(layout.format).step_arrival_s if decode else None
-    arrival_s = cpu.call_s if arrival is None else arrival
+    c = cpu.without_call_s(weights, tokens, entries)
+    arrival_s = cpu_arrival_s(experts, profile, decode=decode)
     if profile.gpu is None or profile.to_gpu is None or profile.from_gpu is None:
         return _Speeds(need.distinct, c, cpu.call_s, arrival_s, 0.0, 0.0, 0.0, 0.0, layout.nbytes)
     gpu = profile.gpu.expert(layout.format)
@@ -314,7 +326,7 @@ def _speeds(
         c,
         cpu.call_s + (crossing if on_gpu else 0.0),
         arrival_s + (crossing if on_gpu else 0.0),
-        weights * gpu.seconds_per_weight(tokens),
+        gpu.without_call_s(weights, tokens, entries),
         gpu.call_s,
         profile.to_gpu.seconds(layout.nbytes),
         0.0 if on_gpu else crossing,

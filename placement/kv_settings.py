@@ -7,6 +7,13 @@ from dataclasses import dataclass
 CHUNK_BLOCKS = 8
 """An accelerator's memory for blocks is cut into chunks of so many of the largest, each for blocks of one size."""
 
+SCORES_NBYTES = 32 << 20
+"""Scores of a piece of attention by plain products on an accelerator, at most, unless those of one query are more;
+there are some four tensors of this size at a time."""
+
+PIECES_NBYTES = 5 * SCORES_NBYTES
+"""Memory of an accelerator that attention to blocks elsewhere takes, with a segment's keys and values."""
+
 
 @dataclass(frozen=True)
 class KvSettings:

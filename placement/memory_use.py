@@ -15,9 +15,16 @@ _VRAM_WORKSPACE_NBYTES = 256 << 20
 """Code, workspaces of libraries and what an allocator keeps."""
 
 
-def ram_use(spec: ModelSpec, workload: Workload, homes: Homes) -> RamUse:
-    """Host memory: as without an accelerator, less the dense weights and KV caches that live there."""
-    fixed = fixed_ram(spec, workload)
+def ram_use(spec: ModelSpec, workload: Workload, homes: Homes, paged_nbytes: int | None = None) -> RamUse:
+    """Host memory: as without an accelerator, less the dense weights and KV caches that live there.
+
+    Args:
+        spec: the model.
+        workload: what will run.
+        homes: where everything lives; with blocks no KV cache is in VRAM.
+        paged_nbytes: memory of a KV cache in blocks; None for one in one piece.
+    """
+    fixed = fixed_ram(spec, workload, paged_nbytes)
     moved = sum(spec.layers[index].dense_nbytes for index in homes.dense_in_vram)
     if homes.head_in_vram and spec.head is not None and not spec.head_is_shared:
         moved += spec.head.nbytes

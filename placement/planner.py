@@ -225,16 +225,25 @@ def _kv_and_minimum(
     least = minimum_nbytes(spec, workload.batch, format, above=choice.vram_nbytes != 0)
     known = landmarks_nbytes(spec, workload.batch, workload.context_tokens, choice.sparsity)
     beside = fixed_ram(spec, workload, known, slots_nbytes).total_nbytes
-    experts = max(layer.top_k for layer in spec.experts) * spec.bundle_nbytes
-    room = ram_budget_nbytes - beside
-    # The experts of one layer and token keep their slots where that leaves enough for blocks.
-    paged = plan_kv(spec, workload, choice, max(least, room - experts))
+    paged = blocks_within(spec, workload, choice, ram_budget_nbytes - beside)
     kept = known + min(least, paged.ram_nbytes)
     paged_minimum = fixed_ram(spec, workload, kept, slots_nbytes).total_nbytes + slots_nbytes
     if format == spec.dtype and within and paged_minimum >= minimum:
         # Blocks would take more than they save.
         return None, None, minimum
     return known + paged.ram_nbytes, paged, paged_minimum
+
+
+def blocks_within(spec: ModelSpec, workload: Workload, choice: KvChoice, room_nbytes: int) -> KvPlan:
+    """A KV cache in blocks where all else, the fewest slots included, leaves so much of the budget; no less than blocks
+    need.
+    """
+    least = minimum_nbytes(
+        spec, workload.batch, layout_format(choice.format, spec.dtype), above=choice.vram_nbytes != 0
+    )  # fmt: skip
+    # The experts of one layer and token keep their slots where that leaves enough for blocks.
+    experts = max(layer.top_k for layer in spec.experts) * spec.bundle_nbytes
+    return plan_kv(spec, workload, choice, max(least, room_nbytes - experts))
 
 
 def predicted(

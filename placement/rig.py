@@ -27,7 +27,7 @@ class Rig:
         profile: the machine.
         ram_nbytes: budget of host memory.
         vram_nbytes: budget of the accelerator's memory; 0 without one.
-        kv: what the user wants of the KV cache; plans over VRAM keep it whole.
+        kv: what the user wants of the KV cache; see `make_tiered_plan`.
     """
 
     profile: HardwareProfile

@@ -18,13 +18,22 @@ from placement.dense_cost import layer_cost, linears_s, pass_cost
 from placement.expert_cost import IntArray, expert_cost
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
-from placement.kv import KvChoice
+from placement.kv import KvChoice, KvPlan, landmarks_nbytes, minimum_nbytes
+from placement.kv_cost import in_blocks, with_reads, with_sparsity
+from placement.kv_settings import PIECES_NBYTES
 from placement.layer_kinds import layer_kinds
 from placement.memory_use import ram_use, vram_use
 from placement.model_spec import ModelSpec
 from placement.passes import Pass, decode_pass, prefill_passes
-from placement.plan import Plan, VramPlan
-from placement.planner import MINIMUM_SLOTS, READ_CHUNK_NBYTES, READER_THREADS, PlanInfeasibleError, make_plan
+from placement.plan import Plan, RamUse, VramPlan
+from placement.planner import (
+    MINIMUM_SLOTS,
+    READ_CHUNK_NBYTES,
+    READER_THREADS,
+    PlanInfeasibleError,
+    blocks_within,
+    make_plan,
+)
 from placement.predict import Routing, predict
 from placement.routing import FloatArray, HitCurve
 from placement.workload import Workload
@@ -63,7 +72,8 @@ def make_tiered_plan(
         vram_budget_nbytes: bound on all that it holds in VRAM; 0, or a machine without an accelerator, gives what
             `make_plan` does.
         routing: what is known of the experts' popularity.
-        kv: what the user wants of the KV cache without VRAM; with it the cache lies in one piece.
+        kv: what the user wants of the KV cache. None or no wish: in one piece, in VRAM and RAM, where that fits. Else,
+            as in the runtime, in blocks in RAM and on disk, to which the CPU attends.
 
     Raises:
         PlanInfeasibleError: the budgets are too small; with the RAM that would do beside this VRAM.
@@ -72,30 +82,102 @@ def make_tiered_plan(
     routing = Routing() if routing is None else routing
     if profile.gpu is None or vram_budget_nbytes <= 0:
         return make_plan(spec, workload, ram_budget_nbytes, profile, routing, kv)
-    search = _Search(spec, profile, workload, routing)
+    request = _Request(spec, profile, workload, routing, ram_budget_nbytes, vram_budget_nbytes)
+    choice = KvChoice() if kv is None else kv
+    pageable = any(shape is not None for shape in spec.kv_shapes)
+    if pageable and choice != KvChoice():
+        return _fastest_within(replace(request, kv=choice))
+    try:
+        return _fastest_within(request)
+    except PlanInfeasibleError:
+        if not pageable:
+            raise
+        try:
+            return _fastest_within(replace(request, kv=replace(choice, blocks=True)))
+        except PlanInfeasibleError:
+            pass
+        raise
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a plan is asked for; `kv` of a cache in blocks, None for one in one piece."""
+
+    spec: ModelSpec
+    profile: HardwareProfile
+    workload: Workload
+    routing: Routing
+    ram_nbytes: int
+    vram_nbytes: int
+    kv: KvChoice | None = None
+
+    @property
+    def least_slots_nbytes(self) -> int:
+        return min(MINIMUM_SLOTS, self.spec.expert_count) * self.spec.bundle_nbytes
+
+    @property
+    def pieces_nbytes(self) -> int:
+        """Of VRAM, for chunks of prompts that attend to blocks."""
+        return 0 if self.kv is None else PIECES_NBYTES
+
+    def cache(self, homes: Homes) -> KvPlan | None:
+        """The cache in blocks that there is room for."""
+        if self.kv is None:
+            return None
+        room = self.ram_nbytes - self._ram(homes, self._known_nbytes).total_nbytes - self.least_slots_nbytes
+        return blocks_within(self.spec, self.workload, self.kv, room)
+
+    def ram(self, homes: Homes, cache: KvPlan | None) -> RamUse:
+        """Host memory with that cache."""
+        return self._ram(homes, None if cache is None else self._known_nbytes + cache.ram_nbytes)
+
+    def needed_nbytes(self, homes: Homes, cache: KvPlan | None) -> int:
+        """The least host memory, with the fewest slots and blocks."""
+        if self.kv is None or cache is None:
+            return self._ram(homes, None).total_nbytes + self.least_slots_nbytes
+        least = minimum_nbytes(self.spec, self.workload.batch, cache.format, above=self.kv.vram_nbytes != 0)
+        paged = self._known_nbytes + min(least, cache.ram_nbytes)
+        return self._ram(homes, paged).total_nbytes + self.least_slots_nbytes
+
+    @property
+    def _known_nbytes(self) -> int:
+        sparsity = None if self.kv is None else self.kv.sparsity
+        return landmarks_nbytes(self.spec, self.workload.batch, self.workload.context_tokens, sparsity)
+
+    def _ram(self, homes: Homes, paged_nbytes: int | None) -> RamUse:
+        return ram_use(self.spec, self.workload, replace(homes, ram_slots=0), paged_nbytes)
+
+
+def _fastest_within(asked: _Request) -> Plan:
+    """See `make_tiered_plan`."""
+    spec, vram_nbytes = asked.spec, asked.vram_nbytes - asked.pieces_nbytes
+    search = _Search(in_blocks(spec, asked.cache(_NOTHING)), asked.profile, asked.workload, asked.routing)
     best: tuple[float, Homes] | None = None
     least = None
     for choice in search.choices:
+        if asked.kv is not None and any(choice.kv):
+            continue
         fixed = search.homes(choice)
-        ram, vram = ram_use(spec, workload, fixed), vram_use(spec, workload, fixed)
-        if vram.total_nbytes > vram_budget_nbytes:
+        if vram_use(spec, asked.workload, fixed).total_nbytes > vram_nbytes:
             continue
-        needed = ram.total_nbytes + min(MINIMUM_SLOTS, spec.expert_count) * spec.bundle_nbytes
+        cache = asked.cache(fixed)
+        needed = asked.needed_nbytes(fixed, cache)
         least = needed if least is None else min(least, needed)
-        if needed > ram_budget_nbytes:
+        if needed > asked.ram_nbytes:
             continue
-        ram_slots = min(spec.expert_count, (ram_budget_nbytes - ram.total_nbytes) // spec.bundle_nbytes)
-        for seconds, homes in search.best_slots(choice, fixed, ram_slots, vram_budget_nbytes):
+        used = asked.ram(fixed, cache).total_nbytes
+        ram_slots = min(spec.expert_count, (asked.ram_nbytes - used) // spec.bundle_nbytes)
+        for seconds, homes in search.best_slots(choice, fixed, ram_slots, vram_nbytes):
             if best is None or seconds < best[0]:
                 best = seconds, homes
     if best is None:
-        minimum = least if least is not None else _without(spec, workload)
+        minimum = asked.needed_nbytes(_NOTHING, asked.cache(_NOTHING)) if least is None else least
         raise PlanInfeasibleError(
-            f"{spec.name} needs at least {minimum:,} bytes of RAM beside {vram_budget_nbytes:,} bytes of VRAM; "
-            f"the budget is {ram_budget_nbytes:,}",
+            f"{spec.name} needs at least {minimum:,} bytes of RAM beside {asked.vram_nbytes:,} bytes of VRAM; "
+            f"the budget is {asked.ram_nbytes:,}",
             minimum,
         )
-    return _plan(spec, profile, workload, routing, best[1], ram_budget_nbytes, vram_budget_nbytes)
+    return _plan(asked, best[1])
 
 
 class _Search:
@@ -226,39 +308,34 @@ def _all_rates(curve: HitCurve, experts: int) -> FloatArray:
     return np.interp(slots, points, curve.rate(points))
 
 
-def _without(spec: ModelSpec, workload: Workload) -> int:
-    return ram_use(spec, workload, _NOTHING).total_nbytes + min(MINIMUM_SLOTS, spec.expert_count) * spec.bundle_nbytes
-
-
-def _plan(
-    spec: ModelSpec,
-    profile: HardwareProfile,
-    workload: Workload,
-    routing: Routing,
-    homes: Homes,
-    ram_budget_nbytes: int,
-    vram_budget_nbytes: int,
-) -> Plan:
+def _plan(asked: _Request, homes: Homes) -> Plan:
     """The record of homes."""
-    ram, vram = ram_use(spec, workload, homes), vram_use(spec, workload, homes)
+    spec, workload = asked.spec, asked.workload
+    cache = asked.cache(homes)
+    slots_nbytes = homes.ram_slots * spec.bundle_nbytes
+    ram = replace(asked.ram(homes, cache), slot_nbytes=slots_nbytes)
     # All that does not depend on where things are is as in a plan without an accelerator and without bounds.
     base = make_plan(spec, workload, 1 << 62)
     on_gpu = None
     if homes.uses_vram:
+        vram = vram_use(spec, workload, homes)
+        vram = replace(vram, activation_nbytes=vram.activation_nbytes + asked.pieces_nbytes)
         on_gpu = VramPlan(
-            homes.dense_in_vram, homes.kv_in_vram, homes.head_in_vram, homes.vram_slots, vram, vram_budget_nbytes
+            homes.dense_in_vram, homes.kv_in_vram, homes.head_in_vram, homes.vram_slots, vram, asked.vram_nbytes
         )
-    least = ram.total_nbytes - ram.slot_nbytes + min(MINIMUM_SLOTS, spec.expert_count) * spec.bundle_nbytes
+    found = predict(in_blocks(spec, cache), asked.profile, homes, workload, asked.routing)
+    found = with_reads(with_sparsity(found, spec, workload, cache), spec, asked.profile, workload, cache)
     return replace(
         base,
         dense_tier="vram" if len(homes.dense_in_vram) == len(spec.layers) else "ram",
         kv_tier="vram" if len(homes.kv_in_vram) == len(spec.layers) else "ram",
         ram_slots=homes.ram_slots,
         ram=ram,
-        ram_budget_nbytes=ram_budget_nbytes,
-        minimum_ram_nbytes=least,
+        ram_budget_nbytes=asked.ram_nbytes,
+        minimum_ram_nbytes=asked.needed_nbytes(homes, cache),
         vram=on_gpu,
-        prediction=predict(spec, profile, homes, workload, routing),
+        prediction=found,
+        kv=cache,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from formats.packed import PACKED_FORMATS
 from placement.curves import Sample, TokenCurve, fit_curve
 from placement.disk import BURST_READS, FEW_READS, Disk, DiskPoint, Overlap
 from placement.hardware_profile import (
@@ -39,6 +40,7 @@ _LARGE_BLOCK = 12 * _MIB
 _BESIDE_READS = ("bf16", "int4")
 """Formats of experts that are computed beside reads: their shares differ by moment more than by format."""
 _BETWEEN_READS = "bf16"
+_NARROW_COUNT, _NARROW_TOKENS = 8, 32
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,11 @@ class _Point:
         what: in words.
         tokens: of the product.
         make: the product.
-        large: whether it is of the size that the curve is scaled to.
     """
 
     what: str
     tokens: int
     make: Callable[[], Product]
-    large: bool = True
 
 
 @dataclass
@@ -184,14 +184,18 @@ def measure_machine(
 
 
 def _expert_points(subjects: Subjects, format: str, effort: Effort) -> list[_Point]:
-    """Calls of one and of several experts with one token, and of several with more."""
+    """Calls of one and of several experts with one token, and of several with more; of packed formats also of narrow
+    ones, whose kernels take much of their time to round what enters and leaves them.
+    """
     what = f"experts in {format}"
+    narrow = partial(subjects.experts, format, _NARROW_COUNT, _NARROW_TOKENS, narrow=True)
     return [
-        _Point(f"{what}, small", 1, partial(subjects.experts, format, 1, 1), large=False),
+        _Point(f"{what}, small", 1, partial(subjects.experts, format, 1, 1)),
         *(
             _Point(f"{what}, {tokens} tokens", tokens, partial(subjects.experts, format, several(tokens), tokens))
             for tokens in effort.tokens
         ),
+        *([_Point(f"{what}, narrow", _NARROW_TOKENS, narrow)] if format in PACKED_FORMATS else []),
     ]
 
 
@@ -208,20 +212,18 @@ def _linear_points(subjects: Subjects, format: str, effort: Effort) -> list[_Poi
     ]
     # Small ones last: weights of one size are made at a time.
     small = [
-        _Point(f"{what}, small, {tokens} tokens", tokens, partial(subjects.linear, format, 256, tokens), large=False)
+        _Point(f"{what}, small, {tokens} tokens", tokens, partial(subjects.linear, format, 256, tokens))
         for tokens in (1, effort.tokens[-1])
     ]
     return [*large, *small]
 
 
 def _fit(found: _Found, points: list[_Point]) -> TokenCurve:
-    """The fit of small products and the large ones, these scaled to one size."""
-    size = next(found.sizes[point.what][0] for point in points if point.large)
+    """The fit of small products and the large ones."""
     samples = []
     for point in points:
         weights, entries = found.sizes[point.what]
-        scaled = size if point.large else weights
-        samples.append(Sample(scaled, point.tokens, found.seconds(point.what) * scaled / weights, entries))
+        samples.append(Sample(weights, point.tokens, found.seconds(point.what), entries))
     return fit_curve(samples)
 
 

@@ -64,8 +64,8 @@ class Subjects(Protocol):
 
     formats: Sequence[str]
 
-    def experts(self, format: str, count: int, tokens: int) -> Product:
-        """`count` experts of one layer, each with `tokens` tokens."""
+    def experts(self, format: str, count: int, tokens: int, *, narrow: bool = False) -> Product:
+        """`count` experts of one layer, each with `tokens` tokens; narrow ones have few weights for each entry."""
         ...
 
     def linear(self, format: str, rows: int, tokens: int) -> Product:

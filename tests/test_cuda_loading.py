@@ -13,7 +13,8 @@ from offload.devices import cuda_driver
 from offload.devices.pinned import PinnedHostDevice
 from offload.errors import DoesNotFitError, SlowDeviceWarning, SlowKvWarning
 from offload.kv import attention
-from offload.kv.pieces import PIECES_NBYTES, attend_in_pieces
+from offload.kv.pieces import attend_in_pieces
+from placement.kv_settings import PIECES_NBYTES
 from tests.conftest import TinyCheckpoint
 from tests.devices.fake_cuda import FakeCudaDriver
 from tests.hf.reference import greedy, prompt, reference_model

@@ -154,8 +154,6 @@ def _plan_ahead(ahead: Ahead, asked: Asked) -> None:
     rig = make_rig(ahead, asked.ram, store_root(asked.nvme))
     kv = kv_choice(asked.kv, asked.kv_ram, asked.kv_sparsity)
     if kv != KvChoice():
-        if rig.vram_nbytes:
-            raise click.UsageError("--kv, --kv-ram and --kv-sparsity: plans over VRAM keep the KV cache in one piece.")
         rig = replace(rig, kv=kv)
     routing = read_routing(spec, asked.skew, asked.trace)
     workload = Workload(tokens, asked.batch, asked.chunk_tokens, asked.prompt)

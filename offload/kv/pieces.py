@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 
-SCORES_NBYTES = 32 << 20
-"""Of a piece, at most, unless those of one query are more; it has some four tensors of this size at a time."""
-
-
-PIECES_NBYTES = 5 * SCORES_NBYTES
-"""Memory of the device that attention takes, with a segment's keys and values."""
+from placement.kv_settings import SCORES_NBYTES
 
 
 def attend_in_pieces(

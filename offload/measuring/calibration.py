@@ -34,11 +34,12 @@ from offload.measuring.from_disk import (
     median_of,
     prompt_from_disk,
 )
+from offload.measuring.reads import FileReads
 from offload.moe.layer import ExpertsLayer
 from offload.runtime import Runtime
 from placement.hardware_profile import HardwareProfile, Overheads, Speeds
 from placement.plan import Plan
-from placement.planner import predicted
+from placement.planner import READER_THREADS, predicted
 from placement.prediction import Prediction
 from placement.workload import Workload
 from profiler.subjects import WholePasses
@@ -92,7 +93,6 @@ def measure_passes(
     profile: HardwareProfile,
     directory: Path,
     repeats: int,
-    read: Callable[[int, int], float],
     quant: str | None = None,
     speeds: Callable[[], Speeds] = Speeds,
     depths: tuple[int, ...] = DEPTHS,
@@ -103,13 +103,12 @@ def measure_passes(
         profile: with overheads of zero.
         directory: for the experts; what is written there is removed.
         repeats: passes of decode; an eighth as many of a prompt, two in a round at least.
-        read: seconds of reading blocks of some bytes, so many, alone.
         quant: format of the models' weights; None for bf16.
         speeds: how fast the machine is at the moment, over what `profile` says.
         depths: layers of the models with narrow experts, one or two; of one, all is counted as its layers'.
     """
     few, many = depths[0], depths[-1]
-    now, shallow, deep, (decode, prompts) = _remainders(profile, directory, repeats, quant, speeds, read, depths)
+    now, shallow, deep, (decode, prompts) = _remainders(profile, directory, repeats, quant, speeds, depths)
     layer_s = deep.decode_s / many if few == many else (deep.decode_s - shallow.decode_s) / (many - few)
     pass_s = max(0.0, shallow.decode_s - few * layer_s)
     step_s = max(0.0, deep.stepped_s - deep.decode_s) / many
@@ -123,7 +122,8 @@ def measure_passes(
     overheads = Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s)
     curve, disk = profile.with_speeds(now).cpu.expert(quant or BF16.name), profile.disk
     assert disk is not None
-    expert_s = 3 * _SIZES["hidden_size"] * _WIDE * curve.seconds_per_weight(1)
+    hidden = _SIZES["hidden_size"]
+    expert_s = curve.without_call_s(3 * hidden * _WIDE, 1, hidden + 3 * _WIDE)
     arrival_s = decode.arrival_s(expert_s, curve.call_s, step_s, disk.few)
     # Arrivals as they were, beside reads as they were: nobody would scale them with the processor alone.
     overheads = replace(overheads.times(now.arithmetic), step_arrival_s=arrival_s, arrival_s=prompts.arrival_s)
@@ -150,6 +150,7 @@ class _Passes:
     model: PreTrainedModel
     runtime: Runtime
     device: _TimedDevice
+    disk: FileReads
     decode: list[float] = field(default_factory=list)
     stepped: list[float] = field(default_factory=list)
     short: list[float] = field(default_factory=list)
@@ -157,28 +158,33 @@ class _Passes:
     decode_from_disk: list[DecodeFromDisk] = field(default_factory=list)
     prompts_from_disk: list[PromptFromDisk] = field(default_factory=list)
 
+    def _read(self, block_nbytes: int, blocks: int) -> float:
+        """Seconds of reading the model's own store alone: what it reads is as fresh as in its passes."""
+        return self.disk.read(block_nbytes, READER_THREADS, blocks)
+
     def measure_prompts(self, repeats: int) -> None:
         """A round of prompts."""
         for tokens, found in ((SHORT_TOKENS, self.short), (PROMPT_TOKENS, self.prompt)):
             # A model's first passes meet memory that is new to it.
             found += self._prompts(tokens, max(2, repeats // 8))[0 if found else 1 :]
 
-    def measure_prompts_from_disk(self, repeats: int, call_s: float, read: Callable[[int, int], float]) -> None:
+    def measure_prompts_from_disk(self, repeats: int, call_s: float) -> None:
         """A round; `call_s` is what a call of experts takes whatever its size."""
         for _ in range(max(2, repeats // 4)):
             run = partial(self._prompts, SHORT_TOKENS, 1)
             self.prompts_from_disk.append(
-                prompt_from_disk(self.runtime, self.device, run, _TOKENS_OF_EXPERTS, call_s, read)
+                prompt_from_disk(self.runtime, self.device, run, _TOKENS_OF_EXPERTS, call_s, self._read)
             )
 
     @torch.no_grad()
-    def measure_decode_from_disk(self, repeats: int, read: Callable[[int, int], float]) -> None:
+    def measure_decode_from_disk(self, repeats: int) -> None:
         """A round."""
         cache = DynamicCache(config=self.model.config)
         _pass(self.model, cache, torch.ones(1, _CACHED_TOKENS, dtype=torch.int64))
-        for number in range(max(2, repeats // 4)):
+        # What arriving takes is what is left of two times that are alike: of few of them mostly noise would be left.
+        for number in range(max(3, repeats // 2)):
             run = partial(_pass, self.model, cache, torch.tensor([[number]]))
-            self.decode_from_disk.append(decode_from_disk(self.runtime, run, read))
+            self.decode_from_disk.append(decode_from_disk(self.runtime, run, self._read))
 
     def measure_decode(self, repeats: int) -> None:
         """A round of decode."""
@@ -215,7 +221,6 @@ def _remainders(
     repeats: int,
     quant: str | None,
     speeds: Callable[[], Speeds],
-    read: Callable[[int, int], float],
     depths: tuple[int, ...],
 ) -> tuple[Speeds, Remainders, Remainders, tuple[DecodeFromDisk, PromptFromDisk]]:
     """(speeds, remainders of the shallow model, of the deep one, (decode, prompts) of one with wide experts from disk).
@@ -236,8 +241,8 @@ def _remainders(
             for passes in narrow:
                 passes.measure_decode(each)
             narrow[0].measure_prompts(each)
-            wide.measure_prompts_from_disk(each, call_s, read)
-            tight.measure_decode_from_disk(each, read)
+            wide.measure_prompts_from_disk(each, call_s)
+            tight.measure_decode_from_disk(each)
         now = Speeds(statistics.median(one.memory for one in found), statistics.median(one.arithmetic for one in found))
         scaled = profile.with_speeds(now)
         from_disk = median_of(tight.decode_from_disk), median_of(wide.prompts_from_disk)
@@ -258,7 +263,7 @@ def _loaded(
     runtime = cast("Runtime", model.offload)
     stack.callback(runtime.close)
     runtime.device = device = _TimedDevice()
-    return _Passes(model, runtime, device)
+    return _Passes(model, runtime, device, FileReads(runtime.store.shard_paths))
 
 
 def _predicted(profile: HardwareProfile, runtime: Runtime, prompt_tokens: int) -> Prediction:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from cpu_kernels.tape import Tape
+from cpu_kernels.tape import Choice, Tape
 from formats.bundle import MATRICES, BundleLayout
 from formats.packed import PACKED_FORMATS
 from offload.devices.base import ExpertBatch
@@ -30,11 +30,16 @@ from offload.packing import pack_tensor
 from profiler.subjects import Attention, Product
 
 HIDDEN, INTERMEDIATE = 2048, 768
+NARROW_HIDDEN, NARROW_INTERMEDIATE = 512, 256
 HEADS, KV_HEADS, HEAD_WIDTH = 32, 4, 128
 _IN_A_ROW, _MOST_TAPED = 4, 8
 """Linear layers of a run, as many as a layer of a model has, and tokens up to which there are such runs."""
+_MOST_TAPED_EXPERTS = 2
+"""Tokens of an expert up to which it is computed on a tape: in batches, decode has about as many, prompts more."""
 COLD_NBYTES = 256 << 20
 """Calls take their weights from so many bytes in turn: more than caches hold."""
+_NARROW_SHARE = 8
+"""Of these bytes, narrow experts have one in so many: they are computed with many tokens, which caches help little."""
 
 
 class Gate(torch.nn.Module):
@@ -86,13 +91,27 @@ def uneven_loads(count: int, tokens: int) -> npt.NDArray[np.int64]:
     return loads
 
 
-class ExpertCalls:
-    """Experts of one layer as the MoE step calls the host device; all calls take the next of the same weights."""
+def chosen_by(loads: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Experts that each token chooses, different ones, [tokens, k], so that each has its load.
 
-    def __init__(self, format: str) -> None:
+    As many tokens as the largest load, or as few more as share the pairs out evenly.
+    """
+    pairs = np.repeat(np.arange(len(loads)), loads)
+    tokens = next(count for count in range(int(loads.max()), len(pairs) + 1) if len(pairs) % count == 0)
+    # An expert's pairs are neighbours, and so go to different tokens.
+    return np.ascontiguousarray(pairs.reshape(-1, tokens).T)
+
+
+class ExpertCalls:
+    """Experts of one layer: those of one or two tokens on a tape, as a decode step has them, others as the MoE step
+    calls the host device. All calls take the next of the same weights.
+    """
+
+    def __init__(self, format: str, *, narrow: bool = False) -> None:
         self.format = format
-        self._layout = layout = BundleLayout(HIDDEN, INTERMEDIATE, format)
-        self._copies = max(8, COLD_NBYTES // layout.nbytes)
+        sizes = (NARROW_HIDDEN, NARROW_INTERMEDIATE) if narrow else (HIDDEN, INTERMEDIATE)
+        self._layout = layout = BundleLayout(*sizes, format)
+        self._copies = max(8, COLD_NBYTES // (_NARROW_SHARE if narrow else 1) // layout.nbytes)
         self._device = HostDevice()
         self._slab = self._device.allocate(self._copies * layout.nbytes)
         places = self._slab.bytes()[: self._copies * layout.nbytes].reshape(-1, layout.nbytes)
@@ -103,19 +122,42 @@ class ExpertCalls:
 
     def product(self, count: int, tokens: int) -> Product:
         """`count` experts with `tokens` tokens each on average, as uneven as a router makes them."""
+        hidden_size, intermediate = self._layout.hidden, self._layout.intermediate
+        weights = 3 * hidden_size * intermediate * count
+        # Kernels of other formats round nothing, and what narrow experts take there is not of their entries.
+        entries = (hidden_size + 3 * intermediate) * count if self._layout.is_packed else 0
         loads = uneven_loads(count, tokens)
+        if tokens <= _MOST_TAPED_EXPERTS:
+            return Product(weights, self._taped(loads), entries, _IN_A_ROW)
         offsets = np.concatenate([[0], np.cumsum(loads)])
         rows = np.arange(count * tokens, dtype=np.int64)
         taken = np.concatenate([np.arange(load, dtype=np.int64) for load in loads])
-        hidden = torch.randn(int(loads.max()), HIDDEN).to(self._layer.dtype)
-        out = torch.empty(count * tokens, HIDDEN)
+        hidden = torch.randn(int(loads.max()), hidden_size).to(self._layer.dtype)
+        out = torch.empty(count * tokens, hidden_size)
 
         def call() -> None:
             batch = ExpertBatch(self._addresses(count), offsets, taken, rows)
             with torch.no_grad():
                 self._device.run_experts(self._layer, batch, hidden, out)
 
-        return Product(3 * HIDDEN * INTERMEDIATE * count, call)
+        return Product(weights, call, entries)
+
+    def _taped(self, loads: npt.NDArray[np.int64]) -> Callable[[], None]:
+        """The next experts with so many tokens each, _IN_A_ROW times."""
+        count, tape = len(loads), Tape(self._layer.dtype)
+        ids = torch.from_numpy(chosen_by(loads))
+        choice = Choice(ids, torch.ones(ids.shape), torch.empty(len(ids), count))
+        hidden = torch.randn(len(ids), self._layout.hidden).to(self._layer.dtype)
+        tables = np.zeros((_IN_A_ROW, count), np.int64)
+        for addresses in tables:
+            tape.experts(self._layout, "silu", addresses, choice, hidden.data_ptr())
+
+        def call(_kept: tuple[torch.Tensor, Choice] = (hidden, choice)) -> None:
+            for addresses in tables:
+                addresses[:] = self._addresses(count)
+            tape.play(kernel_pool())
+
+        return call
 
     def _addresses(self, count: int) -> npt.NDArray[np.intp]:
         chosen = np.arange(self._next, self._next + count) % self._copies

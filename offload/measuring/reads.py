@@ -1,64 +1,85 @@
-"""Reads of random places of a scratch file through the runtime's own reader and engine."""
+"""Reads of random places of files through the runtime's own reader and engine.
+
+Which files counts: what was just written, or read a moment ago, may lie in the memory of a virtual machine's host,
+which direct reads do not go around, and comes at twice the speed of what was not. So stores that are there are read
+rather than a file that is written for it, and never the same places in the same order.
+"""
 
 from __future__ import annotations
 
 import mmap
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from formats.packed import round_up
 from offload.devices.host import HostSlab
 from offload.tiers.disk import ShardReader
-from offload.tiers.transfer import ReadEngine, ReadRequest, Urgency
+from offload.tiers.read_queue import ReadRequest
+from offload.tiers.transfer import ReadEngine, Urgency
 from placement.planner import READ_CHUNK_NBYTES
 
 SCRATCH_NBYTES = 512 << 20
 _HUGE_PAGE_NBYTES = 2 << 20
 
 
-class Scratch:
-    """A file of random bytes on the disk to be measured; a context manager that removes it."""
-
-    def __init__(self, directory: Path, nbytes: int = SCRATCH_NBYTES) -> None:
-        """Write it.
-
-        Raises:
-            OSError: the directory cannot be written.
-        """
-        self._directory = TemporaryDirectory(prefix=".offload-profile-", dir=directory)
-        self.path = Path(self._directory.name) / "scratch"
-        self._slab: HostSlab | None = None
-        self._block = np.random.default_rng(1).integers(0, 256, 4 << 20, dtype=np.uint8)
-        try:
-            with open(self.path, "wb", buffering=0) as file:
-                for _ in range(nbytes // len(self._block)):
-                    file.write(self._block.data)
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        except BaseException:
-            self._directory.cleanup()
-            raise
-        self.nbytes = nbytes // len(self._block) * len(self._block)
+class BlockReads(Protocol):
+    """Files on the disk to be measured."""
 
     def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
-        """Seconds to read and check blocks at random places, large ones in pieces as the runtime reads bundles.
+        """Seconds to read that many blocks at random places."""
+        ...
+
+
+class FileReads:
+    """Files that are there, such as a store's shards; only read."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Look at their sizes.
 
         Raises:
-            StorageError, StoreCorruptError: the disk failed, or gave other bytes than were written.
+            OSError: a file is not there.
+        """
+        self.paths = tuple(paths)
+        self._sizes = [path.stat().st_size for path in self.paths]
+        self._slab: HostSlab | None = None
+        # Not seeded: places that an earlier measurement read may be in a host's memory since.
+        self._random = random.Random()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files."""
+        return sum(self._sizes)
+
+    def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
+        """Seconds to read and hash blocks at random places, large ones in pieces as the runtime reads bundles.
+
+        Args:
+            block_nbytes: of each, rounded up to pages; no more than the largest file has.
+            in_flight: reads at once.
+            blocks: how many.
+
+        Raises:
+            StorageError, StoreCorruptError: the disk failed, or gave other bytes than are known to be there.
+            ValueError: no file is as large as a block.
         """
         size = round_up(block_nbytes, mmap.PAGESIZE)
-        reader = ShardReader([self.path], self._open)
+        reader = ShardReader(self.paths, self._open)
         engine = ReadEngine(reader, threads=in_flight, chunk_nbytes=min(size, READ_CHUNK_NBYTES))
         slab = self._memory(size * blocks)
-        places = random.Random(blocks).choices(range((self.nbytes - size) // mmap.PAGESIZE), k=blocks)
         try:
-            requests = [self._request(place * mmap.PAGESIZE, size, slab, number) for number, place in enumerate(places)]
+            requests = [
+                self._request(file, offset, slab.bytes()[number * size : (number + 1) * size])
+                for number, (file, offset) in enumerate(self._places(size, blocks))
+            ]
             before = perf_counter()
             tickets = [engine.submit(request, Urgency.NOW) for request in requests]
             engine.wait_all(tickets)
@@ -70,6 +91,14 @@ class Scratch:
                 raise ticket.error
         return seconds
 
+    def _places(self, size: int, blocks: int) -> list[tuple[int, int]]:
+        """(file, offset of a page) of each block, every place as probable as any other."""
+        starts = [max(0, (nbytes - size) // mmap.PAGESIZE + 1) for nbytes in self._sizes]
+        if not any(starts):
+            raise ValueError(f"no file of {self.paths} has {size:,} bytes")
+        files = self._random.choices(range(len(starts)), weights=starts, k=blocks)
+        return [(file, self._random.randrange(starts[file]) * mmap.PAGESIZE) for file in files]
+
     def _memory(self, nbytes: int) -> HostSlab:
         """So much memory, the same for all reads. Touched: what counts is the disk, and slots are there already."""
         if self._slab is None or self._slab.nbytes < nbytes:
@@ -78,12 +107,46 @@ class Scratch:
             self._slab.bytes()[:] = 0
         return self._slab
 
-    def _open(self, _index: int, direct: bool) -> int:
-        return os.open(self.path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+    def _open(self, index: int, direct: bool) -> int:
+        return os.open(self.paths[index], os.O_RDONLY | (os.O_DIRECT if direct else 0))
 
-    def _request(self, offset: int, size: int, slab: HostSlab, number: int) -> ReadRequest:
-        out = memoryview(slab.bytes()[number * size : (number + 1) * size])  # type: ignore[arg-type]
-        return ReadRequest(0, offset, out, self._checksum(offset, size), "scratch")
+    def _request(self, file: int, offset: int, place: npt.NDArray[np.uint8]) -> ReadRequest:
+        return _Hashed(file, offset, memoryview(place), (), str(self.paths[file]))  # type: ignore[arg-type]
+
+
+class _Hashed(ReadRequest):
+    """A request that is hashed as a bundle is, though nobody knows what its bytes should be."""
+
+    def wrong_part(self, arrived: memoryview) -> None:
+        """Nothing is known to be wrong."""
+        xxhash.xxh3_64_intdigest(arrived)
+
+
+class Scratch(FileReads):
+    """A file of random bytes, written to be read and checked; a context manager that removes it."""
+
+    def __init__(self, directory: Path, nbytes: int = SCRATCH_NBYTES) -> None:
+        """Write it.
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+        self._directory = TemporaryDirectory(prefix=".offload-profile-", dir=directory)
+        path = Path(self._directory.name) / "scratch"
+        self._block = np.random.default_rng(1).integers(0, 256, 4 << 20, dtype=np.uint8)
+        try:
+            with open(path, "wb", buffering=0) as file:
+                for _ in range(nbytes // len(self._block)):
+                    file.write(self._block.data)
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            super().__init__([path])
+        except BaseException:
+            self._directory.cleanup()
+            raise
+
+    def _request(self, file: int, offset: int, place: npt.NDArray[np.uint8]) -> ReadRequest:
+        return ReadRequest(file, offset, memoryview(place), self._checksum(offset, len(place)), "scratch")  # type: ignore[arg-type]
 
     def _checksum(self, offset: int, size: int) -> int:
         """Of bytes that repeat in blocks."""

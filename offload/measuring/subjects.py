@@ -16,9 +16,8 @@ from formats.packed import PACKED_FORMATS
 from offload.devices.host_threads import short_waits
 from offload.measuring.calibration import DEPTHS, measure_passes
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls
-from offload.measuring.reads import Scratch
+from offload.measuring.reads import BlockReads
 from placement.hardware_profile import HardwareProfile, Speeds
-from placement.planner import READER_THREADS
 from profiler.probe import probe
 from profiler.stream import stream_bytes_per_s
 from profiler.subjects import Attention, Product, WholePasses
@@ -34,26 +33,26 @@ class RuntimeSubjects:
 
     formats: Sequence[str] = (BF16.name, FP32.name, *PACKED_FORMATS)
 
-    def __init__(self, scratch: Scratch, directory: Path, *, repeats: int, depths: tuple[int, ...] = DEPTHS) -> None:
-        """Measure with a scratch file that is there.
+    def __init__(self, disk: BlockReads, directory: Path, *, repeats: int, depths: tuple[int, ...] = DEPTHS) -> None:
+        """Measure with files that are there.
 
         Args:
-            scratch: to be read.
+            disk: files to be read.
             directory: of experts for whole passes.
             repeats: of whole passes.
             depths: layers of the models whose passes they are; see `measure_passes`.
         """
-        self._scratch = scratch
+        self._disk = disk
         self._directory = directory
         self._repeats = repeats
         self._depths = depths
         # Weights of one format at a time: making them takes longer than measuring.
-        self._experts: ExpertCalls | None = None
+        self._experts: dict[bool, ExpertCalls] = {}
         self._linears: tuple[tuple[str, int], LinearCalls] | None = None
 
-    def experts(self, format: str, count: int, tokens: int) -> Product:
+    def experts(self, format: str, count: int, tokens: int, *, narrow: bool = False) -> Product:
         """See `Subjects`."""
-        return self._expert_calls(format).product(count, tokens)
+        return self._expert_calls(format, narrow=narrow).product(count, tokens)
 
     def linear(self, format: str, rows: int, tokens: int) -> Product:
         """See `Subjects`."""
@@ -61,11 +60,12 @@ class RuntimeSubjects:
             self._linears = (format, rows), LinearCalls(format, rows)
         return self._linears[1].product(tokens)
 
-    def _expert_calls(self, format: str) -> ExpertCalls:
-        if self._experts is None or self._experts.format != format:
-            self._experts = None
-            self._experts = ExpertCalls(format)
-        return self._experts
+    def _expert_calls(self, format: str, *, narrow: bool = False) -> ExpertCalls:
+        if any(calls.format != format for calls in self._experts.values()):
+            self._experts.clear()
+        if narrow not in self._experts:
+            self._experts[narrow] = ExpertCalls(format, narrow=narrow)
+        return self._experts[narrow]
 
     def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
         """See `Subjects`."""
@@ -77,7 +77,7 @@ class RuntimeSubjects:
 
     def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
         """See `Subjects`."""
-        return self._scratch.read(block_nbytes, in_flight, blocks)
+        return self._disk.read(block_nbytes, in_flight, blocks)
 
     def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
         """The call runs on a thread of its own, the kernels on this one until it returns.
@@ -119,10 +119,7 @@ class RuntimeSubjects:
         def speeds() -> Speeds:
             return probe(self, profile, BF16.name if quant is None else quant, seconds=_BEFORE_PASSES_S)
 
-        def read(block_nbytes: int, blocks: int) -> float:
-            return self.read(block_nbytes, READER_THREADS, blocks)
-
-        return measure_passes(profile, self._directory, self._repeats, read, quant, speeds, self._depths)
+        return measure_passes(profile, self._directory, self._repeats, quant, speeds, self._depths)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 import numpy as np
 
 from placement.disk import FloatArray
-from placement.expert_cost import expert_weights
+from placement.expert_cost import cpu_arrival_s, expert_entries, expert_weights
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import ExpertsSpec
@@ -43,7 +43,7 @@ class ExpertCosts:
     """One kind of MoE layers on a machine."""
 
     def __init__(self, experts: ExpertsSpec, profile: HardwareProfile, homes: Homes) -> None:
-        self._weights = expert_weights(experts)
+        self._weights, self._entries = expert_weights(experts), expert_entries(experts)
         self._profile = profile
         self._homes = homes
         self._layout = experts.layout
@@ -52,6 +52,9 @@ class ExpertCosts:
         self._seconds: dict[tuple[bool, int], float] = {}
         self._schedulers: dict[int, LayerScheduler] = {}
         self.cpu_call_s = self._cpu.call_s
+        self.step_arrival_s = cpu_arrival_s(experts, profile, decode=True)
+        self.arrival_s = cpu_arrival_s(experts, profile, decode=False)
+        self.late_s = profile.cpu.overheads_in(experts.layout.format).arrival_s
         self.gpu_call_s = 0.0 if self._gpu is None else self._gpu.call_s
         self.copy_s = 0.0 if profile.to_gpu is None else profile.to_gpu.seconds(experts.layout.nbytes)
 
@@ -61,7 +64,7 @@ class ExpertCosts:
         if key not in self._seconds:
             curve = self._gpu if on_gpu else self._cpu
             assert curve is not None, "an expert on an accelerator that is not there"
-            self._seconds[key] = self._weights * curve.seconds_per_weight(tokens)
+            self._seconds[key] = curve.without_call_s(self._weights, tokens, self._entries)
         return self._seconds[key]
 
     def crossing_s(self, rows: int) -> float:

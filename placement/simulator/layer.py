@@ -23,6 +23,8 @@ class LayerWork:
         reads: of experts on disk, in the order of reading: (seconds until it is there, seconds of computing it, whether
             it is copied to the accelerator first).
         cpu_call_s: of each call of the CPU's kernel.
+        arrival_s: of the CPU for each expert that arrives, in the place of a call.
+        late_s: of the CPU for each that was read, when all is done and nothing else goes on.
         gpu_call_s: of each call of the accelerator's.
         copy_s: of copying an expert.
         crossing_s: of activations to the accelerator and back, where it computes anything.
@@ -34,6 +36,8 @@ class LayerWork:
     copied_s: Sequence[float] = ()
     reads: list[tuple[float, float, bool]] = field(default_factory=list)
     cpu_call_s: float = 0.0
+    arrival_s: float = 0.0
+    late_s: float = 0.0
     gpu_call_s: float = 0.0
     copy_s: float = 0.0
     crossing_s: float = 0.0
@@ -66,7 +70,8 @@ def play(machine: Machine, start_s: float, work: LayerWork, name: str) -> float:
     for seconds in work.copied_s:
         heapq.heappush(events, (machine.work(link, start_s, work.copy_s, name, "copy", 1), _COPIED, seconds))
     _drain(machine, events, work, name)
-    return max(start_s, cpu.free_s, gpu.free_s, link.free_s)
+    end_s = max(start_s, cpu.free_s, gpu.free_s, link.free_s)
+    return machine.work(cpu, end_s, work.late_s * len(work.reads), name, "arrivals")
 
 
 def _drain(machine: Machine, events: list[tuple[float, int, float]], work: LayerWork, name: str) -> None:
@@ -90,7 +95,8 @@ def _drain(machine: Machine, events: list[tuple[float, int, float]], work: Layer
             machine.work(machine.gpu, now, work.gpu_call_s + sum(waiting_gpu), name, "copied", len(waiting_gpu))
             waiting_gpu.clear()
         else:
-            machine.work(machine.cpu, now, work.cpu_call_s + sum(waiting_cpu), name, "arrived", len(waiting_cpu))
+            seconds = len(waiting_cpu) * work.arrival_s + sum(waiting_cpu)
+            machine.work(machine.cpu, now, seconds, name, "arrived", len(waiting_cpu))
             waiting_cpu.clear()
 
 
@@ -114,5 +120,7 @@ def play_in_order(
         if on_gpu:
             now = machine.work(machine.gpu, ready, work.gpu_call_s + seconds, name, "in order", 1)
         else:
-            now = machine.work(machine.cpu, ready, work.cpu_call_s + seconds, name, "in order", 1)
-    return max(now, machine.work(machine.link, start_s, work.crossing_s, name, "activations"))
+            call_s = work.arrival_s if after > 0 else work.cpu_call_s
+            now = machine.work(machine.cpu, ready, call_s + seconds, name, "in order", 1)
+    end_s = max(now, machine.work(machine.link, start_s, work.crossing_s, name, "activations"))
+    return machine.work(machine.cpu, end_s, work.late_s * sum(after > 0 for after, _, _ in experts), name, "arrivals")

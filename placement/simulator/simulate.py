@@ -249,7 +249,9 @@ class _Runner:
         phase.in_vram += len(found.in_vram)
         phase.in_ram += len(found.in_ram)
         self.events += len(keys)
-        todo = self._work(costs, found, loads, work.rows, dense_vram=index in self._dense_vram)
+        todo = self._work(
+            costs, found, loads, work.rows, dense_vram=index in self._dense_vram, decode=work.new_tokens == 1
+        )
         name = self._names[index]
         if work.new_tokens == 1 and self._step_s:
             now = self.machine.work(self.machine.cpu, now, self._step_s, name, "looks for experts")
@@ -264,7 +266,7 @@ class _Runner:
         return play_in_order(self.machine, now, experts, todo, name)
 
     def _work(
-        self, costs: ExpertCosts, found: Found, loads: dict[int, int], rows: int, *, dense_vram: bool
+        self, costs: ExpertCosts, found: Found, loads: dict[int, int], rows: int, *, dense_vram: bool, decode: bool
     ) -> LayerWork:
         """Seconds of what was found where. Those with many tokens are read last: others compute meanwhile."""
         copied = found.copied
@@ -272,6 +274,7 @@ class _Runner:
         if rows > 1:
             missing = sorted(missing, key=lambda key: -loads[key])
         work = LayerWork(cpu_call_s=costs.cpu_call_s, gpu_call_s=costs.gpu_call_s, copy_s=costs.copy_s)
+        work.arrival_s, work.late_s = (costs.step_arrival_s, 0.0) if decode else (costs.arrival_s, costs.late_s)
         work.resident_cpu_s = [costs.seconds(loads[key]) for key in found.in_ram if key not in copied]
         if missing:
             arrivals = costs.reads.arrivals(len(missing))
@@ -286,5 +289,7 @@ class _Runner:
             crossing = costs.crossing_s(rows)
             # Activations cross to whoever is not where the layer around is.
             work.crossing_s = 0.0 if dense_vram else crossing
-            work.cpu_call_s += crossing if dense_vram else 0.0
+            if dense_vram:
+                work.cpu_call_s += crossing
+                work.arrival_s += crossing
         return work

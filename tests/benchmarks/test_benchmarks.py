@@ -36,6 +36,8 @@ from benchmarks.raw_io import Block, blocks_of, copy_files, read_blocks
 from benchmarks.sessions import ModelOptions
 from cpu_kernels.wide_linear import multiplies_natively
 from offload.devices.host import HostDevice
+from offload.measuring.reads import FileReads
+from offload.measuring.subjects import RuntimeSubjects
 from placement.datasheets import datasheet
 from placement.hardware_profile import Speeds
 from prefetch.policies.names import POLICIES
@@ -133,8 +135,14 @@ def test_predictions_beside_measurements(work: Path, monkeypatch: pytest.MonkeyP
     """The grid, with a profile from datasheets in the place of the measurement, which takes too long."""
     profile = datasheet(cpu="ddr5-desktop", drive="gen4")
     monkeypatch.setattr(plan_accuracy, "measure_profile", lambda root, quick, say: (profile, root))
-    monkeypatch.setattr(plan_accuracy, "_SCRATCH_NBYTES", 64 << 20)
-    monkeypatch.setattr(plan_accuracy, "probe", lambda *_: Speeds(0.5, 0.8, 0.9))
+    probed: list[Path] = []
+
+    def probe(subjects: RuntimeSubjects, *_: object) -> Speeds:
+        assert isinstance(subjects._disk, FileReads)
+        probed.extend(subjects._disk.paths)
+        return Speeds(0.5, 0.8, 0.9)
+
+    monkeypatch.setattr(plan_accuracy, "probe", probe)
     monkeypatch.setattr("benchmarks.accuracy_run._LEAST_DECODE_S", 0.0)
     # Peaks of this process, in which much else was loaded before, are none of the models'.
     monkeypatch.setattr("benchmarks.sessions.reset_peak", lambda: None)
@@ -148,6 +156,9 @@ def test_predictions_beside_measurements(work: Path, monkeypatch: pytest.MonkeyP
     rows = report.tables["Predicted and measured"]
     assert [row["speeds of decode"] for row in rows] == ["0.50 0.80 0.90"] * 4
     assert first.tables["Predicted and measured"] == rows[:1]
+    stores = {path.parent for path in probed}
+    assert len(stores) == 2, "the disk is probed on the store of each format"
+    assert {path.parent for path in stores} == {work / "stores"}
     assert {(row["format"], row["resident"]) for row in rows} == {
         ("bfloat16", "50%"), ("bfloat16", "100%"), ("int8", "50%"), ("int8", "100%"),
     }  # fmt: skip

@@ -27,6 +27,18 @@ def test_a_desktop_with_a_gpu(invoke: Invoke) -> None:
         assert part in text, part
 
 
+def test_a_kv_cache_in_blocks_lies_below_the_gpu(invoke: Invoke) -> None:
+    long = (*DESKTOP[:-1], "32768", "--kv", "int8", "--kv-ram", "1GiB")
+    result = invoke("plan", MIXTRAL, *long, "--json")
+    plan = Plan.from_json(result.stdout)
+    assert (result.exit_code, plan.kv_tier) == (0, "ram")
+    assert plan.kv is not None and plan.vram is not None
+    assert (plan.kv.format, plan.vram.kv_layers) == ("int8", ())
+    assert plan.kv.ram_nbytes <= 1 << 30
+    assert plan.kv.spills_at_tokens is not None
+    assert "in int8 blocks" in re.sub(r"\s+", " ", invoke("plan", MIXTRAL, *long).stdout)
+
+
 def test_json_is_a_plan_within_the_budgets(invoke: Invoke) -> None:
     result = invoke("plan", MIXTRAL, *DESKTOP, "--vram", "10GiB", "--ram", "20GiB", "--skew", "0.8", "--json")
     plan = Plan.from_json(result.stdout)

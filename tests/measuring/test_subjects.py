@@ -7,14 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from offload.errors import StoreCorruptError
 from offload.measuring import calibration, kernels
 from offload.measuring.from_disk import DecodeFromDisk, PromptFromDisk
-from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls, uneven_loads
-from offload.measuring.reads import Scratch
+from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls, chosen_by, uneven_loads
+from offload.measuring.reads import FileReads, Scratch
 from offload.measuring.subjects import RuntimeSubjects
 from placement.hardware_profile import FormatCurve, Speeds
 from profiler.stream import stream_bytes_per_s
@@ -72,13 +73,33 @@ def test_attention_counts_its_flops() -> None:
 @pytest.mark.parametrize(("block", "depth"), [(4096, 1), (10_000, 2), (1 << 20, 4)])
 def test_reads_are_checked_and_leave_nothing(tmp_path: Path, block: int, depth: int) -> None:
     with Scratch(tmp_path, 8 << 20) as scratch:
-        assert scratch.path.stat().st_size == 8 << 20
+        assert scratch.paths[0].stat().st_size == 8 << 20
         assert scratch.read(block, depth, 7) > 0
-        with open(scratch.path, "r+b") as file:
+        with open(scratch.paths[0], "r+b") as file:
             file.write(b"\xff" * (8 << 20))
         with pytest.raises(StoreCorruptError, match="scratch"):
             scratch.read(block, depth, 7)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_there_are_read_whole_and_left(tmp_path: Path) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"\1" * 8192)
+    large.write_bytes(bytes(range(256)) * 256)
+    files = FileReads([small, large])
+    assert files.nbytes == 8192 + (64 << 10)
+    assert files.read(4096, 2, 40) > 0
+    places = [files._places(8192, 400) for _ in range(2)]
+    assert places[0] != places[1], "other places each time"
+    assert {file for file, _ in places[0]} == {0, 1}
+    assert {offset for file, offset in places[0] if file == 0} == {0}
+    assert {file for file, _ in files._places(32 << 10, 40)} == {1}, "of the others no block is large enough"
+    with pytest.raises(ValueError, match="1,048,576 bytes"):
+        files.read(1 << 20, 1, 1)
+    files.read(8192, 1, 3)
+    arrived = files._memory(1).bytes()[: 3 * 8192]
+    assert set(arrived.tolist()) <= set(range(256))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "small"]
 
 
 def test_memory_is_streamed() -> None:
@@ -113,7 +134,7 @@ def test_overheads_come_from_two_depths(
         return calibration.Remainders(decode, decode + layers * step, short, long if prompt < 1 else prompt)
 
     monkeypatch.setattr(calibration, "_remainders", remainders)
-    passes = calibration.measure_passes(machine(gpu=False), tmp_path, 3, lambda *_: 0.0)
+    passes = calibration.measure_passes(machine(gpu=False), tmp_path, 3)
     found = passes.overheads
     assert (passes.many, found.arrival_s) == (prompt_read.overlap, prompt_read.arrival_s)
     assert found.step_arrival_s is not None and 0 < found.step_arrival_s < 0.25 / 8
@@ -124,7 +145,7 @@ def test_overheads_come_from_two_depths(
     assert found.element_s == pytest.approx(element)
     assert found.prompt_layer_s == pytest.approx(2e-3 - element * 32 * 1024, abs=1e-12)
     monkeypatch.setattr(calibration, "_remainders", lambda *_: (Speeds(), made(4), made(4), read))
-    found = calibration.measure_passes(machine(gpu=False), tmp_path, 3, lambda *_: 0.0, depths=(4,)).overheads
+    found = calibration.measure_passes(machine(gpu=False), tmp_path, 3, depths=(4,)).overheads
     assert (found.pass_s, found.layer_s) == pytest.approx((0, layer + 2e-3 / 4)), "of one model all is its layers'"
 
 
@@ -166,6 +187,24 @@ def test_loads_are_uneven_around_their_mean(count: int, tokens: int) -> None:
         assert loads.max() - loads.min() >= tokens**0.5
     if tokens == 1:
         assert (loads == 1).all()
+
+
+@pytest.mark.parametrize("loads", [(1, 1, 1), (3, 1, 2, 2), (0, 4, 1), (5,), (2, 2, 1)], ids=str)
+def test_tokens_choose_different_experts(loads: tuple[int, ...]) -> None:
+    chosen = chosen_by(np.array(loads))
+    assert np.bincount(chosen.reshape(-1), minlength=len(loads)).tolist() == list(loads)
+    assert all(len(set(row)) == len(row) for row in chosen.tolist())
+
+
+@pytest.mark.parametrize("format", ["bf16", "int4"])
+def test_experts_of_few_tokens_run_on_a_tape(format: str) -> None:
+    calls = ExpertCalls(format)
+    product = calls.product(2, 2)
+    assert (product.weights, product.calls) == (2 * 3 * 128 * 64, 4)
+    before = calls._next
+    product.run()
+    assert calls._next == (before + 8) % calls._copies
+    assert calls.product(2, 4).calls == 1
 
 
 def test_linears_after_reads_have_a_share(tmp_path: Path) -> None:

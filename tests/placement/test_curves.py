@@ -95,6 +95,17 @@ def test_what_entries_take_is_told_apart_from_weights() -> None:
     assert found.with_speeds(1.0, 0.5).entry_s == pytest.approx(2 * found.entry_s)
 
 
+def test_large_products_may_differ_by_tokens() -> None:
+    curve = TokenCurve(2e-4, (1, 16, 512), (1e-11, 5e-11, 2e-9))
+    samples = [
+        Sample(weights, tokens, curve.seconds(weights, tokens)) for weights, tokens in ((10**7, 16), (10**6, 512))
+    ]
+    samples += [Sample(weights, 1, curve.seconds(weights, 1)) for weights in (10**5, 10**8)]
+    found = fit_curve(samples)
+    assert found.call_s == pytest.approx(curve.call_s)
+    assert found.weight_s == pytest.approx(curve.weight_s)
+
+
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=8), st.floats(1e-6, 1.0))
 def test_noise_still_gives_a_curve(seconds: list[float], small: float) -> None:
     samples = [Sample(1000, 2**i, value, 70) for i, value in enumerate(seconds)]

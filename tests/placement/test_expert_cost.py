@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.bundle import BundleLayout
-from placement.expert_cost import expert_cost, expert_weights
-from placement.hardware_profile import HardwareProfile
+from placement.expert_cost import expert_cost, expert_entries, expert_weights
+from placement.hardware_profile import FormatCurve, HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import ExpertsSpec
 from placement.routing import LayerDemand
@@ -33,6 +33,17 @@ def test_all_in_ram_is_one_call_of_the_cpu() -> None:
     profile = machine(gpu=False)
     curve = profile.cpu.expert("bf16")
     assert total(profile, DECODE, 0.0, 1.0) == pytest.approx(curve.seconds(8 * expert_weights(EXPERTS), 1))
+
+
+def test_what_experts_round_counts_where_the_curve_tells_it_apart() -> None:
+    plain = machine(gpu=False)
+    curve = replace(plain.cpu.expert("bf16"), entry_s=1e-9)
+    profile = replace(plain, cpu=replace(plain.cpu, experts=(FormatCurve("bf16", curve),)))
+    entries = EXPERTS.layout.hidden + 3 * EXPERTS.layout.intermediate
+    assert expert_entries(EXPERTS) == entries
+    need = LayerDemand(8.0, 40.0)
+    more = total(profile, need, 0.0, 1.0, 5) - total(plain, need, 0.0, 1.0, 5)
+    assert more == pytest.approx(8 * 5 * entries * 1e-9)
 
 
 def test_nothing_in_ram_is_bound_by_the_disk() -> None:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
+from placement.kv import KvChoice, KvShape
+from placement.kv_settings import PIECES_NBYTES
 from placement.memory_use import ram_use, vram_use
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
@@ -167,3 +169,45 @@ def test_a_large_model_is_planned() -> None:
     plan = make_tiered_plan(spec, machine(), WORK, 40 << 30, 16 << 30)
     assert plan.vram is not None
     assert plan.vram.slots > 0
+
+
+PAGED = model(
+    layers=3, experts=8, top_k=2, kv_nbytes_per_token=3 * 1024, kv_shapes=(KvShape(2, 128, 128),) * 3, dtype="bf16"
+)
+LONG = Workload(16384, prompt_tokens=16000, new_tokens=50)
+
+
+def test_a_cache_that_was_wished_for_lies_in_blocks_below_the_accelerator() -> None:
+    kv = KvChoice("int8")
+    plan = make_tiered_plan(PAGED, machine(), LONG, 1 << 34, 1 << 34, kv=kv)
+    assert plan.kv is not None and plan.vram is not None and plan.prediction is not None
+    assert (plan.kv.format, plan.kv.spills_at_tokens, plan.kv_tier, plan.vram.kv_layers) == ("int8", None, "ram", ())
+    assert plan.dense_tier == "vram"
+    assert plan.ram.kv_nbytes >= plan.kv.ram_nbytes > LONG.context_tokens * plan.kv.nbytes_per_token
+    whole = make_tiered_plan(PAGED, machine(), LONG, 1 << 34, 1 << 34)
+    assert whole.kv is None and whole.vram is not None
+    assert plan.vram.use.activation_nbytes == whole.vram.use.activation_nbytes + PIECES_NBYTES
+    assert whole.prediction is not None, "and it is faster, for the accelerator attends to it"
+    assert whole.prediction.decode.tokens_per_s > plan.prediction.decode.tokens_per_s
+    minimum = plan.minimum_ram_nbytes
+    least = make_tiered_plan(PAGED, machine(), LONG, minimum, 1 << 34, kv=kv)
+    assert least.kv is not None and least.kv.spills_at_tokens is not None
+    assert (least.minimum_ram_nbytes, least.peak_ram_nbytes <= minimum) == (minimum, True)
+    with pytest.raises(PlanInfeasibleError) as caught:
+        make_tiered_plan(PAGED, machine(), LONG, minimum - 1, 1 << 34, kv=kv)
+    assert caught.value.minimum_ram_nbytes == minimum
+    assert make_tiered_plan(SMALL, machine(), WORK, 1 << 34, 1 << 34, kv=kv).kv is None, "none of its layers is paged"
+
+
+def test_a_cache_that_fits_nowhere_whole_lies_in_blocks_and_on_disk() -> None:
+    work = replace(LONG, context_tokens=1 << 20, prompt_tokens=1 << 19, prefill_chunk_tokens=256)
+    vram, ram = 1 << 30, 1 << 31
+    plan = make_tiered_plan(PAGED, machine(), work, ram, vram)
+    assert plan.kv is not None and plan.vram is not None and plan.prediction is not None
+    assert plan.kv.format == "bf16" and not plan.kv.lossy
+    assert plan.kv.disk_nbytes > 0
+    assert plan.prediction.decode.terms.disk_s > 0
+    assert plan.vram.use.total_nbytes <= vram
+    assert plan.peak_ram_nbytes <= ram
+    more = make_tiered_plan(PAGED, machine(), work, 1 << 34, vram)
+    assert request_s(more) <= request_s(plan)

@@ -19,7 +19,7 @@ class Slower(Known):
         super().__init__()
         self.now, self.was, self.clock = speeds, machine(gpu=False), 0.0
 
-    def experts(self, format: str, count: int, tokens: int) -> Product:
+    def experts(self, format: str, count: int, tokens: int, *, narrow: bool = False) -> Product:
         weights = count * 10**6
         seconds = self.was.cpu.expert(format).seconds(weights, tokens)
 

@@ -18,7 +18,10 @@ from profiler.subjects import Attention, Product, WholePasses
 
 MACHINE = Machine("made up", 4, 1 << 34, (), ("torch 1",), 7)
 TOKENS = FULL.tokens
-EXPERTS = {"bf16": TokenCurve(2e-5, TOKENS, tuple(1e-10 * t for t in TOKENS)), "int4": TokenCurve(3e-5, (1,), (2e-11,))}
+EXPERTS = {
+    "bf16": TokenCurve(2e-5, TOKENS, tuple(1e-10 * t for t in TOKENS)),
+    "int4": TokenCurve(3e-5, (1,), (2e-11,), 4e-10),
+}
 LINEARS = {"bf16": TokenCurve(1e-5, (1,), (9e-11,), 2e-9), "int4": TokenCurve(4e-6, (1,), (3e-11,))}
 
 
@@ -30,8 +33,10 @@ class Known:
     def __init__(self) -> None:
         self.profile: HardwareProfile | None = None
 
-    def experts(self, format: str, count: int, tokens: int) -> Product:
-        return Product(count * 10**6, partial(EXPERTS[format].seconds, count * 10**6, tokens))
+    def experts(self, format: str, count: int, tokens: int, *, narrow: bool = False) -> Product:
+        weights = count * (10**5 if narrow else 10**6)
+        entries = 0 if format == "bf16" else count * (1000 if narrow else 3000)
+        return Product(weights, partial(EXPERTS[format].seconds, weights, tokens, 1, entries), entries)
 
     def linear(self, format: str, rows: int, tokens: int) -> Product:
         entries = rows + 1000
@@ -72,6 +77,7 @@ def test_every_figure_comes_back() -> None:
     assert found.cpu.expert("bf16").call_s == pytest.approx(2e-5, rel=1e-3)
     for tokens in (1, 3, 32, 512, 2000):
         assert found.cpu.expert("bf16").seconds_per_weight(tokens) == pytest.approx(1e-10 * tokens, rel=5e-3)
+    assert found.cpu.expert("int4").entry_s == pytest.approx(EXPERTS["int4"].entry_s, rel=1e-2)
     assert found.cpu.linear("int4").seconds(10**6, 1) == pytest.approx(LINEARS["int4"].seconds(10**6, 1), rel=1e-3)
     assert found.cpu.linear("bf16").entry_s == pytest.approx(2e-9, rel=0.01)
     assert found.cpu.linear("int4").entry_s == pytest.approx(0, abs=1e-12)

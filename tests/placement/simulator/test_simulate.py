@@ -70,6 +70,27 @@ def test_with_misses_it_is_near_the_prediction(share: float) -> None:
     assert found.decode.utilisation["disk"] > 0.3
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_what_an_arrival_takes_is_what_predictions_say(share: float) -> None:
+    """More for each expert that arrives makes the simulation and the prediction as much slower."""
+
+    def with_arrivals(decode_s: float, prompt_s: float) -> HardwareProfile:
+        made = machine(gpu=False, disk=1e12)
+        overheads = replace(made.cpu.overheads, step_arrival_s=decode_s, arrival_s=prompt_s)
+        return replace(made, cpu=replace(made.cpu, overheads=overheads))
+
+    trace = draw(SyntheticRouting(LAYERS, EXPERTS, TOP_K, 0.0, 0.0, 0.0), 20, 400, 1)
+    plan = planned(with_arrivals(0.0, 0.0), share)
+    before, after = (run(plan, with_arrivals(*seconds), trace) for seconds in ((0.0, 0.0), (2e-3, 1e-3)))
+    missed = after.decode.experts - after.decode.in_ram
+    assert after.decode.seconds - before.decode.seconds == pytest.approx(2e-3 * missed, rel=0.02)
+    missed = after.prefill.experts - after.prefill.in_ram
+    assert after.prefill.seconds - before.prefill.seconds == pytest.approx(1e-3 * missed)
+    predicted = planned(with_arrivals(2e-3, 1e-3), share).prediction
+    assert predicted is not None
+    assert after.decode.tokens_per_s == pytest.approx(predicted.decode.tokens_per_s, rel=0.1), "hits differ a little"
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_hits_are_those_of_the_replayed_policy(name: str) -> None:
     profile, trace = machine(gpu=False), routed(skew=0.7)
