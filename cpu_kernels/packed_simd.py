@@ -158,12 +158,12 @@ def _look_up(builder: Any, isa: Isa, codes: Any) -> Any:
     return builder.select(negative, builder.sub(middle, doubled), builder.add(middle, doubled))
 
 
-def _bytes_of_step(builder: Any, code: PackedCode, raw: Any) -> list[Any]:
-    """Unsigned bytes of columns 0-3 of a step and, with 4 bits, of columns 4-7, maybe `_keeps_high_nibbles`."""
+def _bytes_of_step(builder: Any, code: PackedCode, raw: Any, *, high_in_place: bool = False) -> list[Any]:
+    """Unsigned bytes of columns 0-3 of a step and, with 4 bits, of columns 4-7, these 16-fold if `high_in_place`."""
     if code.packed.bits == 8:
         return [raw]
     low = builder.and_(raw, constant(raw.type, 15))
-    if _keeps_high_nibbles(code):
+    if high_in_place:
         return [low, builder.and_(raw, constant(raw.type, 240))]
     high = builder.lshr(raw, constant(raw.type, 4))
     if code.format == "int4":
@@ -202,15 +202,19 @@ def _dot_bytes(builder: Any, isa: Isa, total: Any, weights: Any, x: Any) -> Any:
     return call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", total.type, total, *words)
 
 
-def _keeps_high_nibbles(code: PackedCode) -> bool:
-    """Whether high nibbles are multiplied where they stand, as 16 times their code; their sums are divided."""
-    return code.format == "int4" and code.isa in ("avx512_vnni", "avx2_vnni")
+def _keeps_high_nibbles(code: PackedCode, tokens: int) -> bool:
+    """Whether high nibbles are multiplied where they stand, as 16 times their code; their sums are divided.
+
+    That takes sums of their own for each token, which many tokens have no registers and no time for.
+    """
+    return code.format == "int4" and code.isa in ("avx512_vnni", "avx2_vnni") and tokens <= code.most_tokens // 2
 
 
 def _sums_by_bytes(builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], steps: range) -> list[Any]:
     nbytes = _PIECE_BYTES[code.isa]
     kind, sums_kind = vector(_I8, nbytes), vector(_I32, nbytes // 4)
-    places = 2 if _keeps_high_nibbles(code) else 1
+    high_in_place = _keeps_high_nibbles(code, len(inputs))
+    places = 2 if high_in_place else 1
     # Several chains hide the latency of the dot product where there are few tokens.
     chains = max(1, 8 // len(inputs) // (STEP_BYTES // nbytes) // places)
     zero = ir.Constant(sums_kind, None)
@@ -221,7 +225,7 @@ def _sums_by_bytes(builder: Any, code: PackedCode, codes: Any, inputs: Sequence[
         parts = []
         for piece in range(STEP_BYTES // nbytes):
             raw = load(builder, codes, kind, step * STEP_BYTES + piece * nbytes)
-            parts.append(_bytes_of_step(builder, code, raw))
+            parts.append(_bytes_of_step(builder, code, raw, high_in_place=high_in_place))
         for part in range(len(parts[0])):
             for token, address in enumerate(inputs):
                 x = load(builder, address, _I32, step * code.packed.step_columns + 4 * part)

@@ -2,7 +2,8 @@
 """Consecutive rows of a row-major matrix times a few inputs: what the kernels for few tokens have in common.
 
 Each weight is fetched from memory once: up to three tokens pass a row at a time, more pass four rows four at a time
-while these rows lie in the first-level cache.
+while these rows lie in the first-level cache. With 32 registers four pass a row at a time too, where no more than
+seven come and all inputs lie there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from cpu_kernels.simd import (
     STEP_BYTES,
     TileShape,
     elements_per_step,
+    has_many_registers,
     prefetch_four_lines,
     tile_add,
     tile_dot,
@@ -28,9 +30,13 @@ GROUP_ROWS = 4
 # How far ahead of the row at hand to ask for weights: about the bytes that arrive in the latency of memory.
 PREFETCH_BYTES = 4096
 
+# Inputs that stay in the first-level cache beside the weights that pass.
+_NEAR_BYTES = 20 << 10
+
 _ONE_TOKEN = TileShape(rows=1, tokens=1, chains=CHAINS)
 _TWO_TOKENS = TileShape(rows=1, tokens=2, chains=CHAINS)
 _THREE_TOKENS = TileShape(rows=1, tokens=3, chains=CHAINS)
+_FOUR_TOKENS = TileShape(rows=1, tokens=4, chains=CHAINS)
 _FOUR_BY_FOUR = TileShape(rows=4, tokens=4, chains=1)
 
 
@@ -109,6 +115,7 @@ def multiply_rows(elements, weights, columns, rows, inputs, outputs, output_offs
     """
     row_bytes = columns * (STEP_BYTES // elements_per_step(elements))
     end = weights + rows * row_bytes
+    by_row = has_many_registers(elements) and tokens < 8 and tokens * row_bytes <= _NEAR_BYTES
     if tokens < 4:
         _few_tokens(elements, weights, columns, rows, inputs, outputs, output_offset, tokens, end, following)
         return
@@ -121,7 +128,21 @@ def multiply_rows(elements, weights, columns, rows, inputs, outputs, output_offs
         in_fours = tokens // 4 * 4 if count == GROUP_ROWS else 0
         for token in range(0, in_fours, 4):
             table = 8 * token
-            _four_rows(elements, here, columns, inputs + table, outputs + table, offset, after)
+            if by_row:
+                _row_by_row(
+                    elements,
+                    _FOUR_TOKENS,
+                    here,
+                    columns,
+                    count,
+                    inputs + table,
+                    outputs + table,
+                    offset,
+                    end,
+                    following,
+                )
+            else:
+                _four_rows(elements, here, columns, inputs + table, outputs + table, offset, after)
         for token in range(in_fours, tokens, 3):
             table = 8 * token
             few = min(3, tokens - token)

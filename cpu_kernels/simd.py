@@ -354,6 +354,16 @@ def prefetch_four_lines(typingctx: Any, address: Any) -> tuple[Any, _Codegen]:
 
 
 @intrinsic
+def has_many_registers(typingctx: Any, elements: Any) -> tuple[Any, _Codegen]:
+    """Whether the sums of four tokens in `CHAINS` chains stay in registers, as a constant."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(ir.IntType(1), elements.elements.isa == "avx512_bf16")
+
+    return types.boolean(elements), codegen
+
+
+@intrinsic
 def elements_per_step(typingctx: Any, elements: Any) -> tuple[Any, _Codegen]:
     """Elements in 64 bytes, as a constant."""
 
