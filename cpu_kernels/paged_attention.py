@@ -130,6 +130,7 @@ def paged_attention(
     if valid is not None:
         job[kernel.VALID], job[kernel.VALID_COLUMNS] = valid.ctypes.data, valid.shape[1]
     job[kernel.OUT], job[kernel.LSE] = out.data_ptr(), lse.data_ptr()
+    job[kernel.THREADS] = pool.threads
     lists = job, offsets, lengths, first_positions, query_positions
     counts = chunk_counter()(*lists)
     tasks = kernel.attention_task(), kernel.combine_task()

@@ -68,13 +68,17 @@ from cpu_kernels.simd import float32_pointer, int64_pointer
     OUT,
     LSE,
     FLOAT32_FUNCTION,  # address of `multiply_panels` of fp32
+    THREADS,  # of the pool; it decides how many heads of a run go together
+    GROUPS,  # address of int64 [groups][GROUP_FIELDS]
     JOB_FIELDS,
-) = range(LAYOUT_FIELDS, LAYOUT_FIELDS + 19)
+) = range(LAYOUT_FIELDS, LAYOUT_FIELDS + 21)
 
 # A chunk: where it is, which of its sequence's blocks, and its first row's part.
 (SEQUENCE, HEAD, FIRST_ROW, ROWS, FIRST_BLOCK, BLOCKS, FIRST_TOKEN, PART, CHUNK_FIELDS) = range(9)
 # The end of a tile of rows: its first chunk and how many.
 (END_CHUNK, END_CHUNKS, END_FIELDS) = range(3)
+# Chunks of the same blocks that one thread goes through together: the first, how far apart their numbers are, how many.
+(GROUP_CHUNK, GROUP_STRIDE, GROUP_CHUNKS, GROUP_FIELDS) = range(4)
 
 TILE_ROWS = 64
 # More rows than this read a block that was widened once.
@@ -182,37 +186,50 @@ def _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch):
 
 
 @inner
-def _run_chunk(job_address, number):
+def _run_group(job_address, number):
+    """The chunks of a group, block after block and head after head, as they lie."""
     job = carray(int64_pointer(job_address), (JOB_FIELDS,))
-    chunk = carray(int64_pointer(job[CHUNKS] + 8 * CHUNK_FIELDS * number), (CHUNK_FIELDS,))
+    group = carray(int64_pointer(job[GROUPS] + 8 * GROUP_FIELDS * number), (GROUP_FIELDS,))
+    heads, stride = group[GROUP_CHUNKS], group[GROUP_STRIDE]
+    chunks = carray(
+        int64_pointer(job[CHUNKS] + 8 * CHUNK_FIELDS * group[GROUP_CHUNK]), ((heads - 1) * stride + 1, CHUNK_FIELDS)
+    )
+    chunk = chunks[0]
     rows, block_tokens, width = chunk[ROWS], job[BLOCK_TOKENS], job[PART_NBYTES] // 4
-    parts = carray(float32_pointer(job[PARTS] + 4 * width * chunk[PART]), (rows, width))
-    parts[:] = _ZERO
-    parts[:, width - 2] = _MINUS_INFINITY
+    for index in range(heads):
+        parts = carray(float32_pointer(job[PARTS] + 4 * width * chunks[index * stride, PART]), (rows, width))
+        parts[:] = _ZERO
+        parts[:, width - 2] = _MINUS_INFINITY
     in_place = (rows <= IN_PLACE_ROWS or not job[EXPAND_FUNCTION]) and not job[FROM_KEY]
     if in_place:
-        extra = (2 * rows + 2) * max(job[QUERY_NBYTES] // 4, block_tokens)
+        extra = ((heads + 1) * rows + 2) * max(job[QUERY_NBYTES] // 4, block_tokens)
     else:
         extra = 128 + (job[KEY_COLUMNS] + job[VALUE_COLUMNS]) * block_tokens
     memory = np.empty((rows + 1) * block_tokens + extra + 16, np.float32)
     scores = (memory.ctypes.data + 63) // 64 * 64
     scratch = scores + 4 * (rows + 1) * block_tokens
     head_row = (chunk[SEQUENCE] * job[KV_HEADS] + chunk[HEAD]) * job[POSITIONS] * job[GROUP]
-    queries = job[QUERIES] + (head_row + chunk[FIRST_ROW]) * job[QUERY_NBYTES]
+    queries, query_step = job[QUERIES] + (head_row + chunk[FIRST_ROW]) * job[QUERY_NBYTES], rows * job[QUERY_NBYTES]
     if in_place:
-        queries = block.ready_queries(job, queries, rows, scratch)
-        scratch += rows * job[QUERY_NBYTES]
+        # Rows of consecutive heads follow each other where chunks have all rows of a head, as those of a group do.
+        queries = block.ready_queries(job, queries, heads * rows, scratch)
+        scratch += heads * query_step
     length = carray(int64_pointer(job[LENGTHS] + 8 * chunk[SEQUENCE]), (1,))[0]
     addresses = carray(int64_pointer(job[ADDRESSES] + 8 * chunk[FIRST_BLOCK]), (chunk[BLOCKS],))
+    first_head = chunk[HEAD] * job[HEAD_NBYTES]
     for index in range(chunk[BLOCKS]):
-        head = addresses[index] + chunk[HEAD] * job[HEAD_NBYTES]
+        head = addresses[index] + first_head
         token = chunk[FIRST_TOKEN] + index * block_tokens
         tokens = min(length - token, block_tokens)
-        if in_place:
-            following = addresses[min(index + 1, chunk[BLOCKS] - 1)] + chunk[HEAD] * job[HEAD_NBYTES]
-            _attend_in_place(job, chunk, head, following, token, tokens, queries, scores, scratch)
-        else:
-            _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch)
+        following = addresses[min(index + 1, chunk[BLOCKS] - 1)] + first_head
+        for place in range(heads):
+            if in_place:
+                after = following if place == heads - 1 else head + job[HEAD_NBYTES]
+                _attend_in_place(job, chunks[place * stride], head, after, token, tokens,
+                                 queries + place * query_step, scores, scratch)  # fmt: skip
+            else:
+                _attend_expanded(job, chunks[place * stride], head, token, tokens, queries, scores, scratch)
+            head += job[HEAD_NBYTES]
     _keep(memory)
 
 
@@ -260,10 +277,10 @@ def _combine_tile(job_address, number):
 
 @cache
 def attention_task() -> int:
-    """Address of the compiled task void(int64 job, int64 chunk)."""
+    """Address of the compiled task void(int64 job, int64 group)."""
 
-    def task(job: int, chunk: int) -> None:
-        _run_chunk(job, chunk)
+    def task(job: int, group: int) -> None:
+        _run_group(job, group)
 
     return task_address(task)
 
