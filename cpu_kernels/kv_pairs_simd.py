@@ -35,6 +35,8 @@ class PairShape:
         heads: rows of weights.
         words: vectors of 8 lanes; int8 has 2 of a panel of 16, so 4 are two panels; of a half panel of int4 2 or 4.
         first: number of the first of these in a half panel of int4.
+        chains: sums of each lane that are added at the end, so that one need not wait for another: a power of two
+            up to PAIRS_AT_ONCE.
         pairs: whether the CPU multiplies pairs.
     """
 
@@ -42,6 +44,7 @@ class PairShape:
     heads: int
     words: int
     first: int = 0
+    chains: int = 1
     pairs: bool = field(default_factory=lambda: supports("avx2"))
 
     @property
@@ -59,11 +62,11 @@ class PairShapeType(types.Type):
 
 
 class PairTileType(types.Type):
-    """Numba's type of a tile's int32 sums, ordered by head, then word."""
+    """Numba's type of a tile's int32 sums, ordered by chain, head, then word."""
 
-    def __init__(self, heads: int, words: int) -> None:
-        self.heads, self.words = heads, words
-        super().__init__(name=f"PairTile({heads}, {words})")
+    def __init__(self, shape: PairShape) -> None:
+        self.vectors = shape.chains * shape.heads * shape.words
+        super().__init__(name=f"PairTile({self.vectors})")
 
 
 @typeof_impl.register(PairShape)
@@ -82,7 +85,7 @@ def _lower_compile_time_constant(context: Any, builder: Any, ty: Any, value: Any
 @register_model(PairTileType)
 class _TileModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: PairTileType) -> None:
-        super().__init__(dmm, fe_type, ir.ArrayType(_I32X8, fe_type.heads * fe_type.words))
+        super().__init__(dmm, fe_type, ir.ArrayType(_I32X8, fe_type.vectors))
 
 
 def int8_pairs(builder: Any, address: Any) -> list[Any]:
@@ -123,7 +126,7 @@ def _multiply_pairs(builder: Any, shape: PairShape, codes: Any, weights: Any) ->
 @intrinsic
 def pairs_zero(typingctx: Any, shape: Any) -> Any:
     """A tile with all sums zero."""
-    tile = PairTileType(shape.shape.heads, shape.shape.words)
+    tile = PairTileType(shape.shape)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return ir.Constant(context.get_value_type(tile), None)
@@ -131,20 +134,25 @@ def pairs_zero(typingctx: Any, shape: Any) -> Any:
     return tile(shape), codegen
 
 
+# Pairs of rows that are added at a time.
+PAIRS_AT_ONCE = 4
+
+
 @intrinsic
-def pairs_add_four_rows(
+def pairs_add_rows(
     typingctx: Any, shape: Any, tile: Any, rows: Any, panel_nbytes: Any, weights: Any, weights_nbytes: Any
 ) -> Any:
-    """Add four consecutive rows, each times its weight of each head.
+    """Add eight consecutive rows, each times its weight of each head.
 
     rows: address of the first panel's first pair, panel_nbytes before the next panel's; of int4 that of its half.
-    weights: address of the first head's four int16 weights of these rows, weights_nbytes before the next head's.
+    weights: address of the first head's eight int16 weights of these rows, weights_nbytes before the next head's.
     """
     kernel: PairShape = shape.shape
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, value, rows, panel_nbytes, weights, weights_nbytes = arguments
-        for pair in range(2):
+        for pair in range(PAIRS_AT_ONCE):
+            chain = pair % kernel.chains * kernel.heads * kernel.words
             at = offset_by(builder, rows, pair * kernel.pair_nbytes)
             if kernel.format == "int4":
                 pieces = int4_pairs(builder, at, kernel.first, kernel.words)
@@ -158,7 +166,7 @@ def pairs_add_four_rows(
                 factor = builder.bitcast(broadcast(builder, load(builder, weight, _I32)), _I16X16)
                 weight = builder.add(weight, weights_nbytes)
                 for word, piece in enumerate(pieces):
-                    place = head * kernel.words + word
+                    place = chain + head * kernel.words + word
                     total = builder.extract_value(value, place)
                     total = builder.add(total, _multiply_pairs(builder, kernel, piece, factor))
                     value = builder.insert_value(value, total, place)
@@ -180,11 +188,16 @@ def pairs_store(
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, value, scales, scales_nbytes, out, out_nbytes, add = arguments
+        sums = [builder.extract_value(value, place) for place in range(tile.vectors)]
+        each = kernel.heads * kernel.words
+        while len(sums) > each:
+            half = len(sums) // 2
+            sums = [builder.add(a, b) for a, b in zip(sums[:half], sums[half:], strict=True)]
         for head in range(kernel.heads):
             scale = broadcast(builder, load(builder, scales, _F32))
             scales = builder.add(scales, scales_nbytes)
             for word in range(kernel.words):
-                number = builder.sitofp(builder.extract_value(value, head * kernel.words + word), _F32X8)
+                number = builder.sitofp(sums[head * kernel.words + word], _F32X8)
                 if kernel.format == "int4" and INT4_FACTORS[kernel.first + word] != 1:
                     number = builder.fmul(number, ir.Constant(_F32X8, [1 / INT4_FACTORS[kernel.first + word]] * 8))
                 at = builder.inttoptr(offset_by(builder, out, 4 * PIECE * word), _F32X8.as_pointer())

@@ -14,6 +14,7 @@ from cpu_kernels.kv_simd import (
     PanelShape,
     dot_rows,
     expand_rows_at_once,
+    has_many_registers,
     panel_add,
     panel_four_rows,
     panel_row,
@@ -24,7 +25,7 @@ from cpu_kernels.kv_vectors import offset_by, prefetch
 
 _ONE_BY_ONE, _ONE_BY_FOUR = PanelShape(1, 1), PanelShape(1, 4)
 _TWO_BY_ONE, _TWO_BY_TWO = PanelShape(2, 1), PanelShape(2, 2)
-_FOUR_BY_ONE = PanelShape(4, 1)
+_FOUR_BY_ONE, _EIGHT_BY_ONE = PanelShape(4, 1), PanelShape(8, 1)
 
 
 @intrinsic
@@ -116,7 +117,11 @@ def multiply_panels(
     while head < heads:
         left = heads - head
         at, target = weights + head * weights_nbytes, out + head * out_nbytes
-        if left >= 4:
+        if has_many_registers(code) and left >= 8:
+            _sweep(code, _EIGHT_BY_ONE, panels, panel_nbytes, 0, count, rows, at, weights_nbytes, target, out_nbytes,
+                   add, ahead)  # fmt: skip
+            head += 8
+        elif left >= 4:
             _sweep(code, _FOUR_BY_ONE, panels, panel_nbytes, 0, count, rows, at, weights_nbytes, target, out_nbytes,
                    add, ahead)  # fmt: skip
             head += 4

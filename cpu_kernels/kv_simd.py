@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from struct import pack, unpack
 from typing import Any
 
 from llvmlite import ir
@@ -25,7 +26,7 @@ from numba.core import cgutils, types
 from numba.core.imputils import lower_constant
 from numba.extending import models, register_model, typeof_impl
 
-from cpu_kernels.isa import converts_fp16
+from cpu_kernels.isa import converts_fp16, looks_up_bytes, vector_registers
 from cpu_kernels.jit import intrinsic
 from cpu_kernels.kv_pairs_simd import INT4_FACTORS, int4_pairs, int8_pairs
 from cpu_kernels.kv_vectors import PIECE, broadcast, load, offset_by, pick, splat
@@ -45,10 +46,19 @@ class KvCode:
     Attributes:
         format: one of `formats.kv.KV_FORMATS`.
         halves: whether the CPU widens fp16.
+        registers: how many vector registers tiles may fill, 16 or 32.
+        tables: whether the CPU looks 64 bytes up at a time.
     """
 
     format: str
     halves: bool = field(default_factory=converts_fp16)
+    registers: int = field(default_factory=vector_registers)
+    tables: bool = field(default_factory=looks_up_bytes)
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a vector: what comes out of tables fills the longest."""
+        return 2 * PIECE if self.tables and self.format == "fp8_e4m3" else PIECE
 
     @property
     def has_token_scales(self) -> bool:
@@ -79,7 +89,7 @@ class KvCodeType(types.Type):
 
     def __init__(self, code: KvCode) -> None:
         self.code = code
-        super().__init__(name=f"KvCode({code.format}, {code.halves})")
+        super().__init__(name=str(code))
 
 
 class PanelShapeType(types.Type):
@@ -93,9 +103,9 @@ class PanelShapeType(types.Type):
 class PanelTileType(types.Type):
     """Numba's type of a tile's sums, ordered by head, then piece."""
 
-    def __init__(self, heads: int, pieces: int) -> None:
-        self.heads, self.pieces = heads, pieces
-        super().__init__(name=f"PanelTile({heads}, {pieces})")
+    def __init__(self, heads: int, pieces: int, lanes: int) -> None:
+        self.heads, self.pieces, self.lanes = heads, pieces, lanes
+        super().__init__(name=f"PanelTile({heads}, {pieces}, {lanes})")
 
 
 @typeof_impl.register(KvCode)
@@ -118,54 +128,101 @@ def _lower_compile_time_constant(context: Any, builder: Any, ty: Any, value: Any
     return context.get_dummy_value()
 
 
+def _floats(lanes: int) -> Any:
+    return ir.VectorType(_F32, lanes)
+
+
 @register_model(PanelTileType)
 class _TileModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: PanelTileType) -> None:
-        super().__init__(dmm, fe_type, ir.ArrayType(_F32X8, fe_type.heads * fe_type.pieces))
+        super().__init__(dmm, fe_type, ir.ArrayType(_floats(fe_type.lanes), fe_type.heads * fe_type.pieces))
 
 
 def _tile_type(code: KvCode, shape: PanelShape) -> PanelTileType:
-    return PanelTileType(shape.heads, 2 * shape.panels)
+    return PanelTileType(shape.heads, 16 // code.lanes * shape.panels, code.lanes)
 
 
 def _store(builder: Any, address: Any, value: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
 
-def _call(builder: Any, name: str, *arguments: Any) -> Any:
-    function_type = ir.FunctionType(_F32X8, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    function_type = ir.FunctionType(a.type, [a.type] * 3)
+    name = f"llvm.fma.v{a.type.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [a, b, c])
 
 
 def _fp8_piece(builder: Any, raw: Any, code: KvCode) -> Any:
-    """8 bytes of e4m3 as numbers / 256."""
+    """Bytes of e4m3 as numbers / 256."""
+    lanes = raw.type.count
     if code.halves:
-        kind = ir.VectorType(_I16, PIECE)
+        kind = ir.VectorType(_I16, lanes)
         moved = builder.shl(builder.sext(raw, kind), splat(kind, 7))
-        halves = builder.bitcast(builder.and_(moved, splat(kind, 0xBF80)), ir.VectorType(_F16, PIECE))
-        return builder.fpext(halves, _F32X8)
-    moved = builder.shl(builder.sext(raw, _I32X8), splat(_I32X8, 20))
-    numbers = builder.bitcast(builder.and_(moved, splat(_I32X8, 0x87F00000)), _F32X8)
-    return builder.fmul(numbers, splat(_F32X8, 2.0**112))
+        halves = builder.bitcast(builder.and_(moved, splat(kind, 0xBF80)), ir.VectorType(_F16, lanes))
+        return builder.fpext(halves, _floats(lanes))
+    words = ir.VectorType(_I32, lanes)
+    moved = builder.shl(builder.sext(raw, words), splat(words, 20))
+    numbers = builder.bitcast(builder.and_(moved, splat(words, 0x87F00000)), _floats(lanes))
+    return builder.fmul(numbers, splat(_floats(lanes), 2.0**112))
+
+
+def _fp8_tables() -> tuple[list[int], list[int]]:
+    """The two bytes of the bf16 number that an e4m3 code without its sign, divided by 256, is."""
+    low, high = [], []
+    for code in range(128):
+        exponent, mantissa = code >> 3, code & 7
+        number = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
+        (bits,) = unpack("<I", pack("<f", number / FP8_FACTOR))
+        low.append(bits >> 16 & 0xFF)
+        high.append(bits >> 24)
+    return low, high
+
+
+def _fp8_four_rows(builder: Any, address: Any) -> list[Any]:
+    """Four rows of 16 bytes of e4m3 as numbers / 256, looked up: a byte of bf16 each time, for all 64."""
+    kind = ir.VectorType(_I8, 64)
+    codes = load(builder, address, kind)
+    low, high = (
+        _choose_bytes(builder, ir.Constant(kind, table[:64]), codes, ir.Constant(kind, table[64:]))
+        for table in _fp8_tables()
+    )
+    high = builder.or_(high, builder.and_(codes, splat(kind, 0x80)))
+    rows = []
+    upper = ir.Constant(ir.VectorType(ir.IntType(1), 64), [0, 0, 1, 1] * 16)
+    for row in range(4):
+        places = [place for lane in range(16 * row, 16 * row + 16) for place in (0, 0, lane, 64 + lane)]
+        numbers = _choose_bytes(builder, low, ir.Constant(kind, places), high)
+        numbers = builder.select(upper, numbers, ir.Constant(kind, None))
+        rows.append(builder.bitcast(numbers, _floats(16)))
+    return rows
+
+
+def _choose_bytes(builder: Any, first: Any, places: Any, second: Any) -> Any:
+    """Bytes of two vectors of 64 by the lowest seven bits of their places."""
+    function_type = ir.FunctionType(first.type, [first.type] * 3)
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, function_type, name), [first, places, second]
+    )
 
 
 def _row(builder: Any, code: KvCode, address: Any) -> list[Any]:
-    """One row of a panel of 16 lanes as two pieces; those of bf16 are its even and its odd lanes."""
+    """One row of a panel of 16 lanes as pieces; the two of bf16 are its even and its odd lanes."""
     if code.format == "bf16":
         pairs = load(builder, address, _I32X8)
         even = builder.shl(pairs, splat(_I32X8, 16))
         odd = builder.and_(pairs, splat(_I32X8, 0xFFFF0000))
         return [builder.bitcast(even, _F32X8), builder.bitcast(odd, _F32X8)]
     pieces = []
-    for piece in range(2):
-        at = offset_by(builder, address, piece * code.row_nbytes // 2)
+    for first in range(0, 16, code.lanes):
+        at = offset_by(builder, address, first * code.row_nbytes // 16)
         if code.format == "fp32":
             pieces.append(load(builder, at, _F32X8))
         elif code.format == "fp16":
             halves = builder.bitcast(load(builder, at, ir.VectorType(_I16, PIECE)), ir.VectorType(_F16, PIECE))
             pieces.append(builder.fpext(halves, _F32X8))
         else:
-            pieces.append(_fp8_piece(builder, load(builder, at, ir.VectorType(_I8, PIECE)), code))
+            pieces.append(_fp8_piece(builder, load(builder, at, ir.VectorType(_I8, code.lanes)), code))
     return pieces
 
 
@@ -177,6 +234,16 @@ def _in_lane_order(builder: Any, code: KvCode, pieces: list[Any]) -> list[Any]:
             ordered += [pick(builder, even, odd, lanes[:PIECE]), pick(builder, even, odd, lanes[PIECE:])]
         return ordered
     return pieces
+
+
+@intrinsic
+def has_many_registers(typingctx: Any, code: Any) -> tuple[Any, _Codegen]:
+    """Whether tiles may fill 32 registers, as a constant."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(ir.IntType(1), code.code.registers == 32)
+
+    return types.boolean(code), codegen
 
 
 @intrinsic
@@ -204,20 +271,26 @@ def _rows_intrinsic(name: str, rows: int) -> Any:
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, value, panel, panel_nbytes, weights, weights_nbytes = arguments
+            looked_up = []
+            if kernel.lanes == 16 and rows == 4:
+                at = panel
+                for _ in range(tile.pieces):
+                    looked_up.append(_fp8_four_rows(builder, at))
+                    at = builder.add(at, panel_nbytes)
             for row in range(rows):
                 at = offset_by(builder, panel, row * kernel.row_nbytes)
-                pieces = []
-                for _ in range(tile.pieces // 2):
+                pieces = [of_panel[row] for of_panel in looked_up]
+                while len(pieces) < tile.pieces:
                     pieces += _row(builder, kernel, at)
                     at = builder.add(at, panel_nbytes)
                 weight = offset_by(builder, weights, 4 * row)
                 for head in range(tile.heads):
-                    factor = broadcast(builder, load(builder, weight, _F32))
+                    factor = broadcast(builder, load(builder, weight, _F32), tile.lanes)
                     weight = builder.add(weight, weights_nbytes)
                     for index, piece in enumerate(pieces):
                         place = head * tile.pieces + index
                         total = builder.extract_value(value, place)
-                        total = _call(builder, "llvm.fma.v8f32", piece, factor, total)
+                        total = _multiply_add(builder, piece, factor, total)
                         value = builder.insert_value(value, total, place)
             return value
 
@@ -245,8 +318,8 @@ def _store_intrinsic(name: str, add: bool) -> Any:
             for head in range(tile.heads):
                 pieces = [builder.extract_value(value, head * tile.pieces + piece) for piece in range(tile.pieces)]
                 for piece, total in enumerate(_in_lane_order(builder, kernel, pieces)):
-                    at = offset_by(builder, out, 4 * PIECE * piece)
-                    _store(builder, at, builder.fadd(load(builder, at, _F32X8), total) if add else total)
+                    at = offset_by(builder, out, 4 * tile.lanes * piece)
+                    _store(builder, at, builder.fadd(load(builder, at, total.type), total) if add else total)
                 out = builder.add(out, out_nbytes)
             return context.get_dummy_value()
 
@@ -285,7 +358,7 @@ def expand_rows_at_once(typingctx: Any, code: Any, rows: Any, out: Any, out_nbyt
             written = [_in_lane_order(builder, kernel, _row(builder, kernel, rows))]
         for pieces in written:
             for index, piece in enumerate(pieces):
-                _store(builder, offset_by(builder, out, 4 * PIECE * index), piece)
+                _store(builder, offset_by(builder, out, 4 * kernel.lanes * index), piece)
             out = builder.add(out, out_nbytes)
         return context.get_dummy_value()
 
@@ -341,7 +414,7 @@ def dot_rows(
                 row = load(builder, offset_by(builder, at, 64 * token + 32 * half), _F32X8)
                 for head in range(DOT_HEADS):
                     place = head * DOT_TOKENS + token
-                    totals[place] = _call(builder, "llvm.fma.v8f32", row, factors[head], totals[place])
+                    totals[place] = _multiply_add(builder, row, factors[head], totals[place])
         following = builder.add(index, ir.Constant(_I64, 1))
         at_next, query_next = builder.add(at, panel_nbytes), builder.add(query, ir.Constant(_I64, 64))
         builder.cbranch(builder.icmp_signed("<", following, panels), body, done)

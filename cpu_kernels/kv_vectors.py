@@ -27,11 +27,11 @@ def splat(kind: Any, value: int | float) -> Any:
     return ir.Constant(kind, [value] * kind.count)
 
 
-def broadcast(builder: Any, value: Any) -> Any:
-    """A vector of 8 lanes with one value in all of them."""
-    undefined = ir.Constant(ir.VectorType(value.type, PIECE), ir.Undefined)
+def broadcast(builder: Any, value: Any, lanes: int = PIECE) -> Any:
+    """A vector with one value in all lanes."""
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, splat(ir.VectorType(_I32, PIECE), 0))
+    return builder.shuffle_vector(first, undefined, splat(ir.VectorType(_I32, lanes), 0))
 
 
 def pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:

@@ -43,6 +43,7 @@ def layout_fields(layout: KvLayout) -> Int64:
         fields[getattr(block_fields, name.upper())] = part.offset
     code = KvCode(layout.format)
     fields[block_fields.ROW_NBYTES] = code.row_nbytes
+    fields[block_fields.HAS_SCALES] = layout.is_quantised
     fields[block_fields.HAS_TOKEN_SCALES] = code.has_token_scales
     factor = FP8_FACTOR if code.format == "fp8_e4m3" else 1.0
     fields[block_fields.CODE_FACTOR : block_fields.CODE_FACTOR + 1].view(np.float32)[0] = factor

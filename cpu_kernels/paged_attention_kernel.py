@@ -33,8 +33,8 @@ from cpu_kernels.paged_attention_block import (
     EXPAND_FUNCTION,
     FROM_KEY,
     GROUP,
+    HAS_SCALES,
     HEAD_NBYTES,
-    INT4_SCORES_FUNCTION,
     KEY_COLUMNS,
     KEY_SCALES,
     KEY_WIDTH,
@@ -151,14 +151,14 @@ def _weigh_rows(job, chunk, token, tokens, scores):
 @inner
 def _attend_in_place(job, chunk, head, following, token, tokens, queries, scores, scratch):
     """A block's share of few rows; values are asked for while keys are read, and the next block's keys after."""
-    rows, int4 = chunk[ROWS], job[INT4_SCORES_FUNCTION] != 0
-    # Scales of int4 are a fifth of a block, and needed before its codes.
-    if int4:
+    rows, scaled = chunk[ROWS], job[HAS_SCALES] != 0
+    # Scales of values are needed before their codes; what is not asked for is waited for.
+    if scaled:
         block.ask_for(head + job[VALUE_SCALES], head + job[HEAD_NBYTES])
     block.key_scores(job, head, tokens, queries, rows, scores, scratch, head + job[VALUES])
     _weigh_rows(job, chunk, token, tokens, scores)
     out = job[PARTS] + job[PART_NBYTES] * chunk[PART]
-    if int4:
+    if scaled:
         block.ask_for(following + job[KEY_SCALES], following + job[VALUES])
     block.add_values(job, head, tokens, scores, rows, out, scratch, following + job[KEYS])
 
