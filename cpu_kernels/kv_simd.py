@@ -188,7 +188,11 @@ def _fp8_four_rows(builder: Any, address: Any) -> list[Any]:
     )
     high = builder.or_(high, builder.and_(codes, splat(kind, 0x80)))
     rows = []
-    upper = ir.Constant(ir.VectorType(ir.IntType(1), 64), [0, 0, 1, 1] * 16)
+    # Known as a constant this would become an instruction of its own for each row.
+    opaque = ir.InlineAsm(ir.FunctionType(_I64, [_I64]), "", "=r,0")
+    upper = builder.bitcast(
+        builder.call(opaque, [ir.Constant(_I64, 0xCCCC_CCCC_CCCC_CCCC)]), ir.VectorType(ir.IntType(1), 64)
+    )
     for row in range(4):
         places = [place for lane in range(16 * row, 16 * row + 16) for place in (0, 0, lane, 64 + lane)]
         numbers = _choose_bytes(builder, low, ir.Constant(kind, places), high)
