@@ -56,9 +56,17 @@ class KvCode:
     tables: bool = field(default_factory=looks_up_bytes)
 
     @property
-    def lanes(self) -> int:
-        """Lanes of a vector: what comes out of tables fills the longest."""
-        return 2 * PIECE if self.tables and self.format == "fp8_e4m3" else PIECE
+    def looks_up(self) -> bool:
+        """Whether four rows are widened at a time, by tables."""
+        return self.tables and self.format == "fp8_e4m3"
+
+    def lanes(self, heads: int) -> int:
+        """Lanes of a tile's vectors.
+
+        Twice as many are half as many instructions and half as many sums that do not wait for each other: from four
+        heads on they pay. What comes out of tables fills them anyway.
+        """
+        return 2 * PIECE if self.looks_up or (self.registers == 32 and heads >= 4) else PIECE
 
     @property
     def has_token_scales(self) -> bool:
@@ -139,7 +147,8 @@ class _TileModel(models.PrimitiveModel):
 
 
 def _tile_type(code: KvCode, shape: PanelShape) -> PanelTileType:
-    return PanelTileType(shape.heads, 16 // code.lanes * shape.panels, code.lanes)
+    lanes = code.lanes(shape.heads)
+    return PanelTileType(shape.heads, 16 // lanes * shape.panels, lanes)
 
 
 def _store(builder: Any, address: Any, value: Any) -> None:
@@ -210,32 +219,36 @@ def _choose_bytes(builder: Any, first: Any, places: Any, second: Any) -> Any:
     )
 
 
-def _row(builder: Any, code: KvCode, address: Any) -> list[Any]:
-    """One row of a panel of 16 lanes as pieces; the two of bf16 are its even and its odd lanes."""
-    if code.format == "bf16":
+def _row(builder: Any, code: KvCode, address: Any, lanes: int) -> list[Any]:
+    """One row of a panel of 16 lanes as pieces; where there are two of bf16, its even and its odd lanes."""
+    if code.format == "bf16" and lanes == PIECE:
         pairs = load(builder, address, _I32X8)
         even = builder.shl(pairs, splat(_I32X8, 16))
         odd = builder.and_(pairs, splat(_I32X8, 0xFFFF0000))
         return [builder.bitcast(even, _F32X8), builder.bitcast(odd, _F32X8)]
     pieces = []
-    for first in range(0, 16, code.lanes):
+    for first in range(0, 16, lanes):
         at = offset_by(builder, address, first * code.row_nbytes // 16)
         if code.format == "fp32":
-            pieces.append(load(builder, at, _F32X8))
+            pieces.append(load(builder, at, _floats(lanes)))
         elif code.format == "fp16":
-            halves = builder.bitcast(load(builder, at, ir.VectorType(_I16, PIECE)), ir.VectorType(_F16, PIECE))
-            pieces.append(builder.fpext(halves, _F32X8))
+            halves = builder.bitcast(load(builder, at, ir.VectorType(_I16, lanes)), ir.VectorType(_F16, lanes))
+            pieces.append(builder.fpext(halves, _floats(lanes)))
+        elif code.format == "bf16":
+            words = ir.VectorType(_I32, lanes)
+            bits = builder.zext(load(builder, at, ir.VectorType(_I16, lanes)), words)
+            pieces.append(builder.bitcast(builder.shl(bits, splat(words, 16)), _floats(lanes)))
         else:
-            pieces.append(_fp8_piece(builder, load(builder, at, ir.VectorType(_I8, code.lanes)), code))
+            pieces.append(_fp8_piece(builder, load(builder, at, ir.VectorType(_I8, lanes)), code))
     return pieces
 
 
-def _in_lane_order(builder: Any, code: KvCode, pieces: list[Any]) -> list[Any]:
-    if code.format == "bf16":
+def _in_lane_order(builder: Any, code: KvCode, pieces: list[Any], lanes: int) -> list[Any]:
+    if code.format == "bf16" and lanes == PIECE:
         ordered = []
         for even, odd in zip(pieces[::2], pieces[1::2], strict=True):
-            lanes = [lane // 2 + (lane % 2) * PIECE for lane in range(2 * PIECE)]
-            ordered += [pick(builder, even, odd, lanes[:PIECE]), pick(builder, even, odd, lanes[PIECE:])]
+            places = [lane // 2 + (lane % 2) * PIECE for lane in range(2 * PIECE)]
+            ordered += [pick(builder, even, odd, places[:PIECE]), pick(builder, even, odd, places[PIECE:])]
         return ordered
     return pieces
 
@@ -276,7 +289,7 @@ def _rows_intrinsic(name: str, rows: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, value, panel, panel_nbytes, weights, weights_nbytes = arguments
             looked_up = []
-            if kernel.lanes == 16 and rows == 4:
+            if kernel.looks_up and rows == 4:
                 at = panel
                 for _ in range(tile.pieces):
                     looked_up.append(_fp8_four_rows(builder, at))
@@ -285,7 +298,7 @@ def _rows_intrinsic(name: str, rows: int) -> Any:
                 at = offset_by(builder, panel, row * kernel.row_nbytes)
                 pieces = [of_panel[row] for of_panel in looked_up]
                 while len(pieces) < tile.pieces:
-                    pieces += _row(builder, kernel, at)
+                    pieces += _row(builder, kernel, at, tile.lanes)
                     at = builder.add(at, panel_nbytes)
                 weight = offset_by(builder, weights, 4 * row)
                 for head in range(tile.heads):
@@ -321,7 +334,7 @@ def _store_intrinsic(name: str, add: bool) -> Any:
             _, value, out, out_nbytes = arguments
             for head in range(tile.heads):
                 pieces = [builder.extract_value(value, head * tile.pieces + piece) for piece in range(tile.pieces)]
-                for piece, total in enumerate(_in_lane_order(builder, kernel, pieces)):
+                for piece, total in enumerate(_in_lane_order(builder, kernel, pieces, tile.lanes)):
                     at = offset_by(builder, out, 4 * tile.lanes * piece)
                     _store(builder, at, builder.fadd(load(builder, at, total.type), total) if add else total)
                 out = builder.add(out, out_nbytes)
@@ -359,10 +372,10 @@ def expand_rows_at_once(typingctx: Any, code: Any, rows: Any, out: Any, out_nbyt
                 factors = INT4_FACTORS * 2
             written = [_codes_of_row(builder, pairs, factors, row) for row in range(2)]
         else:
-            written = [_in_lane_order(builder, kernel, _row(builder, kernel, rows))]
+            written = [_in_lane_order(builder, kernel, _row(builder, kernel, rows, PIECE), PIECE)]
         for pieces in written:
             for index, piece in enumerate(pieces):
-                _store(builder, offset_by(builder, out, 4 * kernel.lanes * index), piece)
+                _store(builder, offset_by(builder, out, 4 * PIECE * index), piece)
             out = builder.add(out, out_nbytes)
         return context.get_dummy_value()
 
