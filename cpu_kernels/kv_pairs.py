@@ -20,11 +20,17 @@ from cpu_kernels.kv_vectors import prefetch
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_splat
 from cpu_kernels.simd import float32_pointer
 
-# Heads by panels: eight sums or more, because a multiplication that adds (VPDPWSSD) takes four cycles and two start in each.
-_EIGHT_BY_ONE, _FOUR_BY_ONE = PairShape("int8", 8, 2), PairShape("int8", 4, 2)
+# Heads by panels. Eight sums of 8 lanes or more, because a multiplication that adds (VPDPWSSD) takes four cycles, and
+# two start in each.
+_EIGHT_BY_WIDE, _FOUR_BY_WIDE = PairShape("int8", 8, 1, lanes=16), PairShape("int8", 4, 1, chains=2, lanes=16)
+_FOUR_BY_ONE = PairShape("int8", 4, 2)
 _TWO_BY_ONE, _ONE_BY_ONE = PairShape("int8", 2, 2, chains=2), PairShape("int8", 1, 2, chains=4)
 # int4: heads by nibbles of a half panel.
-_FOUR_BY_HALF, _FOUR_BY_LOW, _FOUR_BY_HIGH = PairShape("int4", 4, 4), PairShape("int4", 4, 2), PairShape("int4", 4, 2, 2)
+_FOUR_BY_HALF, _FOUR_BY_LOW, _FOUR_BY_HIGH = (
+    PairShape("int4", 4, 4),
+    PairShape("int4", 4, 2),
+    PairShape("int4", 4, 2, 2),
+)
 _TWO_BY_HALF, _ONE_BY_HALF = PairShape("int4", 2, 4), PairShape("int4", 1, 4, chains=2)
 
 _MOST_INT32, _MOST_INT16 = 2**31 - 1, 32767
@@ -113,16 +119,19 @@ def _sweep(shape, panels, panel_nbytes, count, rows, weights, nbytes, out, out_n
 def multiply_int8_panels(code, panels, panel_nbytes, count, rows, weights, nbytes, heads, out, out_nbytes, add, ahead):
     """Out[h][16 p + lane] = sum over r < rows of weights[h][r] panel p's [r][lane]; added to what is there if `add`.
 
-    code: of int8. panels: address of `count` panels, panel_nbytes apart; up to seven rows after their last are read and may be
-    anything. weights: address of `round_row`'s [heads], `nbytes` apart. out: address of fp32 [heads][16 count],
-    out_nbytes apart. ahead: address of what is read next, of which as many bytes are asked for.
+    code: of int8. panels: address of `count` panels, panel_nbytes apart; up to seven rows after their last are read
+    and may be anything. weights: address of `round_row`'s [heads], `nbytes` apart. out: address of fp32
+    [heads][16 count], out_nbytes apart. ahead: address of what is read next, of which as many bytes are asked for.
     """
     head = 0
     while head < heads:
         at, target = weights + head * nbytes, out + head * out_nbytes
         if has_many_registers(code) and heads - head >= 8:
-            _sweep(_EIGHT_BY_ONE, panels, panel_nbytes, count, rows, at, nbytes, target, out_nbytes, add, ahead)
+            _sweep(_EIGHT_BY_WIDE, panels, panel_nbytes, count, rows, at, nbytes, target, out_nbytes, add, ahead)
             head += 8
+        elif has_many_registers(code) and heads - head >= 4:
+            _sweep(_FOUR_BY_WIDE, panels, panel_nbytes, count, rows, at, nbytes, target, out_nbytes, add, ahead)
+            head += 4
         elif heads - head >= 4:
             _sweep(_FOUR_BY_ONE, panels, panel_nbytes, count, rows, at, nbytes, target, out_nbytes, add, ahead)
             head += 4
@@ -138,8 +147,8 @@ def multiply_int8_panels(code, panels, panel_nbytes, count, rows, weights, nbyte
 def add_int4_half(code, half, rows, weights, nbytes, heads, out, out_nbytes, ahead):
     """Out[h][lane] += sum over r < rows of weights[h][r] [r][lane] for 32 lanes of one panel of int4.
 
-    code: of int4. half: address of these lanes of the first pair of rows. ahead: of what is read next, 16 bytes a row. The
-    other arguments are those of `multiply_int8_panels`.
+    code: of int4. half: address of these lanes of the first pair of rows. ahead: of what is read next, 16 bytes a
+    row. The other arguments are those of `multiply_int8_panels`.
     """
     head = 0
     while head < heads:

@@ -214,9 +214,7 @@ def _choose_bytes(builder: Any, first: Any, places: Any, second: Any) -> Any:
     """Bytes of two vectors of 64 by the lowest seven bits of their places."""
     function_type = ir.FunctionType(first.type, [first.type] * 3)
     name = "llvm.x86.avx512.vpermi2var.qi.512"
-    return builder.call(
-        cgutils.get_or_insert_function(builder.module, function_type, name), [first, places, second]
-    )
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [first, places, second])
 
 
 def _row(builder: Any, code: KvCode, address: Any, lanes: int) -> list[Any]:

@@ -201,8 +201,8 @@ def _int4_values(code, job, head, tokens, weights, rows, out, scratch, ahead):
         place = 2 * block_tokens * group
         _scale_and_round(weights, rows, nbytes, head + job[VALUE_SCALES] + place, head + job[VALUE_ZEROS] + place,
                          tokens, scratch, out + 128 * group, out_nbytes, True)  # fmt: skip
-        add_int4_half(code, head + job[VALUES] + offset + group % 2 * 32, tokens, scratch, nbytes, rows, out + 128 * group,
-                      out_nbytes, ahead + group * block_tokens * 16)  # fmt: skip
+        add_int4_half(code, head + job[VALUES] + offset + group % 2 * 32, tokens, scratch, nbytes, rows,
+                      out + 128 * group, out_nbytes, ahead + group * block_tokens * 16)  # fmt: skip
 
 
 @inner
@@ -346,7 +346,9 @@ def int4_scores_function() -> int:
     code = KvCode("int4")
 
     def scores(job, head, tokens, queries, rows, out, scratch, ahead):
-        _int4_scores(code, carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, queries, rows, out, scratch, ahead)
+        _int4_scores(
+            code, carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, queries, rows, out, scratch, ahead
+        )
 
     return function_address(scores, 8)
 
@@ -357,7 +359,9 @@ def int4_values_function() -> int:
     code = KvCode("int4")
 
     def values(job, head, tokens, weights, rows, out, scratch, ahead):
-        _int4_values(code, carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, weights, rows, out, scratch, ahead)
+        _int4_values(
+            code, carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, weights, rows, out, scratch, ahead
+        )
 
     return function_address(values, 8)
 

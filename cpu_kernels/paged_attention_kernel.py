@@ -19,7 +19,7 @@ from cpu_kernels.jit import call_at, carray, inner, task_address
 from cpu_kernels.kv_panels import dot_panels
 from cpu_kernels.kv_softmax import (
     cap_row,
-    exponentials_of_row,
+    exponentials_and_sum,
     hide,
     hide_invalid,
     largest_of_row,
@@ -118,17 +118,18 @@ def _weigh_row(job, scores, lanes, low, high, valid, part):
     before = state[width - 2]
     if not largest > before:
         largest = before
-    exponentials_of_row(scores, largest, lanes)
-    if some_hidden:
+    total = exponentials_and_sum(scores, largest, lanes)
+    if some_hidden or job[VALID]:
         hide(scores, low, high, lanes, _ZERO)
-    if job[VALID]:
-        hide_invalid(scores, low, high, valid, _ZERO)
+        if job[VALID]:
+            hide_invalid(scores, low, high, valid, _ZERO)
+        total = sum_of_row(scores, lanes)
     if largest != before:
         share = exp_float32(before - largest) if before > _MINUS_INFINITY else _ZERO
         scale_row(part, share, width - 16)
         state[width - 1] *= share
         state[width - 2] = largest
-    state[width - 1] += sum_of_row(scores, lanes)
+    state[width - 1] += total
 
 
 @inner
