@@ -12,7 +12,8 @@ from cpu_kernels.jit import inner, intrinsic
 from cpu_kernels.kv_simd import (
     KvCode,
     PanelShape,
-    dot_rows,
+    dot_four,
+    dot_two,
     expand_rows_at_once,
     has_many_registers,
     panel_add,
@@ -148,12 +149,19 @@ def expand_rows(code, rows, count, out, out_nbytes):
 
 
 @inner
-def dot_panels(panels, panel_nbytes, count, tokens, queries, query_nbytes, heads, out, out_nbytes):
-    """Out[h][t] = sum over channels of queries[h][c] panels' [c / 16][t][c mod 16], in fp32.
+def dot_panels(code, panels, panel_nbytes, count, tokens, queries, query_nbytes, heads, out, out_nbytes):
+    """Out[h][t] = sum over channels of queries[h][c] panels' [c / 16][t][c mod 16].
 
-    tokens: a multiple of 4. heads: a multiple of 2. The other arguments are those of `dot_rows`.
+    code: of fp32. tokens: a multiple of 4. heads: a multiple of 2. The other arguments are those of `dot_two`.
     """
-    for head in range(0, heads, 2):
+    head = 0
+    while head < heads:
         at, target = queries + head * query_nbytes, out + head * out_nbytes
-        for token in range(0, tokens, 4):
-            dot_rows(panels + 64 * token, panel_nbytes, count, at, query_nbytes, target + 4 * token, out_nbytes)
+        if has_many_registers(code) and heads - head >= 4:
+            for token in range(0, tokens, 4):
+                dot_four(panels + 64 * token, panel_nbytes, count, at, query_nbytes, target + 4 * token, out_nbytes)
+            head += 4
+        else:
+            for token in range(0, tokens, 4):
+                dot_two(panels + 64 * token, panel_nbytes, count, at, query_nbytes, target + 4 * token, out_nbytes)
+            head += 2

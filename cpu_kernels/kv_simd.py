@@ -391,12 +391,43 @@ def _codes_of_row(builder: Any, pairs: list[Any], factors: tuple[float, ...], ro
     return pieces
 
 
-DOT_TOKENS, DOT_HEADS = 4, 2
+DOT_TOKENS = 4
 
 
-@intrinsic
-def dot_rows(
-    typingctx: Any,
+def _dot_intrinsic(name: str, heads: int) -> Any:
+    def operation(
+        typingctx: Any,
+        rows: Any,
+        panel_nbytes: Any,
+        panels: Any,
+        queries: Any,
+        query_nbytes: Any,
+        out: Any,
+        out_nbytes: Any,
+    ) -> tuple[Any, _Codegen]:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _dot_rows(builder, heads, *arguments)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    operation.__name__ = operation.__qualname__ = name
+    operation.__doc__ = f"""Dot products of 4 consecutive fp32 rows of panels with {heads} queries, over all panels.
+
+    rows: address of the first row in the first panel, panel_nbytes before that in the next.
+    queries: address of fp32 [{heads}][16 panels], query_nbytes apart. out: address of fp32 [{heads}][4], out_nbytes
+    apart.
+    """
+    return intrinsic(operation)
+
+
+dot_two = _dot_intrinsic("dot_two", 2)
+dot_four = _dot_intrinsic("dot_four", 4)
+
+
+def _dot_rows(
+    builder: Any,
+    heads: int,
     rows: Any,
     panel_nbytes: Any,
     panels: Any,
@@ -404,53 +435,40 @@ def dot_rows(
     query_nbytes: Any,
     out: Any,
     out_nbytes: Any,
-) -> tuple[Any, _Codegen]:
-    """Dot products of 4 consecutive fp32 rows of panels with 2 queries, over all panels.
-
-    rows: address of the first row in the first panel, panel_nbytes before that in the next.
-    queries: address of fp32 [2][16 panels], query_nbytes apart. out: address of fp32 [2][4], out_nbytes apart.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, panel_nbytes, panels, queries, query_nbytes, out, out_nbytes = arguments
-        entry, body, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(body)
-        builder.position_at_end(body)
-        index, at, query = builder.phi(_I64), builder.phi(_I64), builder.phi(_I64)
-        sums = [builder.phi(_F32X8) for _ in range(DOT_TOKENS * DOT_HEADS)]
-        totals = list(sums)
-        for half in range(2):
-            factors = [
-                load(builder, offset_by(builder, builder.add(query, builder.mul(ir.Constant(_I64, head), query_nbytes)),
-                                   32 * half), _F32X8)
-                for head in range(DOT_HEADS)
-            ]  # fmt: skip
-            for token in range(DOT_TOKENS):
-                row = load(builder, offset_by(builder, at, 64 * token + 32 * half), _F32X8)
-                for head in range(DOT_HEADS):
-                    place = head * DOT_TOKENS + token
-                    totals[place] = _multiply_add(builder, row, factors[head], totals[place])
-        following = builder.add(index, ir.Constant(_I64, 1))
-        at_next, query_next = builder.add(at, panel_nbytes), builder.add(query, ir.Constant(_I64, 64))
-        builder.cbranch(builder.icmp_signed("<", following, panels), body, done)
-        for phi, first, later in (
-            (index, ir.Constant(_I64, 0), following),
-            (at, rows, at_next),
-            (query, queries, query_next),
-            *((phi, ir.Constant(_F32X8, None), total) for phi, total in zip(sums, totals, strict=True)),
-        ):
-            phi.add_incoming(first, entry)
-            phi.add_incoming(later, body)
-        builder.position_at_end(done)
-        for head in range(DOT_HEADS):
-            for token in range(DOT_TOKENS):
-                _store(
-                    builder, offset_by(builder, out, 4 * token), _sum_lanes(builder, totals[head * DOT_TOKENS + token])
-                )
-            out = builder.add(out, out_nbytes)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 7), codegen
+) -> None:
+    entry, body, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(body)
+    builder.position_at_end(body)
+    index, at, query = builder.phi(_I64), builder.phi(_I64), builder.phi(_I64)
+    sums = [builder.phi(_F32X8) for _ in range(DOT_TOKENS * heads)]
+    totals = list(sums)
+    for half in range(2):
+        factors = [
+            load(builder, offset_by(builder, builder.add(query, builder.mul(ir.Constant(_I64, head), query_nbytes)),
+                               32 * half), _F32X8)
+            for head in range(heads)
+        ]  # fmt: skip
+        for token in range(DOT_TOKENS):
+            row = load(builder, offset_by(builder, at, 64 * token + 32 * half), _F32X8)
+            for head in range(heads):
+                place = head * DOT_TOKENS + token
+                totals[place] = _multiply_add(builder, row, factors[head], totals[place])
+    following = builder.add(index, ir.Constant(_I64, 1))
+    at_next, query_next = builder.add(at, panel_nbytes), builder.add(query, ir.Constant(_I64, 64))
+    builder.cbranch(builder.icmp_signed("<", following, panels), body, done)
+    for phi, first, later in (
+        (index, ir.Constant(_I64, 0), following),
+        (at, rows, at_next),
+        (query, queries, query_next),
+        *((phi, ir.Constant(_F32X8, None), total) for phi, total in zip(sums, totals, strict=True)),
+    ):
+        phi.add_incoming(first, entry)
+        phi.add_incoming(later, body)
+    builder.position_at_end(done)
+    for head in range(heads):
+        for token in range(DOT_TOKENS):
+            _store(builder, offset_by(builder, out, 4 * token), _sum_lanes(builder, totals[head * DOT_TOKENS + token]))
+        out = builder.add(out, out_nbytes)
 
 
 def _sum_lanes(builder: Any, vector: Any) -> Any:

@@ -60,6 +60,8 @@ def _job_template(layout: KvLayout) -> Int64:
     code = KvCode(layout.format)
     job[kernel.KV_HEADS] = layout.kv_heads
     job[kernel.FLOAT32_FUNCTION] = block_fields.multiply_function(KvCode("fp32"))
+    if layout.value_from_key:
+        job[kernel.DOT_FUNCTION] = block_fields.dot_function()
     if layout.is_int4:
         job[block_fields.INT4_SCORES_FUNCTION] = block_fields.int4_scores_function()
         job[block_fields.INT4_VALUES_FUNCTION] = block_fields.int4_values_function()

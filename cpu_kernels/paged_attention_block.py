@@ -26,7 +26,7 @@ from cpu_kernels.kv_pairs import (
     round_row,
     round_rows,
 )
-from cpu_kernels.kv_panels import expand_rows, multiply_panels, row_nbytes
+from cpu_kernels.kv_panels import dot_panels, expand_rows, multiply_panels, row_nbytes
 from cpu_kernels.kv_simd import FP8_FACTOR, KvCode
 from cpu_kernels.kv_softmax import multiply_row, rows_add, rows_store, rows_sum
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_multiply, rows_splat, rows_type
@@ -405,3 +405,14 @@ def multiply_function(code: KvCode) -> int:
                         add != 0, ahead)  # fmt: skip
 
     return function_address(multiply, 11)
+
+
+@cache
+def dot_function() -> int:
+    """Address of `dot_panels`, its arguments as int64."""
+    code = KvCode("fp32")
+
+    def dot(panels, panel_nbytes, count, tokens, queries, query_nbytes, heads, out, out_nbytes):
+        dot_panels(code, panels, panel_nbytes, count, tokens, queries, query_nbytes, heads, out, out_nbytes)
+
+    return function_address(dot, 9)

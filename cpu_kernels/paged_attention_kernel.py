@@ -16,7 +16,6 @@ import numpy as np
 from cpu_kernels import paged_attention_block as block
 from cpu_kernels.activation_kernel import exp_float32
 from cpu_kernels.jit import call_at, carray, inner, task_address
-from cpu_kernels.kv_panels import dot_panels
 from cpu_kernels.kv_softmax import (
     cap_row,
     exponentials_and_sum,
@@ -68,10 +67,11 @@ from cpu_kernels.simd import float32_pointer, int64_pointer
     OUT,
     LSE,
     FLOAT32_FUNCTION,  # address of `multiply_panels` of fp32
+    DOT_FUNCTION,  # address of `dot_panels`, for latent attention
     THREADS,  # of the pool; it decides how many heads of a run go together
     GROUPS,  # address of int64 [groups][GROUP_FIELDS]
     JOB_FIELDS,
-) = range(LAYOUT_FIELDS, LAYOUT_FIELDS + 21)
+) = range(LAYOUT_FIELDS, LAYOUT_FIELDS + 22)
 
 # A chunk: where it is, which of its sequence's blocks, and its first row's part.
 (SEQUENCE, HEAD, FIRST_ROW, ROWS, FIRST_BLOCK, BLOCKS, FIRST_TOKEN, PART, CHUNK_FIELDS) = range(9)
@@ -174,8 +174,8 @@ def _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch):
     else:
         keys, values = head + job[KEYS], head + job[VALUES]
     if job[FROM_KEY]:
-        dot_panels(keys, 64 * block_tokens, (width + 15) // 16, (tokens + 3) // 4 * 4, queries, job[QUERY_NBYTES],
-                   rows, scores, score_nbytes)  # fmt: skip
+        call_at(job[DOT_FUNCTION], (keys, 64 * block_tokens, (width + 15) // 16, (tokens + 3) // 4 * 4, queries,
+                                    job[QUERY_NBYTES], rows, scores, score_nbytes))  # fmt: skip
         values = keys
     else:
         call_at(job[FLOAT32_FUNCTION], (keys, 64 * width, (tokens + 15) // 16, width, queries, job[QUERY_NBYTES],

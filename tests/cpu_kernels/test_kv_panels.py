@@ -12,7 +12,7 @@ import torch
 
 from cpu_kernels.jit import entry
 from cpu_kernels.kv_pairs import add_int4_half, multiply_int8_panels, round_rows
-from cpu_kernels.kv_panels import multiply_panels
+from cpu_kernels.kv_panels import dot_panels, multiply_panels
 from cpu_kernels.kv_simd import FP8_FACTOR, KvCode
 
 ROWS, PANELS, MOST_HEADS = 70, 5, 15
@@ -24,7 +24,7 @@ def _narrower(code: KvCode) -> list[KvCode]:
     return [replace(code, registers=registers, tables=False) for registers in (16, 32)]
 
 
-def _sums(multiply: Callable[..., None], panels: Any, weights: Floats, heads: int, ahead: bool = True) -> Floats:
+def _sums(multiply: Callable[..., None], panels: Any, weights: Floats, heads: int) -> Floats:
     out = np.full((heads, 16 * PANELS), np.nan, np.float32)
     panel_nbytes = panels.nbytes // PANELS
     multiply(panels.ctypes.data, panel_nbytes, weights.ctypes.data, weights.strides[0], heads, out.ctypes.data)
@@ -121,3 +121,29 @@ def test_int4_sums_do_not_depend_on_the_tile() -> None:
             out = np.zeros((heads, 32), np.float32)
             function(stored.ctypes.data, weights.ctypes.data, weights.strides[0], heads, out.ctypes.data)
             assert np.array_equal(out, expected[:heads])
+
+
+def test_dot_products_do_not_depend_on_the_tile() -> None:
+    generator = np.random.default_rng(5)
+    panels = generator.standard_normal((PANELS, 8, 16)).astype(np.float32)
+    queries = generator.standard_normal((14, 16 * PANELS)).astype(np.float32)
+
+    def compiled(code: KvCode) -> Callable[..., None]:
+        def run(panels: int, panel_nbytes: int, queries: int, nbytes: int, heads: int, out: int) -> None:
+            dot_panels(code, panels, panel_nbytes, PANELS, 8, queries, nbytes, heads, out, 32)
+
+        function: Callable[..., None] = entry()(run)
+        return function
+
+    exact = np.einsum("hpc,ptc->ht", queries.reshape(14, PANELS, 16).astype(np.float64), panels.astype(np.float64))
+    code = KvCode("fp32")
+    functions = [compiled(each) for each in {code, *_narrower(code)}]
+    for heads in (2, 4, 14):
+        results = []
+        for function in functions:
+            out = np.full((heads, 8), np.nan, np.float32)
+            place = queries.ctypes.data, queries.strides[0], heads, out.ctypes.data
+            function(panels.ctypes.data, panels.strides[0], *place)
+            results.append(out)
+        assert np.abs(results[0] - exact[:heads]).max() <= 1e-5 * np.abs(exact).max()
+        assert all(np.array_equal(out, results[0]) for out in results[1:])
