@@ -1,8 +1,8 @@
 # mypy: allow-untyped-calls
 """Panels of a KV block in vector registers: weighted sums of a panel's rows for a few sets of weights.
 
-A tile is the sums of some heads over some pieces of 8 lanes, all in registers. Row after row is loaded, widened to
-fp32 and added with one fused multiply-add a head, so a sum has one order whatever the tile's shape: results do not
+A tile is the sums of some heads over some pieces of 8 or 16 lanes, all in registers. Row after row is loaded, widened
+to fp32 and added with one fused multiply-add a head, so a sum has one order whatever the tile's shape: results do not
 depend on how many heads share a panel.
 
     format      what a lane holds

@@ -4,7 +4,7 @@
 A chunk goes through its blocks with an online softmax (Milakov and Gimelshein, 2018) and leaves the weighted sum of
 values, the largest score and the sum of exponentials of each row; these are combined at the end in the order of
 runs, as in flash decoding (Dao et al., 2023). How blocks are cut into runs depends on the problem and not on the
-threads, so neither do the bits.
+threads, so neither do the bits. Chunks of the same blocks may be a group that one thread goes through together.
 """
 
 from __future__ import annotations
