@@ -11,6 +11,8 @@ has and that is not above the chosen level. `generic` is portable LLVM vector co
     avx512_vnni   VPDPBUSD on 512 bits                                as generic
     avx512_bf16   as avx512_vnni                                      VDPBF16PS
 
+From avx512_vnni on kernels of KV blocks have 32 vector registers and, with VBMI, look bytes up in tables.
+
 The environment variable OFFLOAD_CPU_ISA forces a level. What a CPU has is read from Numba's own target, so
 that NUMBA_CPU_NAME and NUMBA_CPU_FEATURES, which restrict the compiler, restrict the choice as well.
 """
@@ -99,3 +101,17 @@ def converts_fp16() -> bool:
     Without the instruction LLVM calls a function of a compiler's run-time library and, lacking it, ends the process.
     """
     return platform.machine() not in ("x86_64", "AMD64") or "f16c" in cpu_features()
+
+
+def vector_registers() -> int:
+    """How many registers of 8 fp32 lanes kernels of KV blocks may fill: 32 from avx512_vnni on, else 16."""
+    return 32 if _has_wide_level() and "avx512vl" in cpu_features() else 16
+
+
+def looks_up_bytes() -> bool:
+    """Whether an instruction looks 64 bytes up in a table of 128 (VPERMI2B), from avx512_vnni on."""
+    return _has_wide_level() and "avx512vbmi" in cpu_features()
+
+
+def _has_wide_level() -> bool:
+    return ISAS.index(choose_isa()) >= ISAS.index("avx512_vnni") and supports("avx512_vnni")

@@ -14,16 +14,24 @@ from llvmlite import ir
 from numba.core import types
 
 from cpu_kernels.jit import carray, inner, intrinsic
-from cpu_kernels.kv_pairs_simd import PairShape, pairs_add_four_rows, pairs_store, pairs_zero, store_rounded
+from cpu_kernels.kv_pairs_simd import PairShape, pairs_add_rows, pairs_store, pairs_zero, store_rounded
+from cpu_kernels.kv_simd import has_many_registers
 from cpu_kernels.kv_vectors import prefetch
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_splat
 from cpu_kernels.simd import float32_pointer
 
-# Heads by panels.
-_FOUR_BY_ONE, _TWO_BY_ONE, _ONE_BY_ONE = (PairShape("int8", heads, 2) for heads in (4, 2, 1))
+# Heads by panels. Eight sums of 8 lanes or more, because a multiplication that adds (VPDPWSSD) takes four cycles, and
+# two start in each.
+_EIGHT_BY_WIDE, _FOUR_BY_WIDE = PairShape("int8", 8, 1, lanes=16), PairShape("int8", 4, 1, chains=2, lanes=16)
+_FOUR_BY_ONE = PairShape("int8", 4, 2)
+_TWO_BY_ONE, _ONE_BY_ONE = PairShape("int8", 2, 2, chains=2), PairShape("int8", 1, 2, chains=4)
 # int4: heads by nibbles of a half panel.
-_FOUR_BY_LOW, _FOUR_BY_HIGH = PairShape("int4", 4, 2), PairShape("int4", 4, 2, 2)
-_TWO_BY_HALF, _ONE_BY_HALF = PairShape("int4", 2, 4), PairShape("int4", 1, 4)
+_FOUR_BY_HALF, _FOUR_BY_LOW, _FOUR_BY_HIGH = (
+    PairShape("int4", 4, 4),
+    PairShape("int4", 4, 2),
+    PairShape("int4", 4, 2, 2),
+)
+_TWO_BY_HALF, _ONE_BY_HALF = PairShape("int4", 2, 4), PairShape("int4", 1, 4, chains=2)
 
 _MOST_INT32, _MOST_INT16 = 2**31 - 1, 32767
 # Of a lane before it is multiplied: int8, and a nibble that masking leaves where it stands.
@@ -87,13 +95,14 @@ def round_rows(rows, count, heads, out, nbytes):
 
 @inner
 def _tile(shape, panel, panel_nbytes, rows, weights, nbytes, out, out_nbytes, add, ahead):
-    """One tile; four rows at a time: what follows the last has weights of zero."""
+    """One tile; eight rows at a time: what follows the last has weights of zero."""
     pair_nbytes = _pair_nbytes(shape)
     tile = pairs_zero(shape)
-    for row in range(0, rows, 4):
+    for row in range(0, rows, 8):
         offset = row // 2 * pair_nbytes
         ask_for_line(ahead + 16 * row)
-        tile = pairs_add_four_rows(shape, tile, panel + offset, panel_nbytes, weights + 2 * row, nbytes)
+        ask_for_line(ahead + 16 * row + 64)
+        tile = pairs_add_rows(shape, tile, panel + offset, panel_nbytes, weights + 2 * row, nbytes)
     pairs_store(shape, tile, weights + nbytes - 4, nbytes, out, out_nbytes, add)
 
 
@@ -107,17 +116,23 @@ def _sweep(shape, panels, panel_nbytes, count, rows, weights, nbytes, out, out_n
 
 
 @inner
-def multiply_int8_panels(panels, panel_nbytes, count, rows, weights, nbytes, heads, out, out_nbytes, add, ahead):
+def multiply_int8_panels(code, panels, panel_nbytes, count, rows, weights, nbytes, heads, out, out_nbytes, add, ahead):
     """Out[h][16 p + lane] = sum over r < rows of weights[h][r] panel p's [r][lane]; added to what is there if `add`.
 
-    panels: address of `count` panels, panel_nbytes apart; up to three rows after their last are read and may be
-    anything. weights: address of `round_row`'s [heads], `nbytes` apart. out: address of fp32 [heads][16 count],
-    out_nbytes apart. ahead: address of what is read next, of which as many bytes are asked for.
+    code: of int8. panels: address of `count` panels, panel_nbytes apart; up to seven rows after their last are read
+    and may be anything. weights: address of `round_row`'s [heads], `nbytes` apart. out: address of fp32
+    [heads][16 count], out_nbytes apart. ahead: address of what is read next, of which as many bytes are asked for.
     """
     head = 0
     while head < heads:
         at, target = weights + head * nbytes, out + head * out_nbytes
-        if heads - head >= 4:
+        if has_many_registers(code) and heads - head >= 8:
+            _sweep(_EIGHT_BY_WIDE, panels, panel_nbytes, count, rows, at, nbytes, target, out_nbytes, add, ahead)
+            head += 8
+        elif has_many_registers(code) and heads - head >= 4:
+            _sweep(_FOUR_BY_WIDE, panels, panel_nbytes, count, rows, at, nbytes, target, out_nbytes, add, ahead)
+            head += 4
+        elif heads - head >= 4:
             _sweep(_FOUR_BY_ONE, panels, panel_nbytes, count, rows, at, nbytes, target, out_nbytes, add, ahead)
             head += 4
         elif heads - head >= 2:
@@ -129,16 +144,19 @@ def multiply_int8_panels(panels, panel_nbytes, count, rows, weights, nbytes, hea
 
 
 @inner
-def add_int4_half(half, rows, weights, nbytes, heads, out, out_nbytes, ahead):
+def add_int4_half(code, half, rows, weights, nbytes, heads, out, out_nbytes, ahead):
     """Out[h][lane] += sum over r < rows of weights[h][r] [r][lane] for 32 lanes of one panel of int4.
 
-    half: address of these lanes of the first pair of rows. ahead: of what is read next, 16 bytes a row. The
-    other arguments are those of `multiply_int8_panels`.
+    code: of int4. half: address of these lanes of the first pair of rows. ahead: of what is read next, 16 bytes a
+    row. The other arguments are those of `multiply_int8_panels`.
     """
     head = 0
     while head < heads:
         at, target = weights + head * nbytes, out + head * out_nbytes
-        if heads - head >= 4:
+        if has_many_registers(code) and heads - head >= 4:
+            _tile(_FOUR_BY_HALF, half, 0, rows, at, nbytes, target, out_nbytes, True, ahead)
+            head += 4
+        elif heads - head >= 4:
             _tile(_FOUR_BY_LOW, half, 0, rows, at, nbytes, target, out_nbytes, True, ahead)
             _tile(_FOUR_BY_HIGH, half, 0, rows, at, nbytes, target + 64, out_nbytes, True, ahead)
             head += 4

@@ -22,8 +22,7 @@ from cpu_kernels.kv_vectors import PIECE, broadcast, load, offset_by, pick
 from cpu_kernels.packing_simd import rows_type
 
 _I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-_I32X8, _I16X16, _F32X8 = ir.VectorType(_I32, PIECE), ir.VectorType(_I16, 2 * PIECE), ir.VectorType(_F32, PIECE)
-_I8X16 = ir.VectorType(_I8, 16)
+_I32X8, _I16X16 = ir.VectorType(_I32, PIECE), ir.VectorType(_I16, 2 * PIECE)
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,11 @@ class PairShape:
     Attributes:
         format: "int8" or "int4".
         heads: rows of weights.
-        words: vectors of 8 lanes; int8 has 2 of a panel of 16, so 4 are two panels; of a half panel of int4 2 or 4.
+        words: vectors; of int8 those of a panel of 16 lanes or of two panels; of a half panel of int4 2 or 4.
         first: number of the first of these in a half panel of int4.
+        chains: sums of each lane that are added at the end, so that one need not wait for another: a power of two
+            up to PAIRS_AT_ONCE.
+        lanes: of a vector: 8, or 16 of int8 where the CPU multiplies pairs in vectors of 64 bytes.
         pairs: whether the CPU multiplies pairs.
     """
 
@@ -42,6 +44,8 @@ class PairShape:
     heads: int
     words: int
     first: int = 0
+    chains: int = 1
+    lanes: int = PIECE
     pairs: bool = field(default_factory=lambda: supports("avx2"))
 
     @property
@@ -59,11 +63,11 @@ class PairShapeType(types.Type):
 
 
 class PairTileType(types.Type):
-    """Numba's type of a tile's int32 sums, ordered by head, then word."""
+    """Numba's type of a tile's int32 sums, ordered by chain, head, then word."""
 
-    def __init__(self, heads: int, words: int) -> None:
-        self.heads, self.words = heads, words
-        super().__init__(name=f"PairTile({heads}, {words})")
+    def __init__(self, shape: PairShape) -> None:
+        self.vectors, self.lanes = shape.chains * shape.heads * shape.words, shape.lanes
+        super().__init__(name=f"PairTile({self.vectors}, {self.lanes})")
 
 
 @typeof_impl.register(PairShape)
@@ -82,12 +86,14 @@ def _lower_compile_time_constant(context: Any, builder: Any, ty: Any, value: Any
 @register_model(PairTileType)
 class _TileModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: PairTileType) -> None:
-        super().__init__(dmm, fe_type, ir.ArrayType(_I32X8, fe_type.heads * fe_type.words))
+        super().__init__(dmm, fe_type, ir.ArrayType(ir.VectorType(_I32, fe_type.lanes), fe_type.vectors))
 
 
-def int8_pairs(builder: Any, address: Any) -> list[Any]:
-    """Two rows of 16 lanes as two vectors of pairs, in the order of lanes."""
-    return [builder.sext(load(builder, offset_by(builder, address, 16 * half), _I8X16), _I16X16) for half in range(2)]
+def int8_pairs(builder: Any, address: Any, lanes: int = PIECE) -> list[Any]:
+    """Two rows of 16 lanes as vectors of pairs, in the order of lanes."""
+    codes, pairs = ir.VectorType(_I8, 2 * lanes), ir.VectorType(_I16, 2 * lanes)
+    places = range(0, 32, 2 * lanes)
+    return [builder.sext(load(builder, offset_by(builder, address, place), codes), pairs) for place in places]
 
 
 # Of the vectors of `int4_pairs`: what codes are multiplied with, where masking is all that is done.
@@ -107,15 +113,16 @@ def int4_pairs(builder: Any, address: Any, first: int = 0, count: int = 4) -> li
 
 
 def _multiply_pairs(builder: Any, shape: PairShape, codes: Any, weights: Any) -> Any:
-    """int32 [8]: codes[2 i] weights[2 i] + codes[2 i + 1] weights[2 i + 1]."""
+    """int32 [lanes]: codes[2 i] weights[2 i] + codes[2 i + 1] weights[2 i + 1]."""
+    sums = ir.VectorType(_I32, shape.lanes)
     if shape.pairs:
-        kind = ir.FunctionType(_I32X8, [_I16X16, _I16X16])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd")
-        return builder.call(function, [codes, weights])
+        kind = ir.FunctionType(sums, [codes.type, codes.type])
+        name = "llvm.x86.avx2.pmadd.wd" if shape.lanes == PIECE else "llvm.x86.avx512.pmaddw.d.512"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [codes, weights])
     products = []
     for odd in (0, 1):
-        lanes = list(range(odd, 16, 2))
-        wide = [builder.sext(pick(builder, one, one, lanes), _I32X8) for one in (codes, weights)]
+        lanes = list(range(odd, 2 * shape.lanes, 2))
+        wide = [builder.sext(pick(builder, one, one, lanes), sums) for one in (codes, weights)]
         products.append(builder.mul(*wide))
     return builder.add(*products)
 
@@ -123,7 +130,7 @@ def _multiply_pairs(builder: Any, shape: PairShape, codes: Any, weights: Any) ->
 @intrinsic
 def pairs_zero(typingctx: Any, shape: Any) -> Any:
     """A tile with all sums zero."""
-    tile = PairTileType(shape.shape.heads, shape.shape.words)
+    tile = PairTileType(shape.shape)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return ir.Constant(context.get_value_type(tile), None)
@@ -131,34 +138,40 @@ def pairs_zero(typingctx: Any, shape: Any) -> Any:
     return tile(shape), codegen
 
 
+# Pairs of rows that are added at a time.
+PAIRS_AT_ONCE = 4
+
+
 @intrinsic
-def pairs_add_four_rows(
+def pairs_add_rows(
     typingctx: Any, shape: Any, tile: Any, rows: Any, panel_nbytes: Any, weights: Any, weights_nbytes: Any
 ) -> Any:
-    """Add four consecutive rows, each times its weight of each head.
+    """Add eight consecutive rows, each times its weight of each head.
 
     rows: address of the first panel's first pair, panel_nbytes before the next panel's; of int4 that of its half.
-    weights: address of the first head's four int16 weights of these rows, weights_nbytes before the next head's.
+    weights: address of the first head's eight int16 weights of these rows, weights_nbytes before the next head's.
     """
     kernel: PairShape = shape.shape
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, value, rows, panel_nbytes, weights, weights_nbytes = arguments
-        for pair in range(2):
+        for pair in range(PAIRS_AT_ONCE):
+            chain = pair % kernel.chains * kernel.heads * kernel.words
             at = offset_by(builder, rows, pair * kernel.pair_nbytes)
             if kernel.format == "int4":
                 pieces = int4_pairs(builder, at, kernel.first, kernel.words)
             else:
                 pieces = []
-                for _ in range(kernel.words // 2):
-                    pieces += int8_pairs(builder, at)
+                while len(pieces) < kernel.words:
+                    pieces += int8_pairs(builder, at, kernel.lanes)
                     at = builder.add(at, panel_nbytes)
             weight = offset_by(builder, weights, 4 * pair)
             for head in range(kernel.heads):
-                factor = builder.bitcast(broadcast(builder, load(builder, weight, _I32)), _I16X16)
+                weights_of_pair = broadcast(builder, load(builder, weight, _I32), kernel.lanes)
+                factor = builder.bitcast(weights_of_pair, ir.VectorType(_I16, 2 * kernel.lanes))
                 weight = builder.add(weight, weights_nbytes)
                 for word, piece in enumerate(pieces):
-                    place = head * kernel.words + word
+                    place = chain + head * kernel.words + word
                     total = builder.extract_value(value, place)
                     total = builder.add(total, _multiply_pairs(builder, kernel, piece, factor))
                     value = builder.insert_value(value, total, place)
@@ -180,15 +193,21 @@ def pairs_store(
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, value, scales, scales_nbytes, out, out_nbytes, add = arguments
+        sums = [builder.extract_value(value, place) for place in range(tile.vectors)]
+        each, numbers = kernel.heads * kernel.words, ir.VectorType(_F32, kernel.lanes)
+        while len(sums) > each:
+            half = len(sums) // 2
+            sums = [builder.add(a, b) for a, b in zip(sums[:half], sums[half:], strict=True)]
         for head in range(kernel.heads):
-            scale = broadcast(builder, load(builder, scales, _F32))
+            scale = broadcast(builder, load(builder, scales, _F32), kernel.lanes)
             scales = builder.add(scales, scales_nbytes)
             for word in range(kernel.words):
-                number = builder.sitofp(builder.extract_value(value, head * kernel.words + word), _F32X8)
-                if kernel.format == "int4" and INT4_FACTORS[kernel.first + word] != 1:
-                    number = builder.fmul(number, ir.Constant(_F32X8, [1 / INT4_FACTORS[kernel.first + word]] * 8))
-                at = builder.inttoptr(offset_by(builder, out, 4 * PIECE * word), _F32X8.as_pointer())
-                before = builder.select(add, builder.load(at, align=4), ir.Constant(_F32X8, None))
+                number = builder.sitofp(sums[head * kernel.words + word], numbers)
+                times = INT4_FACTORS[kernel.first + word] if kernel.format == "int4" else 1
+                if times != 1:
+                    number = builder.fmul(number, ir.Constant(numbers, [1 / times] * kernel.lanes))
+                at = builder.inttoptr(offset_by(builder, out, 4 * kernel.lanes * word), numbers.as_pointer())
+                before = builder.select(add, builder.load(at, align=4), ir.Constant(numbers, None))
                 builder.store(builder.fadd(before, builder.fmul(number, scale)), at, align=4)
             out = builder.add(out, out_nbytes)
         return context.get_dummy_value()

@@ -12,8 +12,10 @@ from cpu_kernels.jit import inner, intrinsic
 from cpu_kernels.kv_simd import (
     KvCode,
     PanelShape,
-    dot_rows,
+    dot_four,
+    dot_two,
     expand_rows_at_once,
+    has_many_registers,
     panel_add,
     panel_four_rows,
     panel_row,
@@ -24,7 +26,7 @@ from cpu_kernels.kv_vectors import offset_by, prefetch
 
 _ONE_BY_ONE, _ONE_BY_FOUR = PanelShape(1, 1), PanelShape(1, 4)
 _TWO_BY_ONE, _TWO_BY_TWO = PanelShape(2, 1), PanelShape(2, 2)
-_FOUR_BY_ONE = PanelShape(4, 1)
+_FOUR_BY_ONE, _EIGHT_BY_ONE = PanelShape(4, 1), PanelShape(8, 1)
 
 
 @intrinsic
@@ -116,7 +118,11 @@ def multiply_panels(
     while head < heads:
         left = heads - head
         at, target = weights + head * weights_nbytes, out + head * out_nbytes
-        if left >= 4:
+        if has_many_registers(code) and left >= 8:
+            _sweep(code, _EIGHT_BY_ONE, panels, panel_nbytes, 0, count, rows, at, weights_nbytes, target, out_nbytes,
+                   add, ahead)  # fmt: skip
+            head += 8
+        elif left >= 4:
             _sweep(code, _FOUR_BY_ONE, panels, panel_nbytes, 0, count, rows, at, weights_nbytes, target, out_nbytes,
                    add, ahead)  # fmt: skip
             head += 4
@@ -143,12 +149,19 @@ def expand_rows(code, rows, count, out, out_nbytes):
 
 
 @inner
-def dot_panels(panels, panel_nbytes, count, tokens, queries, query_nbytes, heads, out, out_nbytes):
-    """Out[h][t] = sum over channels of queries[h][c] panels' [c / 16][t][c mod 16], in fp32.
+def dot_panels(code, panels, panel_nbytes, count, tokens, queries, query_nbytes, heads, out, out_nbytes):
+    """Out[h][t] = sum over channels of queries[h][c] panels' [c / 16][t][c mod 16].
 
-    tokens: a multiple of 4. heads: a multiple of 2. The other arguments are those of `dot_rows`.
+    code: of fp32. tokens: a multiple of 4. heads: a multiple of 2. The other arguments are those of `dot_two`.
     """
-    for head in range(0, heads, 2):
+    head = 0
+    while head < heads:
         at, target = queries + head * query_nbytes, out + head * out_nbytes
-        for token in range(0, tokens, 4):
-            dot_rows(panels + 64 * token, panel_nbytes, count, at, query_nbytes, target + 4 * token, out_nbytes)
+        if has_many_registers(code) and heads - head >= 4:
+            for token in range(0, tokens, 4):
+                dot_four(panels + 64 * token, panel_nbytes, count, at, query_nbytes, target + 4 * token, out_nbytes)
+            head += 4
+        else:
+            for token in range(0, tokens, 4):
+                dot_two(panels + 64 * token, panel_nbytes, count, at, query_nbytes, target + 4 * token, out_nbytes)
+            head += 2

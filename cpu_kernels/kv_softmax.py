@@ -190,11 +190,16 @@ def scale_row_largest(row, factor, count):
 
 
 @inner
-def exponentials_of_row(row, largest, count):
-    """Row[i] = exp(row[i] - largest); count a multiple of 16."""
+def exponentials_and_sum(row, largest, count):
+    """Row[i] = exp(row[i] - largest); returns the `sum_of_row` of these. count a multiple of 16."""
     above = rows_splat(largest)
-    for i in range(0, 4 * count, 64):
-        rows_store(row + i, rows_exp_below(rows_load(row + i), above))
+    total = rows_exp_below(rows_load(row), above)
+    rows_store(row, total)
+    for i in range(64, 4 * count, 64):
+        numbers = rows_exp_below(rows_load(row + i), above)
+        rows_store(row + i, numbers)
+        total = rows_add(total, numbers)
+    return rows_sum(total)
 
 
 @inner

@@ -27,11 +27,11 @@ def splat(kind: Any, value: int | float) -> Any:
     return ir.Constant(kind, [value] * kind.count)
 
 
-def broadcast(builder: Any, value: Any) -> Any:
-    """A vector of 8 lanes with one value in all of them."""
-    undefined = ir.Constant(ir.VectorType(value.type, PIECE), ir.Undefined)
+def broadcast(builder: Any, value: Any, lanes: int = PIECE) -> Any:
+    """A vector with one value in all lanes."""
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, splat(ir.VectorType(_I32, PIECE), 0))
+    return builder.shuffle_vector(first, undefined, splat(ir.VectorType(_I32, lanes), 0))
 
 
 def pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
@@ -40,9 +40,12 @@ def pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
 
 
 def prefetch(builder: Any, address: Any) -> None:
-    """Ask for the cache line at an address for reading, into all levels; it need not exist."""
+    """Ask for the cache line at an address for reading, into the second level; it need not exist.
+
+    A core waits for more lines at a time there than on their way to the first.
+    """
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    for_reading, into_all_levels, of_data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+    for_reading, into_second_level, of_data = (ir.Constant(_I32, value) for value in (0, 2, 1))
     pointer = builder.inttoptr(address, _I8.as_pointer())
-    builder.call(function, [pointer, for_reading, into_all_levels, of_data])
+    builder.call(function, [pointer, for_reading, into_second_level, of_data])

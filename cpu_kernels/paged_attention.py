@@ -43,6 +43,7 @@ def layout_fields(layout: KvLayout) -> Int64:
         fields[getattr(block_fields, name.upper())] = part.offset
     code = KvCode(layout.format)
     fields[block_fields.ROW_NBYTES] = code.row_nbytes
+    fields[block_fields.HAS_SCALES] = layout.is_quantised
     fields[block_fields.HAS_TOKEN_SCALES] = code.has_token_scales
     factor = FP8_FACTOR if code.format == "fp8_e4m3" else 1.0
     fields[block_fields.CODE_FACTOR : block_fields.CODE_FACTOR + 1].view(np.float32)[0] = factor
@@ -59,6 +60,8 @@ def _job_template(layout: KvLayout) -> Int64:
     code = KvCode(layout.format)
     job[kernel.KV_HEADS] = layout.kv_heads
     job[kernel.FLOAT32_FUNCTION] = block_fields.multiply_function(KvCode("fp32"))
+    if layout.value_from_key:
+        job[kernel.DOT_FUNCTION] = block_fields.dot_function()
     if layout.is_int4:
         job[block_fields.INT4_SCORES_FUNCTION] = block_fields.int4_scores_function()
         job[block_fields.INT4_VALUES_FUNCTION] = block_fields.int4_values_function()
@@ -130,6 +133,7 @@ def paged_attention(
     if valid is not None:
         job[kernel.VALID], job[kernel.VALID_COLUMNS] = valid.ctypes.data, valid.shape[1]
     job[kernel.OUT], job[kernel.LSE] = out.data_ptr(), lse.data_ptr()
+    job[kernel.THREADS] = pool.threads
     lists = job, offsets, lengths, first_positions, query_positions
     counts = chunk_counter()(*lists)
     tasks = kernel.attention_task(), kernel.combine_task()

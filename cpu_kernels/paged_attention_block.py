@@ -26,7 +26,7 @@ from cpu_kernels.kv_pairs import (
     round_row,
     round_rows,
 )
-from cpu_kernels.kv_panels import expand_rows, multiply_panels, row_nbytes
+from cpu_kernels.kv_panels import dot_panels, expand_rows, multiply_panels, row_nbytes
 from cpu_kernels.kv_simd import FP8_FACTOR, KvCode
 from cpu_kernels.kv_softmax import multiply_row, rows_add, rows_store, rows_sum
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_multiply, rows_splat, rows_type
@@ -52,6 +52,7 @@ from cpu_kernels.simd import float32_pointer, int64_pointer
     QUERY_NBYTES,
     PART_NBYTES,
     ROW_NBYTES,  # of a panel
+    HAS_SCALES,
     HAS_TOKEN_SCALES,  # fp8_e4m3 and int8
     CODE_FACTOR,  # fp32, as its bits: what a lane's number of `kv_simd` lacks
     ROUNDS_WEIGHTS,  # int8: MULTIPLY_FUNCTION takes rounded weights
@@ -60,7 +61,7 @@ from cpu_kernels.simd import float32_pointer, int64_pointer
     INT4_SCORES_FUNCTION,
     INT4_VALUES_FUNCTION,
     LAYOUT_FIELDS,
-) = range(26)
+) = range(27)
 
 _OPTIONS: Any = {"error_model": "numpy", "nogil": True, "pipeline_class": InlinedCompiler}
 
@@ -179,7 +180,7 @@ def add_values(job, head, tokens, weights, rows, out, scratch, ahead):
 
 
 @inner
-def _int4_scores(job, head, tokens, queries, rows, out, scratch, ahead):
+def _int4_scores(code, job, head, tokens, queries, rows, out, scratch, ahead):
     width, query_nbytes, out_nbytes = job[KEY_WIDTH], job[QUERY_NBYTES], 4 * job[BLOCK_TOKENS]
     panel_nbytes = job[KEY_ROWS] * job[ROW_NBYTES]
     for group in range((tokens + 31) // 32):
@@ -187,12 +188,12 @@ def _int4_scores(job, head, tokens, queries, rows, out, scratch, ahead):
         place = 2 * width * group
         _scale_and_round(queries, rows, query_nbytes, head + job[KEY_SCALES] + place, head + job[KEY_ZEROS] + place,
                          width, scratch, out + 128 * group, out_nbytes, False)  # fmt: skip
-        add_int4_half(head + job[KEYS] + offset + group % 2 * 32, width, scratch, query_nbytes, rows,
+        add_int4_half(code, head + job[KEYS] + offset + group % 2 * 32, width, scratch, query_nbytes, rows,
                       out + 128 * group, out_nbytes, ahead + group * ((width + 3) // 4 * 64))  # fmt: skip
 
 
 @inner
-def _int4_values(job, head, tokens, weights, rows, out, scratch, ahead):
+def _int4_values(code, job, head, tokens, weights, rows, out, scratch, ahead):
     block_tokens, out_nbytes = job[BLOCK_TOKENS], job[PART_NBYTES]
     nbytes, panel_nbytes = 4 * block_tokens, block_tokens * job[ROW_NBYTES]
     for group in range(job[VALUE_COLUMNS] // 32):
@@ -200,8 +201,8 @@ def _int4_values(job, head, tokens, weights, rows, out, scratch, ahead):
         place = 2 * block_tokens * group
         _scale_and_round(weights, rows, nbytes, head + job[VALUE_SCALES] + place, head + job[VALUE_ZEROS] + place,
                          tokens, scratch, out + 128 * group, out_nbytes, True)  # fmt: skip
-        add_int4_half(head + job[VALUES] + offset + group % 2 * 32, tokens, scratch, nbytes, rows, out + 128 * group,
-                      out_nbytes, ahead + group * block_tokens * 16)  # fmt: skip
+        add_int4_half(code, head + job[VALUES] + offset + group % 2 * 32, tokens, scratch, nbytes, rows,
+                      out + 128 * group, out_nbytes, ahead + group * block_tokens * 16)  # fmt: skip
 
 
 @inner
@@ -342,9 +343,12 @@ def _expand_by_channel(code, job, codes, scales, zeros, columns, split, tokens, 
 @cache
 def int4_scores_function() -> int:
     """Address of `key_scores` for int4: void(job, head, tokens, queries, rows, out, scratch, ahead), all int64."""
+    code = KvCode("int4")
 
     def scores(job, head, tokens, queries, rows, out, scratch, ahead):
-        _int4_scores(carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, queries, rows, out, scratch, ahead)
+        _int4_scores(
+            code, carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, queries, rows, out, scratch, ahead
+        )
 
     return function_address(scores, 8)
 
@@ -352,9 +356,12 @@ def int4_scores_function() -> int:
 @cache
 def int4_values_function() -> int:
     """Address of `add_values` for int4: void(job, head, tokens, weights, rows, out, scratch, ahead), all int64."""
+    code = KvCode("int4")
 
     def values(job, head, tokens, weights, rows, out, scratch, ahead):
-        _int4_values(carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, weights, rows, out, scratch, ahead)
+        _int4_values(
+            code, carray(int64_pointer(job), (LAYOUT_FIELDS,)), head, tokens, weights, rows, out, scratch, ahead
+        )
 
     return function_address(values, 8)
 
@@ -380,9 +387,10 @@ def expand_function(code: KvCode) -> int:
 @cache
 def multiply_int8_function() -> int:
     """Address of `multiply_int8_panels`, its arguments as int64."""
+    code = KvCode("int8")
 
     def multiply(panels, panel_nbytes, count, rows, weights, weights_nbytes, heads, out, out_nbytes, add, ahead):
-        multiply_int8_panels(panels, panel_nbytes, count, rows, weights, weights_nbytes, heads, out, out_nbytes,
+        multiply_int8_panels(code, panels, panel_nbytes, count, rows, weights, weights_nbytes, heads, out, out_nbytes,
                              add != 0, ahead)  # fmt: skip
 
     return function_address(multiply, 11)
@@ -397,3 +405,14 @@ def multiply_function(code: KvCode) -> int:
                         add != 0, ahead)  # fmt: skip
 
     return function_address(multiply, 11)
+
+
+@cache
+def dot_function() -> int:
+    """Address of `dot_panels`, its arguments as int64."""
+    code = KvCode("fp32")
+
+    def dot(panels, panel_nbytes, count, tokens, queries, query_nbytes, heads, out, out_nbytes):
+        dot_panels(code, panels, panel_nbytes, count, tokens, queries, query_nbytes, heads, out, out_nbytes)
+
+    return function_address(dot, 9)

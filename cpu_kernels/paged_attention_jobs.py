@@ -22,13 +22,20 @@ from cpu_kernels.paged_attention_kernel import (
     FIRST_BLOCK,
     FIRST_ROW,
     FIRST_TOKEN,
+    GROUP_CHUNK,
+    GROUP_CHUNKS,
+    GROUP_FIELDS,
+    GROUP_STRIDE,
+    GROUPS,
     HEAD,
+    IN_PLACE_ROWS,
     KV_HEADS,
     PART,
     PARTS,
     POSITIONS,
     ROWS,
     SEQUENCE,
+    THREADS,
     TILE_ROWS,
     WINDOW,
 )
@@ -36,6 +43,8 @@ from cpu_kernels.paged_attention_kernel import (
 # A chunk reads about so much of one head, and more where one head's tiles would have more than so many runs.
 _RUN_NBYTES = 256 << 10
 _MOST_CHUNKS = 256
+# Groups for each thread that are left when heads go together, so that threads end at about the same time.
+_LEAST_GROUPS = 8
 _LISTS = "int64[::1], int64[::1], int64[::1], int64[::1], int64[:, ::1]"
 
 
@@ -94,21 +103,51 @@ def _cut(job, offsets, lengths, first_positions, query_positions, chunks, ends):
 
 
 @inner
+def _heads_together(job, chunks):
+    """How many heads of a run one thread goes through together: blocks are then read as they lie."""
+    if job[POSITIONS] * job[GROUP] > IN_PLACE_ROWS:
+        return 1
+    for heads in range(job[KV_HEADS], 1, -1):
+        if job[KV_HEADS] % heads == 0 and chunks >= heads * _LEAST_GROUPS * job[THREADS]:
+            return heads
+    return 1
+
+
+@inner
+def _gather(job, chunks, ends, groups):
+    """Fill the table of groups; returns how many there are."""
+    together = _heads_together(job, chunks)
+    count = 0
+    # Of each sequence as many runs for each head; without heads together, for each tile of rows.
+    for first in range(0, len(ends), together):
+        runs = ends[first, END_CHUNKS]
+        for run in range(runs):
+            groups[count, GROUP_CHUNK] = ends[first, END_CHUNK] + run
+            groups[count, GROUP_STRIDE], groups[count, GROUP_CHUNKS] = runs, together
+            count += 1
+    return count
+
+
+@inner
 def _words(job, counts):
-    """Words of the chunks, of the ends, and of all of the scratch."""
-    chunks, ends = counts[0] * CHUNK_FIELDS, counts[1] * END_FIELDS
-    return chunks, ends, chunks + ends + 8 + counts[2] * job[PART_NBYTES] // 8
+    """Words of the chunks, of the ends, of the groups, and of all of the scratch."""
+    chunks, ends, groups = counts[0] * CHUNK_FIELDS, counts[1] * END_FIELDS, counts[0] * GROUP_FIELDS
+    return chunks, ends, groups, chunks + ends + groups + 8 + counts[2] * job[PART_NBYTES] // 8
 
 
 @inner
 def _run(launcher, state, task, ending, job, counts, offsets, lengths, first_positions, query_positions, scratch):
-    chunk_words, end_words, _ = _words(job, counts)
+    chunk_words, end_words, group_words, _ = _words(job, counts)
+    group_start = chunk_words + end_words
+    parts_start = group_start + group_words
     chunks = scratch[:chunk_words].reshape((counts[0], CHUNK_FIELDS))
-    ends = scratch[chunk_words : chunk_words + end_words].reshape((counts[1], END_FIELDS))
+    ends = scratch[chunk_words:group_start].reshape((counts[1], END_FIELDS))
+    groups = scratch[group_start:parts_start].reshape((counts[0], GROUP_FIELDS))
     _cut(job, offsets, lengths, first_positions, query_positions, chunks, ends)
     job[CHUNKS], job[ENDS] = scratch.ctypes.data, scratch.ctypes.data + 8 * chunk_words
-    job[PARTS] = scratch.ctypes.data + (chunk_words + end_words + 7) // 8 * 64
-    launch_at(launcher, state, task, job.ctypes.data, counts[0])
+    job[GROUPS] = scratch.ctypes.data + 8 * group_start
+    job[PARTS] = scratch.ctypes.data + (parts_start + 7) // 8 * 64
+    launch_at(launcher, state, task, job.ctypes.data, _gather(job, counts[0], ends, groups))
     launch_at(launcher, state, ending, job.ctypes.data, counts[1])
 
 
@@ -125,7 +164,7 @@ def chunk_counter() -> Any:
         counts = _cut(job, offsets, lengths, first_positions, query_positions, none, none)
         for place in range(3):
             result[place] = counts[place]
-        result[3] = 8 * _words(job, counts)[2]
+        result[3] = 8 * _words(job, counts)[3]
         return result
 
     return entry(f"int64[::1]({_LISTS})")(count)

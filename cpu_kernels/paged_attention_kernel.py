@@ -4,7 +4,7 @@
 A chunk goes through its blocks with an online softmax (Milakov and Gimelshein, 2018) and leaves the weighted sum of
 values, the largest score and the sum of exponentials of each row; these are combined at the end in the order of
 runs, as in flash decoding (Dao et al., 2023). How blocks are cut into runs depends on the problem and not on the
-threads, so neither do the bits.
+threads, so neither do the bits. Chunks of the same blocks may be a group that one thread goes through together.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import numpy as np
 from cpu_kernels import paged_attention_block as block
 from cpu_kernels.activation_kernel import exp_float32
 from cpu_kernels.jit import call_at, carray, inner, task_address
-from cpu_kernels.kv_panels import dot_panels
 from cpu_kernels.kv_softmax import (
     cap_row,
-    exponentials_of_row,
+    exponentials_and_sum,
     hide,
     hide_invalid,
     largest_of_row,
@@ -33,8 +32,8 @@ from cpu_kernels.paged_attention_block import (
     EXPAND_FUNCTION,
     FROM_KEY,
     GROUP,
+    HAS_SCALES,
     HEAD_NBYTES,
-    INT4_SCORES_FUNCTION,
     KEY_COLUMNS,
     KEY_SCALES,
     KEY_WIDTH,
@@ -68,13 +67,18 @@ from cpu_kernels.simd import float32_pointer, int64_pointer
     OUT,
     LSE,
     FLOAT32_FUNCTION,  # address of `multiply_panels` of fp32
+    DOT_FUNCTION,  # address of `dot_panels`, for latent attention
+    THREADS,  # of the pool; it decides how many heads of a run go together
+    GROUPS,  # address of int64 [groups][GROUP_FIELDS]
     JOB_FIELDS,
-) = range(LAYOUT_FIELDS, LAYOUT_FIELDS + 19)
+) = range(LAYOUT_FIELDS, LAYOUT_FIELDS + 22)
 
 # A chunk: where it is, which of its sequence's blocks, and its first row's part.
 (SEQUENCE, HEAD, FIRST_ROW, ROWS, FIRST_BLOCK, BLOCKS, FIRST_TOKEN, PART, CHUNK_FIELDS) = range(9)
 # The end of a tile of rows: its first chunk and how many.
 (END_CHUNK, END_CHUNKS, END_FIELDS) = range(3)
+# Chunks of the same blocks that one thread goes through together: the first, how far apart their numbers are, how many.
+(GROUP_CHUNK, GROUP_STRIDE, GROUP_CHUNKS, GROUP_FIELDS) = range(4)
 
 TILE_ROWS = 64
 # More rows than this read a block that was widened once.
@@ -114,17 +118,18 @@ def _weigh_row(job, scores, lanes, low, high, valid, part):
     before = state[width - 2]
     if not largest > before:
         largest = before
-    exponentials_of_row(scores, largest, lanes)
-    if some_hidden:
+    total = exponentials_and_sum(scores, largest, lanes)
+    if some_hidden or job[VALID]:
         hide(scores, low, high, lanes, _ZERO)
-    if job[VALID]:
-        hide_invalid(scores, low, high, valid, _ZERO)
+        if job[VALID]:
+            hide_invalid(scores, low, high, valid, _ZERO)
+        total = sum_of_row(scores, lanes)
     if largest != before:
         share = exp_float32(before - largest) if before > _MINUS_INFINITY else _ZERO
         scale_row(part, share, width - 16)
         state[width - 1] *= share
         state[width - 2] = largest
-    state[width - 1] += sum_of_row(scores, lanes)
+    state[width - 1] += total
 
 
 @inner
@@ -147,14 +152,14 @@ def _weigh_rows(job, chunk, token, tokens, scores):
 @inner
 def _attend_in_place(job, chunk, head, following, token, tokens, queries, scores, scratch):
     """A block's share of few rows; values are asked for while keys are read, and the next block's keys after."""
-    rows, int4 = chunk[ROWS], job[INT4_SCORES_FUNCTION] != 0
-    # Scales of int4 are a fifth of a block, and needed before its codes.
-    if int4:
+    rows, scaled = chunk[ROWS], job[HAS_SCALES] != 0
+    # Scales of values are needed before their codes; what is not asked for is waited for.
+    if scaled:
         block.ask_for(head + job[VALUE_SCALES], head + job[HEAD_NBYTES])
     block.key_scores(job, head, tokens, queries, rows, scores, scratch, head + job[VALUES])
     _weigh_rows(job, chunk, token, tokens, scores)
     out = job[PARTS] + job[PART_NBYTES] * chunk[PART]
-    if int4:
+    if scaled:
         block.ask_for(following + job[KEY_SCALES], following + job[VALUES])
     block.add_values(job, head, tokens, scores, rows, out, scratch, following + job[KEYS])
 
@@ -169,8 +174,8 @@ def _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch):
     else:
         keys, values = head + job[KEYS], head + job[VALUES]
     if job[FROM_KEY]:
-        dot_panels(keys, 64 * block_tokens, (width + 15) // 16, (tokens + 3) // 4 * 4, queries, job[QUERY_NBYTES],
-                   rows, scores, score_nbytes)  # fmt: skip
+        call_at(job[DOT_FUNCTION], (keys, 64 * block_tokens, (width + 15) // 16, (tokens + 3) // 4 * 4, queries,
+                                    job[QUERY_NBYTES], rows, scores, score_nbytes))  # fmt: skip
         values = keys
     else:
         call_at(job[FLOAT32_FUNCTION], (keys, 64 * width, (tokens + 15) // 16, width, queries, job[QUERY_NBYTES],
@@ -182,37 +187,50 @@ def _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch):
 
 
 @inner
-def _run_chunk(job_address, number):
+def _run_group(job_address, number):
+    """The chunks of a group, block after block and head after head, as they lie."""
     job = carray(int64_pointer(job_address), (JOB_FIELDS,))
-    chunk = carray(int64_pointer(job[CHUNKS] + 8 * CHUNK_FIELDS * number), (CHUNK_FIELDS,))
+    group = carray(int64_pointer(job[GROUPS] + 8 * GROUP_FIELDS * number), (GROUP_FIELDS,))
+    heads, stride = group[GROUP_CHUNKS], group[GROUP_STRIDE]
+    chunks = carray(
+        int64_pointer(job[CHUNKS] + 8 * CHUNK_FIELDS * group[GROUP_CHUNK]), ((heads - 1) * stride + 1, CHUNK_FIELDS)
+    )
+    chunk = chunks[0]
     rows, block_tokens, width = chunk[ROWS], job[BLOCK_TOKENS], job[PART_NBYTES] // 4
-    parts = carray(float32_pointer(job[PARTS] + 4 * width * chunk[PART]), (rows, width))
-    parts[:] = _ZERO
-    parts[:, width - 2] = _MINUS_INFINITY
+    for index in range(heads):
+        parts = carray(float32_pointer(job[PARTS] + 4 * width * chunks[index * stride, PART]), (rows, width))
+        parts[:] = _ZERO
+        parts[:, width - 2] = _MINUS_INFINITY
     in_place = (rows <= IN_PLACE_ROWS or not job[EXPAND_FUNCTION]) and not job[FROM_KEY]
     if in_place:
-        extra = (2 * rows + 2) * max(job[QUERY_NBYTES] // 4, block_tokens)
+        extra = ((heads + 1) * rows + 2) * max(job[QUERY_NBYTES] // 4, block_tokens)
     else:
         extra = 128 + (job[KEY_COLUMNS] + job[VALUE_COLUMNS]) * block_tokens
     memory = np.empty((rows + 1) * block_tokens + extra + 16, np.float32)
     scores = (memory.ctypes.data + 63) // 64 * 64
     scratch = scores + 4 * (rows + 1) * block_tokens
     head_row = (chunk[SEQUENCE] * job[KV_HEADS] + chunk[HEAD]) * job[POSITIONS] * job[GROUP]
-    queries = job[QUERIES] + (head_row + chunk[FIRST_ROW]) * job[QUERY_NBYTES]
+    queries, query_step = job[QUERIES] + (head_row + chunk[FIRST_ROW]) * job[QUERY_NBYTES], rows * job[QUERY_NBYTES]
     if in_place:
-        queries = block.ready_queries(job, queries, rows, scratch)
-        scratch += rows * job[QUERY_NBYTES]
+        # Rows of consecutive heads follow each other where chunks have all rows of a head, as those of a group do.
+        queries = block.ready_queries(job, queries, heads * rows, scratch)
+        scratch += heads * query_step
     length = carray(int64_pointer(job[LENGTHS] + 8 * chunk[SEQUENCE]), (1,))[0]
     addresses = carray(int64_pointer(job[ADDRESSES] + 8 * chunk[FIRST_BLOCK]), (chunk[BLOCKS],))
+    first_head = chunk[HEAD] * job[HEAD_NBYTES]
     for index in range(chunk[BLOCKS]):
-        head = addresses[index] + chunk[HEAD] * job[HEAD_NBYTES]
+        head = addresses[index] + first_head
         token = chunk[FIRST_TOKEN] + index * block_tokens
         tokens = min(length - token, block_tokens)
-        if in_place:
-            following = addresses[min(index + 1, chunk[BLOCKS] - 1)] + chunk[HEAD] * job[HEAD_NBYTES]
-            _attend_in_place(job, chunk, head, following, token, tokens, queries, scores, scratch)
-        else:
-            _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch)
+        following = addresses[min(index + 1, chunk[BLOCKS] - 1)] + first_head
+        for place in range(heads):
+            if in_place:
+                after = following if place == heads - 1 else head + job[HEAD_NBYTES]
+                _attend_in_place(job, chunks[place * stride], head, after, token, tokens,
+                                 queries + place * query_step, scores, scratch)  # fmt: skip
+            else:
+                _attend_expanded(job, chunks[place * stride], head, token, tokens, queries, scores, scratch)
+            head += job[HEAD_NBYTES]
     _keep(memory)
 
 
@@ -260,10 +278,10 @@ def _combine_tile(job_address, number):
 
 @cache
 def attention_task() -> int:
-    """Address of the compiled task void(int64 job, int64 chunk)."""
+    """Address of the compiled task void(int64 job, int64 group)."""
 
-    def task(job: int, chunk: int) -> None:
-        _run_chunk(job, chunk)
+    def task(job: int, group: int) -> None:
+        _run_group(job, group)
 
     return task_address(task)
 

@@ -98,6 +98,7 @@ class PreparedAttention:
         """
         self._lengths[-1] = last_length
         self._positions.fill(position)
+        self._lists[0][kernel.THREADS] = pool.threads
         self._rows.copy_(query.view(self._shape))
         for part in self._zeros:
             part.zero_()

@@ -74,3 +74,21 @@ def test_each_operation_takes_the_best_up_to_the_level(
     assert isa.isa_of_format("bf16") == bf16
     assert isa.isa_of_format("int4") == int4
     assert isa.isa_of_format("fp8_e4m3") == "generic"
+
+
+@pytest.mark.parametrize(
+    ("more", "forced", "registers", "tables"),
+    [
+        ({"avx512vl", "avx512vbmi"}, None, 32, True),
+        ({"avx512vl"}, None, 32, False),
+        ({"avx512vbmi"}, None, 16, True),
+        ({"avx512vl", "avx512vbmi"}, "avx2_vnni", 16, False),
+    ],
+)
+def test_kv_blocks_take_what_the_level_allows(
+    monkeypatch: pytest.MonkeyPatch, more: set[str], forced: str | None, registers: int, tables: bool
+) -> None:
+    features = frozenset({"avx2", "avxvnni", "avx512f", "avx512bw", "avx512vnni"} | more)
+    monkeypatch.setattr(isa, "cpu_features", lambda: features)
+    monkeypatch.setenv(isa.ISA_VARIABLE, forced or "")
+    assert (isa.vector_registers(), isa.looks_up_bytes()) == (registers, tables)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpu_kernels.isa import supports
 from cpu_kernels.jit import entry
 from cpu_kernels.kv_pairs import _tile, round_rows
 from cpu_kernels.kv_pairs_simd import PairShape
@@ -62,9 +63,12 @@ def test_sums_are_exact_with_and_without_products_of_pairs(format: str) -> None:
     weights = generator.integers(-32767, 32768, (HEADS, ROWS)).astype(np.float32)
     weights[:, 0] = 32767
     rounded = _rounded(weights)
+    wide = supports("avx512_vnni")
     nbytes, panels = weights.strides[0], block.ctypes.data + layout.parts["values"].offset
-    for pairs in (True, False):
-        shape = PairShape(format, HEADS, 4, pairs=pairs)
+    shapes = [PairShape(format, HEADS, 4, chains=chains, pairs=pairs) for chains in (1, 4) for pairs in (True, False)]
+    if format == "int8":
+        shapes += [PairShape(format, HEADS, 2, chains=2, lanes=16, pairs=pairs) for pairs in {wide, False}]
+    for shape in shapes:
 
         def run(panel: int, panel_nbytes: int, weights: int, out: int, shape: PairShape = shape) -> None:
             _tile(shape, panel, panel_nbytes, ROWS, weights, nbytes, out, 128, False, panel)

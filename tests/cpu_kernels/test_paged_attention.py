@@ -104,6 +104,28 @@ def test_bits_do_not_depend_on_threads_or_other_sequences(format: str) -> None:
     assert (expected[0].double() - exact).abs().max() <= (5e-4 if format in ("int8", "int4") else 2e-5)
 
 
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+def test_heads_that_go_together_have_the_bits_of_each_alone(format: str) -> None:
+    few = random_blocks(KvLayout(format, 4, 64, 64), [192])
+    layout = few.layout
+    # Eight runs of each head, which one thread goes through for all heads.
+    blocks = 8 * ((256 << 10) // layout.head_nbytes)
+    addresses = np.resize(few.addresses, blocks)
+    query = torch.randn(1, 12, 1, 64, generator=torch.Generator().manual_seed(6))
+    lists = np.array([0, blocks]), np.array([64 * blocks]), np.zeros(1, np.int64), np.array([[64 * blocks - 1]])
+    offsets, lengths, first, positions = lists
+    together = paged_attention(
+        query, offsets, addresses, lengths, first, positions, layout, 0.1, pool=shared_pool(1)
+    )  # fmt: skip
+    one = KvLayout(format, 1, 64, 64)
+    for head in range(4):
+        alone = paged_attention(
+            query[:, 3 * head : 3 * head + 3], offsets, addresses + head * layout.head_nbytes, lengths, first,
+            positions, one, 0.1, pool=shared_pool(1),
+        )  # fmt: skip
+        assert all(torch.equal(a, b[:, 3 * head : 3 * head + 3]) for a, b in zip(alone, together, strict=True))
+
+
 @pytest.mark.parametrize(
     ("format", "group", "tokens"), [("fp32", 5, 1), ("fp32", 5, 20), ("bf16", 3, 2), ("int8", 3, 2), ("int4", 3, 2)]
 )
