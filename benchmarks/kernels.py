@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -23,6 +23,7 @@ from cpu_kernels.packed_expert_mlp import packed_expert_mlp
 from cpu_kernels.packed_linear import PackedWeights, packed_linear
 from cpu_kernels.packed_reference import packed_expert_mlp_reference, packed_linear_reference
 from cpu_kernels.panel_mlp import panel_expert_mlp, panel_linear
+from cpu_kernels.tape import Choice, Tape
 from cpu_kernels.threads import Pool
 from cpu_kernels.wide_linear import multiplies_natively
 from formats.bundle import BundleLayout
@@ -76,6 +77,7 @@ class Contender:
         run: called with the number of a copy.
         expected: the result for copy 0, fp32 or wider.
         found: the result of the last call.
+        play: calls with all copies in turn, from a tape, as decode does it; None where there is no tape.
     """
 
     name: str
@@ -84,6 +86,10 @@ class Contender:
     run: Callable[[int], Any]
     expected: Callable[[], torch.Tensor]
     found: Callable[[], torch.Tensor]
+    play: Callable[[], object] | None = None
+
+
+_CALLED = ", called from Python"
 
 
 def run(scale: KernelScale) -> Report:
@@ -106,7 +112,8 @@ def run(scale: KernelScale) -> Report:
     names = ", ".join(f"{name} {isa_of_format(name)}" for name in ("bf16", *PACKED))
     report.notes.append(f"Instructions: {names}. Threads: {pool.threads}.")
     report.notes.append(
-        f"Weights are random; few tokens go through {scale.cold_nbytes / 2**20:.0f} MiB of them in turn. The stream is "
+        f"Weights are random; few tokens go through {scale.cold_nbytes / 2**20:.0f} MiB of them in turn, from a tape, "
+        "as decode does it; torch's operators, and what is compared with them, are called from Python. The stream is "
         "torch's sum of as many bytes, in the same round. Bytes are those of weights and scales."
     )
     return report
@@ -130,8 +137,12 @@ def _measure(
                 contender.found().double().numpy(), contender.expected().double().numpy(), relative_rms, TOLERANCE,
             )  # fmt: skip
         flops = {one.name: _flops(title, scale, tokens, experts) for one in contenders}
-        few = tokens in scale.few_tokens
+        few = _are_few(tokens, scale)
         turns: dict[str, Callable[[], float]] = {"stream": partial(_stream, stream)}
+        if few:
+            called = [replace(one, name=one.name + _CALLED, play=None) for one in contenders if one.play]
+            flops |= {one.name: flops[one.name.removesuffix(_CALLED)] for one in called}
+            contenders += called
         for one in contenders:
             calls = one.copies if few else max(1, min(one.copies, int(scale.flops / flops[one.name])))
             turns[one.name] = partial(_seconds, one, calls)
@@ -167,7 +178,8 @@ def _against_torch(report: Report, title: str, tokens: int, seconds: dict[str, f
     if peers and (tokens == 1 or tokens >= 64):
         for name in PACKED:
             label = f"{title}, {tokens} tokens, {name} against torch's best: speed"
-            report.target(label, min(peers) / seconds[name], "at least", 1.0)
+            ours = seconds.get(name + _CALLED, seconds[name])
+            report.target(label, min(peers) / ours, "at least", 1.0)
 
 
 def _flops(title: str, scale: KernelScale, tokens: int, experts: int) -> float:
@@ -186,8 +198,11 @@ def _stream(stream: torch.Tensor) -> float:
 
 def _seconds(contender: Contender, calls: int) -> float:
     before = perf_counter()
-    for copy in range(calls):
-        contender.run(copy)
+    if contender.play and calls == contender.copies:
+        contender.play()
+    else:
+        for copy in range(calls):
+            contender.run(copy)
     return (perf_counter() - before) / calls
 
 
@@ -216,10 +231,22 @@ def _kept(key: Any, make: Callable[[], Any]) -> Any:
     return _weights[key]
 
 
+def _are_few(tokens: int, scale: KernelScale) -> bool:
+    """Whether bandwidth counts."""
+    return tokens in scale.few_tokens
+
+
+def _tape(write: Callable[[Tape], None], pool: Pool) -> Callable[[], object]:
+    """What plays a tape; it keeps `write`, and with that what the tape's addresses are of."""
+    tape = Tape(torch.bfloat16)
+    write(tape)
+    return lambda: (tape.play(pool), write)
+
+
 def _linears(rows: int, columns: int, pool: Pool, scale: KernelScale, tokens: int) -> list[Contender]:
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(torch.bfloat16)
     contenders = [_packed_linear(rows, columns, format, pool, scale, x) for format in PACKED]
-    few = tokens in scale.few_tokens
+    few = _are_few(tokens, scale)
     contenders += _bf16_linears(rows, columns, pool, scale, x, few)
     contenders += [_torch_int8(rows, columns, scale, x), _torch_int4(rows, columns, scale, x)]
     return contenders
@@ -245,7 +272,13 @@ def _packed_linear(rows: int, columns: int, format: str, pool: Pool, scale: Kern
     def call(copy: int) -> None:
         packed_linear(x, weights[copy], out, pool=pool)
 
-    return Contender(format, layout.nbytes, copies, call, expected, lambda: out)
+    def play_all(tape: Tape) -> None:
+        for weight in weights:
+            tape.packed_linear(x.data_ptr(), weight, None, len(x), rounded.data_ptr())
+
+    rounded = torch.empty(len(x), rows, dtype=x.dtype)
+    play = _tape(play_all, pool) if _are_few(len(x), scale) else None
+    return Contender(format, layout.nbytes, copies, call, expected, lambda: out, play)
 
 
 def _bf16_linears(
@@ -273,8 +306,15 @@ def _bf16_linears(
         results["torch"] = F.linear(x, weights[copy])
 
     found = [Contender("torch bf16", nbytes, copies, theirs, expected, lambda: results["torch"])]
+    out = torch.empty(len(x), rows, dtype=x.dtype)
+
+    def play_all(tape: Tape) -> None:
+        for weight in weights:
+            tape.linear(x.data_ptr(), weight, None, len(x), out.data_ptr())
+
     if few or not multiplies_natively(torch.bfloat16):
-        found.insert(0, Contender("bf16", nbytes, copies, ours, expected, lambda: results["ours"]))
+        play = _tape(play_all, pool) if few else None
+        found.insert(0, Contender("bf16", nbytes, copies, ours, expected, lambda: results["ours"], play))
     return found
 
 
@@ -365,6 +405,14 @@ def _expert(format: str, pool: Pool, scale: KernelScale, tokens: int) -> Contend
             return packed_expert_mlp_reference(bundles[0], layout, x, "silu")
         return expert_mlp_reference(bundles[0], layout, x.double(), "silu")
 
-    return Contender(
-        format, layout.nbytes * scale.experts, copies, call, expected, lambda: torch.from_numpy(out[:tokens])
-    )
+    ids = torch.arange(scale.experts).repeat(tokens, 1)
+    shares = torch.full((tokens, scale.experts), 1 / scale.experts)
+    choice = Choice(ids, shares.clone(), shares)
+
+    def play_all(tape: Tape) -> None:
+        for chosen in addresses.reshape(copies, scale.experts):
+            tape.experts(layout, "silu", chosen, choice, x.data_ptr())
+
+    play = _tape(play_all, pool) if _are_few(tokens, scale) else None
+    nbytes = layout.nbytes * scale.experts
+    return Contender(format, nbytes, copies, call, expected, lambda: torch.from_numpy(out[:tokens]), play)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,6 @@ from transformers import DynamicCache, PreTrainedModel
 from benchmarks import checkpoints
 from benchmarks.equality import gate_close, relative_rms
 from benchmarks.harness import Report, Spread, say
-from benchmarks.machine import read_bandwidth
 from formats.bundle import BundleLayout
 from formats.pack import pack_matrix
 from offload.assembly import assemble
@@ -49,6 +48,8 @@ QUANT = "int4"
 _CONTEXT_TOKENS = 1024
 _SMALL_RAM_NBYTES = 8 << 30
 EVERYTHING = 1 << 50
+_STREAM_NBYTES = 600 << 20
+_TOKENS_BETWEEN_STREAMS = 8
 _EMBEDDING_SCALE = 4.0
 """Large beside what attention adds, so that routing follows the token; see `checkpoints`."""
 
@@ -162,8 +163,9 @@ def run(work: Path, shape: checkpoints.Shape, scale: LargeScale) -> Report:
     for round_index in range(scale.rounds):
         say(f"round {round_index + 1}")
         prefill.append(prefill_speed(model, shape, scale.prompt_tokens))
-        decode.append(decode_speed(model, shape, scale.new_tokens))
-        shares.append(decode[-1] * nbytes / read_bandwidth())
+        speed, share = decode_beside_stream(model, shape, scale.new_tokens, nbytes)
+        decode.append(speed)
+        shares += share
     rows.append({"where": "all in RAM", "task": "decode", "tokens/s": Spread.of(decode)})
     rows.append({"where": "all in RAM", "task": f"prefill {scale.prompt_tokens}", "tokens/s": Spread.of(prefill)})
     report.tables["Decode beside the stream"] = [
@@ -225,15 +227,45 @@ def prefill_speed(model: PreTrainedModel, shape: checkpoints.Shape, count: int) 
     return count / (perf_counter() - before)
 
 
-@torch.no_grad()
 def decode_speed(model: PreTrainedModel, shape: checkpoints.Shape, count: int) -> float:
     """Tokens a second of `count` random tokens, one at a time, after 18."""
+    return count / sum(_token_seconds(model, shape, count))
+
+
+def decode_beside_stream(
+    model: PreTrainedModel, shape: checkpoints.Shape, count: int, token_nbytes: int
+) -> tuple[float, list[float]]:
+    """As `decode_speed`, and the share that each eight tokens have of what memory gives right before and after them."""
+    stream = torch.ones(_STREAM_NBYTES // 4)
+    seconds = _token_seconds(model, shape, count)
+    times: list[float] = []
+    shares: list[float] = []
+    before = stream_speed(stream)
+    while len(times) < count:
+        some = [next(seconds) for _ in range(min(_TOKENS_BETWEEN_STREAMS, count - len(times)))]
+        after = stream_speed(stream)
+        shares.append(len(some) * token_nbytes / sum(some) / ((before + after) / 2))
+        times += some
+        before = after
+    return count / sum(times), shares
+
+
+def stream_speed(stream: torch.Tensor) -> float:
+    """Bytes a second at which torch's threads sum a tensor, once."""
+    before = perf_counter()
+    stream.sum()
+    return stream.nbytes / (perf_counter() - before)
+
+
+def _token_seconds(model: PreTrainedModel, shape: checkpoints.Shape, count: int) -> Iterator[float]:
+    """Seconds of each of `count` tokens."""
     cache = DynamicCache(config=model.config)
     tokens = checkpoints.random_tokens(16 + 2 + count, shape.vocab, 3)
-    model(input_ids=torch.tensor([tokens[:16]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for token in tokens[16:18]:
-        model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    before = perf_counter()
-    for token in tokens[18:]:
-        model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return count / (perf_counter() - before)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([tokens[:16]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for index, token in enumerate(tokens[16:]):
+        before = perf_counter()
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if index >= 2:
+            yield perf_counter() - before

@@ -14,9 +14,8 @@ from typing import Any
 from benchmarks import checkpoints
 from benchmarks.gguf_files import ensure_random_gguf
 from benchmarks.harness import Report, Spread, interleave, ratios, say
-from benchmarks.large_model import EVERYTHING, decode_speed, load_random, prefill_speed, weights_of_a_token_nbytes
+from benchmarks.large_model import EVERYTHING, load_random, prefill_speed, weights_of_a_token_nbytes
 from benchmarks.llama_cpp import LlamaScale, ensure_built, run_llama_bench
-from benchmarks.machine import read_bandwidth
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,10 @@ def _ours(work: Path, shape: checkpoints.Shape, scale: LlamaScale) -> _Turn:
     model = load_random(work, shape, EVERYTHING)
     prefill_speed(model, shape, 64)
     speeds = {f"prefill {count}": max(prefill_speed(model, shape, count) for _ in range(2)) for count in scale.prompts}
-    speeds["decode"] = max(decode_speed(model, shape, scale.new_tokens) for _ in range(2))
-    share = speeds["decode"] * weights_of_a_token_nbytes(model, shape) / read_bandwidth()
+    token_nbytes = weights_of_a_token_nbytes(model, shape)
+    decoded = [decode_beside_stream(model, shape, scale.new_tokens, token_nbytes) for _ in range(2)]
+    speeds["decode"] = max(speed for speed, _ in decoded)
+    share = Spread.of([share for _, shares in decoded for share in shares]).median
     runtime: Any = model.offload
     runtime.close()
     del model, runtime

@@ -9,24 +9,27 @@ import torch
 from cpu_kernels.decode_attention import decode_attention
 from cpu_kernels.expert_mlp import expert_mlp
 from cpu_kernels.linear import linear
+from cpu_kernels.openmp import OpenMpPool
 from cpu_kernels.packed_expert_mlp import packed_expert_mlp
 from cpu_kernels.packed_linear import PackedWeights, packed_linear
 from cpu_kernels.rms_norm import FORMS, rms_norm
 from cpu_kernels.rotary import rotary
 from cpu_kernels.tape import Tape
+from cpu_kernels.tape_kernel import AHEAD, AHEAD_NBYTES
 from cpu_kernels.threads import shared_pool
 from cpu_kernels.weighted_sum import weighted_sum
 from formats.bundle import BundleLayout
 from formats.pack import pack_matrix
 from formats.packed import MatrixLayout
+from offload.devices.host_threads import _loaded_runtimes, kernel_pool
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FORMAT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-@pytest.fixture
-def pool():
-    return shared_pool(2)
+@pytest.fixture(params=["launched", "in one region"])
+def pool(request):
+    return shared_pool(2) if request.param == "launched" else kernel_pool()
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
@@ -242,6 +245,55 @@ def test_only_a_clear_choice_goes_on(logits, clear, equals, known, pool, monkeyp
     assert tape.play(pool) == (2 if clear else 1)
     if clear:
         assert torch.equal(choice.ids, torch.topk(choice.shares, 2).indices)
+
+
+def test_rows_know_the_weights_that_come_next():
+    x, small, large = torch.zeros(8), torch.zeros(4, 8), torch.zeros(1 << 15, 8)
+    tape = Tape(torch.float32)
+    address = x.data_ptr()
+    tape.add(address, address, 4, address)
+    tape.linear(address, small, None, 1, address)
+    tape.add(address, address, 4, address)
+    tape.linear(address, large, None, 1, address)
+    ahead = tape.words[:, AHEAD].tolist(), tape.words[:, AHEAD_NBYTES].tolist()
+    assert ahead[0] == [small.data_ptr(), large.data_ptr(), large.data_ptr(), 0]
+    assert ahead[1][0] == small.nbytes
+    assert 0 < ahead[1][1] == ahead[1][2] < large.nbytes
+    assert ahead[1][3] == 0
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_one_region_has_the_bits_of_one_thread(threads):
+    """More threads than cores, so that some come late to a phase or not at all."""
+    layout = BundleLayout(128, 64, "int4")
+    generator = np.random.default_rng(0)
+    bundles = generator.integers(0, 255, (4, layout.nbytes), dtype=np.uint8)
+    for name, part in layout.components.items():
+        if name.endswith("scale"):
+            bundles[:, part.offset : part.offset + part.nbytes] = np.full(part.nbytes // 2, 0x3C00, "<u2").view("u1")
+    addresses = bundles.ctypes.data + layout.nbytes * np.arange(4)
+    x, router, weight = randn(2, 128), randn(4, 128, seed=1), randn(5000, 128, seed=2)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            logits, out = poisoned(2, 4, dtype=torch.float32), poisoned(2, 5000, dtype=torch.float32)
+            tape = Tape(torch.float32)
+            tape.linear(x.data_ptr(), router, None, 2, logits.data_ptr())
+            choice = tape.choose(logits.data_ptr(), 4, 2, 2, renormalise=True, rounded=False)
+            sums = tape.experts(layout, "silu", addresses, choice, x.data_ptr())
+            tape.linear(sums, weight, None, 2, out.data_ptr())
+            pool = OpenMpPool(_loaded_runtimes()[0], threads)
+            assert (pool.team is None) == (count == 1)
+            for _ in range(1 if count == 1 else 200):
+                out.fill_(torch.nan)
+                assert tape.play(pool) == tape.rows
+                results.append(out.clone())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+    assert results[0].isfinite().all()
 
 
 def test_a_tape_in_use_takes_no_more_rows(pool):
