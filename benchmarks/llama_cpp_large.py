@@ -14,7 +14,13 @@ from typing import Any
 from benchmarks import checkpoints
 from benchmarks.gguf_files import ensure_random_gguf
 from benchmarks.harness import Report, Spread, interleave, ratios, say
-from benchmarks.large_model import EVERYTHING, load_random, prefill_speed, weights_of_a_token_nbytes
+from benchmarks.large_model import (
+    EVERYTHING,
+    decode_beside_stream,
+    load_random,
+    prefill_speed,
+    weights_of_a_token_nbytes,
+)
 from benchmarks.llama_cpp import LlamaScale, ensure_built, run_llama_bench
 
 
