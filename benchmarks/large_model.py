@@ -115,9 +115,16 @@ class PreparedRandom:
     finishes_beside_conversion: ClassVar[bool] = False
 
     def __init__(
-        self, shape: checkpoints.Shape, ram: int, context_tokens: int = _CONTEXT_TOKENS, kv: KvChoice | None = None
+        self,
+        shape: checkpoints.Shape,
+        ram: int,
+        context_tokens: int = _CONTEXT_TOKENS,
+        kv: KvChoice | None = None,
+        lm_head: str | None = None,
     ) -> None:
-        quantisation = make_quantisation(QUANT)
+        """Plan a model in `QUANT`, its output layer in a format of its own if `lm_head` names one."""
+        quant = QUANT if lm_head is None else {"experts": QUANT, "dense": QUANT, "lm_head": lm_head}
+        quantisation = make_quantisation(quant)
         self._skeleton = make_skeleton(shape.config(), torch.bfloat16)
         modules = [name for name, _ in experts_modules(self._skeleton)]
         assert quantisation.experts is not None
@@ -188,9 +195,9 @@ def run(work: Path, shape: checkpoints.Shape, scale: LargeScale) -> Report:
     return report
 
 
-def load_random(work: Path, shape: checkpoints.Shape, ram: int) -> PreTrainedModel:
-    """A model of random weights within so many bytes of RAM; its store is written once."""
-    return assemble(PreparedRandom(shape, ram), checkpoints.store_root(work), NoProgress())
+def load_random(work: Path, shape: checkpoints.Shape, ram: int, lm_head: str | None = None) -> PreTrainedModel:
+    """A model of random weights within so many bytes of RAM; its store is written once. lm_head: format of its own."""
+    return assemble(PreparedRandom(shape, ram, lm_head=lm_head), checkpoints.store_root(work), NoProgress())
 
 
 def _runtime(model: PreTrainedModel) -> Any:

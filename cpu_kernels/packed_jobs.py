@@ -63,7 +63,10 @@ def split_tiles(job, active, tile_nbytes, granularity, threads):
     return active * job[kernel.CHUNKS_PER_EXPERT]
 
 
-@entry()
+_I64S = ", ".join(["int64"] * 14)
+
+
+@entry(f"void(int64, int64, int64, int64[::1], {_I64S}, int64[::1])")
 def run_linear(
     launcher,
     state,

@@ -11,6 +11,7 @@ import torch
 
 from cpu_kernels import packed_jobs as jobs
 from cpu_kernels.activation_quantisation_kernel import ELEMENT_NUMBERS, KINDS, quantise_task
+from cpu_kernels.compiling.compiler import direct
 from cpu_kernels.isa import converts_fp16, isa_of_format
 from cpu_kernels.packed_kernel import OUTPUT_NUMBERS, packed_task
 from cpu_kernels.packed_simd import BLOCK_NBYTES, PackedCode
@@ -116,7 +117,7 @@ def packed_linear(
     activations_nbytes = tokens * (layout.padded_columns // 64) * BLOCK_NBYTES[code.activation]
     scratch = workspace(8 * jobs.linear_words(tokens, layout.rows, activations_nbytes, output != "fp32"))
     launcher, state = pool.launcher
-    jobs.run_linear(
+    direct(jobs.run_linear)(
         launcher, state, pool.threads, tasks_of_format(layout.format), KINDS[code.activation], code.codes_nbytes,
         ELEMENT_NUMBERS[element], OUTPUT_NUMBERS[output], x.data_ptr(), x.stride(0) * x.element_size(), tokens,
         codes, scales, 0 if bias is None else bias.data_ptr(), layout.rows, layout.columns,
