@@ -174,9 +174,13 @@ def _measure(
 
 
 def _against_torch(report: Report, title: str, tokens: int, seconds: dict[str, float]) -> None:
-    peers = [value for name, value in seconds.items() if name.startswith("torch")]
-    if peers and (tokens == 1 or tokens >= 64):
-        for name in PACKED:
+    """Each packed format beside the fastest of torch's operators that have as many bits or more."""
+    if tokens != 1 and tokens < 64:
+        return
+    for name in PACKED:
+        kinds = ("torch bf16", "torch int8") if name == "int8" else ("torch bf16", "torch int8", "torch int4")
+        peers = [seconds[kind] for kind in kinds if kind in seconds]
+        if peers:
             label = f"{title}, {tokens} tokens, {name} against torch's best: speed"
             ours = seconds.get(name + _CALLED, seconds[name])
             report.target(label, min(peers) / ours, "at least", 1.0)

@@ -66,7 +66,7 @@ def run(work: Path, shape: checkpoints.Shape, scale: LlamaScale) -> Report:
         {"decode / (stream / bytes of a token)": Spread.of([turn.share for turn in turns["ours"]])}
     ]
     report.notes.append(
-        "Random weights on both sides, the output layer in 4 bits too; llama.cpp with as many threads as there are cores."
+        "Random weights on both sides, the output layer in 4 bits; llama.cpp with as many threads as there are cores."
     )
     return report
 
