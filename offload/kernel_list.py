@@ -19,6 +19,7 @@ from cpu_kernels import (
     rotary_kernel,
     tape_experts_kernel,
     tape_kernel,
+    tape_team_kernel,
 )
 from cpu_kernels.compiling.together import Kernel, prepare_named
 from cpu_kernels.kv_simd import KvCode
@@ -65,6 +66,7 @@ def kernels_of_model(
             last.append((compile_panel_kernels, (FORMAT_OF_DTYPE[dtype],)))
     if decodes:
         first.append((prepare_named, (tape_kernel.__name__, "run_tape")))
+        first += [(prepare_named, (tape_team_kernel.__name__, "play_in_team")), (tape_team_kernel.body_address, ())]
         last.append((decode_attention_kernel.run_task, (elements,)))
         small += [
             (linear_kernel.linear_task, (elements,)),
