@@ -84,8 +84,8 @@ PARALLEL, BODY, MAX_THREADS, MOST_THREADS, STATE_WORDS = range(5)
 
 
 @intrinsic
-def _call_max_threads(typingctx: Any, function: Any) -> tuple[Any, _Codegen]:
-    """Call int omp_get_max_threads(void) at an address."""
+def call_for_number(typingctx: Any, function: Any) -> tuple[Any, _Codegen]:
+    """Call int(void) at an address, as omp_get_max_threads is."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         function = builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer())
@@ -111,7 +111,7 @@ def launch_team(state, task, job, chunks):
     data[FIRST_PHASE + 1] = job
     data[FIRST_PHASE + 2] = chunks
     data[FIRST_PHASE + 3] = 0
-    threads = min(_call_max_threads(fields[MAX_THREADS]), fields[MOST_THREADS], chunks)
+    threads = min(call_for_number(fields[MAX_THREADS]), fields[MOST_THREADS], chunks)
     run_region(fields[PARALLEL], fields[BODY], data, threads)
 
 

@@ -9,13 +9,12 @@ import numpy as np
 from numba import types
 
 from cpu_kernels.jit import carray, compiled_function, entry
-from cpu_kernels.openmp_kernel import run_region
+from cpu_kernels.openmp_kernel import call_for_number, run_region
 from cpu_kernels.simd import int64_pointer
 from cpu_kernels.tape_kernel import WORDS, run_tape
 from cpu_kernels.team_kernel import (
     STATE_ALIGNMENT_BYTES,
     STATE_WORDS,
-    call_thread_number,
     help_until_stopped,
     stop,
 )
@@ -27,7 +26,7 @@ STATE, THREAD_NUMBER, LAUNCHER, THREADS, TAPE, ROWS, FIRST, END, ENDED, FIELDS =
 def _play(data):
     fields = carray(int64_pointer(data), (FIELDS,))
     state, threads = fields[STATE], fields[THREADS]
-    thread = call_thread_number(fields[THREAD_NUMBER])
+    thread = call_for_number(fields[THREAD_NUMBER])
     if thread > 0:
         help_until_stopped(state, thread - 1, threads - 1)
         return

@@ -7,15 +7,12 @@ wait in a loop, with the ticket of `threads_kernel`, and while they wait they as
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
-from llvmlite import ir
 from numba import types
 
 from cpu_kernels.atomics import atomic_exchange, atomic_load, pause
-from cpu_kernels.jit import c_function, carray, inner, intrinsic
+from cpu_kernels.jit import c_function, carray, inner
 from cpu_kernels.launch import launcher_address
 from cpu_kernels.simd import int64_pointer, prefetch_four_lines
 from cpu_kernels.threads_kernel import PENDING, STOP, TICKET, WORKERS, drain, post_phase
@@ -31,21 +28,7 @@ STATE_ALIGNMENT_BYTES = 128
 _PATIENCE = 2000
 _LINES_NBYTES = 256
 
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
-_Codegen = Callable[[Any, Any, Any, Any], Any]
-
 _sched_yield = c_function("sched_yield", types.int32)
-
-
-@intrinsic
-def call_thread_number(typingctx: Any, function: Any) -> tuple[Any, _Codegen]:
-    """Call int omp_get_thread_num(void) at an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function = builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer())
-        return builder.sext(builder.call(function, []), _I64)
-
-    return types.int64(types.int64), codegen
 
 
 @inner
