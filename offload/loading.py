@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload.allocator import return_large_blocks
 from offload.errors import InvalidArgumentError
+from offload.kept_products import keep_few_products
 from offload.progress import progress_bar
 from offload.request import PREFILL_CHUNK_TOKENS, Request, make_request
 
@@ -122,6 +123,7 @@ def load(
     )  # fmt: skip
     _check_device(request)
     return_large_blocks()
+    keep_few_products()
     prepared = _prepare(
         model, request, checkpoint, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,

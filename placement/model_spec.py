@@ -113,6 +113,7 @@ class ModelSpec:
         layers: one entry for each decoder layer; empty where sizes are enough and speed is not asked for.
         head: the output layer, None where `layers` is empty.
         head_is_shared: the output layer's weights are the embedding's, and no bytes of their own.
+        kept_products_nbytes: bytes of code that torch's products keep on the host, where sizes change with every token.
         kv_shapes: keys and values of each layer of the cache; None where it is a window or a state, which is not paged.
     """
 
@@ -135,6 +136,7 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...] = ()
     head: LinearSpec | None = None
     head_is_shared: bool = False
+    kept_products_nbytes: int = 0
     kv_shapes: tuple[KvShape | None, ...] = ()
 
     @property

@@ -86,7 +86,9 @@ def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: b
         logits += batch * tokens * spec.vocab_size * 4
     kept = 0
     if host:
-        kept = _ALLOCATOR_NBYTES + tables_nbytes(tuple(layer.count for layer in spec.experts))
+        kept = (
+            _ALLOCATOR_NBYTES + spec.kept_products_nbytes + tables_nbytes(tuple(layer.count for layer in spec.experts))
+        )
     return _rows_nbytes(spec, batch * tokens) + logits + kept
 
 

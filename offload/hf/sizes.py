@@ -15,6 +15,7 @@ from offload.errors import UnsupportedModelError
 from offload.hf.experts_interface import Step, attach_step, detach_step, experts_modules
 from offload.hf.latents import latent_width
 from offload.hf.layer_kinds import alike_layers, one_of_each_kind
+from offload.kept_products import KEPT_NBYTES
 from placement.kv import KvShape
 
 
@@ -156,6 +157,12 @@ def activation_nbytes_per_token(
 def attention_nbytes_per_token(skeleton: PreTrainedModel) -> int:
     """Bytes for one cached token while a layer attends: keys and values repeated for every query head."""
     return 2 * _widest(skeleton) * skeleton.dtype.itemsize
+
+
+def kept_products_nbytes(skeleton: PreTrainedModel) -> int:
+    """Bytes of compiled products of attention that has new sizes with every token, see `offload.kept_products`."""
+    grows = skeleton.config._attn_implementation == "eager" and skeleton.dtype != torch.float32
+    return KEPT_NBYTES if grows else 0
 
 
 def _widest(skeleton: PreTrainedModel) -> int:

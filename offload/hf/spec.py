@@ -11,7 +11,13 @@ from offload.hf.dtypes import FORMAT_OF_DTYPE
 from offload.hf.experts_interface import experts_modules, remove_expert_weights, use_offload_experts
 from offload.hf.layer_specs import head_spec, layer_specs
 from offload.hf.quantise import parameters_of, quantised_nbytes
-from offload.hf.sizes import activation_nbytes_per_token, attention_nbytes_per_token, dense_weights, measure_on_meta
+from offload.hf.sizes import (
+    activation_nbytes_per_token,
+    attention_nbytes_per_token,
+    dense_weights,
+    kept_products_nbytes,
+    measure_on_meta,
+)
 from offload.quantisation import Quantisation
 from offload.store.source import ExpertGroup
 from placement.model_spec import ExpertsSpec, ModelSpec
@@ -79,5 +85,6 @@ def build_spec(
         layers=layer_specs(skeleton, groups, dense, run.kv_nbytes_per_token_by_layer, formats),
         head=head,
         head_is_shared=head_is_shared,
+        kept_products_nbytes=kept_products_nbytes(skeleton),
         kv_shapes=run.kv_shapes,
     )
