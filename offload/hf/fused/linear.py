@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from cpu_kernels.linear import MOST_TOKENS, linear
-from cpu_kernels.wide_linear import linear_many, multiplies_natively
+from cpu_kernels.wide_linear import linear_many
 from offload.devices.host_threads import kernel_pool
 from offload.hf.dtypes import FORMAT_OF_DTYPE
 from offload.hf.fused.conditions import is_plain, is_weight
@@ -62,6 +62,8 @@ def _computed(input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tens
     """The layer's output, None where torch should compute it."""
     if not is_plain(input) or not is_weight(weight, input) or (bias is not None and not is_weight(bias, input)):
         return None
-    if input.numel() <= MOST_TOKENS * input.shape[-1] and input.is_contiguous():
-        return linear(input, weight, bias, kernel_pool())
-    return None if multiplies_natively(input.dtype) else linear_many(input, weight, bias, kernel_pool())
+    # Of sequences that lie apart, as their last tokens do, torch would make a product each, of a copy of the weight.
+    rows = input.contiguous()
+    if rows.numel() <= MOST_TOKENS * rows.shape[-1]:
+        return linear(rows, weight, bias, kernel_pool())
+    return linear_many(rows, weight, bias, kernel_pool())

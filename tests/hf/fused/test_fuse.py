@@ -34,6 +34,18 @@ def test_each_kind_alone_gives_the_tokens_of_the_model(family: str, kind: str) -
     assert torch.equal(greedy(fused, ids, attention_mask=padded), greedy(plain, ids, attention_mask=padded))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sequences", [2, 12])
+def test_tokens_of_sequences_that_lie_apart_are_multiplied_as_their_copy_is(dtype: torch.dtype, sequences: int) -> None:
+    model = build_tiny("qwen3_moe", dtype).requires_grad_(False)
+    fuse(model, ["linear"])
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(sequences, 5, model.config.hidden_size, generator=generator).to(dtype)
+    last = hidden[:, -1:]
+    assert not last.is_contiguous()
+    assert torch.equal(model.lm_head(last), model.lm_head(last.contiguous()))
+
+
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
