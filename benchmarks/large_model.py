@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from benchmarks import checkpoints
 from benchmarks.equality import gate_close, relative_rms
 from benchmarks.harness import Report, Spread, say
+from benchmarks.machine import stream_speed
 from formats.bundle import BundleLayout
 from formats.pack import pack_matrix
 from offload.assembly import assemble
@@ -255,13 +256,6 @@ def decode_beside_stream(
         times += some
         before = after
     return count / sum(times), shares
-
-
-def stream_speed(stream: torch.Tensor) -> float:
-    """Bytes a second at which torch's threads sum a tensor, once."""
-    before = perf_counter()
-    stream.sum()
-    return stream.nbytes / (perf_counter() - before)
 
 
 def _token_seconds(model: PreTrainedModel, shape: checkpoints.Shape, count: int) -> Iterator[float]:

@@ -80,7 +80,12 @@ def _git(*arguments: str) -> str:
 def read_bandwidth() -> float:
     """Bytes per second at which torch's threads sum a large fp32 tensor; the best of three."""
     tensor = torch.ones(_BANDWIDTH_NBYTES // 4)
-    return max(tensor.nbytes / _seconds(tensor.sum) for _ in range(3))
+    return max(stream_speed(tensor) for _ in range(3))
+
+
+def stream_speed(tensor: torch.Tensor) -> float:
+    """Bytes per second at which torch's threads sum a tensor, once."""
+    return tensor.nbytes / _seconds(tensor.sum)
 
 
 def gemm_flops(dtype: torch.dtype) -> float:

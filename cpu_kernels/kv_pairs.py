@@ -13,10 +13,10 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from cpu_kernels.cache_lines import prefetch
 from cpu_kernels.jit import carray, inner, intrinsic
 from cpu_kernels.kv_pairs_simd import PairShape, pairs_add_rows, pairs_store, pairs_zero, store_rounded
 from cpu_kernels.kv_simd import has_many_registers
-from cpu_kernels.kv_vectors import prefetch
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_splat
 from cpu_kernels.simd import float32_pointer
 

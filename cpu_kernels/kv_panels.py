@@ -8,6 +8,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
+from cpu_kernels.cache_lines import prefetch
 from cpu_kernels.jit import inner, intrinsic
 from cpu_kernels.kv_simd import (
     KvCode,
@@ -22,7 +23,7 @@ from cpu_kernels.kv_simd import (
     panel_store,
     panel_zero,
 )
-from cpu_kernels.kv_vectors import offset_by, prefetch
+from cpu_kernels.kv_vectors import offset_by
 
 _ONE_BY_ONE, _ONE_BY_FOUR = PanelShape(1, 1), PanelShape(1, 4)
 _TWO_BY_ONE, _TWO_BY_TWO = PanelShape(2, 1), PanelShape(2, 2)

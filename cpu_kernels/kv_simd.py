@@ -406,7 +406,7 @@ def _dot_intrinsic(name: str, heads: int) -> Any:
         out_nbytes: Any,
     ) -> tuple[Any, _Codegen]:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _dot_rows(builder, heads, *arguments)
+            _dot_rows(builder, heads, arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), codegen
@@ -425,17 +425,8 @@ dot_two = _dot_intrinsic("dot_two", 2)
 dot_four = _dot_intrinsic("dot_four", 4)
 
 
-def _dot_rows(
-    builder: Any,
-    heads: int,
-    rows: Any,
-    panel_nbytes: Any,
-    panels: Any,
-    queries: Any,
-    query_nbytes: Any,
-    out: Any,
-    out_nbytes: Any,
-) -> None:
+def _dot_rows(builder: Any, heads: int, arguments: Any) -> None:
+    rows, panel_nbytes, panels, queries, query_nbytes, out, out_nbytes = arguments
     entry, body, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
     builder.branch(body)
     builder.position_at_end(body)

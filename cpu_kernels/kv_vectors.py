@@ -6,10 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils
 
 PIECE = 8
-_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
 def offset_by(builder: Any, address: Any, offset: int) -> Any:
@@ -37,15 +36,3 @@ def broadcast(builder: Any, value: Any, lanes: int = PIECE) -> Any:
 def pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     """A vector of some lanes of two, those of the second numbered after the first's."""
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
-
-
-def prefetch(builder: Any, address: Any) -> None:
-    """Ask for the cache line at an address for reading, into the second level; it need not exist.
-
-    A core waits for more lines at a time there than on their way to the first.
-    """
-    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    for_reading, into_second_level, of_data = (ir.Constant(_I32, value) for value in (0, 2, 1))
-    pointer = builder.inttoptr(address, _I8.as_pointer())
-    builder.call(function, [pointer, for_reading, into_second_level, of_data])

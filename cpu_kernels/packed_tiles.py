@@ -13,12 +13,13 @@ from numba.core.imputils import lower_constant
 from numba.extending import models, register_model, typeof_impl
 
 from cpu_kernels import packed_simd as simd
+from cpu_kernels.cache_lines import prefetch
 from cpu_kernels.jit import intrinsic, stack_room
 from cpu_kernels.packed_simd import PackedCode
 from formats.packed import COLUMN_BLOCK, TILE_ROWS
 
 _Codegen = Callable[[Any, Any, Any, Any], Any]
-_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
 _CACHE_LINE_BYTES = 64
 
 
@@ -275,19 +276,15 @@ widened_nbytes = _constant("widened_nbytes", lambda code: code.widened_nbytes)
 def prefetch_codes(typingctx: Any, code: Any, tokens: Any, address: Any) -> tuple[Any, _Codegen]:
     """Ask for as many bytes as the codes of a block have; they need not exist.
 
-    Into the second level: a core waits for more lines there at a time than on their way to the first. Asking takes four
-    cycles a line, which one token's products with 4 bits do not leave; every other line makes the CPU fetch the rest.
+    Asking takes four cycles a line, which one token's products with 4 bits do not leave; every other line makes the CPU
+    fetch the rest.
     """
     kernel: PackedCode = code.code
     lines = 2 if tokens.count == 1 and kernel.packed.bits == 4 else 1
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        for_reading, into_second_level, of_data = (ir.Constant(_I32, flag) for flag in (0, 2, 1))
         for at in range(0, kernel.codes_nbytes, lines * _CACHE_LINE_BYTES):
-            pointer = builder.inttoptr(builder.add(arguments[2], ir.Constant(_I64, at)), _I8.as_pointer())
-            simd.call(
-                builder, "llvm.prefetch.p0", ir.VoidType(), pointer, for_reading, into_second_level, of_data
-            )  # fmt: skip
+            prefetch(builder, builder.add(arguments[2], ir.Constant(_I64, at)))
         return context.get_dummy_value()
 
     return types.void(code, tokens, types.int64), codegen

@@ -27,6 +27,7 @@ from numba.core import cgutils, types
 from numba.core.imputils import lower_constant
 from numba.extending import models, register_model, typeof_impl
 
+from cpu_kernels.cache_lines import prefetch
 from cpu_kernels.isa import Isa
 from cpu_kernels.jit import intrinsic
 
@@ -34,7 +35,7 @@ LANES = 16
 STEP_BYTES = 64
 CHAINS = 4
 
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 _F16, _F32 = ir.HalfType(), ir.FloatType()
 _F32X16 = ir.VectorType(_F32, LANES)
 _I32X16 = ir.VectorType(_I32, LANES)
@@ -339,15 +340,11 @@ def tile_store(typingctx: Any, tile: Any, outputs: Any, offset: Any) -> tuple[An
 
 @intrinsic
 def prefetch_four_lines(typingctx: Any, address: Any) -> tuple[Any, _Codegen]:
-    """Ask for 256 bytes, which need not exist; into the second level, where a core waits for more lines at a time."""
+    """Ask for 256 bytes, which need not exist."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function_type = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-        prefetch = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        for_reading, into_second_level, of_data = (ir.Constant(_I32, value) for value in (0, 2, 1))
         for line in range(4):
-            at = builder.add(arguments[0], ir.Constant(_I64, line * STEP_BYTES))
-            builder.call(prefetch, [_pointer(builder, at, _I8), for_reading, into_second_level, of_data])
+            prefetch(builder, builder.add(arguments[0], ir.Constant(_I64, line * STEP_BYTES)))
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

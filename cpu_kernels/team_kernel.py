@@ -15,7 +15,7 @@ from cpu_kernels.atomics import atomic_exchange, atomic_load, pause
 from cpu_kernels.jit import c_function, carray, inner
 from cpu_kernels.launch import launcher_address
 from cpu_kernels.simd import int64_pointer, prefetch_four_lines
-from cpu_kernels.threads_kernel import PENDING, STOP, TICKET, WORKERS, drain, post_phase
+from cpu_kernels.threads_kernel import PENDING, STOP, WORKERS, drain, has_chunks, post_phase
 
 # Behind the state of `threads_kernel`, whose workers do not exist here: what will be read next, written by the one
 # thread and read by the others.
@@ -69,7 +69,7 @@ def help_until_stopped(state, share, shares):
     fields = carray(int64_pointer(state), (STATE_WORDS,))
     known, at, end, turns = 0, 0, 0, 0
     while True:
-        if (atomic_load(state + 8 * TICKET) & 0xFFFFFFFF) != 0:
+        if has_chunks(state):
             drain(state)
             turns = 0
             continue

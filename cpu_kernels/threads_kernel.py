@@ -118,8 +118,14 @@ def _ring(worker):
 
 
 @inner
+def has_chunks(state):
+    """Whether chunks of a phase are left to be claimed."""
+    return (atomic_load(state + 8 * TICKET) & _CHUNK_MASK) != 0
+
+
+@inner
 def _has_news(state):
-    return (atomic_load(state + 8 * TICKET) & _CHUNK_MASK) != 0 or atomic_load(state + 8 * STOP) != 0
+    return has_chunks(state) or atomic_load(state + 8 * STOP) != 0
 
 
 @entry("void(int64, int64)")
