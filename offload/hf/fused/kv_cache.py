@@ -146,12 +146,15 @@ class GrowingLayer(DynamicLayer):
         self.__dict__["_offered"] = id(self), buffers
 
     def room_for_one(self, form: Form) -> Room | None:
-        """Room for one more token of each sequence; None where `update` has to make some, or the form is another."""
+        """Room for one more token of each sequence, made where buffers are full; None where the form is another, or
+        these are not the layer's own buffers.
+        """
         state = self.__dict__
         ahead: _Ahead | None = state.get("_ahead")
         if ahead is not None and state["_owner"] == id(self) and ahead.form == form:
             past: int = state["_written"]
-            return Room(ahead.addresses, ahead.tokens, past) if past < ahead.tokens else None
+            if past < ahead.tokens:
+                return Room(ahead.addresses, ahead.tokens, past)
         return self._new_room(form)
 
     def _new_room(self, form: Form) -> Room | None:
@@ -168,15 +171,20 @@ class GrowingLayer(DynamicLayer):
         shape = (batch, heads, key_buffer.shape[2], width)
         addresses = key_buffer.data_ptr(), value_buffer.data_ptr()
         if (
-            past >= shape[2]
-            or key_buffer.shape != shape
+            key_buffer.shape != shape
             or value_buffer.shape != shape
             or key_buffer.dtype is not dtype
             or value_buffer.dtype is not dtype
             or addresses != (keys.data_ptr(), values.data_ptr())
         ):
             return None
-        return Room(addresses, shape[2], past)
+        if past < shape[2]:
+            return Room(addresses, shape[2], past)
+        tokens = round_up(past + 1, ROOM_TOKENS)
+        with torch.inference_mode(False):
+            larger = tuple(keys.new_empty(batch, heads, tokens, width) for _ in ("keys", "values"))
+            self.move_to(larger)
+        return Room((larger[0].data_ptr(), larger[1].data_ptr()), tokens, past)
 
     def took_one(self, room: Room, form: Form) -> None:
         """The room for one token has been written to.

@@ -132,7 +132,7 @@ def test_equals_concatenation_where_a_tape_writes(seed: int) -> None:
     assert written > 50
 
 
-def test_rooms_are_of_the_form_asked_for_and_end() -> None:
+def test_rooms_are_of_the_form_asked_for_and_grow() -> None:
     layer = GrowingLayer()
     assert layer.room_for_one(_form(2)) is None
     layer.update(*_states(5, value_width=4))
@@ -143,9 +143,21 @@ def test_rooms_are_of_the_form_asked_for_and_end() -> None:
         assert _write_as_a_tape(layer, *_states(1, value_width=4))
     while layer.get_seq_length() < ROOM_TOKENS:
         assert _write_as_a_tape(layer, *_states(1, value_width=4))
+    before = layer.keys.clone(), layer.values.clone()
+    room = layer.room_for_one(_form(2))
+    assert room is not None and (room.tokens, room.past) == (2 * ROOM_TOKENS, ROOM_TOKENS)
+    assert room == layer.room_for_one(_form(2))
+    keys, values = _states(1, value_width=4)
+    assert _write_as_a_tape(layer, keys, values)
+    assert torch.equal(layer.keys, torch.cat([before[0], keys], 2))
+    assert torch.equal(layer.values, torch.cat([before[1], values], 2))
+
+
+def test_a_full_layer_that_was_set_back_elsewhere_gets_no_room() -> None:
+    layer = GrowingLayer()
+    layer.update(*_states(ROOM_TOKENS, value_width=4))
+    layer.keys = layer.keys.clone()
     assert layer.room_for_one(_form(2)) is None
-    layer.update(*_states(1, value_width=4))
-    assert layer.room_for_one(_form(2)) is not None
 
 
 def test_values_of_another_width_get_no_room() -> None:
