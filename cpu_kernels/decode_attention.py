@@ -18,7 +18,12 @@ def _tasks(dtype: torch.dtype) -> tuple[int, int]:
 
 
 def decode_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, pool: Pool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    pool: Pool,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Out = round(softmax(scale q K^T) V) for each query head over all tokens; query heads g G to g G + G - 1 share
     key-value head g. Scores, exponentials and sums are fp32. The bits do not depend on the number of threads.
@@ -29,6 +34,7 @@ def decode_attention(
         value: [B, Hk, S, V], the elements of a row contiguous.
         scale: of the scores.
         pool: the threads.
+        sinks: fp32 [Hq] on the CPU, contiguous: a score of each head that has no value; None for none.
 
     Returns:
         [B, 1, Hq, V], contiguous.
@@ -52,6 +58,8 @@ def decode_attention(
             "decode_attention: expected query [B, Hq, 1, D], key [B, Hk, S, D] with contiguous heads and value "
             f"[B, Hk, S, V] of one dtype on the CPU, found {', '.join(map(describe, (query, key, value)))}"
         )
+    if sinks is not None and (sinks.dtype is not torch.float32 or sinks.shape != (heads,) or not sinks.is_contiguous()):
+        raise ValueError(f"decode_attention: expected sinks as contiguous fp32 [{heads}], found {describe(sinks)}")
     out = query.new_empty(batch, 1, heads, value_width)
     launcher, state = pool.launcher
     task, ending = _tasks(dtype)
@@ -59,8 +67,8 @@ def decode_attention(
     k_batch, k_head, _, _ = key.stride()
     v_batch, v_head, v_token, _ = value.stride()
     run_decode_attention(
-        launcher, state, task, ending, dtype.itemsize, batch, kv_heads, heads // kv_heads, tokens, width, value_width,
-        query.data_ptr(), q_batch, q_head, key.data_ptr(), k_batch, k_head,
-        value.data_ptr(), v_batch, v_head, v_token, out.data_ptr(), scale,
+        launcher, state, pool.threads, task, ending, dtype.itemsize, batch, kv_heads, heads // kv_heads, tokens, width,
+        value_width, query.data_ptr(), q_batch, q_head, key.data_ptr(), k_batch, k_head,
+        value.data_ptr(), v_batch, v_head, v_token, out.data_ptr(), 0 if sinks is None else sinks.data_ptr(), scale,
     )  # fmt: skip
     return out

@@ -54,7 +54,7 @@ class _BFloatType(ir.Type):  # type: ignore[misc]
         return hash(_BFloatType)
 
 
-_BF16X32 = ir.VectorType(_BFloatType(), 2 * LANES)
+BF16X32 = ir.VectorType(_BFloatType(), 2 * LANES)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _widen(builder: Any, raw: Any, elements: Elements) -> list[Any]:
 
 def _operand(builder: Any, raw: Any, elements: Elements) -> Any:
     if elements.isa == "avx512_bf16" and elements.format == "bf16":
-        return builder.bitcast(raw, _BF16X32)
+        return builder.bitcast(raw, BF16X32)
     return _widen(builder, raw, elements)
 
 

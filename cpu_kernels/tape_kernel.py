@@ -133,8 +133,8 @@ def run_tape(launcher, state, threads, team, tape, first, end):
             _store_rows(row[1], row[2], row[3], row[4], row[5])
         elif kind == ATTENTION:
             run_decode_attention(
-                launcher, state, row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[9], row[10],
-                row[11], row[12], row[13], row[14], row[15], row[16], row[17], row[18], row[19], row[20],
+                launcher, state, threads, row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[9],
+                row[10], row[11], row[12], row[13], row[14], row[15], row[16], row[17], row[18], row[19], row[20], 0,
                 _float(row[21]),
             )  # fmt: skip
         elif kind == RUN_TASK:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedModel
 
-from offload.hf.fused.attention import fuse_attention
+from offload.hf.fused.attention_interface import fuse_attention
 from offload.hf.fused.decoder import fuse_decoders
 from offload.hf.fused.kv_cache import fuse_kv_cache
 from offload.hf.fused.linear import fuse_linears

@@ -1,13 +1,8 @@
-"""Attention of one new token and of prompts, as transformers lets a model overwrite an attention function locally.
-
-A module that dispatches through `AttentionInterface` gets an interface of its own whose "sdpa" knows both. Which
-implementation the config names still decides: "eager" and others go their own way.
-"""
+"""Attention of one new token and of prompts in the place of transformers' function for "sdpa"."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,10 +15,9 @@ from cpu_kernels.wide_linear import multiplies_natively
 from offload.devices.host_threads import kernel_pool
 from offload.hf.dtypes import FORMAT_OF_DTYPE
 from offload.hf.fused.conditions import is_plain
-from offload.hf.fused.swap import rebind, swap
+from offload.hf.fused.swap import swap
 from offload.hf.paged.masks import padding_of
 
-_NAME = "ALL_ATTENTION_FUNCTIONS"
 IMPLEMENTATION = "sdpa"
 
 # What transformers' function does not ignore among what a model may tell it, and the kernel does not know.
@@ -36,11 +30,6 @@ _PROMPT_TOKENS = 16
 def tells_more(named: dict[str, Any]) -> bool:
     """Whether a model tells an attention function what kernels do not know."""
     return any(named.get(name) is not None and named[name] is not False for name in TELLING)
-
-
-def fuse_attention(model: PreTrainedModel) -> int:
-    """Modules whose forward dispatches through the interface; returns how many."""
-    return swap_forwards(model, _with_kernel)
 
 
 def prompts_are_attended(model: PreTrainedModel) -> bool:
@@ -58,21 +47,6 @@ def swap_forwards(model: PreTrainedModel, replacement: Callable[[Any], Any]) -> 
             swap(module, forward)
             count += 1
     return count
-
-
-@cache
-def _with_kernel(forward: Any) -> Any:
-    scope = getattr(forward, "__globals__", {})
-    if not isinstance(scope.get(_NAME), AttentionInterface):
-        return None
-    return rebind(forward, {_NAME: _interface()})
-
-
-@cache
-def _interface() -> AttentionInterface:
-    interface = AttentionInterface()
-    interface[IMPLEMENTATION] = attend
-    return interface
 
 
 def attend(

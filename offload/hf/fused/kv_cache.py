@@ -182,7 +182,7 @@ class GrowingLayer(DynamicLayer):
             return Room(addresses, shape[2], past)
         tokens = round_up(past + 1, ROOM_TOKENS)
         with torch.inference_mode(False):
-            larger = tuple(keys.new_empty(batch, heads, tokens, width) for _ in ("keys", "values"))
+            larger = keys.new_empty(batch, heads, tokens, width), values.new_empty(batch, heads, tokens, width)
             self.move_to(larger)
         return Room((larger[0].data_ptr(), larger[1].data_ptr()), tokens, past)
 
