@@ -13,8 +13,8 @@ from benchmarks.sessions import Fed, ModelOptions
 from placement.hardware_profile import Speeds
 
 _LEAST_DECODE_S = 1.5
-_FEWEST_PASSES, _MOST_PASSES = 4, 24
-_NEW_TOKENS = 128
+_FEWEST_PASSES, _MOST_PASSES = 4, 96
+_NEW_TOKENS = 496
 _MOST_TURNS = 5
 _UNDISTURBED = 0.05
 """Share of the CPUs' time that others may have in a turn that counts."""

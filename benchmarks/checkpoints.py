@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,17 @@ MODEL_TYPE = "qwen3_moe"
 
 _TAGS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _DOUBLINGS = {"embed_tokens": 7, "down_proj": 3}
+_ROUTER = "mlp.gate.weight"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen3-MoE. `top_k` of `experts` experts compute each token of each layer."""
+    """Sizes of a Qwen3-MoE. `top_k` of `experts` experts compute each token of each layer.
+
+    Attributes:
+        router_skew: deviation of the logarithm of the lengths of a router's rows: the longer an expert's, the more often
+            its logits are among the largest. 0: all experts are about equally popular.
+    """
 
     layers: int
     hidden: int
@@ -38,6 +45,7 @@ class Shape:
     vocab: int
     dtype: str = "bfloat16"
     seed: int = 0
+    router_skew: float = 0.0
 
     @property
     def name(self) -> str:
@@ -45,6 +53,7 @@ class Shape:
         return (
             f"{MODEL_TYPE}-{self.layers}x{self.hidden}-{self.experts}x{self.expert_intermediate}-top{self.top_k}"
             f"-{self.heads}.{self.kv_heads}x{self.head_dim}-v{self.vocab}-{self.dtype}-{self.seed}"
+            f"{f'-skew{self.router_skew:g}' if self.router_skew else ''}"
         )
 
     def config(self) -> PreTrainedConfig:
@@ -98,13 +107,13 @@ def ensure_checkpoint(shape: Shape, work: Path) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         write_checkpoint(shape.config(), unfinished, dtype=getattr(torch, shape.dtype), seed=shape.seed)
         for file in weight_files(unfinished):
-            _spread_routing(file)
+            _spread_routing(file, shape.router_skew)
         unfinished.rename(directory)
     return directory
 
 
-def _spread_routing(file: Path) -> None:
-    """Scale embeddings and the experts' down projections by powers of two.
+def _spread_routing(file: Path, router_skew: float) -> None:
+    """Scale embeddings and the experts' down projections by powers of two, and routers' rows as `Shape` says.
 
     In weights of one standard deviation attention's mean over the context outweighs the token: all tokens of a
     sequence go to nearly the same experts, and a cache of an eighth of them never misses. Scaled, routing follows the
@@ -115,10 +124,15 @@ def _spread_routing(file: Path) -> None:
     header = json.loads(weights[8:start].tobytes())
     for name, tensor in header.items():
         doublings = next((count for part, count in _DOUBLINGS.items() if part in name), 0)
-        if doublings:
+        is_skewed = router_skew > 0 and name.endswith(_ROUTER)
+        if doublings or is_skewed:
             first, last = tensor["data_offsets"]
             values = torch.from_numpy(weights[start + first : start + last]).view(_TAGS[tensor["dtype"]])
             values *= 2**doublings
+        if is_skewed:
+            rows = values.view(tensor["shape"])
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            rows *= torch.exp(router_skew * torch.randn(len(rows), 1, generator=generator)).to(rows.dtype)
     weights.flush()
 
 

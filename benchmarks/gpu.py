@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks import gpu_models
+from benchmarks.checkpoints import store_root
 from benchmarks.harness import Report, Row, Spread, say
 from formats.bundle import BundleLayout
 from formats.pack import pack_matrix
@@ -19,6 +20,7 @@ from gpu_kernels.expert_mlp import expert_mlp
 from gpu_kernels.expert_mlp_reference import expert_mlp_reference
 from gpu_kernels.launch import DTYPE_OF_FORMAT, interpreting
 from offload.devices.link import CHUNK_NBYTES
+from offload.machine_profile import measure_profile
 
 NOT_MEASURED = "no CUDA device here: not measured"
 _TOLERANCE = 2.0**-7
@@ -92,7 +94,11 @@ def run(work: Path, scale: GpuScale) -> Report:
         report.tables["Copies from pinned memory"] = _copies(report, scale, device)
     del layers
     name = "host" if device.type == "cpu" else "cuda:0"
-    report.tables["Models"] = gpu_models.model_table(report, scale.models, name, work)
+    profile = None
+    if device.type == "cuda":
+        # What `offload profile` measures, the GPU and its link among it.
+        profile, _ = measure_profile(store_root(work), quick=False, say=say)
+    report.tables["Models"] = gpu_models.model_table(report, scale.models, name, work, profile)
     return report
 
 

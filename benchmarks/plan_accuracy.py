@@ -40,7 +40,7 @@ from placement.prediction import PassPrediction
 from placement.records import from_data
 from profiler.probe import probe
 
-_FEWEST_PASSES, NEW_TOKENS = 4, 128
+_FEWEST_PASSES, NEW_TOKENS = 4, 496
 _OLDEST_S = 12 * 3600.0
 
 

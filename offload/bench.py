@@ -102,7 +102,11 @@ def run_bench(
 
 
 def predict_run(runtime: Runtime, amount: Amount, profile: HardwareProfile | None, routing: Routing | None) -> Plan:
-    """The runtime's plan with a prediction for what was run, whatever it was loaded for."""
+    """The runtime's plan with a prediction for what was run, whatever it was loaded for.
+
+    None is made of an accelerator that the profile does not know, one that the host plays among them, nor of dense
+    weights that stream through its memory.
+    """
     # Decode is predicted half-way through the new tokens, those of warming up among them.
     workload = replace(
         runtime.plan.workload,
@@ -110,8 +114,10 @@ def predict_run(runtime: Runtime, amount: Amount, profile: HardwareProfile | Non
         prompt_tokens=amount.prompt_tokens,
         new_tokens=2 * amount.warm_tokens + amount.new_tokens,
     )
-    slots = runtime.tier.table.usable_slots
-    told = None if profile is None else predicted(runtime.spec, profile, slots, workload, routing)
+    slots, vram, told = runtime.tier.table.usable_slots, runtime.plan.vram, None
+    knows = vram is None or (profile is not None and profile.gpu is not None and not vram.window_layers)
+    if profile is not None and knows:
+        told = predicted(runtime.spec, profile, slots, workload, routing, runtime.plan.kv, vram)
     return replace(runtime.plan, workload=workload, prediction=told)
 
 

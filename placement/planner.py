@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.kv import (
@@ -16,7 +18,7 @@ from placement.kv import (
 )
 from placement.kv_cost import in_blocks, with_reads, with_sparsity
 from placement.model_spec import ModelSpec
-from placement.plan import Plan, RamUse
+from placement.plan import Plan, RamUse, VramPlan
 from placement.predict import Routing, predict
 from placement.prediction import Prediction
 from placement.workload import Workload
@@ -255,9 +257,22 @@ def predicted(
     workload: Workload,
     routing: Routing | None = None,
     kv: KvPlan | None = None,
+    vram: VramPlan | None = None,
 ) -> Prediction:
-    """What is expected of a plan with so many slots in RAM and nothing on an accelerator."""
+    """What is expected of a plan with so many slots in RAM, and what `vram` says on an accelerator.
+
+    Raises:
+        ValueError: something is on an accelerator that the profile does not know, or streams through its memory, which
+            nothing predicts.
+    """
     homes = Homes((), (), False, 0, ram_slots, READ_CHUNK_NBYTES, READER_THREADS)
+    if vram is not None:
+        if vram.window_layers or profile.gpu is None:
+            raise ValueError("a prediction needs a profile of the accelerator, and dense weights that stay in its memory")
+        homes = replace(
+            homes, dense_in_vram=vram.dense_layers, kv_in_vram=vram.kv_layers, head_in_vram=vram.head,
+            vram_slots=vram.slots,
+        )  # fmt: skip
     found = predict(in_blocks(spec, kv), profile, homes, workload, routing)
     return with_reads(with_sparsity(found, spec, workload, kv), spec, profile, workload, kv)
 

@@ -10,6 +10,7 @@ import click
 
 from offload.cli.errors import exit_codes
 from offload.cli.options import (
+    device_options,
     example,
     json_option,
     model_options,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 )
 @model_options
 @prefill_chunk_option
+@device_options
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--prompt", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("-n", "--new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens decoded.")
@@ -64,6 +66,8 @@ def _bench(
     revision: str | None,
     trust_remote_code: bool,
     prefill_chunk: int | str,
+    device: str | None,
+    vram: int | None,
     batch: int,
     prompt: int,
     new_tokens: int,
@@ -94,7 +98,7 @@ def _bench(
         loaded = load(
             model, ram=ram, nvme=nvme, dtype=dtype, quant=quant, kv=kv, kv_ram=kv_ram, kv_sparsity=kv_sparsity,
             context=context or amount.context_tokens, batch=batch, prefill_chunk=prefill_chunk, revision=revision,
-            trust_remote_code=trust_remote_code, progress=progress,
+            trust_remote_code=trust_remote_code, device=device, vram=vram, progress=progress,
         )  # fmt: skip
         runtime = cast("Runtime", loaded.offload)
         with runtime:

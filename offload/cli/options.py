@@ -181,6 +181,19 @@ def example(*lines: str) -> str:
     return "\n".join(("\b", "Example:", *(f"  {line}" for line in lines)))
 
 
+_DEVICE_OPTIONS = (
+    click.option("--device", metavar="NAME", help="A GPU, cuda or cuda:N; no GPU has run this yet.  [default: the CPU]"),
+    click.option("--vram", type=Size(), metavar="SIZE", help="Most memory of the GPU.  [default: what is free]"),
+)
+
+
+def device_options(command: _Command) -> _Command:
+    """The options that name an accelerator."""
+    for option in reversed(_DEVICE_OPTIONS):
+        command = option(command)
+    return command
+
+
 def model_options(command: _Command) -> _Command:
     """MODEL and the options that decide how it is planned."""
     for option in reversed(_MODEL_OPTIONS):

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 
 from offload.cli.errors import EXIT_INTERRUPTED, exit_codes
-from offload.cli.options import Size, example, json_option, model_options, prefill_chunk_option, progress_option
+from offload.cli.options import (
+    device_options,
+    example,
+    json_option,
+    model_options,
+    prefill_chunk_option,
+    progress_option,
+)
 from offload.cli.output import write_json
 from offload.cli.prompts import load_tokenizer, prompt_options, read_prompt, tokenize
 
@@ -74,8 +81,7 @@ class Generated:
 )
 @model_options
 @prefill_chunk_option
-@click.option("--device", metavar="NAME", help="A GPU, cuda or cuda:N; no GPU has run this yet.  [default: the CPU]")
-@click.option("--vram", type=Size(), metavar="SIZE", help="Most memory of the GPU.  [default: what is free]")
+@device_options
 @prompt_options
 @click.option(
     "-n",

@@ -16,11 +16,21 @@ def test_it_runs_and_gates(tmp_path: Path) -> None:
     report = gpu.run(tmp_path, gpu.QUICK)
     assert [gate.name for gate in report.gates] == [
         *(f"{format}, {tokens} tokens" for format in gpu.QUICK.formats for tokens in (1, 70)),
-        *(f"tiny, {share:.0%}" for share in gpu.QUICK.models.shares if not torch.cuda.is_available()),
+        *(
+            f"tiny, {share:.0%}, {way}"
+            for share in gpu.QUICK.models.shares
+            for way in ("scheduled", "misses on the CPU", "misses copied, LRU")
+            if not torch.cuda.is_available()
+        ),
     ]
     models = report.tables["Models"]
-    assert [row["experts_in_vram"] for row in models] == [1.0, 1.0, 0.5, 0.5]
-    assert [bool(row["steps_replayed"]) for row in models] == [False, True] * 2
+    ways = ["scheduled", "scheduled, graphs", "misses on the CPU", "misses copied, LRU", "accelerate"]
+    assert [(row["experts_in_vram"], row["way"]) for row in models] == [(s, way) for s in (1.0, 0.5) for way in ways]
+    assert [bool(row.get("steps_replayed")) for row in models] == [False, True, False, False, False] * 2
+    for row in models:
+        assert row["decode_tokens_per_s"] > 0 and row["prefill_tokens_per_s"] > 0
+    copied = {row["way"]: row["GB_copied"] for row in models if row["experts_in_vram"] == 0.5 and "GB_copied" in row}
+    assert copied["misses on the CPU"] == 0 < copied["misses copied, LRU"]
     assert [len(rows) for title, rows in report.tables.items() if title.startswith("Experts")] == [2, 2]
     assert len(report.targets) >= 4
 
