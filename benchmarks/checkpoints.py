@@ -30,8 +30,8 @@ class Shape:
     """Sizes of a Qwen3-MoE. `top_k` of `experts` experts compute each token of each layer.
 
     Attributes:
-        router_skew: deviation of the logarithm of the lengths of a router's rows: the longer an expert's, the more often
-            its logits are among the largest. 0: all experts are about equally popular.
+        router_skew: deviation of the logarithm of the lengths of a router's rows: the longer an expert's, the more
+            often its logits are among the largest. 0: all experts are about equally popular.
     """
 
     layers: int

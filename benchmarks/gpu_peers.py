@@ -32,7 +32,7 @@ class _Told(ObservedCosts):
 
 
 def leave_to_cpu(runtime: Runtime) -> None:
-    """Let the CPU compute every expert that is not in VRAM, and nothing be copied: the static split of kTransformers."""
+    """Let the CPU compute every expert that is not in VRAM, and nothing be copied: kTransformers' static split."""
     _tell(runtime, lambda costs: replace(costs, link_expert_s=float("inf")))
 
 
@@ -70,7 +70,7 @@ def accelerate_row(
         checkpoint, dtype="auto", device_map="auto", max_memory=placed
     )
     model.eval()
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    ids = ids.to(model.device)
     _passes(model, ids, 2)
     tokens, prompt_s, decode_s = _passes(model, ids, new_tokens)
     return tokens, {

@@ -192,6 +192,9 @@ def _terms(phase: Literal["decode", "prefill"], plan: Plan, stats: Statistics) -
 
 
 def _notes(plan: Plan) -> list[str]:
+    if plan.prediction is None and plan.vram is not None:
+        why = "dense weights stream through its memory" if plan.vram.window_layers else "no profile knows it"
+        return [f"nothing was predicted of the accelerator: {why}"]
     if plan.prediction is None:
         return ["nothing was predicted: run `offload profile` once, then load again"]
     work = plan.workload

@@ -268,7 +268,9 @@ def predicted(
     homes = Homes((), (), False, 0, ram_slots, READ_CHUNK_NBYTES, READER_THREADS)
     if vram is not None:
         if vram.window_layers or profile.gpu is None:
-            raise ValueError("a prediction needs a profile of the accelerator, and dense weights that stay in its memory")
+            raise ValueError(
+                "a prediction needs a profile of the accelerator, and dense weights that stay in its memory"
+            )
         homes = replace(
             homes, dense_in_vram=vram.dense_layers, kv_in_vram=vram.kv_layers, head_in_vram=vram.head,
             vram_slots=vram.slots,

@@ -61,6 +61,18 @@ def test_a_table_and_how_to_get_predictions(
         assert part in result.stdout, part
 
 
+def test_an_accelerator_that_no_profile_knows_is_not_predicted_as_a_cpu(
+    invoke: Invoke, checkpoint: Path, shared_store: Path, profile: HardwareProfile
+) -> None:
+    assert profile.gpu is None
+    result = invoke("bench", checkpoint, "--nvme", shared_store, *SMALL, "--json", "--device", "host", "--vram", "1MiB")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["plan"]["prediction"] is None and found["plan"]["vram"]["slots"] > 0
+    assert found["figures"]["decode, tokens/s"]["predicted"] is None
+    assert found["notes"][0] == "nothing was predicted of the accelerator: no profile knows it"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -10,6 +10,8 @@ import pytest
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import LinearSpec
+from placement.plan import VramPlan, VramUse
+from placement.planner import READ_CHUNK_NBYTES, READER_THREADS, predicted
 from placement.predict import Routing, expected_s, predict
 from placement.routing import FloatArray, Popularity
 from placement.workload import Workload
@@ -124,6 +126,18 @@ def test_all_on_the_accelerator_leaves_the_cpu_idle() -> None:
     # The pass's own overhead is Python's, and on no device.
     assert decode.cpu_busy_s == pytest.approx(0)
     assert decode.gpu_busy_s > 0
+
+
+def test_a_plan_over_vram_is_predicted_where_it_lies() -> None:
+    layers = tuple(range(4))
+    vram = VramPlan(layers, (), True, 5, VramUse(0, 0, 0, 0), 0)
+    homes = Homes(layers, (), True, 5, 7, READ_CHUNK_NBYTES, READER_THREADS)
+    assert predicted(SPEC, machine(), 7, WORK, vram=vram) == predict(SPEC, machine(), homes, WORK)
+    assert predicted(SPEC, machine(), 7, WORK) == predict(SPEC, CPU, replace(homes, vram_slots=0, dense_in_vram=(),
+        head_in_vram=False), WORK)  # fmt: skip
+    for profile, plan in (CPU, vram), (machine(), replace(vram, window_layers=2)):
+        with pytest.raises(ValueError, match="a profile of the accelerator"):
+            predicted(SPEC, profile, 7, WORK, vram=plan)
 
 
 def test_cache_in_ram_makes_queries_cross() -> None:
