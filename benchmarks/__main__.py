@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
     "llama_cpp_large", "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "decision_cost",
-    "prefetch", "ablation", "kv_kernels", "simulator", "kv", "kv_quality", "kv_prefix", "kv_sparsity",
+    "prefetch", "ablation", "kv_kernels", "decode_attention", "simulator", "kv", "kv_quality", "kv_prefix", "kv_sparsity",
     "compiling", "trace_hits", "replayed_steps",
 )  # fmt: skip
 
@@ -32,6 +32,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         compiling,
         decision_cost,
         decode,
+        decode_attention,
         disk,
         formats,
         gpu,
@@ -79,6 +80,9 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "ablation": lambda _work: ablation.run(ablation.QUICK if quick else ablation.FULL),
         "prefetch": lambda work: prefetch.run(work, prefetch.QUICK if quick else prefetch.FULL),
         "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK if quick else kv_kernels.FULL),
+        "decode_attention": lambda _work: decode_attention.run(
+            decode_attention.QUICK if quick else decode_attention.FULL
+        ),
         "simulator": lambda work: simulator.run(simulator.QUICK if quick else simulator.FULL),
         "kv": lambda work: kv.run(
             work,

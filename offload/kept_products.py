@@ -1,8 +1,9 @@
 """oneDNN's compiled matrix products, of which torch's CPU operators keep many more than are needed again.
 
 Where the CPU multiplies 16-bit numbers, oneDNN compiles a product for every combination of sizes and keeps 1024 of
-them. Attention that materialises its scores ("eager") has new sizes with every token: a process grows by some 0.7 MB
-with each. With few of them kept it is 0.4 MB, which stays in heaps and other caches of the library's own.
+them. Attention that materialises its scores ("eager") has new sizes with every prompt, and with every token that no
+kernel of ours attends for (padding, `fused=` without attention): a process grows by some 0.7 MB with each. With few of
+them kept it is 0.4 MB, which stays in heaps and other caches of the library's own.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import benchmarks.__main__ as cli
 from benchmarks import (
     decision_cost,
     decode,
+    decode_attention,
     disk,
     formats,
     kernels,
@@ -57,6 +58,7 @@ RUNS: dict[str, Callable[[Path], Report]] = {
     "formats": lambda work: formats.run(formats.FormatsScale(rows=40, columns=256, rounds=2)),
     "quality": lambda work: quality.run(work, quality.QualityScale(1, ("bf16", "int4"))),
     "kernels": lambda work: kernels.run(kernels.QUICK),
+    "decode_attention": lambda work: decode_attention.run(decode_attention.QUICK),
     "kv_kernels": lambda work: kv_kernels.run(kv_kernels.QUICK),
     "overhead": lambda work: overhead.run(work, TINY, overhead.OverheadScale(rounds=2, steps=1)),
     "decision_cost": lambda work: decision_cost.run(work, decision_cost.QUICK),
@@ -79,6 +81,7 @@ EXPECTED_ROWS = {
     "memory": {"Peak memory": 3},
     "formats": {"RMS error over RMS of the weights": 6, "Packing on one core": 4},
     "quality": {"Perplexity": 2},
+    "decode_attention": {"bfloat16": 2, "float32": 2},
     "kv_kernels": {
         "head 128, GQA 4": 2,
         "5% of blocks by landmarks, bf16, head 128": 1,
