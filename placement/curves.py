@@ -15,7 +15,8 @@ ROOFLINE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 class TokenCurve:
     """Seconds that a device takes for a product with W weights and some tokens.
 
-        seconds(W, tokens, calls, entries) = calls * (call_s + entries * tokens * entry_s) + W * weight_s(tokens)
+        seconds(W, tokens, calls, entries, items)
+            = calls * (call_s + entries * tokens * entry_s + items * item_s) + W * weight_s(tokens)
 
     weight_s runs straight between the points, is that of the first below it, and in proportion to tokens beyond the
     last. Invariant: points ascend in tokens and do not descend in seconds, so more tokens never cost less.
@@ -26,12 +27,15 @@ class TokenCurve:
         weight_s: seconds per weight at these numbers of tokens.
         entry_s: seconds for each token and each of a call's inputs and outputs: they are converted, laid out and
             rounded, which counts where a layer has few weights for each of them.
+        item_s: seconds of each expert of a call, whatever its size: its weights lie apart from the others', and what was
+            asked for ahead ends with it.
     """
 
     call_s: float
     tokens: tuple[int, ...]
     weight_s: tuple[float, ...]
     entry_s: float = 0.0
+    item_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.tokens or len(self.tokens) != len(self.weight_s):
@@ -39,7 +43,7 @@ class TokenCurve:
         ascending = all(a < b for a, b in zip(self.tokens, self.tokens[1:], strict=False))
         slower = all(a <= b for a, b in zip(self.weight_s, self.weight_s[1:], strict=False))
         if (
-            min(self.call_s, self.entry_s) < 0
+            min(self.call_s, self.entry_s, self.item_s) < 0
             or self.tokens[0] < 1
             or self.weight_s[0] <= 0
             or not ascending
@@ -47,15 +51,17 @@ class TokenCurve:
         ):
             raise ValueError(f"a curve must ascend from 1 token and be positive: {self}")
 
-    def seconds(self, weights: float, tokens: float, calls: float = 1.0, entries: float = 0.0) -> float:
+    def seconds(
+        self, weights: float, tokens: float, calls: float = 1.0, entries: float = 0.0, items: float = 0.0
+    ) -> float:
         """Seconds of `calls` calls that together multiply `weights` weights; `tokens` tokens with `entries` inputs and
-        outputs each.
+        outputs each, of `items` experts in each call.
         """
-        return calls * self.call_s + self.without_call_s(weights, tokens, calls * entries)
+        return calls * self.call_s + self.without_call_s(weights, tokens, calls * entries, calls * items)
 
-    def without_call_s(self, weights: float, tokens: float, entries: float) -> float:
-        """Seconds of products within a call, with so many inputs and outputs of a token together."""
-        return entries * tokens * self.entry_s + weights * self.seconds_per_weight(tokens)
+    def without_call_s(self, weights: float, tokens: float, entries: float, items: float = 1.0) -> float:
+        """Seconds of products within a call, with so many inputs and outputs of a token together, of some experts."""
+        return items * self.item_s + entries * tokens * self.entry_s + weights * self.seconds_per_weight(tokens)
 
     def seconds_per_weight(self, tokens: float) -> float:
         """Seconds for one weight, without the call."""
@@ -86,7 +92,9 @@ class TokenCurve:
             waits = min(1.0, max(0.0, 2 - seconds / fewest))
             found = seconds * (waits / memory + (1 - waits) / arithmetic)
             moved.append(max(found, moved[-1] if moved else 0.0))
-        return TokenCurve(self.call_s / arithmetic, self.tokens, tuple(moved), self.entry_s / arithmetic)
+        return TokenCurve(
+            self.call_s / arithmetic, self.tokens, tuple(moved), self.entry_s / arithmetic, self.item_s / arithmetic
+        )
 
 
 def roofline(bits: float, bytes_per_s: float, flops_per_s: float, call_s: float) -> TokenCurve:
@@ -102,22 +110,29 @@ def roofline(bits: float, bytes_per_s: float, flops_per_s: float, call_s: float)
     return TokenCurve(call_s, ROOFLINE_TOKENS, tuple(max(read_s, 2 * t / flops_per_s) for t in ROOFLINE_TOKENS))
 
 
+_TURNS = 4
+"""Of fitting what depends on each other a little: a call, an expert, an entry."""
+
+
 class Sample(NamedTuple):
-    """A call that was measured; `entries` are inputs and outputs of a token, 0 where they are not told apart."""
+    """A call that was measured; `entries` are inputs and outputs of a token, 0 where they are not told apart; `items`
+    are experts.
+    """
 
     weights: int
     tokens: int
     seconds: float
     entries: int = 0
+    items: int = 0
 
 
 def fit_curve(samples: Sequence[Sample]) -> TokenCurve:
     """The curve through measurements.
 
-    The seconds of a call come from the smallest and the largest product at the fewest tokens, those of entries from the
-    smallest and the largest at the most tokens at which both were measured; points from the largest product of each
-    number of tokens, which need not be the same. Where noise lets more tokens cost less, neighbours are averaged
-    (isotonic regression by pooling adjacent violators).
+    The seconds of a call come from the smallest and the largest product at the fewest tokens, of experts of one size;
+    those of an expert from smaller ones there; those of entries from the smallest and the largest at the most tokens at
+    which both were measured; points from the largest product of each number of tokens, which need not be the same.
+    Where noise lets more tokens cost less, neighbours are averaged (isotonic regression by pooling adjacent violators).
 
     Args:
         samples: of single calls.
@@ -132,20 +147,29 @@ def fit_curve(samples: Sequence[Sample]) -> TokenCurve:
     small = [one for one in samples if one.weights < largest[one.tokens].weights]
     if len(points) + len(small) != len(samples):
         raise ValueError("a curve needs one measurement of the largest product for each number of tokens")
-    entry_s = _entry_s(points, small, _call_s(points, small, 0.0))
+    entry_s = item_s = 0.0
+    for _ in range(_TURNS):
+        call_s = _call_s(points, small, entry_s)
+        item_s = _item_s(points, small, call_s, entry_s)
+        entry_s = _entry_s(points, small, call_s, item_s)
     call_s = _call_s(points, small, entry_s)
-    rising = _isotonic([(_beside(one, entry_s) - call_s) / one.weights for one in points])
-    return TokenCurve(call_s, tuple(one.tokens for one in points), tuple(rising), entry_s)
+    rising = _isotonic([(_beside(one, entry_s, item_s) - call_s) / one.weights for one in points])
+    return TokenCurve(call_s, tuple(one.tokens for one in points), tuple(rising), entry_s, item_s)
 
 
-def _beside(one: Sample, entry_s: float) -> float:
-    return one.seconds - one.entries * one.tokens * entry_s
+def _beside(one: Sample, entry_s: float, item_s: float = 0.0) -> float:
+    return one.seconds - one.entries * one.tokens * entry_s - one.items * item_s
+
+
+def _is_narrower(one: Sample, large: Sample) -> bool:
+    """Whether a sample is of smaller experts."""
+    return one.items > 0 and one.weights * large.items < large.weights * one.items
 
 
 def _call_s(points: Sequence[Sample], small: Sequence[Sample], entry_s: float) -> float:
     """Of a call with the fewest tokens, at most half of what the shortest large one takes."""
     fewest = points[0]
-    smaller = [one for one in small if one.tokens == fewest.tokens]
+    smaller = [one for one in small if one.tokens == fewest.tokens and not _is_narrower(one, fewest)]
     if not smaller:
         return 0.0
     least = min(smaller, key=lambda one: one.weights)
@@ -154,7 +178,21 @@ def _call_s(points: Sequence[Sample], small: Sequence[Sample], entry_s: float) -
     return min(max(0.0, _beside(least, entry_s) - slope * least.weights), most)
 
 
-def _entry_s(points: Sequence[Sample], small: Sequence[Sample], call_s: float) -> float:
+def _item_s(points: Sequence[Sample], small: Sequence[Sample], call_s: float, entry_s: float) -> float:
+    """Of what smaller experts with the fewest tokens take beyond their share of the large ones' weights."""
+    large = points[0]
+    narrow = [one for one in small if one.tokens == large.tokens and _is_narrower(one, large)]
+    if not narrow:
+        return 0.0
+    least = min(narrow, key=lambda one: one.weights / one.items)
+    share = least.weights / large.weights
+    beyond = _beside(least, entry_s) - call_s - share * (_beside(large, entry_s) - call_s)
+    # Noise must leave at least half of every large call to its weights.
+    most = min((_beside(one, entry_s) - call_s) / one.items for one in points if one.items) / 2
+    return min(max(0.0, beyond / (least.items - share * large.items)), most)
+
+
+def _entry_s(points: Sequence[Sample], small: Sequence[Sample], call_s: float, item_s: float) -> float:
     """Of what a small call with many tokens takes beyond its share of the large one's weights."""
     pairs = [(large, one) for large in points for one in small if one.tokens == large.tokens and one.entries > 0]
     pairs = [(large, one) for large, one in pairs if large.tokens > points[0].tokens]
@@ -163,9 +201,9 @@ def _entry_s(points: Sequence[Sample], small: Sequence[Sample], call_s: float) -
     large, least = max(pairs, key=lambda pair: pair[0].tokens)
     share = least.weights / large.weights
     entries = least.tokens * (least.entries - share * large.entries)
-    beyond = least.seconds - call_s - share * (large.seconds - call_s)
+    beyond = _beside(least, 0.0, item_s) - call_s - share * (_beside(large, 0.0, item_s) - call_s)
     # Noise must leave at least half of every large call to its weights.
-    most = min((one.seconds - call_s) / (one.entries * one.tokens) for one in points) / 2
+    most = min((_beside(one, 0.0, item_s) - call_s) / (one.entries * one.tokens) for one in points) / 2
     return min(max(0.0, beyond / entries), most)
 
 

@@ -56,7 +56,9 @@ def probe(
                 disk.append(blocks * block_nbytes / subjects.read(block_nbytes, in_flight, blocks) / expected)
     curve = profile.cpu.expert(format)
     memory, arithmetic = (
-        product.calls * curve.seconds(product.weights, tokens, 1, product.entries) / statistics.median(repeats[tokens])
+        product.calls
+        * curve.seconds(product.weights, tokens, 1, product.entries, product.items)
+        / statistics.median(repeats[tokens])
         for tokens, product in products.items()
     )
     return Speeds(memory, arithmetic, statistics.median(disk) if disk else 1.0)

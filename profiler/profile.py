@@ -96,8 +96,8 @@ class _Found:
     """What the rounds brought: repeats of each timing, and sizes of products and of attention."""
 
     repeats: dict[str, list[float]] = field(default_factory=dict)
-    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Weights of a product, and entries of a token."""
+    sizes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    """Weights of a product, entries of a token, and experts."""
     flops: dict[str, float] = field(default_factory=dict)
 
     def time(self, what: str, run: Callable[[], object], budget_s: float, calls: int = 1) -> None:
@@ -151,7 +151,7 @@ def measure_machine(
         for name in formats:
             for point in (*experts[name], *linears[name]):
                 product = point.make()
-                found.sizes[point.what] = product.weights, product.entries
+                found.sizes[point.what] = product.weights, product.entries, product.items
                 found.time(point.what, product.run, effort.call_s / effort.rounds, product.calls)
             if name in _BESIDE_READS:
                 _read_beside_kernels(found, subjects, name, effort)
@@ -184,18 +184,21 @@ def measure_machine(
 
 
 def _expert_points(subjects: Subjects, format: str, effort: Effort) -> list[_Point]:
-    """Calls of one and of several experts with one token, and of several with more; of packed formats also of narrow
-    ones, whose kernels take much of their time to round what enters and leaves them.
+    """Calls of one and of several experts with one token, and of several with more; also of narrow ones, of which each
+    expert takes some time whatever its size, and in packed formats much of it to round what enters and leaves them.
     """
     what = f"experts in {format}"
-    narrow = partial(subjects.experts, format, _NARROW_COUNT, _NARROW_TOKENS, narrow=True)
+    narrow = {
+        tokens: partial(subjects.experts, format, _NARROW_COUNT, tokens, narrow=True) for tokens in (1, _NARROW_TOKENS)
+    }
     return [
         _Point(f"{what}, small", 1, partial(subjects.experts, format, 1, 1)),
         *(
             _Point(f"{what}, {tokens} tokens", tokens, partial(subjects.experts, format, several(tokens), tokens))
             for tokens in effort.tokens
         ),
-        *([_Point(f"{what}, narrow", _NARROW_TOKENS, narrow)] if format in PACKED_FORMATS else []),
+        _Point(f"{what}, narrow, one token", 1, narrow[1]),
+        *([_Point(f"{what}, narrow", _NARROW_TOKENS, narrow[_NARROW_TOKENS])] if format in PACKED_FORMATS else []),
     ]
 
 
@@ -222,8 +225,8 @@ def _fit(found: _Found, points: list[_Point]) -> TokenCurve:
     """The fit of small products and the large ones."""
     samples = []
     for point in points:
-        weights, entries = found.sizes[point.what]
-        samples.append(Sample(weights, point.tokens, found.seconds(point.what), entries))
+        weights, entries, items = found.sizes[point.what]
+        samples.append(Sample(weights, point.tokens, found.seconds(point.what), entries, items))
     return fit_curve(samples)
 
 

@@ -19,12 +19,14 @@ class Product:
         run: `calls` calls; every call takes other weights.
         entries: inputs and outputs of a token; 0 where they are not told apart.
         calls: that are made at once, in a row.
+        items: experts of one call; 0 for linear layers.
     """
 
     weights: int
     run: Callable[[], object]
     entries: int = 0
     calls: int = 1
+    items: int = 0
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ _MOST_TAPED_EXPERTS = 2
 """Tokens of an expert up to which it is computed on a tape: in batches, decode has about as many, prompts more."""
 COLD_NBYTES = 256 << 20
 """Calls take their weights from so many bytes in turn: more than caches hold."""
-_NARROW_SHARE = 8
-"""Of these bytes, narrow experts have one in so many: they are computed with many tokens, which caches help little."""
+_NARROW_SHARE = 2
+"""Of these bytes, narrow experts have one in so many: they are still more than caches hold."""
 
 
 class Gate(torch.nn.Module):
@@ -128,7 +128,7 @@ class ExpertCalls:
         entries = (hidden_size + 3 * intermediate) * count if self._layout.is_packed else 0
         loads = uneven_loads(count, tokens)
         if tokens <= _MOST_TAPED_EXPERTS:
-            return Product(weights, self._taped(loads), entries, _IN_A_ROW)
+            return Product(weights, self._taped(loads), entries, _IN_A_ROW, count)
         offsets = np.concatenate([[0], np.cumsum(loads)])
         rows = np.arange(count * tokens, dtype=np.int64)
         taken = np.concatenate([np.arange(load, dtype=np.int64) for load in loads])
@@ -140,7 +140,7 @@ class ExpertCalls:
             with torch.no_grad():
                 self._device.run_experts(self._layer, batch, hidden, out)
 
-        return Product(weights, call, entries)
+        return Product(weights, call, entries, items=count)
 
     def _taped(self, loads: npt.NDArray[np.int64]) -> Callable[[], None]:
         """The next experts with so many tokens each, _IN_A_ROW times."""

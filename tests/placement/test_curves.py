@@ -95,6 +95,23 @@ def test_what_entries_take_is_told_apart_from_weights() -> None:
     assert found.with_speeds(1.0, 0.5).entry_s == pytest.approx(2 * found.entry_s)
 
 
+def test_what_each_expert_takes_is_told_apart_from_weights() -> None:
+    curve = TokenCurve(2e-5, (1, 8, 32), (1e-10, 2e-10, 9e-10), 1e-10, 6e-6)
+
+    def sample(count: int, side: int, tokens: int) -> Sample:
+        weights, entries = count * 3 * side**2, count * 4 * side
+        return Sample(weights, tokens, curve.seconds(weights, tokens, 1, entries, count), entries, count)
+
+    sizes = ((8, 1024, 1), (8, 1024, 8), (2, 1024, 32), (1, 1024, 1), (8, 256, 1), (8, 256, 32))
+    found = fit_curve([sample(*size) for size in sizes])
+    assert (found.call_s, found.item_s) == pytest.approx((2e-5, 6e-6), rel=0.1)
+    for size in ((14, 512, 1), (4, 768, 1), (3, 400, 8)):
+        expected = sample(*size)
+        told = found.seconds(expected.weights, expected.tokens, 1, expected.entries, expected.items)
+        assert told == pytest.approx(expected.seconds, rel=0.02)
+    assert found.with_speeds(2.0, 0.5).item_s == pytest.approx(2 * found.item_s)
+
+
 def test_large_products_may_differ_by_tokens() -> None:
     curve = TokenCurve(2e-4, (1, 16, 512), (1e-11, 5e-11, 2e-9))
     samples = [

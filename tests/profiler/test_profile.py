@@ -20,7 +20,7 @@ MACHINE = Machine("made up", 4, 1 << 34, (), ("torch 1",), 7)
 TOKENS = FULL.tokens
 EXPERTS = {
     "bf16": TokenCurve(2e-5, TOKENS, tuple(1e-10 * t for t in TOKENS)),
-    "int4": TokenCurve(3e-5, (1,), (2e-11,), 4e-10),
+    "int4": TokenCurve(3e-5, (1,), (2e-11,), 4e-10, 2e-6),
 }
 LINEARS = {"bf16": TokenCurve(1e-5, (1,), (9e-11,), 2e-9), "int4": TokenCurve(4e-6, (1,), (3e-11,))}
 
@@ -36,7 +36,9 @@ class Known:
     def experts(self, format: str, count: int, tokens: int, *, narrow: bool = False) -> Product:
         weights = count * (10**5 if narrow else 10**6)
         entries = 0 if format == "bf16" else count * (1000 if narrow else 3000)
-        return Product(weights, partial(EXPERTS[format].seconds, weights, tokens, 1, entries), entries)
+        return Product(
+            weights, partial(EXPERTS[format].seconds, weights, tokens, 1, entries, count), entries, items=count
+        )
 
     def linear(self, format: str, rows: int, tokens: int) -> Product:
         entries = rows + 1000
@@ -78,6 +80,7 @@ def test_every_figure_comes_back() -> None:
     for tokens in (1, 3, 32, 512, 2000):
         assert found.cpu.expert("bf16").seconds_per_weight(tokens) == pytest.approx(1e-10 * tokens, rel=5e-3)
     assert found.cpu.expert("int4").entry_s == pytest.approx(EXPERTS["int4"].entry_s, rel=1e-2)
+    assert found.cpu.expert("int4").item_s == pytest.approx(2e-6, rel=2e-2)
     assert found.cpu.linear("int4").seconds(10**6, 1) == pytest.approx(LINEARS["int4"].seconds(10**6, 1), rel=1e-3)
     assert found.cpu.linear("bf16").entry_s == pytest.approx(2e-9, rel=0.01)
     assert found.cpu.linear("int4").entry_s == pytest.approx(0, abs=1e-12)
