@@ -27,8 +27,8 @@ class TokenCurve:
         weight_s: seconds per weight at these numbers of tokens.
         entry_s: seconds for each token and each of a call's inputs and outputs: they are converted, laid out and
             rounded, which counts where a layer has few weights for each of them.
-        item_s: seconds of each expert of a call, whatever its size: its weights lie apart from the others', and what was
-            asked for ahead ends with it.
+        item_s: seconds of each expert of a call, whatever its size: its weights lie apart from the others', and what
+            was asked for ahead ends with it.
     """
 
     call_s: float
