@@ -271,7 +271,8 @@ def test_caches_take_turns_on_one_tape(passes: list[bool]) -> None:
         outs += [layer.values for cache in (*caches, twin) for layer in cache.layers]
         found.append(outs)
     assert all(map(torch.equal, *found))
-    assert passes.count(True) == len(passes) - 2
+    # Beside the two prompts: a copy, and a cache in another order, get buffers of their own by the model's own code.
+    assert passes.count(True) == len(passes) - 4
 
 
 def test_nothing_keeps_a_cache_that_nobody_has(passes: list[bool]) -> None:
