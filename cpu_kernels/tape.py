@@ -97,18 +97,23 @@ class Tape:
             rows, columns, out, _bits(epsilon),
         )  # fmt: skip
 
-    def linear(self, x: int, weight: torch.Tensor, bias: torch.Tensor | None, tokens: int, out: int) -> None:
-        """See `linear.linear`; x and out are addresses of [tokens, K] and [tokens, N]."""
+    def linear(self, x: int, weight: torch.Tensor, bias: torch.Tensor | None, tokens: int, out: int) -> Spot:
+        """See `linear.linear`; x and out are addresses of [tokens, K] and [tokens, N]; returns the spot of out."""
         rows, columns = weight.shape
         task = linear_task(self.elements)
         bias_address = 0 if bias is None else bias.data_ptr()
-        self._add(
+        row = self._add(
             kernel.LINEAR, task, self.dtype.itemsize, x, tokens, weight.data_ptr(), bias_address, rows, columns, out,
             weights=(weight.data_ptr(), weight.nbytes),
         )  # fmt: skip
+        return row, 9
 
-    def packed_linear(self, x: int, weights: PackedWeights, bias: torch.Tensor | None, tokens: int, out: int) -> None:
-        """See `packed_linear.packed_linear`; x and out are addresses of [tokens, K] and [tokens, N]."""
+    def packed_linear(self, x: int, weights: PackedWeights, bias: torch.Tensor | None, tokens: int, out: int) -> Spot:
+        """See `packed_linear.packed_linear`; x and out are addresses of [tokens, K] and [tokens, N].
+
+        Returns:
+            The spot of out.
+        """
         layout = weights.layout
         code = code_of_format(layout.format)
         element = FORMAT_OF_DTYPE[self.dtype]
@@ -116,13 +121,14 @@ class Tape:
         activations_nbytes = tokens * blocks * BLOCK_NBYTES[code.activation]
         words = packed_jobs.linear_words(tokens, layout.rows, activations_nbytes, element != "fp32")
         size = self.dtype.itemsize
-        self._add(
+        row = self._add(
             kernel.PACKED_LINEAR, tasks_of_format(layout.format).ctypes.data, KINDS[code.activation],
             code.codes_nbytes, ELEMENT_NUMBERS[element], OUTPUT_NUMBERS[element], x, layout.columns * size, tokens,
             *weights.addresses, 0 if bias is None else bias.data_ptr(), layout.rows, layout.columns, out,
             layout.rows * size, self.scratch(words, torch.int64).data_ptr(), words,
             weights=(weights.addresses[0], layout.codes_nbytes),
         )  # fmt: skip
+        return row, 14
 
     def rotary(
         self, q: int, q_heads: int, k: int, k_heads: int, batch: int, width: int, cos: int, sin: int, angles: int,
@@ -191,14 +197,20 @@ class Tape:
         row = self._add(kernel.RUN_TASK, kernel.add_task(self.elements), a, b, out, count)
         return (row, 2), (row, 4)
 
-    def choose(self, logits: int, experts: int, tokens: int, top_k: int, *, renormalise: bool, rounded: bool) -> Choice:
+    def choose(
+        self, logits: int, experts: int, tokens: int, top_k: int, *, renormalise: bool, rounded: bool,
+        ids: torch.Tensor | None = None,
+    ) -> Choice:  # fmt: skip
         """See `top_k_kernel`; logits [tokens, experts].
+
+        The ids are written to `ids`, int64 [tokens * top_k], contiguous, where it is given.
 
         Equals come in the order of `torch.topk` where `orders_as_torch` knows it. Where a choice is not clear the tape
         stops in front of the row of its weights: whoever plays it writes the ids and goes on there.
         """
+        ids = self.scratch(tokens * top_k, torch.int64) if ids is None else ids
         choice = Choice(
-            self.scratch(tokens * top_k, torch.int64).view(tokens, top_k),
+            ids.view(tokens, top_k),
             self.scratch(tokens * top_k, torch.float32).view(tokens, top_k),
             self.scratch(tokens * experts, torch.float32).view(tokens, experts),
         )

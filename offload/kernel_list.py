@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from cpu_kernels import (
+    ask_ahead,
     decode_attention_kernel,
     expert_mlp_kernel,
     linear_kernel,
@@ -66,6 +67,7 @@ def kernels_of_model(
             last.append((compile_panel_kernels, (FORMAT_OF_DTYPE[dtype],)))
     if decodes:
         first.append((prepare_named, (tape_kernel.__name__, "run_tape")))
+        small.append((prepare_named, (ask_ahead.__name__, "ask_ahead")))
         first += [(prepare_named, (tape_team_kernel.__name__, "play_in_team")), (tape_team_kernel.body_address, ())]
         last.append((decode_attention_kernel.run_task, (elements,)))
         small += [

@@ -12,12 +12,13 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from formats.packed import round_up
 from offload.devices.base import Accelerator, Device, Span
 from offload.devices.host_threads import short_waits
 from offload.devices.link import CHUNK_NBYTES
@@ -52,7 +53,7 @@ from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.transfer import ReadEngine, ReadRequest
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
-from placement.planner import MINIMUM_SLOTS, kv_nbytes
+from placement.planner import KV_ROOM_TOKENS, MINIMUM_SLOTS, kv_nbytes
 from prefetch.learning import Learner
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.geometry import Geometry
@@ -66,6 +67,22 @@ if TYPE_CHECKING:
 
 Queue = Callable[[ExpertsLayer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """What a step queues for a layer while it is captured: (layer, hidden, top_k_index, top_k_weights) → [T, H]."""
+
+
+class _RoomMade(NamedTuple):
+    """For which pass there is room.
+
+    Attributes:
+        asked: sequences, new tokens, tokens of each in the cache's buffers, whether all logits.
+        cache: that it extends.
+        caches: how many are alive.
+        slots: for experts.
+    """
+
+    asked: tuple[int, int, int, bool]
+    cache: weakref.ref[object]
+    caches: int
+    slots: int
 
 
 def _do_nothing() -> None:
@@ -112,6 +129,7 @@ class Runtime:
         self.closed = self._released = self._decoded = False
         self.lock = threading.RLock()
         self._caches: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._made: _RoomMade | None = None
         self._waits_shortly = False
         self._end_waits: Callable[[], object] = _do_nothing
         self.reset_stats()
@@ -226,8 +244,7 @@ class Runtime:
 
     def note_taped(self, layers: list[list[int]]) -> None:
         """A tape has computed these experts of each of some layers, ascending, all in RAM. Call with the lock."""
-        for keys in layers:
-            self.tier.note_hits(keys)
+        self.tier.note_hits(layers)
         self._moe_steps += len(layers)
 
     def note_graph_step(self, routed: torch.Tensor, seconds: float) -> None:
@@ -292,6 +309,9 @@ class Runtime:
         self._check_open()
         self.observer.prefill = tokens > 1
         self._wait_shortly(decode=tokens == 1)
+        asked = batch, tokens, round_up(past_tokens + tokens, KV_ROOM_TOKENS), all_logits
+        if self._room_is_made(asked, cache):
+            return
         plan = self.plan
         own = pass_nbytes(
             self.spec,
@@ -326,6 +346,19 @@ class Runtime:
                 if self.accelerated is not None:
                     self.accelerated.tiers.end_copies()
                 self.tier.resize(slots)
+        if cache is not None and self.paging is None:
+            self._made = _RoomMade(asked, weakref.ref(cache), len(self._caches), self.tier.table.usable_slots)
+
+    def _room_is_made(self, asked: tuple[int, int, int, bool], cache: object | None) -> bool:
+        """Whether the last pass that room was made for needed the same, beside the same caches."""
+        made = self._made
+        return (
+            made is not None
+            and made.asked == asked
+            and made.cache() is cache is not None
+            and made.caches == len(self._caches)
+            and made.slots == self.tier.table.usable_slots
+        )
 
     def _wait_shortly(self, *, decode: bool) -> None:
         """While experts are read for one token at a time, most of a pass is waiting, and readers need the cores."""

@@ -47,7 +47,7 @@ PAIR_BUFFER_NBYTES = 16 << 20
 GROUP_NBYTES = PAIR_BUFFER_NBYTES // 4
 """Outputs of several experts that are computed at once then; they should stay in the caches until they are added."""
 
-_KV_ROOM_TOKENS = 64
+KV_ROOM_TOKENS = 64
 """A cache that grows in place has room for a multiple of so many tokens."""
 
 _STORE_RECORD_NBYTES = 512
@@ -73,7 +73,7 @@ def kv_nbytes(spec: ModelSpec, batch: int, tokens: int) -> int:
     DynamicCache concatenates, and attention may repeat keys and values for every query head: for a moment one layer
     has both. A cache that grows in place has room for some tokens more.
     """
-    tokens = -(-tokens // _KV_ROOM_TOKENS) * _KV_ROOM_TOKENS
+    tokens = -(-tokens // KV_ROOM_TOKENS) * KV_ROOM_TOKENS
     cached = batch * (tokens * spec.kv_nbytes_per_token + spec.kv_fixed_nbytes)
     return cached + cached // max(spec.layer_count, 1) + batch * tokens * spec.attention_nbytes_per_token
 

@@ -44,11 +44,11 @@ def _watch_passes(model: PreTrainedModel, runtime: Runtime) -> None:
         past_tokens = int(past.get_seq_length()) if past is not None else 0
         all_logits = not kwargs.get("logits_to_keep", 0)
         runtime.make_room(batch, tokens, past_tokens, all_logits=all_logits, cache=past)
-        started.at = perf_counter()
+        started.pass_ = batch, tokens, perf_counter()
 
-    def after(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-        batch, tokens = _shape(args, kwargs)
-        runtime.count_pass(batch * tokens, decode=tokens == 1, seconds=perf_counter() - started.at)
+    def after(_module: torch.nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+        batch, tokens, at = started.pass_
+        runtime.count_pass(batch * tokens, decode=tokens == 1, seconds=perf_counter() - at)
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True)

@@ -116,10 +116,11 @@ class ExpertTier:
             self._all_version = self.table.version
         return self._all
 
-    def note_hits(self, keys: Sequence[int]) -> None:
-        """Count experts of one layer as routed to and found, where somebody used them without borrowing."""
-        self.policy.on_route(keys)
-        self.counters.hits += len(keys)
+    def note_hits(self, layers: Sequence[Sequence[int]]) -> None:
+        """Count experts of some layers as routed to and found, where somebody used them without borrowing."""
+        for keys in layers:
+            self.policy.on_route(keys)
+        self.counters.hits += sum(map(len, layers))
 
     def give_back(self, keys: Iterable[int]) -> None:
         """End the use of borrowed experts; they stay resident until the policy evicts them."""

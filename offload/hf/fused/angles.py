@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
+
+from offload.hf.fused.stack_tape import raw
 
 AHEAD_POSITIONS = 64
 
@@ -11,6 +17,20 @@ AHEAD_POSITIONS = 64
 _STEADY = ("default", "linear", "llama3", "yarn")
 
 _TRIED_POSITIONS = (0, 1000, 100_000)
+
+
+class _Made(NamedTuple):
+    """Angles of the positions from `first` on.
+
+    Attributes:
+        state: that they were made in.
+        first: position.
+        rows: cosines and sines of each position, [positions, 2, 1, angles], as `raw` gives them.
+    """
+
+    state: object
+    first: int
+    rows: npt.NDArray[np.integer]
 
 
 class Angles:
@@ -25,17 +45,23 @@ class Angles:
         """
         self._module = module
         self._like = torch.zeros(1, 1, 1, dtype=dtype, device="cpu")
-        self._made: tuple[object, int, torch.Tensor, torch.Tensor] | None = None
+        self._made: _Made | None = None
         self._count = AHEAD_POSITIONS if self._may_be_made_ahead() else 1
 
-    def at(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [1, 1, angles] of a position."""
+    def at(self, position: int) -> npt.NDArray[np.integer]:
+        """Cosines and sines [2, 1, angles] of a position in the dtype of the hidden states, as `raw` gives them."""
         if self._count == 1:
-            return self._make(position, 1)
+            alone: npt.NDArray[np.integer] = self._rows(position)[0]
+            return alone
         made, state = self._made, self._state()
-        if made is None or made[0] != state or not 0 <= position - made[1] < self._count:
-            made = self._made = state, position, *self._make(position, self._count)
-        return made[2].narrow(1, position - made[1], 1), made[3].narrow(1, position - made[1], 1)
+        if made is None or made.state != state or not 0 <= position - made.first < self._count:
+            made = self._made = _Made(state, position, self._rows(position))
+        row: npt.NDArray[np.integer] = made.rows[position - made.first]
+        return row
+
+    def _rows(self, first: int) -> npt.NDArray[np.integer]:
+        parts = [raw(part.to(self._like.dtype))[0] for part in self._make(first, self._count)]
+        return np.stack(parts, 1)[:, :, None]
 
     def _make(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         # Made in inference mode they could not be used outside of it.

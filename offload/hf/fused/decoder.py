@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from offload.hf.fused.causal_pass import fuse_causal
 from offload.hf.fused.decoder_parts import DecoderParts, dtype_of, find_parts, norm_of
 from offload.hf.fused.decoder_pass import find_pass
 from offload.hf.fused.moe_parts import find_moe_parts
@@ -45,6 +46,7 @@ def fuse_decoders(model: PreTrainedModel, experts: ExpertsAtHand | None) -> int:
     if whole is not None:
         swap(decoder, _whole_forward)
         decoder.__dict__[STACK] = whole
+        fuse_causal(model, whole, stack)
     return len(layers)
 
 

@@ -104,7 +104,7 @@ def find_parts(layer: nn.Module, angles: int) -> DecoderParts | None:
         return None
     projections = [parts[name] for name in _PROJECTIONS]
     norms = [norm_of(parts[name]) for name in names[0]] if names else [None, None]
-    if not all(map(_is_linear, projections)) or (names and None in norms):
+    if not all(map(is_linear, projections)) or (names and None in norms):
         return None
     width = getattr(attention, "head_dim", None)
     if not isinstance(width, int) or any(_outputs(module) % width for module in projections[:3]):
@@ -128,7 +128,8 @@ def norm_of(module: nn.Module) -> Norm | None:
     return None if found is None else Norm(module, found[0], getattr(module, found[1]))
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that tapes know, packed or not."""
     return plain_class(module) is nn.Linear or type(module) is QuantisedLinear
 
 

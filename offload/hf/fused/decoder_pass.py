@@ -8,7 +8,7 @@ stand-ins.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,16 +17,36 @@ from transformers import DynamicCache, PreTrainedModel
 from offload.hf.fused.angles import Angles
 from offload.hf.fused.conditions import is_plain, returns_hidden_and_cache
 from offload.hf.fused.kv_cache import GrowingLayer
-from offload.hf.fused.stack import Stack
+from offload.hf.fused.stack import Stack, Until
+from offload.hf.fused.stack_tape import StackTape
 from offload.hf.fused.stand_ins import Given, with_children
 from offload.hf.fused.swap import plain_class
+from offload.hf.fused.tape_caches import TapeCache
 from offload.hf.fused.watch import Watch
 
 _PAST_TOKENS = 5
 
 
+class Begun(NamedTuple):
+    """A pass that may be played.
+
+    Attributes:
+        tokens: the new one of each sequence.
+        cache: the user's.
+        ready: see `Stack.ready`.
+    """
+
+    tokens: list[int]
+    cache: Any
+    ready: TapeCache
+
+
 class DecoderPass:
-    """The forward of one decoder."""
+    """The forward of one decoder.
+
+    Attributes:
+        output: what it returns.
+    """
 
     def __init__(self, decoder: PreTrainedModel, stack: Stack, output: type[Any]) -> None:
         """Make it.
@@ -41,39 +61,69 @@ class DecoderPass:
         weight = embedding.get_parameter("weight")
         self._stack = stack
         self._embedding = embedding
+        # As long as the watch finds nothing they are there.
+        self._address = weight.data_ptr()
         self._config: Any = decoder.config
         self._watch = Watch((embedding, rotary, norm))
         self._watch.also_children_of((decoder,))
         self._angles = Angles(rotary, weight.dtype)
-        self._output = output
+        self.output = output
 
     def run(self, args: tuple[Any, ...], passed: dict[str, Any]) -> Any:
         """The output for one new token of each sequence; None where the model's own code must run."""
+        begun = None if args else self.begin(passed)
+        if begun is None:
+            return None
+        return self.output(last_hidden_state=self.play(begun, Until.NORM).last.clone(), past_key_values=begun.cache)
+
+    def begin(self, passed: dict[str, Any]) -> Begun | None:
+        """What `play` needs; None where the model's own code must run.
+
+        Args:
+            passed: what the forward is called with, by name.
+        """
         ids, weight = passed.get("input_ids"), self._embedding._parameters.get("weight")
         if (
-            args
-            or type(ids) is not torch.Tensor
+            type(ids) is not torch.Tensor
             or ids.dim() != 2
             or ids.shape[1] != 1
             or ids.dtype is not torch.int64
             or not is_plain(ids)
             or weight is None
-            or not is_plain(weight)
+            or (weight.requires_grad and torch.is_grad_enabled())
             or not returns_hidden_and_cache(self._config, passed)
             or not self._watch.finds_nothing()
         ):
             return None
-        batch, cache = len(ids), passed.get("past_key_values")
-        ready = self._stack.ready(cache, batch)
-        if ready is None or not _sees_all(passed, batch, ready.past):
+        tokens = [token for (token,) in ids.tolist()]
+        cache, count = passed.get("past_key_values"), weight.shape[0]
+        # What the model's own code says of a token that is none is for it to say.
+        if not all(0 <= token < count for token in tokens):
             return None
+        ready = self._stack.ready(cache, len(tokens))
+        if ready is None or not _sees_all(passed, len(tokens), ready.past):
+            return None
+        return Begun(tokens, cache, ready)
 
-        def embed(x: torch.Tensor) -> None:
-            torch.index_select(weight, 0, ids.view(-1), out=x.view(batch, -1))
+    def play(self, begun: Begun, until: Until, logits: torch.Tensor | None = None) -> StackTape:
+        """The pass, up to `until`; see `Stack.decode`.
 
-        with torch.no_grad():
-            hidden = self._stack.decode(ready, embed, self._angles.at(ready.past), normed=True)
-        return self._output(last_hidden_state=hidden, past_key_values=cache)
+        Args:
+            begun: by `begin`.
+            until: what comes last.
+            logits: what the output layer writes to, if it comes last; [batch, 1, vocabulary], contiguous.
+        """
+        angles = self._angles.at(begun.ready.past)
+
+        def enter(tape: StackTape) -> None:
+            tape.enter(self._address, begun.tokens, angles)
+            if logits is not None:
+                tape.write_logits_to(logits)
+
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._stack.decode(begun.ready, enter, until)
+        return self._stack.decode(begun.ready, enter, until)
 
 
 def find_pass(decoder: PreTrainedModel, layers: Sequence[nn.Module], stack: Stack) -> DecoderPass | None:
@@ -89,6 +139,8 @@ def find_pass(decoder: PreTrainedModel, layers: Sequence[nn.Module], stack: Stac
         plain_class(embedding) is not nn.Embedding
         or embedding.max_norm is not None
         or embedding.weight.dtype is not stack.dtype
+        or type(embedding.weight) is not nn.Parameter
+        or not embedding.weight.is_contiguous()
         or not all(isinstance(getattr(decoder, name, None), nn.Module) for name in ("rotary_emb", "norm"))
         or _looks_back_less(decoder.config)
     ):

@@ -197,13 +197,14 @@ class GrowingLayer(DynamicLayer):
         state["_written"] = room.past + 1
         if state.get("_ahead") is None:
             state["_ahead"] = _Ahead(form, tuple(state["_buffers"]), room.addresses, room.tokens)
+            state["_mark"] = object()
 
     def _catch_up(self) -> None:
         """Let keys and values show all that was written."""
         state = self.__dict__
         ahead: _Ahead | None = state.get("_ahead")
         if ahead is not None:
-            state["_ahead"] = None
+            state["_ahead"] = state["_mark"] = None
             state["keys"], state["values"] = (buffer.narrow(2, 0, state["_written"]) for buffer in ahead.buffers)
 
     def _may_extend(self, past: int) -> bool:
@@ -255,14 +256,15 @@ class Followed:
         """Begin right after `wrote_one` of each."""
         self._layers = list(layers)
         self._states = [layer.__dict__ for layer in self._layers]
-        self._ahead = [state["_ahead"] for state in self._states]
+        # Marks instead of what they mark, which would keep buffers that a layer has left.
+        self._marks = [state["_mark"] for state in self._states]
 
     def are_as_left(self, layers: list[Any], past: int) -> bool:
         """Whether these are the layers, with so many tokens, and nothing was done to them since."""
         return (
             len(layers) == len(self._layers)
             and all(map(is_, layers, self._layers))
-            and all(map(is_, [state["_ahead"] for state in self._states], self._ahead))
+            and all(map(is_, [state["_mark"] for state in self._states], self._marks))
             and [state["_written"] for state in self._states] == [past] * len(layers)
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,6 +63,14 @@ class ExpertsAtHand(Protocol):
         ...
 
 
+class Until(Enum):
+    """What a run ends with."""
+
+    LAYERS = auto()
+    NORM = auto()
+    LOGITS = auto()
+
+
 class Stack:
     """The layers of a model, all of one form and one size.
 
@@ -87,6 +96,7 @@ class Stack:
         self._layers = list(layers)
         self._moe = list(moe)
         self._last = last
+        self._head: nn.Module | None = None
         self._experts = experts
         self._mlps = [parts.mlp for parts in layers]
         self._configs: list[Any] = list(
@@ -109,6 +119,10 @@ class Stack:
         self._watch.also_children_of((layers, *layers.children()))
         self._watch.also_children_of((decoder,), only="layers")
 
+    def end_with(self, head: nn.Module) -> None:
+        """Let tapes compute the output layer too, after the norm. Before the first one is written."""
+        self._head = head
+
     def write_tape(self) -> None:
         """Write this thread's tape of one sequence ahead."""
         self._tape(1, None)
@@ -127,13 +141,18 @@ class Stack:
         Returns:
             [batch, 1, hidden]; None where the layers' own code must run, and nothing has changed.
         """
-        angles = passed.get("position_embeddings")
+        angles: Any = passed.get("position_embeddings")
         if not self._takes(hidden, passed) or not self._turns(angles, hidden):
             return None
         ready = self.ready(passed.get("past_key_values"), hidden.shape[0])
         if ready is None:
             return None
-        out = self.decode(ready, lambda x: x.copy_(hidden), angles)
+
+        def enter(tape: StackTape) -> None:
+            tape.x.copy_(hidden)
+            tape.take_angles(*angles)
+
+        out = self.decode(ready, enter, Until.LAYERS).x.clone()
         self._local.output = out
         return out
 
@@ -149,7 +168,8 @@ class Stack:
             or not self._watch.finds_nothing()
         ):
             return None
-        return tape_cache(cache, self._form(batch))
+        tapes = self._tapes()
+        return tape_cache(cache, self._form(batch), tapes.get(batch))
 
     def _form(self, batch: int) -> Form:
         assert self.dtype is not None
@@ -181,47 +201,42 @@ class Stack:
 
     # --- running -----------------------------------------------------------------------------------------------
 
-    def decode(
-        self, ready: TapeCache, enter: Callable[[torch.Tensor], object], angles: Any, *, normed: bool = False
-    ) -> torch.Tensor:
+    def decode(self, ready: TapeCache, enter: Callable[[StackTape], object], until: Until) -> StackTape:
         """All layers, for one new token of each sequence, which the cache then has.
 
         Args:
             ready: see `ready`.
-            enter: writes the first layer's input into a tensor [batch, 1, hidden].
-            angles: cosines and sines, [1 or batch, 1, angles] each.
-            normed: with the norm after the last layer.
+            enter: gives the tape the first layer's input and the angles.
+            until: what comes last.
 
         Returns:
-            [batch, 1, hidden], a tensor of the caller's own.
+            The tape with what it computed; the next run writes over it.
         """
         experts = self._experts
         if experts is None:
             tape = self._tape(ready.batch, None)
-            enter(tape.x)
-            out = self._run(tape, angles, ready, at_hand=False, as_they_come=False, normed=normed)
+            enter(tape)
+            self._run(tape, ready, until, at_hand=False, as_they_come=False)
         else:
             with experts.lock:
                 known = self._moe_watch.finds_nothing()
                 addresses = experts.addresses_of_all() if known else None
                 tape = self._tape(ready.batch, addresses)
-                enter(tape.x)
+                enter(tape)
                 come = known and addresses is None and experts.come_to_tapes
-                out = self._run(tape, angles, ready, at_hand=addresses is not None, as_they_come=come, normed=normed)
+                self._run(tape, ready, until, at_hand=addresses is not None, as_they_come=come)
         ready.took_one()
-        return out
+        return tape
 
-    def _run(
-        self, tape: StackTape, angles: Any, cache: TapeCache, *, at_hand: bool, as_they_come: bool, normed: bool
-    ) -> torch.Tensor:
+    def _run(self, tape: StackTape, cache: TapeCache, until: Until, *, at_hand: bool, as_they_come: bool) -> None:
         pool = kernel_pool()
-        tape.take_angles(*angles)
         cache.give_to(tape)
         index, row, layers = 0, 0, len(self._layers)
+        last = tape.rows if until is Until.LOGITS else tape.norm_row if until is Until.NORM else tape.end_rows[-1]
         while index < layers:
             end = tape.whole_until[index] if at_hand else index
             if end > index:
-                row = self._play_whole(tape, pool, row, index, end)
+                row = self._play_whole(tape, pool, row, index, end, last)
             elif as_they_come and (block := tape.blocks[index]) is not None:
                 row, end = self._play_as_they_come(tape, pool, row, block, self._moe[index]), index + 1
             else:
@@ -229,21 +244,18 @@ class Stack:
                 torch.add(tape.residual, self._mlps[index](tape.normed.clone()), out=tape.x)
                 row, end = tape.end_rows[index], index + 1
             index = end
-        if row < tape.end_rows[-1] or normed:
-            tape.play(pool, row, tape.rows if normed else tape.end_rows[-1])
-        return (tape.last if normed else tape.x).clone()
+        if row < last:
+            tape.play(pool, row, last)
 
-    def _play_whole(self, tape: StackTape, pool: Pool, row: int, first: int, end: int) -> int:
-        """Layers from `first` to before `end` from the tape alone, from `row` on; returns the row after them."""
+    def _play_whole(self, tape: StackTape, pool: Pool, row: int, first: int, end: int, last: int) -> int:
+        """Layers from `first` to before `end` from the tape alone, from `row` on, and what is behind the last layer up
+        to the row `last`; returns the row after them.
+        """
         assert self._experts is not None
-        last = tape.end_rows[end - 1]
-        _play_to(tape, pool, row, last)
-        found = []
-        for block in tape.blocks[first:end]:
-            assert block is not None
-            found.append([block.first_key + expert for expert in sorted(set(block.chosen.tolist()))])
-        self._experts.note_taped(found)
-        return last
+        until = tape.end_rows[end - 1] if end < len(self._layers) else last
+        _play_to(tape, pool, row, until)
+        self._experts.note_taped(tape.chosen_keys(first, end))
+        return until
 
     def _play_as_they_come(
         self, tape: StackTape, pool: Pool, row: int, block: TapedBlock, parts: MoeParts | None
@@ -261,15 +273,20 @@ class Stack:
         return experts_row + 1
 
     def _tape(self, batch: int, addresses: Addresses | None) -> StackTape:
-        tapes: dict[int, StackTape] = self._local.__dict__.setdefault("tapes", {})
+        tapes = self._tapes()
         tape = tapes.get(batch)
         if tape is None:
             # Tensors made in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
-                tape = tapes[batch] = StackTape(self._layers, self._taped(), self._last, batch)
+                tape = tapes[batch] = StackTape(self._layers, self._taped(), self._last, self._head, batch)
         if addresses is not tape.addresses:
             tape.take_addresses(addresses)
         return tape
+
+    def _tapes(self) -> dict[int, StackTape]:
+        """By the number of sequences, those of this thread."""
+        tapes: dict[int, StackTape] = self._local.__dict__.setdefault("tapes", {})
+        return tapes
 
     def _taped(self) -> list[TapedMoe | None]:
         if self._experts is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from ctypes import memmove
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ Addresses = npt.NDArray[np.int64]
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 """Of a layer's number, its query [batch, heads, 1, width], new keys and values [batch, kv heads, 1, width], which it
 keeps, and the scale of scores: attention to all keys, fp32 [batch, heads, 1, width]."""
+
+_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,6 @@ class TapedBlock:
         first_key: of its experts.
         logits: [batch, experts], its router's.
         choice: the last one.
-        chosen: int64 [batch * top_k], the ids of `choice`.
         addresses: int64 [E] of the bundles, as the tape takes them; what has the address 0 is not computed.
         experts_row: the row that computes experts; the choice is made then.
     """
@@ -56,7 +58,6 @@ class TapedBlock:
     first_key: int
     logits: torch.Tensor
     choice: Choice
-    chosen: npt.NDArray[np.int64]
     addresses: Addresses
     experts_row: int
 
@@ -89,12 +90,19 @@ class StackTape:
         mlp_rows: for each layer: the row at which its attention is done.
         end_rows: for each layer: the row at which it is done, if its MoE block is taped; else `mlp_rows`.
         whole_until: for each layer: the layer before which those end that are taped whole from it on.
-        last: [batch, 1, hidden]; the model's last norm of `x`, after the rows that follow the last layer.
+        last: [batch, 1, hidden]; the model's last norm of `x`, after `norm_row`.
+        norm_row: the row at which that norm is done, if the tape computes it.
+        rooms: as `take_rooms` took them last.
         addresses: of all experts, as they were last taken; None where those of `blocks` are others.
     """
 
     def __init__(
-        self, layers: Sequence[DecoderParts], moe: Sequence[TapedMoe | None], last: Norm | None, batch: int
+        self,
+        layers: Sequence[DecoderParts],
+        moe: Sequence[TapedMoe | None],
+        last: Norm | None,
+        head: nn.Module | None,
+        batch: int,
     ) -> None:
         """Write the tape.
 
@@ -102,6 +110,7 @@ class StackTape:
             layers: parts of each, all of the same sizes.
             moe: for each layer, its taped MoE block or None.
             last: the norm after the last layer; None where the tape does not compute it.
+            head: the output layer after that norm; None where the tape does not compute it.
             batch: sequences.
         """
         first = layers[0]
@@ -113,7 +122,10 @@ class StackTape:
         self.x, self.residual, self.normed, self.last = (
             self._tape.scratch(batch * hidden).view(batch, 1, hidden) for _ in range(4)
         )
-        self._cos, self._sin = (self._tape.scratch(batch * first.angles).view(batch, 1, first.angles) for _ in range(2))
+        self._angles = self._tape.scratch(2 * batch * first.angles).view(2, batch, 1, first.angles)
+        self._cos, self._sin = self._angles
+        self._raw_angles = raw(self._angles)[:, :, 0]
+        self._x_address, self._row_nbytes = self.x.data_ptr(), hidden * self.x.itemsize
         counts = (hidden, hidden, heads * width, kv_heads * width, kv_heads * width, heads * width, kv_heads * width)
         shared = [self._tape.scratch(batch * n) for n in (*counts, heads * width)]
         scratch = _Scratch(*(tensor.data_ptr() for tensor in shared))
@@ -130,22 +142,37 @@ class StackTape:
         self.end_rows: list[int] = []
         # A tape lives as long as its thread: it must not hold modules, which hold the runtime.
         self.blocks: list[TapedBlock | None] = []
-        for parts, taped in zip(layers, moe, strict=True):
+        choices = batch * max((taped.parts.top_k for taped in moe if taped is not None), default=0)
+        ids = self._tape.scratch(len(layers) * choices, torch.int64).view(len(layers), choices)
+        for parts, taped, chosen in zip(layers, moe, ids, strict=True):
             self._attention_rows(parts, scratch)
             self.mlp_rows.append(self._tape.rows)
-            self.blocks.append(None if taped is None else self._moe_rows(taped))
+            self.blocks.append(None if taped is None else self._moe_rows(taped, chosen))
             self.end_rows.append(self._tape.rows)
+        self._chosen = ids.numpy()
+        self._choices = [
+            (0, 0) if block is None else (block.first_key, block.choice.ids.numel()) for block in self.blocks
+        ]
         if last is not None:
             _norm(self._tape, last, self.x.data_ptr(), batch, self.last.data_ptr())
+        self.norm_row = self._tape.rows
+        self._logits: Spot | None = None
+        if head is not None:
+            self._logits = _linear(self._tape, head, self.last.data_ptr(), batch, 0)
         self.whole_until = list(range(len(layers)))
         for index in reversed(range(len(layers))):
             if self.blocks[index] is not None:
                 self.whole_until[index] = self.whole_until[index + 1] if index + 1 < len(layers) else index + 1
         self._words = self._tape.words
-        self._rooms: list[tuple[int, int] | None] = [None] * len(layers)
-        self._places = np.array([spot for spots, _ in self._stores for spot in spots]).T
-        self._tokens = np.array([spots["tokens"] for spots in self._attentions]).T
+        self.rooms: Sequence[Room] = ()
+        self._flat = self._words.reshape(-1)
+        self._places = self._spots(spot for spots, _ in self._stores for spot in spots)
+        self._tokens = self._spots(spots["tokens"] for spots in self._attentions)
         self._starts = np.zeros(2 * len(layers), np.int64)
+
+    def _spots(self, spots: Iterable[Spot]) -> npt.NDArray[np.intp]:
+        """Where they are in all words."""
+        return np.array([row * self._words.shape[1] + word for row, word in spots], np.intp)
 
     def _attention_rows(self, parts: DecoderParts, at: _Scratch) -> None:
         tape, batch = self._tape, self._batch
@@ -174,20 +201,20 @@ class StackTape:
         tape.add(x, at.projected, self.x.numel(), residual)
         _norm(tape, parts.after, residual, batch, normed)
 
-    def _moe_rows(self, taped: TapedMoe) -> TapedBlock:
+    def _moe_rows(self, taped: TapedMoe, chosen: torch.Tensor) -> TapedBlock:
         tape, parts, batch, experts = self._tape, taped.parts, self._batch, len(taped.parts.weight)
         normed = self.normed.data_ptr()
         logits = tape.scratch(batch * experts).view(batch, experts)
         tape.linear(normed, parts.weight, None, batch, logits.data_ptr())
         choice = tape.choose(
-            logits.data_ptr(), experts, batch, parts.top_k, renormalise=parts.renormalise, rounded=parts.rounded
-        )
+            logits.data_ptr(), experts, batch, parts.top_k, renormalise=parts.renormalise, rounded=parts.rounded,
+            ids=chosen[: batch * parts.top_k],
+        )  # fmt: skip
         assert taped.layer.activation is not None
         experts_row = tape.rows
         sums = tape.experts(taped.layer.layout, taped.layer.activation, taped.addresses, choice, normed)
         tape.add_sums(self.residual.data_ptr(), sums, self.x.numel(), self.x.data_ptr())
-        chosen = choice.ids.view(-1).numpy()
-        return TapedBlock(taped.layer.first_key, logits, choice, chosen, taped.addresses, experts_row)
+        return TapedBlock(taped.layer.first_key, logits, choice, taped.addresses, experts_row)
 
     def take_addresses(self, addresses: Addresses | None) -> None:
         """Where all experts lie, int64 by key; None: no expert is there yet, those of `blocks` are filled in later."""
@@ -202,19 +229,44 @@ class StackTape:
         self._cos.copy_(cos)
         self._sin.copy_(sin)
 
+    def enter(self, embedding: int, ids: Sequence[int], angles: npt.NDArray[np.integer]) -> None:
+        """The first layer's input and the angles of the next token.
+
+        Args:
+            embedding: address of [vocabulary, hidden], contiguous, of the tape's dtype.
+            ids: the token of each sequence, in the vocabulary.
+            angles: cosines and sines [2, 1, width of the angles], as `raw` gives them.
+        """
+        nbytes = self._row_nbytes
+        for sequence, token in enumerate(ids):
+            memmove(self._x_address + sequence * nbytes, embedding + token * nbytes, nbytes)
+        self._raw_angles[:] = angles
+
+    def write_logits_to(self, logits: torch.Tensor) -> None:
+        """Where the output layer's row writes, contiguous [batch, 1, vocabulary]."""
+        assert self._logits is not None
+        self._words[self._logits] = logits.data_ptr()
+
+    def chosen_keys(self, first: int, end: int) -> list[list[int]]:
+        """For layers from `first` to before `end`, all of them taped: the experts that were chosen, ascending."""
+        pairs = zip(self._choices[first:end], self._chosen[first:end].tolist(), strict=True)
+        return [sorted({key + expert for expert in experts[:count]}) for (key, count), experts in pairs]
+
     def attend_by(self, attend: Attend) -> None:
         """Let attention of the next token, and writing its keys and values, not be the tape's but of a function."""
-        self._attend = attend
+        self._attend, self.rooms = attend, ()
 
     def take_rooms(self, rooms: Sequence[Room]) -> None:
-        """Where each layer's next key and value go, for the tape to write and attend."""
+        """Where each layer's keys and values go from now on, for the tape to write and attend."""
         self._attend = None
         for index, room in enumerate(rooms):
-            if room.addresses != self._rooms[index]:
-                self._take_room(index, room)
-        past = rooms[0].past
-        self._words[self._places[0], self._places[1]] = self._starts + past * self._width * self.x.itemsize
-        self._words[self._tokens[0], self._tokens[1]] = past + 1
+            self._take_room(index, room)
+        self.rooms = rooms
+
+    def take_position(self, past: int) -> None:
+        """The next token comes after so many, in the rooms that were taken."""
+        self._flat[self._places] = self._starts + past * self._width * self.x.itemsize
+        self._flat[self._tokens] = past + 1
 
     def _take_room(self, index: int, room: Room) -> None:
         words, spots = self._words, self._attentions[index]
@@ -227,7 +279,6 @@ class StackTape:
         for stride in self._stores[index][1]:
             words[stride] = head * self.x.itemsize
         self._starts[2 * index : 2 * index + 2] = room.addresses
-        self._rooms[index] = room.addresses
 
     @property
     def rows(self) -> int:
@@ -261,8 +312,13 @@ def _norms(tape: Tape, parts: DecoderParts, batch: int, q: int, k: int) -> None:
             _norm(tape, norm, x, batch * heads * parts.width // columns, x)
 
 
-def _linear(tape: Tape, module: nn.Module, x: int, tokens: int, out: int) -> None:
+def raw(tensor: torch.Tensor) -> npt.NDArray[np.integer]:
+    """A tensor's memory as integers as large as its elements, on the CPU: NumPy knows no bf16."""
+    found: npt.NDArray[np.integer] = tensor.detach().view(_INTEGERS[tensor.itemsize]).numpy()
+    return found
+
+
+def _linear(tape: Tape, module: nn.Module, x: int, tokens: int, out: int) -> Spot:
     if isinstance(module, QuantisedLinear):
-        tape.packed_linear(x, module.weights, module.bias, tokens, out)
-    else:
-        tape.linear(x, module.get_parameter("weight"), module._parameters["bias"], tokens, out)
+        return tape.packed_linear(x, module.weights, module.bias, tokens, out)
+    return tape.linear(x, module.get_parameter("weight"), module._parameters["bias"], tokens, out)

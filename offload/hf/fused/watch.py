@@ -1,19 +1,26 @@
 """Seeing whether modules whose calls are left out are as they were: weights and parts in place, nobody listening.
 
 Asked before every pass, when the weights of the one before have pushed all of this out of the caches: so it reads as
-few places as will do, in loops without bytecode.
+few places as will do, in loops without bytecode, and asks for all of them at once before.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from operator import is_
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
+
+from cpu_kernels.ask_ahead import ask_ahead
+from cpu_kernels.compiling.compiler import direct
+from offload.hf.fused.object_lines import lines_of
 
 
 class TapeHook:
@@ -29,7 +36,7 @@ class Watch:
         for module in modules:
             for tensors in (module._parameters, module._buffers):
                 self._held.add(tensors)
-        self._addresses = [tensor.data_ptr() for tensor in self._held.values]
+        self._addresses = array("q", map(torch.Tensor.data_ptr, self._held.values))
         self._hooks: list[dict[int, Any]] = [
             torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
         ]  # fmt: skip
@@ -37,6 +44,8 @@ class Watch:
         self._states = [module.__dict__ for module in modules]
         self._attributes = -1
         self._children = _Held()
+        self._lines: npt.NDArray[np.int64] | None = None
+        self._ask = direct(ask_ahead)
         self.also_hooks_of(modules)
         self.also_children_of(modules)
 
@@ -49,6 +58,7 @@ class Watch:
         """Modules of which nobody may replace the parts, or one part, as adapters do."""
         for module in modules:
             self._children.add(module._modules, only)
+        self._lines = None
 
     def aliases(self) -> list[torch.Tensor]:
         """All weights' memory as it is now; it stays allocated as long as these are kept."""
@@ -56,11 +66,14 @@ class Watch:
 
     def finds_nothing(self) -> bool:
         """Whether there are no hooks, weights lie where they lay, and nobody has replaced a module or its forward."""
+        if self._lines is None:
+            self._lines = lines_of((*self._held.dicts, *self._children.dicts), self._held.values, self._states)
+        self._ask(self._lines)
         return (
             self._nobody_listens()
             and self._children.is_as_it_was()
             and self._held.is_as_it_was()
-            and list(map(torch.Tensor.data_ptr, self._held.values)) == self._addresses
+            and array("q", map(torch.Tensor.data_ptr, self._held.values)) == self._addresses
             and self._no_forward_is_another()
         )
 
@@ -86,11 +99,12 @@ class _Held:
 
     Attributes:
         values: that are not None.
+        dicts: that hold each.
     """
 
     def __init__(self) -> None:
         self.values: list[Any] = []
-        self._dicts: list[dict[str, Any]] = []
+        self.dicts: list[dict[str, Any]] = []
         self._names: list[str] = []
 
     def add(self, holder: dict[str, Any], only: str | None = None) -> None:
@@ -98,9 +112,9 @@ class _Held:
         for name, value in holder.items():
             if value is not None and only in (None, name):
                 self.values.append(value)
-                self._dicts.append(holder)
+                self.dicts.append(holder)
                 self._names.append(name)
 
     def is_as_it_was(self) -> bool:
         """Whether the dicts hold the same."""
-        return all(map(is_, map(dict.get, self._dicts, self._names), self.values))
+        return all(map(is_, map(dict.get, self.dicts, self._names), self.values))

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from offload.hf.fused import fuse
+from offload.hf.fused.causal_pass import CausalPass
 from offload.hf.fused.decoder_pass import DecoderPass
 from offload.hf.fused.swap import STACK
 from offload.request import FUSED_KINDS
@@ -24,16 +25,23 @@ PROMPT_TOKENS = 17
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each forward of a decoder that could have been one pass, whether it was."""
+    """For each forward of a decoder that could have been one pass, with its output layer or not, whether it was."""
     seen: list[bool] = []
-    original = DecoderPass.run
+    original, original_causal = DecoderPass.run, CausalPass.run
 
     def run(self: DecoderPass, args: tuple[Any, ...], passed: dict[str, Any]) -> Any:
         done = original(self, args, passed)
         seen.append(done is not None)
         return done
 
+    def run_causal(self: CausalPass, args: tuple[Any, ...], passed: dict[str, Any]) -> Any:
+        done = original_causal(self, args, passed)
+        # Otherwise the model's own code asks its decoder.
+        seen.extend([True] if done is not None else [])
+        return done
+
     monkeypatch.setattr(DecoderPass, "run", run)
+    monkeypatch.setattr(CausalPass, "run", run_causal)
     return seen
 
 
