@@ -114,7 +114,8 @@ class CausalForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the forward of the model's class."""
-        done = self._pass.run(args, kwargs.copy())
+        # A compiler that traces this is told to trace the model's own code.
+        done = None if torch.compiler.is_compiling() else self._pass.run(args, kwargs.copy())
         return self.__wrapped__(*args, **kwargs) if done is None else done
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[PreTrainedModel]]:
