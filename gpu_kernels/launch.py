@@ -42,9 +42,19 @@ def dot_type(dtype: torch.dtype) -> Any:
     Raises:
         ValueError: a dtype that kernels do not take.
     """
+    element = element_type(dtype)
+    return tl.float32 if interpreting() else element
+
+
+def element_type(dtype: torch.dtype) -> Any:
+    """What values of this dtype are rounded to, in Triton's terms.
+
+    Raises:
+        ValueError: a dtype that kernels do not take.
+    """
     if dtype not in DOT_TYPES:
         raise ValueError(f"kernels take bf16, fp16 and fp32, not {dtype}")
-    return tl.float32 if interpreting() else DOT_TYPES[dtype]
+    return DOT_TYPES[dtype]
 
 
 def launch(

@@ -24,8 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from formats.bundle import EXPERT_FORMATS, BundleLayout
+from formats.kv import KV_FORMATS, KvLayout
 from formats.packed import PACKED_FORMATS, MatrixLayout
-from gpu_kernels import attention, combine, expert_mlp, grouping, linear
+from gpu_kernels import attention, combine, expert_mlp, grouping, kv_blocks, linear, paged_attention
 from gpu_kernels.configs import product_configs
 from gpu_kernels.launch import DTYPE_OF_FORMAT, Threads
 
@@ -34,6 +35,7 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.uint8: "*u8",
+    torch.bool: "*i1",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -99,11 +101,13 @@ def record(every_config: bool) -> list[Launch]:
     """Launches of wrappers at shapes of real models: one of each kernel, or all, with every config."""
     recorder = Recorder()
     with ExitStack() as stack:
-        for module in (attention, combine, expert_mlp, grouping, linear):
+        for module in (attention, combine, expert_mlp, grouping, kv_blocks, linear, paged_attention):
             stack.enter_context(patch.multiple(module, launch=recorder))
         _experts(recorder, every_config)
         _linears(recorder, every_config)
         _attention(recorder)
+        _paged_attention(recorder)
+        _writing(recorder)
     launches = list(recorder.launches.values())
     return launches if every_config else list({launch.kernel.__name__: launch for launch in launches}.values())
 
@@ -168,6 +172,37 @@ def _attention(recorder: Recorder) -> None:
             q, k, _meta(1, kv_heads, 4096, value), _meta(1, dtype=torch.int32), scale=depth**-0.5, first_query=100
         )
         attention.merge_attention(out, lse, torch.bfloat16)
+
+
+def _paged_attention(recorder: Recorder) -> None:
+    """A step of one token and one of eight, in segments of 16 blocks: grouped heads, and DeepSeek's latents."""
+    for format in KV_FORMATS:
+        for label, new, heads, layout in (
+            ("one token", 1, 32, KvLayout(format, 4, 128, 128)),
+            ("heads of 64", 1, 64, KvLayout(format, 8, 64, 64)),
+            ("eight tokens", 8, 32, KvLayout(format, 4, 128, 128)),
+            ("heads of 192 and 128", 1, 16, KvLayout(format, 16, 192, 128)),
+            ("latents", 1, 16, KvLayout(format, 1, 576, 0, value_from_key=512)),
+            ("latents of 128 heads", 2, 128, KvLayout(format, 1, 576, 0, value_from_key=512)),
+        ):
+            # Of fp32, which no tensor cores take, not every shape stays in registers on every card.
+            whole = label == "one token" and format != "int4"
+            for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 3 if whole else 2]:
+                recorder.label = f"paged attention, {format}, {dtype}, {label}"
+                told = [_meta(*shape, dtype=torch.int64) for shape in ((129,), (2048,), (128,), (128,), (128, new))]
+                paged_attention.paged_attention(
+                    _meta(128, heads, new, layout.key_width, dtype=dtype), *told, layout, 0.1, most_tokens=1024
+                )
+
+
+def _writing(recorder: Recorder) -> None:
+    for layout in (KvLayout("bf16", 4, 128, 128), KvLayout("fp32", 1, 576, 0, value_from_key=512)):
+        recorder.label = f"writing tokens, {layout.format}"
+        for tokens in (1, 512):
+            keys = _meta(2, layout.kv_heads, tokens, layout.key_width)
+            values = None if layout.value_from_key else _meta(2, layout.kv_heads, tokens, layout.value_width)
+            told = [_meta(count, dtype=torch.int64) for count in (3, 20, 2)]
+            kv_blocks.write_tokens(keys, values, *told, layout)
 
 
 def compile_for(launch: Launch, capability: int) -> dict[str, Any]:

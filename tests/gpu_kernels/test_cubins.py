@@ -37,7 +37,8 @@ def test_every_kernel(tmp_path: Path) -> None:
     kernels = {str(cubin["kernel"]) for cubin in cubins}
     assert kernels == {
         "attention_partial_kernel", "combine_kernel", "gate_splits_kernel", "group_few_kernel", "group_many_kernel",
-        "grouped_linear_kernel", "merge_kernel", "packed_linear_kernel",
+        "grouped_linear_kernel", "merge_kernel", "packed_linear_kernel", "paged_attention_kernel",
+        "write_tokens_kernel",
     }  # fmt: skip
     assert len(cubins) == len(kernels) * len(CAPABILITIES)
     assert_fit(cubins)

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from formats.bundle import BundleLayout
+from formats.kv import KV_FORMATS, KvLayout
 from gpu_kernels.combine import combine
 from gpu_kernels.expert_mlp import expert_mlp
+from gpu_kernels.paged_attention import paged_attention
 from tests.gpu_kernels.bundles import fill_slots
+from tests.gpu_kernels.kv_lists import random_lists
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +43,37 @@ def test_a_step_is_captured_in_a_graph(format: str, tokens: int) -> None:
     x.copy_(torch.randn(tokens, 256, generator=generator))
     slots.table.copy_(slots.table.flip(0))
     expected = step().clone()
+    out.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("format", KV_FORMATS)
+def test_attention_to_blocks_is_captured_in_a_graph(format: str) -> None:
+    """A replay sees a new query, longer lists, and blocks that lie elsewhere."""
+    device, layout = torch.device("cuda"), KvLayout(format, 2, 128, 128)
+    lists = random_lists(layout, [300, 640], device)
+    lengths = lists.lengths - 64
+    query = torch.randn(2, 8, 1, 128, device=device).bfloat16()
+    firsts, positions = torch.zeros_like(lengths), lengths[:, None] - 1
+    out = torch.empty(2, 8, 1, 128, device=device)
+
+    def step() -> None:
+        told = lists.offsets, lists.addresses, lengths, firsts, positions
+        out.copy_(paged_attention(query, *told, layout, 0.1, most_tokens=640)[0])
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    query.normal_()
+    lengths.copy_(lists.lengths)
+    positions.copy_(lengths[:, None] - 1)
+    lists.addresses[:4] = lists.addresses[:4].flip(0)
+    step()
+    expected = out.clone()
     out.fill_(torch.nan)
     graph.replay()
     torch.cuda.synchronize()
