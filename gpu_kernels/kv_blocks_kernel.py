@@ -33,7 +33,8 @@ def write_tokens_kernel(
     WIDTH: tl.constexpr, VALUE: tl.constexpr, LATENT: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Token t of sequence b goes to place first_tokens[b] + t of that sequence's blocks, rounded to FORMAT.
+    """Token t of sequence b goes to place first_tokens[b] + t of that sequence's blocks, rounded to FORMAT, with
+    zeros in the channels that fill up a panel, which kernels multiply with.
 
     Program (b, h, i): sequence b, head h, tokens i TOKENS onwards. keys: [B, heads, tokens, WIDTH] by strides, values
     likewise [B, heads, tokens, VALUE]; LATENT has keys only, whose lanes are channels. offsets, addresses,
@@ -49,19 +50,23 @@ def write_tokens_kernel(
     place = at % BLOCK
     token = token.to(tl.int64)
     d = tl.arange(0, DEPTH)
+    k = tl.load(
+        keys + sequence * key_sequence + head * key_head + token[:, None] * key_token + d[None, :],
+        mask=live[:, None] & (d < WIDTH)[None, :], other=0.0,
+    )  # fmt: skip
     inside = live[:, None] & (d < WIDTH)[None, :]
-    k = tl.load(keys + sequence * key_sequence + head * key_head + token[:, None] * key_token + d[None, :], mask=inside)
     if LATENT:
+        inside = live[:, None] & (d < (WIDTH + 15) // 16 * 16)[None, :]
         to = d[None, :] // 16 * (BLOCK * 16) + place[:, None] * 16 + d[None, :] % 16
     else:
         to = (place // 16 * (WIDTH * 16) + place % 16)[:, None] + d[None, :] * 16
     _store(_elements(block + KEYS, FORMAT)[:, None] + to, k, inside)
     if not LATENT:
         e = tl.arange(0, COLUMNS)
-        inside = live[:, None] & (e < VALUE)[None, :]
         v = tl.load(
             values + sequence * value_sequence + head * value_head + token[:, None] * value_token + e[None, :],
-            mask=inside,
+            mask=live[:, None] & (e < VALUE)[None, :], other=0.0,
         )  # fmt: skip
+        inside = live[:, None] & (e < (VALUE + 15) // 16 * 16)[None, :]
         to = e[None, :] // 16 * (BLOCK * 16) + place[:, None] * 16 + e[None, :] % 16
         _store(_elements(block + VALUES, FORMAT)[:, None] + to, v, inside)

@@ -112,9 +112,9 @@ def _from_pairs(pairs: torch.Tensor) -> torch.Tensor:
 
 def _pack_eight_bits(rows: torch.Tensor, layout: KvLayout, *, by_channel: bool) -> dict[str, torch.Tensor]:
     largest = E4M3_MAX if layout.format == "fp8_e4m3" else 127.0
-    columns, split = rows.shape[3], layout.value_from_key
+    split = layout.value_from_key
     codes, scales = [], []
-    for part in rows.split([split, columns - split], 3) if split else (rows,):
+    for part in (rows[..., :split], rows[..., split:]) if split else (rows,):
         magnitude = part.abs().amax(3) if part.shape[3] else rows.new_zeros(rows.shape[:3])
         scale = magnitude * (1 / largest)
         scale = torch.where(magnitude < SMALLEST_MAGNITUDE, 0.0, scale)

@@ -19,6 +19,7 @@ def rounded(value, DTYPE: tl.constexpr):
     """
     if _TRUNCATES and tl.bfloat16 == DTYPE:
         bits = value.to(tl.int32, bitcast=True)
-        up = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        # What is cut off is none: of denormals the interpreter keeps other bits.
+        up = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
         value = tl.where(tl.abs(value) < float("inf"), up, value)
     return value.to(DTYPE)

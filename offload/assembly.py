@@ -143,7 +143,9 @@ def _accelerator(request: AcceleratorRequest, plan: Plan) -> Accelerator:
     driver = open_cuda(request.device)
     driver.limit(plan.vram.budget_nbytes)
     use = plan.vram.use
-    return CudaDevice(driver, plan.vram.budget_nbytes - use.kv_nbytes - use.activation_nbytes)
+    # Blocks of a KV cache lie in a slab, a cache without blocks in torch's memory.
+    kv = use.kv_nbytes if plan.kv is None else 0
+    return CudaDevice(driver, plan.vram.budget_nbytes - kv - use.activation_nbytes)
 
 
 def _page(
@@ -154,12 +156,17 @@ def _page(
     sparsity: KvSparsity | None,
     above: Accelerator | None,
 ) -> Paging:
-    """Keep KV caches in blocks, in an accelerator's memory, in RAM and in a file beside the expert stores."""
+    """Keep KV caches in blocks, in an accelerator's memory, in RAM and in a file beside the expert stores.
+
+    Raises:
+        DoesNotFitError: the accelerator has not the memory that the plan gives them.
+    """
     accelerator = above if isinstance(above, KvAccelerator) else None
     paging = Paging(
         device, plan.ram_nbytes, store_root, plan.format, sparsity=sparsity, accelerator=accelerator,
         vram_nbytes=plan.vram_nbytes,
     )  # fmt: skip
+    paging.reserve()
     page_caches(model, paging)
     return paging
 

@@ -261,8 +261,8 @@ def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedM
 
 
 def _with_kv_below(spec: ModelSpec, request: Request, workload: Workload, skeleton: PreTrainedModel) -> Plan | None:
-    """For a GPU whose memory does not hold the KV cache: the plan with blocks in host memory; None where that does not
-    fit either.
+    """For a GPU whose memory does not hold the KV cache: the plan with blocks, as many as there is room for above; None
+    where that does not fit either.
     """
     assert request.accelerator is not None
     if not any(shape is not None for shape in spec.kv_shapes):
@@ -270,12 +270,14 @@ def _with_kv_below(spec: ModelSpec, request: Request, workload: Workload, skelet
     profile, kv = profile_for(spec, request.store_root), replace(request.kv, blocks=True)
     try:
         plan = make_plan(spec, workload, request.ram_nbytes, profile, kv=kv)
-        plan = _with_vram(spec, plan, request.accelerator, skeleton, 0)
+        plan = _with_vram(spec, plan, request.accelerator, skeleton, kv.vram_nbytes)
     except (PlanInfeasibleError, DoesNotFitError):
         return None
+    assert plan.kv is not None
     warnings.warn(
         f"the KV cache of {workload.context_tokens} tokens does not fit into vram={request.accelerator.vram_nbytes} "
-        f"beside the layers of {spec.name}: it lies in blocks in RAM and on disk, and the CPU attends to it",
+        f"beside the layers of {spec.name}: it lies in blocks, the newest {plan.kv.vram_tokens} tokens in VRAM, the "
+        "others in RAM and on disk, where the CPU attends to them",
         SlowKvWarning,
         stacklevel=2,
     )

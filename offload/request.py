@@ -240,16 +240,12 @@ def _kv_above(choice: KvChoice, vram: int | str | None, accelerator: Accelerator
     Raises:
         InvalidArgumentError: there is no such memory, or what is in it cannot be attended to in part.
     """
-    above = accelerator is not None and accelerator.device == "host"
     if vram is None:
-        return replace(choice, vram_nbytes=None if above and choice.sparsity is None else 0)
+        return replace(choice, vram_nbytes=None if accelerator is not None and choice.sparsity is None else 0)
     # Of sizes this one alone may be nothing.
     nbytes = 0 if vram == 0 and vram is not False else parse_size(vram, "kv_vram")
-    if not above:
-        raise InvalidArgumentError(
-            f'kv_vram={vram!r}: goes with device="host" and vram=; on a GPU the KV cache lies in VRAM as a whole, or '
-            "in blocks in host memory"
-        )
+    if accelerator is None:
+        raise InvalidArgumentError(f'kv_vram={vram!r}: goes with device="cuda", or with device="host" and vram=')
     if choice.sparsity is not None and nbytes:
         raise InvalidArgumentError(
             f'kv_vram={vram!r} and kv_sparsity="{choice.sparsity}": an accelerator attends to all blocks that it '

@@ -12,6 +12,7 @@ while others compute.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from placement.homes import Homes
 from placement.kv import largest_block_nbytes, whole_above_nbytes, with_blocks_above
@@ -49,51 +50,60 @@ def with_vram(
     Raises:
         PlanInfeasibleError: the budget does not hold an expert, or not what has to be there.
     """
-    if kv_vram_nbytes != 0 and plan.kv is not None and not runs_attention:
-        return _with_blocks(spec, plan, budget_nbytes, alignment_nbytes, other_nbytes, kv_vram_nbytes)
+    beside = _Beside(runs_attention, alignment_nbytes, other_nbytes)
+    if kv_vram_nbytes != 0 and plan.kv is not None:
+        return _with_blocks(spec, plan, budget_nbytes, beside, kv_vram_nbytes)
+    return _around(spec, plan, budget_nbytes, beside, 0)
+
+
+class _Beside(NamedTuple):
+    """See `with_vram`."""
+
+    runs_attention: bool
+    alignment_nbytes: int
+    other_nbytes: int
+
+
+def _around(spec: ModelSpec, plan: Plan, budget_nbytes: int, beside: _Beside, blocks_nbytes: int) -> Plan:
+    """As `with_vram`, with so many bytes of a KV cache's blocks, which count as activations."""
+    runs_attention, alignment_nbytes, other_nbytes = beside
     least = _least_slots_nbytes(plan)
     indices = range(len(spec.layers))
     everywhere = Homes(tuple(indices), tuple(indices), True, 0, 0, 1, 1)
     kv = kv_moved_nbytes(spec, plan.workload, everywhere) if runs_attention and plan.kv is None else 0
     sizes = [layer.dense_nbytes for layer in spec.layers]
     rest = spec.dense_nbytes - sum(sizes) + alignment_nbytes
-    fixed = rest + kv + other_nbytes
+    other = other_nbytes + blocks_nbytes
+    fixed = rest + kv + other
     if sizes and budget_nbytes >= fixed + sum(sizes) + least:
-        return _planned(plan, budget_nbytes, tuple(indices), 0, rest + sum(sizes), kv, other_nbytes)
+        return _planned(plan, budget_nbytes, tuple(indices), 0, rest + sum(sizes), kv, other)
     window = WINDOW_LAYERS * max(sizes, default=0)
     room = budget_nbytes - fixed - window - least
     if len(sizes) > WINDOW_LAYERS and room >= 0:
         resident = _resident(sizes, room)
         dense = rest + window + sum(sizes[index] for index in resident)
-        return _planned(plan, budget_nbytes, resident, WINDOW_LAYERS, dense, kv, other_nbytes)
+        return _planned(plan, budget_nbytes, resident, WINDOW_LAYERS, dense, kv, other)
     if runs_attention:
         needed = fixed + min(window, sum(sizes)) + least
         raise PlanInfeasibleError(
-            f"{plan.model} needs at least {needed:,} bytes of VRAM: {rest:,} for what is in no layer, KV cache {kv:,}, "
-            f"activations and workspaces {other_nbytes:,}, a window of dense layers {min(window, sum(sizes)):,}, "
-            f"expert slots {least:,}; there are {budget_nbytes:,}",
+            f"{plan.model} needs at least {needed:,} bytes of VRAM: {rest:,} for what is in no layer, KV cache "
+            f"{kv + blocks_nbytes:,}, activations and workspaces {other_nbytes:,}, a window of dense layers "
+            f"{min(window, sum(sizes)):,}, expert slots {least:,}; there are {budget_nbytes:,}",
             0,
         )
-    return _planned(plan, budget_nbytes, (), 0, 0, 0, 0)
+    return _planned(plan, budget_nbytes, (), 0, 0, 0, blocks_nbytes)
 
 
-def _with_blocks(
-    spec: ModelSpec, plan: Plan, budget_nbytes: int, alignment_nbytes: int, other_nbytes: int, wanted: int | None
-) -> Plan:
+def _with_blocks(spec: ModelSpec, plan: Plan, budget_nbytes: int, beside: _Beside, wanted: int | None) -> Plan:
     """As `with_vram`, with the newest blocks of the KV cache in what dense weights leave of the budget."""
     assert plan.kv is not None
-
-    def around(nbytes: int) -> Plan:
-        beside = other_nbytes + nbytes
-        return with_vram(spec, plan, budget_nbytes, alignment_nbytes=alignment_nbytes, other_nbytes=beside)
-
     whole, block = whole_above_nbytes(spec, plan.workload, plan.kv.format), largest_block_nbytes(spec, plan.kv.format)
     if wanted is None:
-        made = around(0)
+        made = _around(spec, plan, budget_nbytes, beside, 0)
         assert made.vram is not None
         # Without the layers above, all that is new would have to go up before it is attended there.
         dense = made.vram.use.dense_nbytes
-        room = budget_nbytes - dense - other_nbytes - _least_slots_nbytes(plan) if dense else 0
+        room = budget_nbytes - dense - made.vram.use.activation_nbytes - _least_slots_nbytes(plan) if dense else 0
         nbytes = min(room, whole) // block * block
         if nbytes < 4 * block:
             return made
@@ -106,7 +116,7 @@ def _with_blocks(
                 f"{plan.model} needs there",
                 0,
             )
-    made = around(nbytes)
+    made = _around(spec, plan, budget_nbytes, beside, nbytes)
     assert made.vram is not None
     use, kv = made.vram.use, with_blocks_above(spec, plan.workload, plan.kv, nbytes)
     use = replace(use, kv_nbytes=nbytes, activation_nbytes=use.activation_nbytes - nbytes)

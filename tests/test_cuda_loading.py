@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import offload
 from offload.devices import cuda_driver
 from offload.devices.pinned import PinnedHostDevice
-from offload.errors import DoesNotFitError, SlowDeviceWarning, SlowKvWarning
+from offload.errors import DoesNotFitError, InvalidArgumentError, SlowDeviceWarning, SlowKvWarning
 from offload.kv import attention
 from offload.kv.pieces import attend_in_pieces
+from placement import kv
 from placement.kv_settings import PIECES_NBYTES
 from tests.conftest import TinyCheckpoint
 from tests.devices.fake_cuda import FakeCudaDriver
 from tests.hf.reference import greedy, prompt, reference_model
+from tests.kv.tables import SETTINGS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/devices/test_on_gpu.py has the real one")
 
@@ -38,6 +42,12 @@ def _least_vram(directory: Path, store_root: Path) -> int:
     with pytest.raises(DoesNotFitError, match=r"bytes of VRAM: .* window of dense layers") as caught:
         _load(directory, store_root, vram="1MiB")
     return int(str(caught.value).split("at least ")[1].split()[0].replace(",", ""))
+
+
+def _least_kv_ram(directory: Path, store_root: Path) -> int:
+    with pytest.raises(InvalidArgumentError, match="two segments to read into") as caught:
+        _load(directory, store_root, batch=2, kv_ram=1)
+    return int(str(caught.value).split("take ")[1].split(" ")[0].replace(",", ""))
 
 
 def test_tokens_equal_transformers_at_any_cap(
@@ -65,13 +75,15 @@ def test_tokens_equal_transformers_at_any_cap(
 def test_a_cache_in_blocks_lies_in_host_memory(
     driver: FakeCudaDriver, tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The prompt in two chunks, the second of which attends to blocks with its products, then tokens, by the CPU."""
+    """With `kv_vram=0`: the prompt in two chunks, the second of which attends to blocks with its products, then tokens,
+    by the CPU.
+    """
     # As for tensors that are not on the CPU.
     monkeypatch.setattr(attention, "_flash", attend_in_pieces)
     directory = tiny_checkpoint("qwen3_moe")
     ids = prompt(tokens=20)
     expected = greedy(reference_model(directory, torch.float32), ids, new_tokens=2)
-    model = _load(directory, store_root, context=2000, kv_ram="800KiB", prefill_chunk=10)
+    model = _load(directory, store_root, context=2000, kv_ram="800KiB", kv_vram=0, prefill_chunk=10)
     with model.offload as runtime:
         plan = runtime.plan
         assert plan.kv is not None
@@ -81,6 +93,61 @@ def test_a_cache_in_blocks_lies_in_host_memory(
         figures = runtime.stats().kv
         assert figures.paged_steps
         assert not figures.gathered_steps
+        assert not figures.accelerated_steps
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_tokens_with_the_newest_blocks_in_vram(
+    model_type: str,
+    driver: FakeCudaDriver,
+    tiny_checkpoint: TinyCheckpoint,
+    store_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A quarter of the context there, the rest in RAM and on disk; grouped heads, latents, and sinks."""
+    monkeypatch.setattr(attention, "_flash", attend_in_pieces)
+    monkeypatch.setattr(kv, "SETTINGS", SETTINGS)
+    directory, ids = tiny_checkpoint(model_type), prompt(batch=2, tokens=70)
+    padded = torch.ones_like(ids)
+    padded[0, :25] = 0
+    options = {"attention_mask": padded, "new_tokens": 3}
+    expected = greedy(reference_model(directory, torch.float32), ids, **options)
+    least = _least_kv_ram(directory, store_root)
+    quarter = 2 * 80 * offload.plan(directory, context=80, batch=2, kv_ram=least).kv.nbytes_per_token // 4
+    model = _load(directory, store_root, context=80, batch=2, kv_ram=least, kv_vram=quarter, prefill_chunk=40)
+    with model.offload as runtime:
+        plan = runtime.plan
+        assert plan.kv.vram_nbytes == plan.vram.use.kv_nbytes > 0
+        assert plan.vram.use.total_nbytes <= driver.limit_nbytes
+        driver.followed.clear()
+        assert torch.equal(greedy(model, ids, **options), expected)
+        runtime.check()
+        figures = runtime.stats().kv
+        assert figures.gathered == (), figures.gathered
+        assert figures.accelerated_steps
+        assert figures.blocks_moved
+        assert figures.vram_nbytes
+        assert figures.ram_nbytes
+        assert driver.followed, "copies down did not wait for kernels"
+
+
+def test_packed_blocks_in_vram(
+    driver: FakeCudaDriver, tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are those of packed blocks in RAM, but for what roundings of the queries there change."""
+    monkeypatch.setattr(kv, "SETTINGS", replace(SETTINGS, recent_tokens=16))
+    directory, ids = tiny_checkpoint("qwen3_moe"), prompt(tokens=53)
+    found = []
+    for vram in (0, "2MiB"):
+        model = _load(directory, store_root, context=400, kv="int8", kv_vram=vram, prefill_chunk=300)
+        cache = DynamicCache(config=model.config)
+        with model.offload as runtime, torch.no_grad():
+            for part in (ids, ids[:, :2], ids[:, :1]):
+                found.append(model(part, past_key_values=cache).logits)
+            runtime.check()
+            assert bool(runtime.stats().kv.accelerated_steps) == bool(vram)
+    for below, above in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(above, below, rtol=1e-3, atol=1e-3)
 
 
 def test_a_cache_too_large_for_vram_goes_into_blocks(
@@ -88,12 +155,12 @@ def test_a_cache_too_large_for_vram_goes_into_blocks(
 ) -> None:
     directory = tiny_checkpoint("qwen3_moe")
     long = {"ram": "4GiB", "context": 1_000_000, "prefill_chunk": 8}
-    with pytest.warns(SlowKvWarning, match="the CPU attends to it"):
+    with pytest.warns(SlowKvWarning, match=r"the newest \d+ tokens in VRAM, the others in RAM and on disk"):
         model = _load(directory, store_root, **long)
     with model.offload as runtime:
         plan = runtime.plan
         assert plan.kv is not None
-        assert plan.vram.use.kv_nbytes == 0
+        assert plan.vram.use.kv_nbytes == plan.kv.vram_nbytes > 0
         assert plan.vram.use.activation_nbytes > PIECES_NBYTES
     with pytest.raises(DoesNotFitError, match="KV cache"):
         _load(directory, store_root, **long, vram="1MiB")

@@ -238,6 +238,39 @@ class KvAccelerator(Accelerator):
         """Keys [Hk, tokens, D] and values [Hk, tokens, V] of consecutive blocks, fp32, for many new tokens."""
 
     @abstractmethod
+    def write_tokens(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor | None,
+        offsets: npt.NDArray[np.int64],
+        addresses: npt.NDArray[np.int64],
+        first_tokens: npt.NDArray[np.int64],
+        layout: KvLayout,
+    ) -> None:
+        """As `cpu_kernels.kv_blocks.write_tokens`, into blocks in this device's memory; tensors are on any device."""
+
+    @abstractmethod
+    def pack_blocks(
+        self,
+        sources: npt.NDArray[np.int64],
+        source_layout: KvLayout,
+        targets: npt.NDArray[np.int64],
+        layout: KvLayout,
+    ) -> None:
+        """Pack full plain blocks into quantised ones, all in this device's memory, with the bytes of `formats.kv_pack`.
+
+        Args:
+            sources: int64 [n], addresses of the plain blocks.
+            source_layout: of these.
+            targets: int64 [n], addresses of the quantised ones.
+            layout: of these; heads, widths and tokens as the sources'.
+        """
+
+    @abstractmethod
+    def copy_up(self, source: npt.NDArray[np.uint8], target: int) -> None:
+        """Copy bytes of host memory to an address of this device's memory; returns when they may change."""
+
+    @abstractmethod
     def copy_within(self, source: int, target: int, nbytes: int) -> None:
         """Copy between addresses of this device's memory, before anything that is computed later."""
 

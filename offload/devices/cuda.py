@@ -1,8 +1,9 @@
-"""A CUDA device: slabs in VRAM, copies on streams of their own, experts by the Triton kernels."""
+"""A CUDA device: slabs in VRAM, copies on streams of their own, experts and attention by the Triton kernels."""
 
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from pathlib import Path
 from time import perf_counter
 
@@ -10,8 +11,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload.devices.base import Accelerator, ExpertBatch, ExpertSums, Slab, Span, Work
-from offload.devices.cuda_driver import CopyStream, CudaDriver
+from formats.kv import KvLayout
+from offload.devices import cuda_attention
+from offload.devices.base import (
+    AttentionBatch,
+    AttentionWork,
+    ExpertBatch,
+    ExpertSums,
+    KvAccelerator,
+    Slab,
+    Span,
+    Work,
+)
+from offload.devices.cuda_attention import CudaAttention
+from offload.devices.cuda_driver import CopyStream, CudaDriver, Moment
 from offload.devices.cuda_experts import CudaWork, sum_experts
 from offload.devices.link import Link
 from offload.devices.pinned import PinnedHostDevice, host_bytes
@@ -62,7 +75,7 @@ class CudaSlab(Slab):
             self._driver.trim()
 
 
-class CudaDevice(Accelerator):
+class CudaDevice(KvAccelerator):
     """One GPU.
 
     Attributes:
@@ -84,6 +97,8 @@ class CudaDevice(Accelerator):
         self.name = str(driver.device)
         self.budget_nbytes = budget_nbytes
         self._taken_nbytes = 0
+        self._slabs: tuple[CudaSlab, ...] = ()
+        self._written: Moment | None = None
         self._host = PinnedHostDevice(driver)
         self.link = self._measure_link()
 
@@ -111,7 +126,23 @@ class CudaDevice(Accelerator):
                 f"{format_size(total)} are free; load with a smaller vram=, or end what else uses the GPU"
             ) from error
         self._taken_nbytes += nbytes
-        return CudaSlab(memory, self.driver)
+        slab = CudaSlab(memory, self.driver)
+        # Another tuple each time: threads that copy look into it.
+        self._slabs = tuple(sorted((*self._slabs, slab), key=lambda one: one.address))
+        return slab
+
+    def memory(self, address: int, nbytes: int) -> torch.Tensor:
+        """Bytes of this device's slabs as uint8 [nbytes], without a copy.
+
+        Raises:
+            ValueError: they are in none.
+        """
+        slabs = self._slabs
+        at = bisect_right(slabs, address, key=lambda slab: slab.address) - 1
+        if at < 0 or address + nbytes > slabs[at].address + slabs[at].nbytes:
+            raise ValueError(f"{nbytes:,} bytes at address {address:#x} are not in the memory of {self.name}")
+        start = address - slabs[at].address
+        return slabs[at].tensor()[start : start + nbytes]
 
     def start_experts(self, layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> Work:
         """Start kernels and the copy of their outputs to the host.
@@ -136,6 +167,94 @@ class CudaDevice(Accelerator):
     def copy_reader(self) -> CudaCopyReader:
         """Copies on streams."""
         return CudaCopyReader(self.driver)
+
+    # --- blocks of a KV cache ----------------------------------------------------------------------------------
+
+    def start_attention(self, batch: AttentionBatch) -> AttentionWork:
+        """Start the kernel on the current stream.
+
+        Raises:
+            torch.OutOfMemoryError: no room for queries and outputs.
+        """
+        return CudaAttention(self.driver, batch)
+
+    def read_blocks(
+        self, addresses: npt.NDArray[np.int64], tokens: int, layout: KvLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """On the device.
+
+        Raises:
+            ValueError: a block that is not in this device's memory.
+            torch.OutOfMemoryError: no room for them in fp32.
+        """
+        return cuda_attention.read_blocks(self._blocks(addresses, layout), tokens, layout)
+
+    def write_tokens(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor | None,
+        offsets: npt.NDArray[np.int64],
+        addresses: npt.NDArray[np.int64],
+        first_tokens: npt.NDArray[np.int64],
+        layout: KvLayout,
+    ) -> None:
+        """Start the kernel on the current stream.
+
+        Raises:
+            ValueError: see `gpu_kernels.kv_blocks.write_tokens`.
+        """
+        cuda_attention.write_tokens(self.driver, keys, values, (offsets, addresses, first_tokens), layout)
+        self._note_written()
+
+    def pack_blocks(
+        self,
+        sources: npt.NDArray[np.int64],
+        source_layout: KvLayout,
+        targets: npt.NDArray[np.int64],
+        layout: KvLayout,
+    ) -> None:
+        """Start torch's operations on the current stream.
+
+        Raises:
+            ValueError: a block that is not in this device's memory.
+            torch.OutOfMemoryError: no room for them in fp32.
+        """
+        cuda_attention.pack_blocks(
+            self._blocks(sources, source_layout), source_layout, self._blocks(targets, layout), layout
+        )
+        self._note_written()
+
+    def copy_up(self, source: npt.NDArray[np.uint8], target: int) -> None:
+        """On the current stream; returns when the bytes are there.
+
+        Raises:
+            ValueError: the target is not in this device's memory.
+        """
+        self.memory(target, source.nbytes).copy_(torch.from_numpy(source))
+        self._note_written()
+
+    def copy_within(self, source: int, target: int, nbytes: int) -> None:
+        """On the current stream.
+
+        Raises:
+            ValueError: source or target is not in this device's memory.
+        """
+        self.memory(target, nbytes).copy_(self.memory(source, nbytes))
+        self._note_written()
+
+    def copy_down_reader(self) -> CudaDownReader:
+        """Copies on streams, each behind what was written to blocks before it."""
+        return CudaDownReader(self)
+
+    def written(self) -> Moment | None:
+        """When blocks were last written to; None before the first time."""
+        return self._written
+
+    def _note_written(self) -> None:
+        self._written = self.driver.moment()
+
+    def _blocks(self, addresses: npt.NDArray[np.int64], layout: KvLayout) -> list[torch.Tensor]:
+        return [self.memory(address, layout.nbytes) for address in addresses.tolist()]
 
     def step_graph(self) -> StepGraph:
         """A CUDA graph.
@@ -162,8 +281,8 @@ class CudaDevice(Accelerator):
         return Link(_PROBE_NBYTES / max(min(seconds), 1e-9), _LINK_LATENCY_S)
 
 
-class CudaCopyReader:
-    """What a `ReadEngine` fills VRAM from: host memory, by address.
+class _StreamReader:
+    """Copies between the host's memory and a device's, by address.
 
     Each of the engine's threads has a stream; a piece is done when its event is. Pieces of a few MiB keep the link
     busy as long as two are under way, and an urgent copy waits for no more than those.
@@ -172,8 +291,8 @@ class CudaCopyReader:
         paths, bytes_read, retries, direct: as of `LinkReader`.
     """
 
-    def __init__(self, driver: CudaDriver) -> None:
-        self.paths = (Path("host memory"),)
+    def __init__(self, driver: CudaDriver, source: str) -> None:
+        self.paths = (Path(source),)
         self.bytes_read = 0
         self.retries = 0
         self.direct = True
@@ -181,16 +300,17 @@ class CudaCopyReader:
         self._thread = threading.local()
         self.renew_lock()
 
-    def read(self, shard: int, offset: int, out: torch.Tensor) -> None:
-        """Copy len(out) bytes from the address `offset`; returns when they are there."""
-        del shard
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, after: Moment | None = None) -> None:
+        """Copy uint8 [n]; returns when they are there."""
         stream: CopyStream | None = getattr(self._thread, "stream", None)
         if stream is None:
             stream = self._thread.stream = self._driver.copy_stream()
-        stream.copy(out, torch.from_numpy(host_bytes(offset, len(out))))
+        if after is not None:
+            stream.follow(after)
+        stream.copy(target, source)
         stream.synchronise()
         with self._lock:
-            self.bytes_read += len(out)
+            self.bytes_read += len(target)
 
     def close(self) -> None:
         """Streams end with their threads."""
@@ -198,3 +318,33 @@ class CudaCopyReader:
     def renew_lock(self) -> None:
         """In a forked child: the parent's threads hold no lock here."""
         self._lock = threading.Lock()
+
+
+class CudaCopyReader(_StreamReader):
+    """What a `ReadEngine` fills VRAM from: host memory, by address."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        super().__init__(driver, "host memory")
+
+    def read(self, shard: int, offset: int, out: torch.Tensor) -> None:
+        """Copy len(out) bytes from the address `offset`; returns when they are there."""
+        del shard
+        self._copy(out, torch.from_numpy(host_bytes(offset, len(out))))
+
+
+class CudaDownReader(_StreamReader):
+    """What a `ReadEngine` fills host memory from: VRAM, by address, as kernels left it."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        super().__init__(device.driver, device.name)
+        self._device = device
+
+    def read(self, shard: int, offset: int, out: memoryview) -> None:
+        """Copy len(out) bytes from the address `offset`; returns when they are there.
+
+        Raises:
+            ValueError: they are not in the device's memory.
+        """
+        del shard
+        target = torch.from_numpy(np.frombuffer(out, np.uint8))
+        self._copy(target, self._device.memory(offset, len(out)), self._device.written())

@@ -18,12 +18,20 @@ class PinRefusedError(Exception):
     """The system does not lock so much memory."""
 
 
+class Moment:
+    """A moment of the stream that kernels are given to."""
+
+
 class CopyStream(ABC):
     """A queue of copies to a device."""
 
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy of uint8 [n] from host memory to the device, or back."""
+
+    @abstractmethod
+    def follow(self, moment: Moment) -> None:
+        """Begin what is queued from here on when all that was before a moment is done."""
 
     @abstractmethod
     def synchronise(self) -> None:
@@ -80,6 +88,10 @@ class CudaDriver(ABC):
         """A new queue of copies."""
 
     @abstractmethod
+    def moment(self) -> Moment:
+        """Now, on the current stream: after all that it was given so far."""
+
+    @abstractmethod
     def step_graph(self) -> StepGraph:
         """An empty graph.
 
@@ -96,6 +108,12 @@ class CudaDriver(ABC):
         """Return when the device has nothing left to do."""
 
 
+class _TorchMoment(Moment):
+    def __init__(self, device: torch.device) -> None:
+        self.event = torch.cuda.Event()
+        self.event.record(torch.cuda.current_stream(device))
+
+
 class _TorchStream(CopyStream):
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -104,6 +122,10 @@ class _TorchStream(CopyStream):
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
+
+    def follow(self, moment: Moment) -> None:
+        assert isinstance(moment, _TorchMoment)
+        self._stream.wait_event(moment.event)
 
     def synchronise(self) -> None:
         self._event.record(self._stream)
@@ -158,6 +180,10 @@ class TorchCudaDriver(CudaDriver):
     def copy_stream(self) -> CopyStream:
         """A stream of its own."""
         return _TorchStream(self.device)
+
+    def moment(self) -> Moment:
+        """An event."""
+        return _TorchMoment(self.device)
 
     def step_graph(self) -> StepGraph:
         """A CUDA graph."""

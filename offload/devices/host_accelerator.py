@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_kernels.kv_blocks import read_tokens
+from cpu_kernels.kv_blocks import pack_block, read_tokens, write_tokens
 from formats.kv import KvLayout
 from offload.devices.base import AttentionBatch, AttentionWork, Device, ExpertBatch, ExpertSums, KvAccelerator, Slab
 from offload.devices.host import HostDevice
@@ -99,6 +99,44 @@ class HostAccelerator(KvAccelerator):
         """
         self._check(addresses, layout.nbytes, "a KV block")
         return read_tokens(addresses, 0, tokens, layout)
+
+    def write_tokens(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor | None,
+        offsets: npt.NDArray[np.int64],
+        addresses: npt.NDArray[np.int64],
+        first_tokens: npt.NDArray[np.int64],
+        layout: KvLayout,
+    ) -> None:
+        """With the CPU kernels, at once.
+
+        Raises:
+            ValueError: a block that is not in this device's memory; see `cpu_kernels.kv_blocks.write_tokens`, too.
+        """
+        self._check(addresses, layout.nbytes, "a KV block")
+        write_tokens(keys, values, offsets, addresses, first_tokens, layout)
+
+    def pack_blocks(
+        self,
+        sources: npt.NDArray[np.int64],
+        source_layout: KvLayout,
+        targets: npt.NDArray[np.int64],
+        layout: KvLayout,
+    ) -> None:
+        """With the CPU kernels, at once.
+
+        Raises:
+            ValueError: a block that is not in this device's memory.
+        """
+        self._check(sources, source_layout.nbytes, "a KV block")
+        self._check(targets, layout.nbytes, "a KV block")
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            pack_block(source, source_layout, target, layout)
+
+    def copy_up(self, source: npt.NDArray[np.uint8], target: int) -> None:
+        """At once; blocks are some KB, for which the link is not asked."""
+        ctypes.memmove(target, source.ctypes.data, source.nbytes)
 
     def copy_within(self, source: int, target: int, nbytes: int) -> None:
         """At once."""

@@ -8,7 +8,7 @@ from offload.devices.host_threads import kernel_pool
 
 
 def attend(batch: AttentionBatch) -> AttentionPart:
-    """On the calling thread and the kernels' workers."""
+    """On the calling thread and the kernels' workers; the query is on the CPU."""
     return paged_attention(
         batch.query, batch.offsets, batch.addresses, batch.lengths, batch.first_positions, batch.query_positions,
         batch.layout, batch.scale, valid=batch.valid, pool=kernel_pool(),

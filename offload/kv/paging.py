@@ -87,6 +87,15 @@ class Paging:
                 self._pool = BlockPool(self._device, self.ram_nbytes, SpillFile(self._directory), self._above())
             return self._pool
 
+    def reserve(self) -> None:
+        """Take the accelerator's memory now, not with the first token.
+
+        Raises:
+            DoesNotFitError: it has not so much.
+        """
+        with self._lock:
+            self._above()
+
     def _above(self) -> MemoryAbove | None:
         """The accelerator's memory, taken once: a forked child has a copy of its own."""
         if self._memory_above is None and self._accelerator is not None and self._vram_nbytes:

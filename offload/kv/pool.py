@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections import deque
@@ -16,11 +15,12 @@ import torch
 
 from offload.devices.base import Device, KvAccelerator, Slab
 from offload.errors import ClosedError, UnsupportedOperationError
+from offload.kv import contents
 from offload.kv.above import Above
 from offload.kv.below import Below
 from offload.kv.held import Held
 from offload.kv.records import BlockRecords
-from offload.kv.slots import RamSlots
+from offload.kv.slots import RamSlots, view
 from offload.kv.sparsity.counters import SparsityCounters
 from offload.kv.spill_file import SpillFile
 from offload.kv.staging import Staging
@@ -296,7 +296,7 @@ class BlockPool:
             self.above.accelerator.copy_within(*addresses, nbytes)
             return
         with self.at_hand(np.array([source])) as found:
-            ctypes.memmove(int(self.addresses[target]), int(found[0]), nbytes)
+            contents.fill(self, target, np.frombuffer(view(int(found[0]), nbytes), np.uint8))
 
     def drop(self, key: bytes) -> None:
         """Blocks that were fetched are not needed any more."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import weakref
 from collections.abc import Iterable
@@ -12,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_kernels.kv_blocks import TokenWriter, pack_block, read_tokens, write_tokens
+from cpu_kernels.kv_blocks import TokenWriter, read_tokens
 from formats.kv import KvLayout
 from offload.errors import UnsupportedOperationError
+from offload.kv import contents
 from offload.kv.evicted import Evicted
 from offload.kv.held import Held
 from offload.kv.pool import BlockPool
@@ -120,7 +120,7 @@ class BlockTable:
         """Add tokens to every sequence.
 
         Args:
-            keys: [sequences, heads, T, key width].
+            keys: [sequences, heads, T, key width], on any device.
             values: [sequences, heads, T, value width]; None where they are part of the keys.
 
         Raises:
@@ -128,6 +128,9 @@ class BlockTable:
         """
         size, done, new = self.settings.block_tokens, 0, keys.shape[2]
         with self.pool.use():
+            if self.pool.above is None:
+                # All that is written goes into host memory.
+                keys, values = keys.cpu(), None if values is None else values.cpu()
             if new == self.sequences == 1 and self._append_to_last(keys, values):
                 return
             self._own_tail()
@@ -145,6 +148,12 @@ class BlockTable:
         block = int(self._held.blocks[0, self._held.columns - 1]) if place else -1
         if place in (0, self.settings.block_tokens - 1) or self.pool.refs[block] != 1:
             return False
+        if self.pool.is_above[block]:
+            own = self._held.blocks[:, self._held.columns - 1 : self._held.columns]
+            contents.write(self.pool, keys, values, own, np.array([place]), self.layouts.plain)
+            self.tokens += 1
+            return True
+        keys, values = keys.cpu(), None if values is None else values.cpu()
         address = int(self.pool.addresses[block])
         writer = self._writer
         if writer is None or not writer.takes(keys, values, address):
@@ -160,10 +169,8 @@ class BlockTable:
         held.reserve(end)
         while held.columns < end:
             held.add(self._new(self.layouts.plain, range(rows)))
-        blocks = np.ascontiguousarray(held.blocks[:, first:end]).reshape(-1)
-        offsets = np.arange(rows + 1) * (end - first)
         starts = np.full(rows, self.tokens - first * size)
-        write_tokens(keys, values, offsets, self.pool.addresses[blocks], starts, self.layouts.plain)
+        contents.write(self.pool, keys, values, held.blocks[:, first:end], starts, self.layouts.plain)
         self.tokens += keys.shape[2]
 
     def _new(self, layout: KvLayout, rows: Iterable[int]) -> list[int]:
@@ -193,9 +200,11 @@ class BlockTable:
         """Put packed blocks in place of a column's plain ones; sequences that shared one share the other."""
         old, first_rows, row_of = np.unique(self._held.blocks[:, column], return_index=True, return_inverse=True)
         new = np.array(self._new(layout, first_rows.tolist()), np.int64)
-        addresses = self.pool.addresses
-        for before, after in zip(old, new, strict=True):
-            pack_block(int(addresses[before]), self.layouts.plain, int(addresses[after]), layout)
+        try:
+            contents.pack(self.pool, old, self.layouts.plain, new, layout)
+        except BaseException:
+            self.pool.release(new)
+            raise
         self._replace(column, np.arange(self.sequences), new[row_of], new)
 
     def _replace(self, column: int, rows: Int64, blocks: Int64, owned: Int64) -> None:
@@ -272,9 +281,8 @@ class BlockTable:
         except BaseException:
             self.pool.release(new)
             raise
-        target, start = self.pool.addresses[new], np.zeros(1, np.int64)
         own = None if layouts.plain.value_from_key else values[None]
-        write_tokens(keys[None], own, np.array([0, 1]), target, start, layouts.plain)
+        contents.write(self.pool, keys[None], own, new[None], np.zeros(1, np.int64), layouts.plain)
         self._replace(column, np.array([row]), new, new)
 
     def select(self, rows: Int64) -> None:
@@ -347,27 +355,27 @@ class BlockTable:
             other.sparsity = None if self.sparsity is None else self.sparsity.copy()
             return other
 
-    def restore(self, contents: Iterable[npt.NDArray[np.uint8]], tokens: int, sealed: int) -> None:
+    def restore(self, found: Iterable[npt.NDArray[np.uint8]], tokens: int, sealed: int) -> None:
         """Take over the blocks that another table with these layouts had for one sequence; this one is empty.
 
         Args:
-            contents: uint8, the bytes of the block of each column.
+            found: uint8, the bytes of the block of each column.
             tokens: the other's.
             sealed: the other's.
 
         Raises:
             DoesNotFitError, StorageError: no memory can be had for them; the table stays empty.
-            Exception: whatever `contents` raises; likewise.
+            Exception: whatever `found` raises; likewise.
         """
         held, size = self._held, self.settings.block_tokens
         with self.pool.use():
             held.reserve(-(-tokens // size))
             try:
-                for column, content in enumerate(contents):
+                for column, content in enumerate(found):
                     packed = self.layouts.packed if column < sealed else None
                     held.add(self._new(packed or self.layouts.plain, [0]))
                     block = int(held.blocks[0, column])
-                    ctypes.memmove(int(self.pool.addresses[block]), content.ctypes.data, content.nbytes)
+                    contents.fill(self.pool, block, content)
                     if column < sealed:
                         if self.sparsity is not None:
                             self.sparsity.sealed(self, column)

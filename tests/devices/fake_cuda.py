@@ -7,9 +7,13 @@ import weakref
 
 import torch
 
-from offload.devices.cuda_driver import CopyStream, CudaDriver, PinRefusedError
+from offload.devices.cuda_driver import CopyStream, CudaDriver, Moment, PinRefusedError
 from offload.step_graph.graph import StepGraph
 from offload.step_graph.recorded_graph import RecordedGraph
+
+
+class FakeMoment(Moment):
+    """One of all that a driver was asked for."""
 
 
 class FakeStream(CopyStream):
@@ -21,6 +25,10 @@ class FakeStream(CopyStream):
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self._queued.append((target, source))
+
+    def follow(self, moment: Moment) -> None:
+        with self._driver.lock:
+            self._driver.followed.append(moment)
 
     def synchronise(self) -> None:
         for target, source in self._queued:
@@ -38,6 +46,8 @@ class FakeCudaDriver(CudaDriver):
         pinnable_nbytes: that the system locks, at most.
         pinned: bytes by address.
         copies: (address, bytes) of every copy.
+        moments: that it was asked for, in order.
+        followed: those that copies waited for.
         refuse: allocations that are refused from the next one on.
     """
 
@@ -47,6 +57,8 @@ class FakeCudaDriver(CudaDriver):
         self.pinnable_nbytes = pinnable_nbytes
         self.pinned: dict[int, int] = {}
         self.copies: list[tuple[int, int]] = []
+        self.moments: list[Moment] = []
+        self.followed: list[Moment] = []
         self.refuse = 0
         self.limit_nbytes = total_nbytes
         self.trims = 0
@@ -92,6 +104,10 @@ class FakeCudaDriver(CudaDriver):
 
     def copy_stream(self) -> CopyStream:
         return FakeStream(self)
+
+    def moment(self) -> Moment:
+        self.moments.append(FakeMoment())
+        return self.moments[-1]
 
     def step_graph(self) -> StepGraph:
         return RecordedGraph()

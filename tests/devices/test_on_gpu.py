@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import offload
 from cpu_kernels.threads import ThreadPool
@@ -93,22 +94,49 @@ def test_tokens_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_a_cache_in_blocks_lies_in_host_memory(
-    model_type: str, name: str, tiny_checkpoint: TinyCheckpoint, store_root: Path
+@pytest.mark.parametrize("kv_vram", [0, "128KiB", None], ids=["below", "some above", "as much as fits"])
+def test_a_cache_in_blocks(
+    model_type: str, kv_vram: int | str | None, name: str, tiny_checkpoint: TinyCheckpoint, store_root: Path
 ) -> None:
-    """The prompt in chunks, which attend to blocks on the GPU; tokens, by the CPU."""
+    """The prompt in chunks, which attend to blocks on the GPU; tokens, each device to the blocks in its memory."""
     directory = tiny_checkpoint(model_type)
     ids = prompt(tokens=26, batch=2)
     expected = greedy(reference_model(directory, torch.float32), ids)
     model = offload.load(
         directory, ram="1GiB", nvme=store_root, context=60, batch=2, device=name, vram=VRAM, kv_ram="4MiB",
-        prefill_chunk=10,
+        kv_vram=kv_vram, prefill_chunk=10,
     )  # fmt: skip
     with model.offload as runtime:
         assert torch.equal(greedy(model, ids.to(name)).cpu(), expected)
         runtime.check()
         if runtime.plan.kv is not None:
-            assert runtime.stats().kv.paged_steps
+            figures = runtime.stats().kv
+            assert figures.paged_steps
+            assert bool(figures.accelerated_steps) == (kv_vram != 0)
+
+
+@pytest.mark.parametrize("format", ["auto", "fp8", "int8", "int4"])
+def test_blocks_go_down_while_kernels_write(
+    format: str, name: str, tiny_checkpoint: TinyCheckpoint, store_root: Path
+) -> None:
+    """A quarter of a longer context above: logits are those of blocks in host memory, but for roundings of queries."""
+    ids = prompt(tokens=700).to(name)
+    found = []
+    for kv_vram in (0, "256KiB"):
+        model = offload.load(
+            tiny_checkpoint("qwen3_moe"), ram="1GiB", nvme=store_root, context=800, device=name, vram=VRAM, kv=format,
+            kv_ram="16MiB", kv_vram=kv_vram, prefill_chunk=100,
+        )  # fmt: skip
+        with model.offload as runtime, torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            for part in (*ids.split(100, 1), ids[:, :3], ids[:, :1]):
+                logits = model(part, past_key_values=cache).logits[:, -1]
+            found.append(logits)
+            runtime.check()
+            figures = runtime.stats().kv
+            assert bool(figures.accelerated_steps) == bool(kv_vram)
+            assert bool(figures.blocks_moved) == bool(kv_vram)
+    torch.testing.assert_close(*found, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])

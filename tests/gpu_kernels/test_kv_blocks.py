@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,8 @@ def _assert_written(
 
     keys = random(layout.key_width)
     values = None if layout.value_from_key else random(layout.value_width)
+    # The same bytes, with channels that fill up a panel as if they were the user's: a token has zeros there.
+    whole = replace(layout, key_width=layout.key_columns, value_width=layout.value_columns)
     blocks = [-(-(first + tokens) // layout.block_tokens) for first in firsts]
     total = sum(blocks)
     slab = torch.full((total * layout.nbytes + 64,), _POISON, dtype=torch.uint8, device=device)
@@ -41,28 +45,32 @@ def _assert_written(
     found = slab[start : start + total * layout.nbytes].cpu().numpy().reshape(total, layout.nbytes)
     for sequence, first in enumerate(firsts):
         for number in range(blocks[sequence]):
-            numbers = [_in_block(side, sequence, number, first, tokens, layout) for side in (keys, values)]
+            widths = whole.key_width, whole.value_width
+            numbers = [
+                _in_block(side, sequence, number, first, tokens, layout, width)
+                for side, width in zip((keys, values), widths, strict=True)
+            ]
             expected = np.full(layout.nbytes, _POISON, np.uint8)
             # What is written is where two backgrounds agree.
-            ones = [pack_kv_block(*_filled(numbers, background), layout) for background in (1.0, 2.0)]
+            ones = [pack_kv_block(*_filled(numbers, background), whole) for background in (1.0, 2.0)]
             size = layout.bits // 8
             same = (ones[0].reshape(-1, size) == ones[1].reshape(-1, size)).all(1)
-            written = np.repeat(same, size) & ~_padding(layout)
+            written = np.repeat(same, size) & ~_padding(whole)
             expected[written] = ones[0][written]
             assert np.array_equal(found[order[int(offsets[sequence]) + number]], expected)
 
 
 def _in_block(
-    side: torch.Tensor | None, sequence: int, number: int, first: int, tokens: int, layout: KvLayout
+    side: torch.Tensor | None, sequence: int, number: int, first: int, tokens: int, layout: KvLayout, width: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """[heads, block_tokens, width], and which tokens are new."""
+    """[heads, block_tokens, width], zero past the side's own, and which tokens are new."""
     if side is None:
         return None
     size = layout.block_tokens
-    numbers = np.zeros((layout.kv_heads, size, side.shape[3]), np.float32)
+    numbers = np.zeros((layout.kv_heads, size, width), np.float32)
     places = number * size + np.arange(size) - first
     new = (places >= 0) & (places < tokens)
-    numbers[:, new] = side[sequence].float().numpy()[:, places[new]]
+    numbers[:, new, : side.shape[3]] = side[sequence].float().numpy()[:, places[new]]
     return numbers, new
 
 

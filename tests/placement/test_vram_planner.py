@@ -135,3 +135,31 @@ def test_as_much_above_as_was_asked_for() -> None:
     assert _above(1 << 32, 0).kv == make_plan(LONG_MODEL, LONG, 1 << 31, kv=KvChoice("int8")).kv
     with pytest.raises(PlanInfeasibleError, match=r"kv_vram=\d+ leaves no room in vram="):
         _above(1 << 28, 1 << 30)
+
+
+@pytest.mark.parametrize("wanted", [None, 64 << 20])
+def test_a_gpu_that_runs_attention_has_newest_blocks_too(wanted: int | None) -> None:
+    """Beside what it needs for itself; the others are below."""
+    base = make_plan(LONG_MODEL, LONG, 1 << 31, kv=KvChoice("int8", vram_nbytes=wanted))
+    other = 300 << 20
+    plan = with_vram(LONG_MODEL, base, 2 << 30, runs_attention=True, other_nbytes=other, kv_vram_nbytes=wanted)
+    assert plan.vram is not None and plan.kv is not None and base.kv is not None
+    assert plan.vram.use.total_nbytes <= 2 << 30
+    assert plan.vram.use.activation_nbytes == other
+    assert 0 < plan.vram.use.kv_nbytes == plan.kv.vram_nbytes <= (1 << 31 if wanted is None else wanted)
+    assert plan.kv_tier == base.kv_tier and plan.kv.vram_tokens > 0
+    without = with_vram(LONG_MODEL, base, 2 << 30, runs_attention=True, other_nbytes=other, kv_vram_nbytes=0)
+    assert without.vram is not None and without.kv is not None and without.vram.use.kv_nbytes == 0
+    with pytest.raises(PlanInfeasibleError, match=r"KV cache [1-9]"):
+        with_vram(LONG_MODEL, base, 2 << 30, runs_attention=True, other_nbytes=2 << 30, kv_vram_nbytes=64 << 20)
+
+
+def test_blocks_without_a_layer_above_leave_room_for_themselves() -> None:
+    """Where not even a window of dense weights fits, and blocks were asked for."""
+    wanted, small = 4 << 20, 9 << 19
+    base = make_plan(LONG_MODEL, LONG, 1 << 31, kv=KvChoice("int8", vram_nbytes=wanted))
+    plan = with_vram(LONG_MODEL, base, small, kv_vram_nbytes=wanted)
+    assert plan.vram is not None and plan.vram.use.dense_nbytes == 0
+    assert 0 < plan.vram.use.kv_nbytes <= wanted
+    assert plan.vram.use.total_nbytes <= small
+    assert plan.vram.slots * plan.slot_nbytes + plan.vram.use.kv_nbytes <= small

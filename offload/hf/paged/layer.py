@@ -142,11 +142,10 @@ class PagedLayer(DynamicLayer):
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         table = self.table
         assert table is not None
-        # Blocks are host memory, wherever the model computes.
         if table.layouts.plain.value_from_key:
-            table.append(torch.cat([keys, values], -1).detach().cpu(), None)
+            table.append(torch.cat([keys, values], -1).detach(), None)
         else:
-            table.append(keys.detach().cpu(), values.detach().cpu())
+            table.append(keys.detach(), values.detach())
 
     def get_seq_length(self) -> int:
         """Tokens, evicted ones too."""
