@@ -1,17 +1,16 @@
-"""GPU kernels and copies: experts at few and many tokens beside what the card's memory and torch's products reach."""
+"""GPU kernels and copies: experts and attention beside what the card's memory and torch's products reach."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
 
-from benchmarks import gpu_models
+from benchmarks import gpu_kv, gpu_models
 from benchmarks.checkpoints import store_root
+from benchmarks.gpu_timing import replayed, seconds_of
 from benchmarks.harness import Report, Row, Spread, say
 from formats.bundle import BundleLayout
 from formats.pack import pack_matrix
@@ -44,6 +43,7 @@ class GpuScale:
         copy_nbytes: of one copy over the link, and of the buffer that memory bandwidth is measured with.
         rounds: repeats.
         models: whole models over three tiers.
+        kv: attention to blocks of a KV cache.
     """
 
     formats: tuple[str, ...]
@@ -56,11 +56,12 @@ class GpuScale:
     copy_nbytes: int
     rounds: int
     models: gpu_models.ModelScale
+    kv: gpu_kv.KvScale
 
 
 _FORMATS = ("bf16", "int8", "int4", "mxfp4", "fp8_e4m3")
-FULL = GpuScale(_FORMATS, 2048, 768, 128, 8, (1, 2, 4, 8), (512, 2048), 1 << 30, 20, gpu_models.FULL)
-QUICK = GpuScale(("bf16", "int4"), 64, 48, 4, 2, (1,), (70,), 1 << 16, 2, gpu_models.QUICK)
+FULL = GpuScale(_FORMATS, 2048, 768, 128, 8, (1, 2, 4, 8), (512, 2048), 1 << 30, 20, gpu_models.FULL, gpu_kv.FULL)
+QUICK = GpuScale(("bf16", "int4"), 64, 48, 4, 2, (1,), (70,), 1 << 16, 2, gpu_models.QUICK, gpu_kv.QUICK)
 
 
 def run(work: Path, scale: GpuScale) -> Report:
@@ -90,6 +91,9 @@ def run(work: Path, scale: GpuScale) -> Report:
     report.tables["Experts, many tokens"] = [
         _many(report, layer, tokens, scale) for layer in layers.values() for tokens in scale.many_tokens
     ]
+    report.tables["Attention to KV blocks, one new token"] = gpu_kv.kv_table(
+        report, scale.kv, device, bandwidth.median, scale.rounds
+    )
     if device.type == "cuda":
         report.tables["Copies from pinned memory"] = _copies(report, scale, device)
     del layers
@@ -164,40 +168,6 @@ def _bundle(layout: BundleLayout, seed: int) -> np.ndarray[tuple[int], np.dtype[
     return bundle
 
 
-def seconds_of(call: Callable[[int], object], device: torch.device, rounds: int) -> Spread:
-    """Seconds of call(round), each round alone, after two that are not counted; on a GPU by its own clock."""
-    times = []
-    for index in range(rounds + 2):
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call(index)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            before = perf_counter()
-            call(index)
-            times.append(perf_counter() - before)
-    return Spread.of(times[2:])
-
-
-def _replayed(call: Callable[[int], object], device: torch.device, turns: int) -> Callable[[int], object]:
-    """The calls 0 to turns - 1 as one CUDA graph: starting kernels from Python costs more than few tokens take."""
-    if device.type != "cuda":
-        return lambda _index: [call(turn) for turn in range(turns)]
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        for turn in range(turns):
-            call(turn)
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for turn in range(turns):
-            call(turn)
-    return lambda _index: graph.replay()
-
-
 def _memory_bandwidth(scale: GpuScale, device: torch.device) -> Spread:
     """Bytes per second that a copy within the memory reads and writes."""
     source = torch.zeros(scale.copy_nbytes, dtype=torch.uint8, device=device)
@@ -210,7 +180,7 @@ def _memory_bandwidth(scale: GpuScale, device: torch.device) -> Spread:
 def _few(report: Report, layer: _Layer, tokens: int, bandwidth: Spread, scale: GpuScale) -> Row:
     """Eight steps with different experts in one graph, so that weights come from memory and not from L2."""
     turns = [layer.inputs(tokens, seed=100 + turn) for turn in range(8)]
-    seconds = seconds_of(_replayed(lambda turn: layer.run(*turns[turn]), layer.device, 8), layer.device, scale.rounds)
+    seconds = seconds_of(replayed(lambda turn: layer.run(*turns[turn]), layer.device, 8), layer.device, scale.rounds)
     nbytes = sum(len(ids.unique()) for _, ids, _ in turns) * layer.layout.nbytes
     share = nbytes / seconds.median / bandwidth.median
     report.target(f"{layer.layout.format}, {tokens} tokens: share of bandwidth", share, "at least", _BANDWIDTH_SHARE)

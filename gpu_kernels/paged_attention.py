@@ -14,7 +14,7 @@ from gpu_kernels.paged_attention_kernel import paged_attention_kernel
 
 _FEW_ROWS = 16
 _MANY_ROWS = 32
-_MOST_PARTS = 32
+_MOST_PARTS = 64
 _SMALLEST_PART_TILES = 4
 _TILE_NBYTES = 32 << 10
 """Keys and values of a tile as operands: two of them are under way, beside queries, in the 99 KiB of consumer cards."""
@@ -146,8 +146,9 @@ def _threads(layout: KvLayout, itemsize: int, *, is_wide: bool, many_rows: bool)
 
 
 def _parts(programs: int, tiles: int, processors: int) -> int:
-    wanted = max(1, 2 * processors // max(programs, 1))
-    return max(1, min(wanted, tiles // _SMALLEST_PART_TILES, _MOST_PARTS))
+    """A power of two, for each number is a kernel of its own to compile, and contexts grow."""
+    wanted = min(2 * processors // max(programs, 1), tiles // _SMALLEST_PART_TILES, _MOST_PARTS)
+    return 1 << max(0, wanted.bit_length() - 1)
 
 
 def _power_of_two(size: int, smallest: int) -> int:

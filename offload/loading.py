@@ -82,7 +82,7 @@ def load(
         prefetch: read experts of later layers ahead while one sequence is decoded: False for never, True for always,
             "auto" for as long as that is measured to pay. With `vram`, those of the next layer are also copied
             there ahead. Neither changes the output.
-        device: "cuda" or "cuda:N": dense weights, KV cache (in blocks in RAM and on disk where it does not fit) and hot
+        device: "cuda" or "cuda:N": dense weights, KV cache (where it does not fit, its newest blocks) and hot
             experts on a GPU; docs/gpu.md says what has met one.
             "host": the CPU, and with `vram` an accelerator that host memory plays, so that all three tiers run
             without a GPU. Experts there are computed by the CPU kernels: outputs are the same, speed is not a GPU's.
@@ -93,9 +93,9 @@ def load(
             than 128 tokens, "fp8", "int8" or "int4". In the model's dtype it stays one that grows in place while it
             fits; otherwise it lies in blocks, in RAM and beyond that on disk, and is attended there.
         kv_ram: bound on the memory of such blocks, as `ram`; None for what the plan gives them.
-        kv_vram: with `device="host"` and `vram`, how much of that holds the newest blocks, which the accelerator
-            attends to while the CPU attends to the others; the cache then lies in blocks. None for what the plan gives
-            them where it does anyway, 0 for none. The output is the same.
+        kv_vram: of an accelerator's memory how much holds the newest blocks, which it attends to while the CPU attends
+            to the others; the cache then lies in blocks. None for what the plan gives them where it does anyway, 0 for
+            none. With `device="host"` the output is the same; on CUDA its last bits depend on where blocks are.
         kv_sparsity: attention to a part of the KV cache, which is lossy: a method and the share that it keeps, as
             "top-k:0.05". "top-k" attends to the best of all blocks, "snapkv" keeps a part of the prompt, "h2o" the
             blocks with most attention and the newest; `stats().kv.sparsity` says how much of exact attention they have.

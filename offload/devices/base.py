@@ -225,7 +225,14 @@ class AttentionWork(ABC):
 
 
 class KvAccelerator(Accelerator):
-    """An accelerator that attends to the blocks of a KV cache in its memory."""
+    """An accelerator that attends to the blocks of a KV cache in its memory.
+
+    Attributes:
+        joins_segments: whether consecutive segments of a sequence are one list to it, which leaves less to bring to the
+            host and to add up there; the last bits then depend on where blocks are.
+    """
+
+    joins_segments = False
 
     @abstractmethod
     def start_attention(self, batch: AttentionBatch) -> AttentionWork:

@@ -84,6 +84,7 @@ class CudaDevice(KvAccelerator):
 
     slab_nbytes = 256 << 20
     copy_threads = 2
+    joins_segments = True
     memory_bytes_per_s = _MEMORY_BYTES_PER_S
 
     def __init__(self, driver: CudaDriver, budget_nbytes: int) -> None:

@@ -8,7 +8,7 @@ An accelerator attends to the segments in its memory while the CPU attends to th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -85,7 +85,8 @@ def parts_in_place(
         ahead: begin to read what the next table will be asked for, if that is all of it.
 
     Returns:
-        out fp32 [B, segments, Hq, T, value width] and lse fp32 [B, segments, Hq, T].
+        out fp32 [B, segments, Hq, T, value width] and lse fp32 [B, segments, Hq, T]; minus infinity where a segment's
+        part is another's, and out there may be anything.
 
     Raises:
         StorageError, StoreCorruptError: a block cannot be read.
@@ -106,6 +107,8 @@ def parts_in_place(
             positions = np.arange(table.tokens - new, table.tokens)
         call = _Call(table, cut, query, scale, positions, valid)
         above = _start_above(table, call, tiers.above)
+        # Where an accelerator joins segments, the first has all.
+        lse[tiers.above] = -torch.inf
         for which in _runs_of_one_layout(cut, tiers.below):
             rows, places = np.nonzero(which)
             out[rows, places], lse[rows, places] = attend(call.batch(rows, places, call.addresses(which)))
@@ -118,25 +121,42 @@ def parts_in_place(
                 rows, places = np.array([(unit.row, unit.segment) for unit in taken]).T
                 out[rows, places], lse[rows, places] = attend(call.batch(rows, places, addresses))
             done += len(taken)
-        for rows, places, work in above:
-            out[rows, places], lse[rows, places] = work.finish()
+        for part in above:
+            out[part.rows, part.places], lse[part.rows, part.places] = part.work.finish()
         if ahead:
             stream.look_ahead()
     return out, lse
 
 
-def _start_above(table: BlockTable, call: _Call, which: Bool) -> list[tuple[Int64, Int64, AttentionWork]]:
-    """Let the accelerator begin with the segments in its memory; of each part where it belongs."""
+class _Above(NamedTuple):
+    """Attention that an accelerator has begun.
+
+    Attributes:
+        rows: int64 [n], of each list its sequence.
+        places: int64 [n], the segment where its part belongs.
+        work: the parts.
+    """
+
+    rows: Int64
+    places: Int64
+    work: AttentionWork
+
+
+def _start_above(table: BlockTable, call: _Call, which: Bool) -> list[_Above]:
+    """Let the accelerator begin with the segments in its memory."""
     if not which.any():
         return []
     tier = table.pool.above
     assert tier is not None
     table.pool.counters.accelerated_steps += 1
-    parts = []
+    accelerator, parts = tier.accelerator, []
     for own in _runs_of_one_layout(call.cut, which):
         rows, places = np.nonzero(own)
-        batch = call.batch(rows, places, call.addresses(own))
-        parts.append((rows, places, tier.accelerator.start_attention(batch)))
+        starts = np.arange(len(rows))
+        if accelerator.joins_segments:
+            starts = np.flatnonzero((np.diff(rows, prepend=-1) != 0) | (np.diff(places, prepend=-2) != 1))
+        batch = call.batch(rows, places, call.addresses(own), starts)
+        parts.append(_Above(rows[starts], places[starts], accelerator.start_attention(batch)))
     return parts
 
 
@@ -185,14 +205,25 @@ class _Call:
         found: Int64 = self._table.pool.addresses[blocks[columns]]
         return found
 
-    def batch(self, rows: Int64, columns: Int64, addresses: Int64) -> AttentionBatch:
-        """Sequence rows[i] attends to segment columns[i], all of one layout."""
+    def batch(self, rows: Int64, columns: Int64, addresses: Int64, starts: Int64 | None = None) -> AttentionBatch:
+        """Sequence rows[i] attends to segment columns[i], all of one layout.
+
+        Args:
+            rows: int64 [n].
+            columns: int64 [n].
+            addresses: of the blocks of all.
+            starts: int64, which of them begin a list; None for a list each.
+        """
+        blocks, lengths, firsts = self._blocks[columns], self._lengths[columns], self._firsts[columns]
+        if starts is not None and len(starts) < len(rows):
+            blocks, lengths = (np.add.reduceat(numbers, starts) for numbers in (blocks, lengths))
+            rows, firsts = rows[starts], firsts[starts]
         return AttentionBatch(
             self._query if len(rows) == len(self._query) == 1 else self._query[rows],
-            np.concatenate([[0], np.cumsum(self._blocks[columns])]),
+            np.concatenate([[0], np.cumsum(blocks)]),
             addresses,
-            self._lengths[columns],
-            self._firsts[columns],
+            lengths,
+            firsts,
             np.tile(self._positions, (len(rows), 1)),
             self.cut[columns[0]].layout,
             self._scale,

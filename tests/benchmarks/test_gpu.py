@@ -16,6 +16,7 @@ def test_it_runs_and_gates(tmp_path: Path) -> None:
     report = gpu.run(tmp_path, gpu.QUICK)
     assert [gate.name for gate in report.gates] == [
         *(f"{format}, {tokens} tokens" for format in gpu.QUICK.formats for tokens in (1, 70)),
+        *(f"attention, {format}, tiny" for format in gpu.QUICK.kv.formats),
         *(
             f"tiny, {share:.0%}, {way}"
             for share in gpu.QUICK.models.shares
@@ -32,7 +33,8 @@ def test_it_runs_and_gates(tmp_path: Path) -> None:
     copied = {row["way"]: row["GB_copied"] for row in models if row["experts_in_vram"] == 0.5 and "GB_copied" in row}
     assert copied["misses on the CPU"] == 0 < copied["misses copied, LRU"]
     assert [len(rows) for title, rows in report.tables.items() if title.startswith("Experts")] == [2, 2]
-    assert len(report.targets) >= 4
+    assert len(report.tables["Attention to KV blocks, one new token"]) == 2
+    assert len(report.targets) >= 6
 
 
 def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,7 @@ def _attention(recorder: Recorder) -> None:
 
 
 def _paged_attention(recorder: Recorder) -> None:
-    """A step of one token and one of eight, in segments of 16 blocks: grouped heads, and DeepSeek's latents."""
+    """A step of one token and one of eight, after 131,072: grouped heads, and DeepSeek's latents."""
     for format in KV_FORMATS:
         for label, new, heads, layout in (
             ("one token", 1, 32, KvLayout(format, 4, 128, 128)),
@@ -185,13 +185,13 @@ def _paged_attention(recorder: Recorder) -> None:
             ("latents", 1, 16, KvLayout(format, 1, 576, 0, value_from_key=512)),
             ("latents of 128 heads", 2, 128, KvLayout(format, 1, 576, 0, value_from_key=512)),
         ):
-            # Of fp32, which no tensor cores take, not every shape stays in registers on every card.
-            whole = label == "one token" and format != "int4"
-            for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 3 if whole else 2]:
+            # Products of fp32, which no tensor cores take, do not stay in registers in every shape on every card.
+            dtypes = [torch.bfloat16, torch.float16] if layout.is_quantised else [DTYPE_OF_FORMAT[format]]
+            for dtype in dtypes if format != "fp32" or label == "eight tokens" else ():
                 recorder.label = f"paged attention, {format}, {dtype}, {label}"
-                told = [_meta(*shape, dtype=torch.int64) for shape in ((129,), (2048,), (128,), (128,), (128, new))]
+                told = [_meta(*shape, dtype=torch.int64) for shape in ((2,), (2048,), (1,), (1,), (1, new))]
                 paged_attention.paged_attention(
-                    _meta(128, heads, new, layout.key_width, dtype=dtype), *told, layout, 0.1, most_tokens=1024
+                    _meta(1, heads, new, layout.key_width, dtype=dtype), *told, layout, 0.1, most_tokens=131_072
                 )
 
 

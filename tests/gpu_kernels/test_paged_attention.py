@@ -19,6 +19,10 @@ from tests.gpu_kernels.kv_lists import random_lists
 LATENT = {"kv_heads": 1, "key_width": 48, "value_width": 0, "value_from_key": 32}
 
 
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
 def assert_attention(
     layout: KvLayout,
     lengths: list[int],
@@ -134,7 +138,7 @@ def test_tokens_later_than_the_queries_are_not_seen(device: torch.device) -> Non
     """A list that begins behind the queries gives nothing; one that goes beyond them is seen in part."""
     layout = KvLayout("fp32", 1, 16, 16, 16)
     lists = random_lists(layout, [40, 40], device)
-    query, positions = torch.randn(2, 1, 1, 16), torch.tensor([[20], [20]])
+    query, positions = _random(2, 1, 1, 16), torch.tensor([[20], [20]])
     told = lists.offsets, lists.addresses, lists.lengths, torch.tensor([21, 0], device=device)
     out, lse = paged_attention(query.to(device), *told, positions.to(device), layout, 0.25, most_tokens=40)
     expected = paged_attention_reference(query, lists.blocks, [40, 40], [21, 0], positions, layout, 0.25)
@@ -146,11 +150,12 @@ def test_tokens_later_than_the_queries_are_not_seen(device: torch.device) -> Non
 def test_a_large_score_leaves_nothing_of_others(device: torch.device) -> None:
     layout = KvLayout("fp32", 1, 16, 16, 16)
     lists = random_lists(layout, [80], device)
-    query, positions = 40 * torch.randn(1, 1, 1, 16), torch.tensor([[79]])
+    query, positions = 40 * _random(1, 1, 1, 16), torch.tensor([[79]])
     told = lists.offsets, lists.addresses, lists.lengths, torch.zeros(1, dtype=torch.int64, device=device)
     out, _ = paged_attention(query.to(device), *told, positions.to(device), layout, 4.0, most_tokens=80, parts=3)
     expected, _ = paged_attention_reference(query, lists.blocks, [80], [0], positions, layout, 4.0)
-    assert_close(out, expected, "fp32")
+    # Scores of hundreds are rounded to some 1e-5, and so are weights.
+    assert_close(out, expected, "fp16")
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
@@ -170,7 +175,7 @@ def test_numbers_that_a_scale_carries_are_not_lost(device: torch.device) -> None
     lists = random_lists(layout, [64], device)
     at = int(lists.addresses[0]) - lists.slab.data_ptr()
     lists.slab[at : at + layout.nbytes] = torch.from_numpy(block).to(device)
-    query, positions = torch.randn(1, 2, 1, 16).half(), torch.tensor([[63]])
+    query, positions = _random(1, 2, 1, 16).half(), torch.tensor([[63]])
     told = lists.offsets, lists.addresses, lists.lengths, torch.zeros(1, dtype=torch.int64, device=device)
     out, _ = paged_attention(query.to(device), *told, positions.to(device), layout, 0.25, most_tokens=64)
     assert_close(out, paged_attention_reference(query, [[block]], [64], [0], positions, layout, 0.25)[0], "fp16")

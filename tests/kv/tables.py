@@ -52,6 +52,20 @@ def small_pool(
     return pool
 
 
+def pool_below_cuda(directory: Path, blocks: int, above: int, largest: int = PLAIN.nbytes) -> BlockPool:
+    """A pool below a GPU that host memory plays, poisoned before it is written."""
+    # Triton, which asks for it when it is imported, does not belong to all tests of caches.
+    from offload.devices.cuda import CudaDevice
+    from tests.devices.fake_cuda import FakeCudaDriver
+
+    device = CudaDevice(FakeCudaDriver(), above * largest)
+    memory = MemoryAbove(device, device.allocate(above * largest))
+    staging = 3 * SETTINGS.segment_blocks * largest
+    pool = BlockPool(HostDevice(), staging + blocks * largest, SpillFile(directory), memory)
+    pool.stage(replace(SETTINGS, staging_segments=2), largest)
+    return pool
+
+
 def make_table(pool: BlockPool, sequences: int, packed: str | None = None) -> BlockTable:
     layout = None if packed is None else KvLayout(packed, HEADS, WIDTH, VALUE_WIDTH, SETTINGS.block_tokens)
     return BlockTable(pool, Layouts(PLAIN, layout), SETTINGS, sequences)

@@ -13,7 +13,7 @@ import torch
 from cpu_kernels.merge_parts import merge_parts
 from formats.kv import KvLayout
 from offload.devices import host_attention
-from offload.devices.base import AttentionBatch
+from offload.devices.base import AttentionBatch, AttentionWork
 from offload.devices.host_threads import kernel_pool
 from offload.kv import attention
 from offload.kv.attention import attend_by_segments, attend_in_place, parts_in_place
@@ -27,6 +27,7 @@ from tests.kv.tables import (
     WIDTH,
     Twin,
     make_table,
+    pool_below_cuda,
     random_states,
     small_pool,
 )
@@ -84,6 +85,38 @@ def test_in_place(tmp_path: Path, new: int, with_sinks: bool, padded: bool) -> N
     error = (outs[0] - _expected(twin, query, valid, sinks)).abs().max()
     assert error < 2e-6
     assert all(torch.equal(outs[0], other) for other in outs[1:]), "bits depend on where blocks lie"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the fake's memory is the host's")
+def test_segments_that_a_gpu_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consecutive ones of a sequence are one list, packed and plain ones apart; the rest is the CPU's."""
+    from offload.devices.cuda import CudaDevice
+
+    lists: list[tuple[list[int], list[int], list[int]]] = []
+    start = CudaDevice.start_attention
+
+    def attend(self: CudaDevice, batch: AttentionBatch) -> AttentionWork:
+        lists.append((np.diff(batch.offsets).tolist(), batch.lengths.tolist(), batch.first_positions.tolist()))
+        return start(self, batch)
+
+    monkeypatch.setattr(CudaDevice, "start_attention", attend)
+    for packed, above in ((None, 30), ("int8", 60), (None, 13)):
+        pool = pool_below_cuda(tmp_path, 30, above)
+        twin = Twin(make_table(pool, 2, packed))
+        for tokens in (150, 1):
+            twin.append(tokens)
+        query, valid = _query(twin, 1), _padding(twin)
+        out = attend_in_place(twin.table, query, SCALE, valid=valid)
+        bound = 2e-6 if packed is None else 2e-2
+        assert (out - _expected(twin, query, valid, None)).abs().max() < bound
+        pool.check()
+        pool.close()
+    whole, packed_ones, plain_ones, newest = lists
+    assert whole == ([10, 10], [151, 151], [0, 0])
+    assert packed_ones == ([7, 7], [112, 112], [0, 0])
+    assert plain_ones == ([3, 3], [39, 39], [112, 112])
+    assert all(0 < blocks < 10 for blocks in newest[0])
+    assert [first + length for first, length in zip(newest[2], newest[1], strict=True)] == [151] * len(newest[0])
 
 
 @pytest.mark.parametrize("packed", [None, "int8"])

@@ -10,29 +10,14 @@ import pytest
 import torch
 
 from formats.kv import KvLayout
-from offload.devices.cuda import CudaDevice
-from offload.devices.host import HostDevice
 from offload.kv.attention import attend_by_segments, attend_in_place
-from offload.kv.pool import BlockPool, MemoryAbove
 from offload.kv.slots import view
-from offload.kv.spill_file import SpillFile
 from offload.kv.table import BlockTable, Layouts
-from tests.devices.fake_cuda import FakeCudaDriver
-from tests.kv.tables import HEADS, PLAIN, SETTINGS, VALUE_WIDTH, WIDTH, Twin, random_states
+from tests.kv.tables import HEADS, PLAIN, SETTINGS, VALUE_WIDTH, WIDTH, Twin, pool_below_cuda, random_states
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the fake's memory is the host's, which compiled kernels do not read"
 )
-
-
-def _pool(directory: Path, blocks: int, above: int, largest: int = PLAIN.nbytes) -> BlockPool:
-    """A pool below a GPU that host memory plays, poisoned before it is written."""
-    device = CudaDevice(FakeCudaDriver(), above * largest)
-    memory = MemoryAbove(device, device.allocate(above * largest))
-    staging = 3 * SETTINGS.segment_blocks * largest
-    pool = BlockPool(HostDevice(), staging + blocks * largest, SpillFile(directory), memory)
-    pool.stage(replace(SETTINGS, staging_segments=2), largest)
-    return pool
 
 
 def _expected(twin: Twin, query: torch.Tensor) -> torch.Tensor:
@@ -46,7 +31,7 @@ def _expected(twin: Twin, query: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("above", [3, 9, 40])
 def test_what_tables_do(tmp_path: Path, above: int) -> None:
     """Growing over all tiers, sharing, forgetting, taking back, attention to few and to many."""
-    pool = _pool(tmp_path, 10, above)
+    pool = pool_below_cuda(tmp_path, 10, above)
     twin = Twin(BlockTable(pool, Layouts(PLAIN, None), SETTINGS, 2))
     for tokens in (100, 41, 1, 17, 1):
         twin.append(tokens)
@@ -84,7 +69,7 @@ def test_packing_where_blocks_are(tmp_path: Path, format: str) -> None:
     layouts = Layouts(plain, KvLayout(format, HEADS, WIDTH, VALUE_WIDTH, size))
     found = []
     for above in (2, 5, 40):
-        pool = _pool(tmp_path, 30, above, plain.nbytes)
+        pool = pool_below_cuda(tmp_path, 30, above, plain.nbytes)
         table = BlockTable(pool, layouts, settings, 2)
         keys, values = random_states(torch.Generator().manual_seed(3), 2, 6 * size + 3)
         for first in range(0, 6 * size + 3, size - 5):
@@ -101,7 +86,7 @@ def test_packing_where_blocks_are(tmp_path: Path, format: str) -> None:
 
 
 def test_restored_blocks_go_where_there_is_room(tmp_path: Path) -> None:
-    pool = _pool(tmp_path, 20, 3)
+    pool = pool_below_cuda(tmp_path, 20, 3)
     twin = Twin(BlockTable(pool, Layouts(PLAIN, None), SETTINGS, 1))
     twin.append(90)
     contents = []
