@@ -1,8 +1,9 @@
 """Attention over a table's blocks, wherever they are.
 
 Exact: a history is cut into segments, each is attended by itself, and the parts are added up in the order of their
-tokens, weighted by their log-sum-exp. Which tier a segment is in changes when it is attended and not the result's bits.
-An accelerator attends to the segments in its memory while the CPU attends to the others (HGCA, Deng et al. 2025).
+tokens, weighted by their log-sum-exp. Which tier a segment is in changes when it is attended and not the result's bits,
+unless an accelerator has kernels of its own (CUDA). It attends to the segments in its memory while the CPU attends to
+the others (HGCA, Deng et al. 2025).
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def _paged(module: torch.nn.Module, query: torch.Tensor, step: Step | ExpandedSt
 
 
 def _few(table: BlockTable, query: torch.Tensor, scale: float, valid: Any, sinks: torch.Tensor | None) -> torch.Tensor:
-    """By the CPU, where the blocks are: a query and its result are some KB, the blocks all that was cached."""
+    """Where the blocks are: a query and its result are some KB, which cross, the blocks all that was cached."""
     there = None if sinks is None else sinks.cpu()
     return attend_few(table, query.cpu(), scale, valid=valid, sinks=there).to(query.device)
 
