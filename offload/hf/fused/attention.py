@@ -17,8 +17,9 @@ from offload.hf.dtypes import FORMAT_OF_DTYPE
 from offload.hf.fused.conditions import is_plain
 from offload.hf.fused.swap import swap
 from offload.hf.paged.masks import padding_of
+from offload.hf.paged.recognition import SDPA, softmax_attention
 
-IMPLEMENTATION = "sdpa"
+IMPLEMENTATION = SDPA
 
 # What transformers' function does not ignore among what a model may tell it, and the kernel does not know.
 TELLING = ("position_bias", "cache", "softcap", "output_attentions")
@@ -49,6 +50,7 @@ def swap_forwards(model: PreTrainedModel, replacement: Callable[[Any], Any]) -> 
     return count
 
 
+@softmax_attention
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,

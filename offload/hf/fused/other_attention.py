@@ -17,8 +17,7 @@ from offload.devices.host_threads import kernel_pool
 from offload.hf.dtypes import FORMAT_OF_DTYPE
 from offload.hf.fused.attention import tells_more
 from offload.hf.fused.conditions import is_plain
-from offload.hf.paged.attention import SINKS
-from offload.hf.paged.recognition import is_softmax_attention
+from offload.hf.paged.recognition import SINKS, is_softmax_attention
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 

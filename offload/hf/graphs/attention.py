@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from offload.hf.fused.attention import IMPLEMENTATION, tells_more
-from offload.hf.paged.attention import SINKS
-from offload.hf.paged.recognition import is_softmax_attention
+from offload.hf.paged.recognition import SINKS, is_softmax_attention
 from offload.hf.wrapped_attention import Attention, wrap_attention
 
 _thread = threading.local()

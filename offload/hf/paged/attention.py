@@ -12,13 +12,11 @@ from offload.hf.fused.conditions import is_plain
 from offload.hf.paged.latent import ExpandedStep
 from offload.hf.paged.layer import Step
 from offload.hf.paged.masks import padding_of
-from offload.hf.paged.recognition import is_softmax_attention
+from offload.hf.paged.recognition import SINKS, is_softmax_attention
 from offload.hf.paged.states import CachedStates
 from offload.hf.wrapped_attention import Attention, wrap_attention
 from offload.kv.attention import attend_by_segments, attend_few
 from offload.kv.table import BlockTable
-
-SINKS = "s_aux"
 
 
 def page_attention(model: PreTrainedModel) -> int:

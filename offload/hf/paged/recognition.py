@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from offload.hf.fused.attention import IMPLEMENTATION, attend
+SDPA = "sdpa"
+SINKS = "s_aux"
+"""How transformers names sinks where it hands them to an attention function."""
 
 _TOKENS, _NEW, _WIDTH = 7, 2, 8
+_declared: set[Callable[..., Any]] = set()
 _known: dict[tuple[Any, type, bool], bool] = {}
+
+
+def softmax_attention(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare that a function is softmax attention, without sinks."""
+    _declared.add(function)
+    return function
 
 
 def is_softmax_attention(function: Callable[..., Any], module: torch.nn.Module, has_sinks: bool) -> bool:
@@ -24,7 +33,7 @@ def is_softmax_attention(function: Callable[..., Any], module: torch.nn.Module, 
         module: whose attention it is.
         has_sinks: it is given some.
     """
-    if function in (attend, AttentionInterface._global_mapping[IMPLEMENTATION]):
+    if function in _declared or function is AttentionInterface._global_mapping[SDPA]:
         return not has_sinks
     key = (function, type(module), has_sinks)
     if key not in _known:
