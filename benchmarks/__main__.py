@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
-    "llama_cpp_large", "overhead", "large_model", "plan_accuracy", "gpu", "cache_policies", "decision_cost",
-    "prefetch", "ablation", "kv_kernels", "decode_attention", "simulator", "kv", "kv_quality", "kv_prefix",
+    "llama_cpp_large", "overhead", "large_model", "plan_accuracy", "gpu", "gpu_kernels", "gpu_models",
+    "cache_policies", "decision_cost", "prefetch", "ablation", "kv_kernels", "decode_attention", "simulator", "kv", "kv_quality", "kv_prefix",
     "kv_sparsity", "compiling", "trace_hits", "replayed_steps",
 )  # fmt: skip
+_PARTS = ("gpu_kernels", "gpu_models")
+"""Of another one."""
 
 
 def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
@@ -67,6 +69,8 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "formats": lambda work: formats.run(formats.QUICK if quick else formats.FULL),
         "quality": lambda work: quality.run(work, quality.QUICK if quick else quality.FULL),
         "gpu": lambda work: gpu.run(work, gpu.QUICK if quick else gpu.FULL),
+        "gpu_kernels": lambda work: gpu.run(work, gpu.QUICK if quick else gpu.FULL, ("kernels",)),
+        "gpu_models": lambda work: gpu.run(work, gpu.QUICK if quick else gpu.FULL, ("models",)),
         "kernels": lambda work: kernels.run(kernels.QUICK if quick else kernels.FULL),
         "overhead": lambda work: overhead.run(
             work, shape if quick else overhead.LAYER_OF_30B, overhead.QUICK if quick else overhead.FULL
@@ -146,7 +150,7 @@ def main(name: str, quick: bool, work: Path, json_file: Path | None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     reports: list[Report] = []
     benchmarks = _benchmarks(quick)
-    for chosen in NAMES if name == "all" else (name,):
+    for chosen in [one for one in NAMES if one not in _PARTS] if name == "all" else [name]:
         origin = provenance(f"python -m benchmarks {chosen}{' --quick' if quick else ''}")
         try:
             report = benchmarks[chosen](work.absolute())

@@ -64,23 +64,41 @@ FULL = GpuScale(_FORMATS, 2048, 768, 128, 8, (1, 2, 4, 8), (512, 2048), 1 << 30,
 QUICK = GpuScale(("bf16", "int4"), 64, 48, 4, 2, (1,), (70,), 1 << 16, 2, gpu_models.QUICK, gpu_kv.QUICK)
 
 
-def run(work: Path, scale: GpuScale) -> Report:
+PARTS = ("kernels", "models")
+
+
+def run(work: Path, scale: GpuScale, parts: tuple[str, ...] = PARTS) -> Report:
     """Gate on float64, then time; in Triton's interpreter it runs too, and its figures mean nothing.
 
     Args:
         work: for checkpoints and stores.
         scale: how much.
+        parts: of PARTS.
 
     Raises:
         GateError: an expert's output is not that of the reference.
     """
-    report = Report("gpu")
+    report = Report("gpu" if parts == PARTS else f"gpu_{'_'.join(parts)}")
     if not torch.cuda.is_available() and not interpreting():
         report.notes.append(NOT_MEASURED)
         return report
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        report.notes.append(f"{torch.cuda.get_device_name(device)}; random weights, every expert equally likely")
+        report.notes.append(f"{torch.cuda.get_device_name(device)}; random weights")
+    if "kernels" in parts:
+        _kernels(report, scale, device)
+    if "models" in parts:
+        profile = None
+        if device.type == "cuda":
+            # What `offload profile` measures, the GPU and its link among it.
+            profile, _ = measure_profile(store_root(work), quick=False, say=say)
+        name = "host" if device.type == "cpu" else "cuda:0"
+        report.tables["Models"] = gpu_models.model_table(report, scale.models, name, work, profile)
+    return report
+
+
+def _kernels(report: Report, scale: GpuScale, device: torch.device) -> None:
+    """Experts, attention to KV blocks and copies, every expert equally likely."""
     bandwidth = _memory_bandwidth(scale, device)
     layers = {format: _Layer(format, scale, device) for format in scale.formats}
     for layer in layers.values():
@@ -96,14 +114,6 @@ def run(work: Path, scale: GpuScale) -> Report:
     )
     if device.type == "cuda":
         report.tables["Copies from pinned memory"] = _copies(report, scale, device)
-    del layers
-    name = "host" if device.type == "cpu" else "cuda:0"
-    profile = None
-    if device.type == "cuda":
-        # What `offload profile` measures, the GPU and its link among it.
-        profile, _ = measure_profile(store_root(work), quick=False, say=say)
-    report.tables["Models"] = gpu_models.model_table(report, scale.models, name, work, profile)
-    return report
 
 
 class _Layer:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from offload.runtime import Runtime
 
 MODELS = {
-    "Mixtral-like": Shape(4, 4096, 8, 14336, 2, 32, 8, 128, 32000, router_skew=0.3),
-    "Qwen3-30B-A3B-like": Shape(12, 2048, 128, 768, 8, 32, 4, 128, 32000, router_skew=0.8),
-    "DeepSeek-V2-Lite-like": Shape(13, 2048, 64, 1408, 6, 16, 16, 128, 32000, router_skew=0.8),
+    "Mixtral-like": Shape(2, 4096, 8, 14336, 2, 32, 8, 128, 32000, router_skew=0.3),
+    "Qwen3-30B-A3B-like": Shape(4, 2048, 128, 768, 8, 32, 4, 128, 32000, router_skew=0.8),
+    "DeepSeek-V2-Lite-like": Shape(4, 2048, 64, 1408, 6, 16, 16, 128, 32000, router_skew=0.8),
 }
 """The experts' sizes are those of the models; layers and vocabulary are cut where disk and time ask for it. Some
 experts are more popular than others.
