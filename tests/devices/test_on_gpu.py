@@ -223,6 +223,10 @@ def test_steps_as_graphs(model_type: str, name: str, tiny_checkpoint: TinyCheckp
             assert torch.equal(greedy(model, ids.to(name)).cpu(), expected)
         runtime.check()
         figures = runtime.stats().graphs
+        if model_type == "phimoe":
+            # Its rotary embedding copies frequencies from the host in every step.
+            assert "cannot capture" in figures.reason and not figures.replayed
+            return
         assert figures.reason == ""
         assert figures.replayed > figures.layer_by_layer
 

@@ -178,7 +178,8 @@ def _output_of(model: PreTrainedModel, decoder: str, head: str, hidden_output: t
                 below = Given(hidden_output(last_hidden_state=hidden, past_key_values=cache))
                 above = Given(logits)
                 passed: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True, **more}
-                found = with_children(model, {decoder: below, head: above})(**passed)
+                # Not a call: its hooks count passes.
+                found = type(model).forward(with_children(model, {decoder: below, head: above}), **passed)
                 passed.pop("logits_to_keep", None)
                 ((args, given),), ((above_args, above_given),) = below.calls, above.calls
                 if (

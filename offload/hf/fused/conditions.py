@@ -20,14 +20,18 @@ _autocast = torch.is_autocast_enabled
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """An ordinary tensor on the CPU, and nothing watches what is done with it: no gradient, trace or cast."""
+    """`is_ordinary`, on the CPU."""
+    return type(x) in _TENSORS and x.is_cpu and is_ordinary(x)
+
+
+def is_ordinary(x: torch.Tensor) -> bool:
+    """An ordinary tensor, and nothing watches what is done with it: no gradient, trace or cast."""
     return (
         type(x) in _TENSORS
-        and x.is_cpu
         and not (x.requires_grad and _grad_enabled())
         and not _compiling()
         and _tracing() is None
-        and not _autocast("cpu")
+        and not _autocast(x.device.type)
     )
 
 

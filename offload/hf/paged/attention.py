@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offload.hf.fused.attention import tells_more
-from offload.hf.fused.conditions import is_plain
+from offload.hf.fused.conditions import is_ordinary
 from offload.hf.paged.latent import ExpandedStep
 from offload.hf.paged.layer import Step
 from offload.hf.paged.masks import padding_of
@@ -60,7 +60,7 @@ def _obstacle(
 ) -> str | None:
     """Why attention cannot be computed where the blocks lie; None where it can."""
     _, dropout, _, named = told
-    if type(value) is not CachedStates or value.step is not step or not is_plain(query):
+    if type(value) is not CachedStates or value.step is not step or not is_ordinary(query):
         return "its query, keys or values are not plain tensors of one update"
     if dropout or named.get("is_causal") is False:
         return "dropout, or attention that is not causal"
