@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
     "llama_cpp_large", "overhead", "large_model", "plan_accuracy", "gpu", "gpu_kernels", "gpu_models",
-    "cache_policies", "decision_cost", "prefetch", "ablation", "kv_kernels", "decode_attention", "simulator", "kv", "kv_quality", "kv_prefix",
-    "kv_sparsity", "compiling", "trace_hits", "replayed_steps",
+    "cache_policies", "decision_cost", "prefetch", "ablation", "kv_kernels", "decode_attention", "simulator", "kv",
+    "kv_quality", "kv_prefix", "kv_sparsity", "compiling", "trace_hits", "replayed_steps",
 )  # fmt: skip
 _PARTS = ("gpu_kernels", "gpu_models")
 """Of another one."""
