@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offload.accelerator_profile import with_accelerator
 from offload.request import store_root
 from profiler.cache import read_profile, write_profile
 from profiler.machine import Machine, this_machine
@@ -44,7 +45,8 @@ def cached_profile(root: Path, formats: Iterable[str] = ()) -> HardwareProfile |
 
 
 def measure_profile(root: Path, *, quick: bool, say: Callable[[str], None]) -> tuple[HardwareProfile, Path]:
-    """Measure this machine and keep the profile; what was written beside it is removed.
+    """Measure this machine, with its GPU where the runtime can use it, and keep the profile; what was written beside it
+    is removed.
 
     The disk is measured on the stores that are there, where they have enough, else on a file that is written first and
     read last; a note says so, for a virtual machine's host may have that in its memory.
@@ -62,7 +64,8 @@ def measure_profile(root: Path, *, quick: bool, say: Callable[[str], None]) -> t
     """
     from offload.measuring.reads import SCRATCH_NBYTES
     from offload.store.files import free_nbytes
-    from profiler.profile import FULL, QUICK, measure_machine
+    from profiler.effort import FULL, QUICK
+    from profiler.profile import measure_machine
 
     root.mkdir(parents=True, exist_ok=True)
     machine = machine_with(root)
@@ -75,6 +78,9 @@ def measure_profile(root: Path, *, quick: bool, say: Callable[[str], None]) -> t
         subjects = RuntimeSubjects(disk.result(), root, repeats=repeats, depths=depths)
         effort = QUICK if quick else FULL
         profile = measure_machine(subjects, machine, free_nbytes(root), effort=effort, say=say)
+        profile = with_accelerator(
+            profile, subjects, root, gpus=machine.gpus, effort=effort, repeats=repeats, depths=depths, say=say
+        )  # fmt: skip
     origin = replace(profile.provenance, notes=(*profile.provenance.notes, note))
     profile = replace(profile, provenance=origin)
     return profile, write_profile(profiles_directory(), machine, profile)

@@ -48,6 +48,9 @@ KERNELS_BESIDE_READS_SHARE = 1.0
 
 DEFAULT_RAM_NBYTES = 64 * _GIB
 
+_PASS_S = 2e-3
+"""Once a pass, wherever layers are: most of it is Python's."""
+
 VRAM_KEPT = 0.92
 """Of the accelerator's memory that a program may use: the display, the driver and the context take the rest."""
 RAM_KEPT = 0.90
@@ -172,7 +175,7 @@ def _cpu(cpu: Cpu, ram_nbytes: int) -> Compute:
         attention=AttentionSpeed(
             30e-6, READ_SHARE * cpu.bytes_per_s, FLOPS_SHARE * cpu.bf16_flops_per_s, FLOPS_SHARE * cpu.bf16_flops_per_s
         ),
-        overheads=Overheads(2e-3, 4e-4, 40 / cpu.bytes_per_s),
+        overheads=Overheads(_PASS_S, 4e-4, 40 / cpu.bytes_per_s),
     )
 
 
@@ -192,7 +195,7 @@ def _gpu(gpu: Gpu) -> Compute:
         attention=AttentionSpeed(
             10e-6, READ_SHARE * gpu.bytes_per_s, FLOPS_SHARE * gpu.flops_per_s, FLOPS_SHARE * gpu.flops_per_s
         ),
-        overheads=Overheads(5e-4, 6e-5, 40 / gpu.bytes_per_s),
+        overheads=Overheads(_PASS_S, 6e-5, 40 / gpu.bytes_per_s),
     )
 
 

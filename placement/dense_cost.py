@@ -83,12 +83,16 @@ def layer_cost(
 
 
 def pass_cost(spec: ModelSpec, profile: HardwareProfile, homes: Homes, work: Pass) -> tuple[float, float]:
-    """(seconds of the output layer, overhead of the pass); logits are computed for the last token of each sequence."""
+    """(seconds of the output layer, overhead of the pass); logits are computed for the last token of each sequence.
+
+    The overhead is that of the device which has dense layers; where both have some, the accelerator's, which the others
+    wait for.
+    """
     if spec.head is None:
         raise ValueError(f"{spec.name}: the spec has sizes only, no layers to predict from")
-    device = _device(profile, vram=homes.head_in_vram)
-    overheads = profile.cpu.overheads_in(next((layer.dense_format for layer in spec.layers if layer.linears), None))
-    return linears_s((spec.head,), device, work.batch), overheads.pass_s
+    head_s = linears_s((spec.head,), _device(profile, vram=homes.head_in_vram), work.batch)
+    format = next((layer.dense_format for layer in spec.layers if layer.linears), None)
+    return head_s, _device(profile, vram=bool(homes.dense_in_vram)).overheads_in(format).pass_s
 
 
 def _crossing_s(spec: ModelSpec, profile: HardwareProfile, rows: int) -> float:

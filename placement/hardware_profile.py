@@ -229,8 +229,8 @@ class HardwareProfile:
         name: in words.
         cpu: the processor with host memory.
         gpu: the accelerator with its memory.
-        to_gpu: copies of experts and activations from host memory.
-        from_gpu: copies of activations back.
+        to_gpu: copies of experts and activations from host memory, which is pinned.
+        from_gpu: copies of activations back, into pageable memory.
         pinned_nbytes: host memory that may be locked for copies.
         disk: of the expert store; None where nothing was measured.
         provenance: where all this comes from.

@@ -36,12 +36,14 @@ class Attention:
     Attributes:
         kv_nbytes: cached keys and values that a call reads.
         flops: of a call.
-        run: one call.
+        run: `calls` calls.
+        calls: that are made at once, in a row.
     """
 
     kv_nbytes: int
     flops: float
     run: Callable[[], object]
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class WholePasses:
     many: Overlap
 
 
-class Subjects(Protocol):
-    """A runtime to measure.
+class Kernels(Protocol):
+    """What a runtime computes on one device.
 
     Attributes:
         formats: in which experts and linear layers are measured.
@@ -79,8 +81,12 @@ class Subjects(Protocol):
         ...
 
     def stream(self) -> float:
-        """Bytes per second at which all threads read memory once."""
+        """Bytes per second at which the device reads its memory once."""
         ...
+
+
+class Subjects(Kernels, Protocol):
+    """A runtime to measure on the host."""
 
     def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
         """Seconds to read that many blocks from random places of the disk."""

@@ -11,6 +11,7 @@ import click
 from offload.cli.errors import exit_codes
 from offload.cli.options import example, json_option, nvme_option
 from offload.cli.output import add_row, facts, table, write
+from offload.cli.profile_gpu import gpu_facts, gpu_kernels, speed
 from offload.sizes import format_size
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--again", is_flag=True, help="Measure even where a profile of this machine is cached.")
 @json_option
 def profile_command(nvme: Path | None, quick: bool, again: bool, as_json: bool) -> None:
-    """Measure memory, disk, kernels and overheads; `offload plan` then predicts speed.
+    """Measure memory, disk, kernels and overheads, and a GPU with its link; `offload plan` then predicts speed.
 
     The profile is cached and belongs to this machine, its libraries and the disk of the expert stores: when one of them
     changes, it is measured again. Leave the machine alone meanwhile. The first time kernels are compiled, which takes
@@ -65,13 +66,16 @@ def _write(profile: HardwareProfile, path: Path) -> None:
         "machine": origin.machine,
         "measured": f"{origin.date}, with {', '.join(origin.versions)}",
         "kept in": str(path),
-        "memory": f"{format_size(memory)} available, read at {_speed(profile.cpu.memory_bytes_per_s)}",
+        "memory": f"{format_size(memory)} available, read at {speed(profile.cpu.memory_bytes_per_s)}",
         **_disk(profile.disk),
         "a pass": _overheads(overheads),
         **({"a packed pass": _overheads(profile.cpu.packed_overheads)} if profile.cpu.packed_overheads else {}),
+        **gpu_facts(profile),
         **({"note": "; ".join(origin.notes)} if origin.notes else {}),
     }
     write(facts(known), "", _kernels(profile.cpu))
+    if profile.gpu is not None:
+        write("", gpu_kernels(profile.gpu))
 
 
 def _overheads(known: Overheads) -> str:
@@ -90,7 +94,7 @@ def _disk(disk: Disk | None) -> dict[str, str]:
         for one in (disk.few, disk.many)
     )
     return {
-        "disk": f"{_speed(best.bytes_per_s)} in reads of {format_size(best.block_nbytes)}, {best.in_flight} in flight; "
+        "disk": f"{speed(best.bytes_per_s)} in reads of {format_size(best.block_nbytes)}, {best.in_flight} in flight; "
         f"{disk.latency_s * 1e6:.0f} us for one small read",
         "beside each other": f"reads and kernels are left with {beside}",
     }
@@ -107,7 +111,3 @@ def _kernels(cpu: Compute) -> RenderableType:
         ]
         add_row(made, one.format, *cells)
     return made
-
-
-def _speed(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e9:.2f} GB/s"

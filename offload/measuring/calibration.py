@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, cast
+from typing import cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from formats.elements import BF16
 from offload.devices.base import ExpertBatch
@@ -34,6 +34,7 @@ from offload.measuring.from_disk import (
     median_of,
     prompt_from_disk,
 )
+from offload.measuring.models import CACHED_TOKENS, CONTEXT_TOKENS, SIZES, measure_model, random_model, run_pass
 from offload.measuring.reads import FileReads
 from offload.moe.layer import ExpertsLayer
 from offload.runtime import Runtime
@@ -48,28 +49,12 @@ DEPTHS = (6, 24)
 """Far apart, so that noise of either moves what a layer takes by little; deep enough not to stay in the caches."""
 QUICK_DEPTHS = (6,)
 """What does not grow with layers is counted as theirs."""
-_NARROW, _WIDE, _WIDE_DEPTH = 64, 512, 2
+NARROW, _WIDE, _WIDE_DEPTH = 64, 512, 2
 """Of experts; layers of the model whose experts come from disk."""
 SHORT_TOKENS, PROMPT_TOKENS = 32, 256
-_CONTEXT_TOKENS = 512
-_CACHED_TOKENS = 32
 _TOKENS_OF_EXPERTS = SHORT_TOKENS * 8 // 16
-_ROUND_PASSES, _ROUNDS = 6, 3
+ROUND_PASSES, ROUNDS = 6, 3
 """Of decode in a round at least, and rounds at most."""
-_SIZES: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 1024,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "intermediate_size": 1024,
-    "num_experts": 16,
-    "num_experts_per_tok": 8,
-    "max_position_embeddings": _CONTEXT_TOKENS,
-    "norm_topk_prob": True,
-    "eos_token_id": None,
-    "tie_word_embeddings": False,
-}
 
 
 @dataclass(frozen=True)
@@ -107,27 +92,31 @@ def measure_passes(
         speeds: how fast the machine is at the moment, over what `profile` says.
         depths: layers of the models with narrow experts, one or two; of one, all is counted as its layers'.
     """
-    few, many = depths[0], depths[-1]
     now, shallow, deep, (decode, prompts) = _remainders(profile, directory, repeats, quant, speeds, depths)
+    overheads = overheads_of(shallow, deep, depths)
+    curve, disk = profile.with_speeds(now).cpu.expert(quant or BF16.name), profile.disk
+    assert disk is not None
+    hidden = SIZES["hidden_size"]
+    expert_s = curve.without_call_s(3 * hidden * _WIDE, 1, hidden + 3 * _WIDE)
+    arrival_s = decode.arrival_s(expert_s, curve.call_s, overheads.step_s, disk.few)
+    # Arrivals as they were, beside reads as they were: nobody would scale them with the processor alone.
+    overheads = replace(overheads.times(now.arithmetic), step_arrival_s=arrival_s, arrival_s=prompts.arrival_s)
+    return WholePasses(overheads, prompts.overlap)
+
+
+def overheads_of(shallow: Remainders, deep: Remainders, depths: tuple[int, ...]) -> Overheads:
+    """Overheads from what is left of passes of a shallow and of a deep model, the same one where there is one depth."""
+    few, many = depths[0], depths[-1]
     layer_s = deep.decode_s / many if few == many else (deep.decode_s - shallow.decode_s) / (many - few)
     pass_s = max(0.0, shallow.decode_s - few * layer_s)
     step_s = max(0.0, deep.stepped_s - deep.decode_s) / many
     # A prompt's passes are long: of their differences little would be left but noise, and of few layers enough is seen.
     short, prompt = ((seconds - pass_s) / few for seconds in (shallow.short_s, shallow.prompt_s))
-    elements = SHORT_TOKENS * _SIZES["hidden_size"]
+    elements = SHORT_TOKENS * SIZES["hidden_size"]
     # No more than all of the short pass's: noise must not leave less than nothing for the layer.
     element_s = min((prompt - short) / (PROMPT_TOKENS / SHORT_TOKENS - 1), short) / elements
     element_s = max(0.0, element_s)
-    prompt_layer_s = short - element_s * elements
-    overheads = Overheads(pass_s, layer_s, element_s, step_s, prompt_layer_s)
-    curve, disk = profile.with_speeds(now).cpu.expert(quant or BF16.name), profile.disk
-    assert disk is not None
-    hidden = _SIZES["hidden_size"]
-    expert_s = curve.without_call_s(3 * hidden * _WIDE, 1, hidden + 3 * _WIDE)
-    arrival_s = decode.arrival_s(expert_s, curve.call_s, step_s, disk.few)
-    # Arrivals as they were, beside reads as they were: nobody would scale them with the processor alone.
-    overheads = replace(overheads.times(now.arithmetic), step_arrival_s=arrival_s, arrival_s=prompts.arrival_s)
-    return WholePasses(overheads, prompts.overlap)
+    return Overheads(pass_s, layer_s, element_s, step_s, short - element_s * elements)
 
 
 class _TimedDevice(HostDevice):
@@ -180,31 +169,31 @@ class _Passes:
     def measure_decode_from_disk(self, repeats: int) -> None:
         """A round."""
         cache = DynamicCache(config=self.model.config)
-        _pass(self.model, cache, torch.ones(1, _CACHED_TOKENS, dtype=torch.int64))
+        run_pass(self.model, cache, torch.ones(1, CACHED_TOKENS, dtype=torch.int64))
         # What arriving takes is what is left of two times that are alike: of few of them mostly noise would be left.
         for number in range(max(3, repeats // 2)):
-            run = partial(_pass, self.model, cache, torch.tensor([[number]]))
+            run = partial(run_pass, self.model, cache, torch.tensor([[number]]))
             self.decode_from_disk.append(decode_from_disk(self.runtime, run, self._read))
 
     def measure_decode(self, repeats: int) -> None:
         """A round of decode."""
-        self.decode += _measure(self.model, 1, repeats)
+        self.decode += measure_model(self.model, 1, repeats)
         # While routing is recorded every layer looks for its experts.
         self.runtime.record_trace()
-        self.stepped += _measure(self.model, 1, repeats)
+        self.stepped += measure_model(self.model, 1, repeats)
         self.runtime.observer.recorder = None
 
     def _prompts(self, tokens: int, repeats: int) -> list[float]:
         found = []
         for number in range(repeats):
             self.device.experts_s = 0.0
-            (seconds,) = _measure(self.model, tokens, 1, seed=len(self.short) + number)
+            (seconds,) = measure_model(self.model, tokens, 1, seed=len(self.short) + number)
             found.append(seconds - self.device.experts_s)
         return found
 
     def remainders(self, profile: HardwareProfile) -> Remainders:
         """Medians, less what is predicted."""
-        decode_s = _predicted(profile, self.runtime, _CACHED_TOKENS).decode.seconds
+        decode_s = _predicted(profile, self.runtime, CACHED_TOKENS).decode.seconds
         decode = statistics.median(self.decode) - decode_s, statistics.median(self.stepped) - decode_s
         if not self.short:
             return Remainders(*decode)
@@ -229,12 +218,12 @@ def _remainders(
     them. Prompts are the shallow one's alone.
     """
     with ExitStack() as stack:
-        narrow = [_loaded(stack, directory, layers, _NARROW, quant) for layers in depths]
+        narrow = [_loaded(stack, directory, layers, NARROW, quant) for layers in depths]
         wide = _loaded(stack, directory, _WIDE_DEPTH, _WIDE, quant)
         tight = _loaded(stack, directory, _WIDE_DEPTH, _WIDE, quant, beside=wide.runtime.plan)
         call_s = profile.cpu.expert(wide.runtime.plan.format).call_s
         found: list[Speeds] = []
-        rounds = max(1, min(_ROUNDS, repeats // _ROUND_PASSES))
+        rounds = max(1, min(ROUNDS, repeats // ROUND_PASSES))
         each = max(3, repeats // rounds)
         for _ in range(rounds):
             found.append(speeds())
@@ -254,12 +243,12 @@ def _loaded(
 ) -> _Passes:
     """A model with a slot for every expert; or, beside the plan of such a one, with few more than a token needs."""
     store = stack.enter_context(TemporaryDirectory(prefix=".offload-profile-", dir=directory))
-    made = _random_model(layers, width)
+    made = random_model(layers, width)
     ram = 4 << 30
     if beside is not None:
-        slots = min(beside.ram_slots - 1, layers * _SIZES["num_experts_per_tok"] + 2)
+        slots = min(beside.ram_slots - 1, layers * SIZES["num_experts_per_tok"] + 2)
         ram = beside.peak_ram_nbytes - (beside.ram_slots - slots) * beside.slot_nbytes
-    model = load(made, ram=ram, nvme=store, context=_CONTEXT_TOKENS, quant=quant, progress=False)
+    model = load(made, ram=ram, nvme=store, context=CONTEXT_TOKENS, quant=quant, progress=False)
     runtime = cast("Runtime", model.offload)
     stack.callback(runtime.close)
     runtime.device = device = _TimedDevice()
@@ -267,61 +256,10 @@ def _loaded(
 
 
 def _predicted(profile: HardwareProfile, runtime: Runtime, prompt_tokens: int) -> Prediction:
-    workload = Workload(_CONTEXT_TOKENS, prompt_tokens=prompt_tokens, new_tokens=2)
+    workload = Workload(CONTEXT_TOKENS, prompt_tokens=prompt_tokens, new_tokens=2)
     return predicted(runtime.spec, profile, runtime.plan.ram_slots, workload)
 
 
 def _beside_experts_s(profile: HardwareProfile, runtime: Runtime, prompt_tokens: int) -> float:
     terms = _predicted(profile, runtime, prompt_tokens).prefill.terms
     return terms.total_s - terms.cpu_experts_s
-
-
-def _random_model(layers: int, width: int) -> PreTrainedModel:
-    """Made without weights and filled from one block: drawing each of them takes longer than measuring."""
-    config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=layers, moe_intermediate_size=width, **_SIZES)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.to_empty(device="cpu")
-    decoder: Any = model.get_decoder()
-    # Its buffers are computed, not stored.
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config)
-    generator = torch.Generator().manual_seed(1)
-    block = 0.02 * torch.randn(1 << 20, generator=generator)
-    for parameter in model.parameters():
-        flat = parameter.data.view(-1)
-        if parameter.dim() < 2:
-            flat.fill_(1.0)
-            continue
-        # Each begins elsewhere in the block: routers and experts that are alike would send all tokens the same way.
-        start = int(torch.randint(len(block), (1,), generator=generator))
-        for first in range(0, len(flat), len(block)):
-            part = flat[first : first + len(block)]
-            part.copy_(block.roll(-start - 7919 * (first // len(block)))[: len(part)])
-    model.eval()
-    return model
-
-
-@torch.no_grad()
-def _measure(model: PreTrainedModel, tokens: int, repeats: int, seed: int = 2) -> list[float]:
-    """Seconds of passes: of one token one after the other in a sequence, after a first that does not count; of more
-    tokens each of a new one.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    vocab = model.config.get_text_config().vocab_size
-    found = []
-    cache = DynamicCache(config=model.config)
-    if tokens == 1:
-        _pass(model, cache, torch.randint(vocab, (1, _CACHED_TOKENS), generator=generator))
-    for _ in range(repeats + (tokens == 1)):
-        if tokens > 1:
-            cache = DynamicCache(config=model.config)
-        ids = torch.randint(vocab, (1, tokens), generator=generator)
-        before = perf_counter()
-        _pass(model, cache, ids)
-        found.append(perf_counter() - before)
-    return found[tokens == 1 :]
-
-
-def _pass(model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor) -> int:
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return int(logits[0, -1].argmax())

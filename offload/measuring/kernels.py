@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from cpu_kernels.tape import Choice, Tape
 from formats.bundle import MATRICES, BundleLayout
 from formats.packed import PACKED_FORMATS
-from offload.devices.base import ExpertBatch
+from offload.devices.base import Device, ExpertBatch
 from offload.devices.host import HostDevice
 from offload.devices.host_threads import kernel_pool
 from offload.hf.dtypes import DTYPE_OF_FORMAT
@@ -57,7 +57,7 @@ def compute_dtype(format: str) -> torch.dtype:
     return torch.bfloat16 if format in PACKED_FORMATS else DTYPE_OF_FORMAT[format]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def random_bundle(layout: BundleLayout) -> npt.NDArray[np.uint8]:
     """An expert of small random weights; kept, because packing it takes longer than measuring."""
     out = np.zeros(layout.nbytes, np.uint8)
@@ -107,15 +107,28 @@ class ExpertCalls:
     calls the host device. All calls take the next of the same weights.
     """
 
-    def __init__(self, format: str, *, narrow: bool = False) -> None:
+    def __init__(
+        self, format: str, *, narrow: bool = False, device: Device | None = None, cold_nbytes: int = 0, fewest: int = 8
+    ) -> None:
+        """Fill slots.
+
+        Args:
+            format: of the experts.
+            narrow: of few weights for each entry.
+            device: that has the slots and computes; None for the host.
+            cold_nbytes: of slots, narrow ones take a share of them; 0 for COLD_NBYTES.
+            fewest: slots at least.
+        """
         self.format = format
         sizes = (NARROW_HIDDEN, NARROW_INTERMEDIATE) if narrow else (HIDDEN, INTERMEDIATE)
         self._layout = layout = BundleLayout(*sizes, format)
-        self._copies = max(8, COLD_NBYTES // (_NARROW_SHARE if narrow else 1) // layout.nbytes)
-        self._device = HostDevice()
+        cold_nbytes = cold_nbytes or COLD_NBYTES
+        self._copies = max(fewest, cold_nbytes // (_NARROW_SHARE if narrow else 1) // layout.nbytes)
+        self._device = HostDevice() if device is None else device
         self._slab = self._device.allocate(self._copies * layout.nbytes)
-        places = self._slab.bytes()[: self._copies * layout.nbytes].reshape(-1, layout.nbytes)
-        places[:] = random_bundle(layout)
+        places = self._slab.tensor()[: self._copies * layout.nbytes].view(-1, layout.nbytes)
+        places.copy_(torch.from_numpy(random_bundle(layout)).to(places.device))
+        self._where = places.device
         self._next = 0
         dtype = compute_dtype(format)
         self._layer = ExpertsLayer("profile", 0, self._copies, layout, dtype, Gate(), "silu")
@@ -129,18 +142,24 @@ class ExpertCalls:
         loads = uneven_loads(count, tokens)
         if tokens <= _MOST_TAPED_EXPERTS:
             return Product(weights, self._taped(loads), entries, _IN_A_ROW, count)
+        return Product(weights, self._called(loads), entries, items=count)
+
+    def _called(self, loads: npt.NDArray[np.int64]) -> Callable[[], None]:
+        """The next experts with so many tokens each, as a step calls the device: hidden states are where it computes,
+        outputs go to the host.
+        """
         offsets = np.concatenate([[0], np.cumsum(loads)])
-        rows = np.arange(count * tokens, dtype=np.int64)
+        rows = np.arange(int(offsets[-1]), dtype=np.int64)
         taken = np.concatenate([np.arange(load, dtype=np.int64) for load in loads])
-        hidden = torch.randn(int(loads.max()), hidden_size).to(self._layer.dtype)
-        out = torch.empty(count * tokens, hidden_size)
+        hidden = torch.randn(int(loads.max()), self._layout.hidden).to(self._where, self._layer.dtype)
+        out = torch.empty(len(rows), self._layout.hidden)
 
         def call() -> None:
-            batch = ExpertBatch(self._addresses(count), offsets, taken, rows)
+            batch = ExpertBatch(self._addresses(len(loads)), offsets, taken, rows)
             with torch.no_grad():
                 self._device.run_experts(self._layer, batch, hidden, out)
 
-        return Product(weights, call, entries, items=count)
+        return call
 
     def _taped(self, loads: npt.NDArray[np.int64]) -> Callable[[], None]:
         """The next experts with so many tokens each, _IN_A_ROW times."""
@@ -159,6 +178,10 @@ class ExpertCalls:
 
         return call
 
+    def close(self) -> None:
+        """Give the slots back."""
+        self._slab.discard(0, self._slab.nbytes)
+
     def _addresses(self, count: int) -> npt.NDArray[np.intp]:
         chosen = np.arange(self._next, self._next + count) % self._copies
         self._next = int(chosen[-1] + 1) % self._copies
@@ -175,7 +198,7 @@ class LinearCalls:
     def __init__(self, format: str, rows: int) -> None:
         self._dtype = compute_dtype(format)
         self._rows = rows
-        first = _linear(format, rows)
+        first = random_linear(format, rows)
         held = sum(t.nbytes for t in [*first.parameters(), *first.buffers()])
         count = min(64, max(_IN_A_ROW, COLD_NBYTES // 2 // held))
         layers = [copy.deepcopy(first) for _ in range(count)]
@@ -215,7 +238,7 @@ class LinearCalls:
 
 
 @lru_cache(maxsize=32)
-def _linear(format: str, rows: int) -> torch.nn.Module:
+def random_linear(format: str, rows: int) -> torch.nn.Module:
     """A layer of small random weights that nobody changes; kept, because packing it takes longer than measuring."""
     weight = (0.02 * torch.randn(rows, HIDDEN)).to(compute_dtype(format))
     if format in PACKED_FORMATS:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offload.errors import StoreCorruptError
-from offload.measuring import calibration, kernels
+from offload.measuring import calibration, kernels, models
 from offload.measuring.from_disk import DecodeFromDisk, PromptFromDisk
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls, chosen_by, uneven_loads
 from offload.measuring.reads import FileReads, Scratch
@@ -155,7 +155,8 @@ def test_overheads_are_what_predictions_leave(
 ) -> None:
     sizes = {"vocab_size": 64, "hidden_size": 128, "head_dim": 32}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
-    monkeypatch.setattr(calibration, "_SIZES", calibration._SIZES | sizes)
+    monkeypatch.setattr(models, "SIZES", models.SIZES | sizes)
+    monkeypatch.setattr(calibration, "SIZES", models.SIZES)
     monkeypatch.setattr(calibration, "_WIDE", 128)
     monkeypatch.setattr(calibration, "PROMPT_TOKENS", 16)
     monkeypatch.setattr(calibration, "SHORT_TOKENS", 4)

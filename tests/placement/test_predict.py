@@ -44,6 +44,21 @@ def test_decode_with_all_in_ram_adds_up() -> None:
     assert terms.total_s == pytest.approx(sum(terms.as_dict().values()))
 
 
+@pytest.mark.parametrize(("layers", "pass_s"), [((), 1e-3), ((1,), 7e-4), ((0, 1, 2, 3), 7e-4)])
+def test_the_overhead_of_a_pass_is_that_of_the_device_with_dense_layers(layers: tuple[int, ...], pass_s: float) -> None:
+    both = machine()
+    assert both.gpu is not None
+    # Layers cost nothing, so that the pass is left.
+    none = replace(both.gpu.overheads, layer_s=0.0, element_s=0.0)
+    profile = replace(
+        both,
+        cpu=replace(both.cpu, overheads=replace(none, pass_s=1e-3)),
+        gpu=replace(both.gpu, overheads=replace(none, pass_s=7e-4)),
+    )
+    homes = replace(ALL, dense_in_vram=layers, vram_slots=4)
+    assert predict(SPEC, profile, homes, WORK).decode.terms.overhead_s == pytest.approx(pass_s)
+
+
 def test_prefill_is_the_sum_of_its_chunks() -> None:
     prefill = predict(SPEC, CPU, ALL, WORK).prefill
     assert prefill.tokens == 300

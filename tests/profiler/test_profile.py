@@ -3,74 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 
-from placement.curves import TokenCurve
-from placement.disk import Overlap
 from placement.hardware_profile import HardwareProfile, Overheads
-from profiler import profile as measuring
-from profiler.machine import Machine
-from profiler.profile import FULL, QUICK, Effort, measure_machine
-from profiler.subjects import Attention, Product, WholePasses
-
-MACHINE = Machine("made up", 4, 1 << 34, (), ("torch 1",), 7)
-TOKENS = FULL.tokens
-EXPERTS = {
-    "bf16": TokenCurve(2e-5, TOKENS, tuple(1e-10 * t for t in TOKENS)),
-    "int4": TokenCurve(3e-5, (1,), (2e-11,), 4e-10, 2e-6),
-}
-LINEARS = {"bf16": TokenCurve(1e-5, (1,), (9e-11,), 2e-9), "int4": TokenCurve(4e-6, (1,), (3e-11,))}
-
-
-class Known:
-    """A runtime that takes the seconds that it is told."""
-
-    formats = ("bf16", "int4")
-
-    def __init__(self) -> None:
-        self.profile: HardwareProfile | None = None
-
-    def experts(self, format: str, count: int, tokens: int, *, narrow: bool = False) -> Product:
-        weights = count * (10**5 if narrow else 10**6)
-        entries = 0 if format == "bf16" else count * (1000 if narrow else 3000)
-        return Product(
-            weights, partial(EXPERTS[format].seconds, weights, tokens, 1, entries, count), entries, items=count
-        )
-
-    def linear(self, format: str, rows: int, tokens: int) -> Product:
-        entries = rows + 1000
-        return Product(rows * 1000, partial(LINEARS[format].seconds, rows * 1000, tokens, 1, entries), entries)
-
-    def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
-        flops = 1e4 * new_tokens * (cached_tokens + new_tokens)
-        call_s, speed = (5e-5, 1e9) if new_tokens == 1 else (9e-4, 1e11)
-        return Attention(1000 * (cached_tokens + new_tokens), flops, lambda: call_s + flops / speed)
-
-    def stream(self) -> float:
-        return 2e10
-
-    def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
-        return 1e-4 + blocks * block_nbytes / (in_flight * 5e8)
-
-    def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
-        return 2.0 * call(), 0.4
-
-    def between_reads(self, read: Callable[[], float], format: str) -> float:
-        return 0.7 if read() > 0 else 0.0
-
-    def passes(self, profile: HardwareProfile, quant: str | None) -> WholePasses:
-        self.profile = profile
-        overheads = Overheads(1e-3, 2e-4 if quant is None else 5e-4, 3e-9)
-        return WholePasses(overheads, Overlap(16, 0.8, 0.6))
+from profiler import rounds
+from profiler.effort import FULL, QUICK, Effort
+from profiler.profile import measure_machine
+from tests.profiler.known import EXPERTS, LINEARS, MACHINE, Known
 
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls return their seconds instead of taking them."""
-    monkeypatch.setattr(measuring, "repeated", lambda call, **_: [call()])
+    monkeypatch.setattr(rounds, "repeated", lambda call, **_: [call()])
 
 
 def test_every_figure_comes_back() -> None:
@@ -120,13 +67,7 @@ def test_what_did_not_stand_still_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     def shaky(call: Callable[[], float], **_: Any) -> list[float]:
         return [call(), 2 * call(), 2 * call()]
 
-    monkeypatch.setattr(measuring, "repeated", shaky)
+    monkeypatch.setattr(rounds, "repeated", shaky)
     (note,) = measure_machine(Known(), MACHINE, 0).provenance.notes
     assert "did not become stable" in note
     assert "100%" in note
-
-
-def test_a_gpu_is_told() -> None:
-    machine = Machine("made up", 4, 1 << 34, ("a GPU 24 GiB",), (), 7)
-    (note,) = measure_machine(Known(), machine, 0).provenance.notes
-    assert "GPU" in note
