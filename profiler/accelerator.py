@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -110,8 +109,8 @@ def _copy(found: Found, subjects: AcceleratorSubjects, host: Subjects) -> None:
             copy = partial(subjects.copy, up=up, pinned=pinned)
             for nbytes in _SIZES:
                 copy(nbytes, _AT_ONCE)
-                seconds = statistics.median(copy(nbytes, _AT_ONCE) for _ in range(_REPEATS))
-                found.note(_copies_of(way, memory, nbytes), seconds / _AT_ONCE)
+                seconds = [copy(nbytes, _AT_ONCE) / _AT_ONCE for _ in range(_REPEATS)]
+                found.add_times(_copies_of(way, memory, nbytes), seconds)
             # Alone right before: only what lies close together can be compared.
             many = partial(copy, _SIZES[-1], _BESIDE_COPIES)
             alone_s = many()
@@ -128,7 +127,7 @@ def _beside(way: str, memory: str) -> str:
 
 
 def _link(found: Found, way: str, memory: str) -> Link:
-    copies = [Copies(nbytes, found.median(_copies_of(way, memory, nbytes))) for nbytes in _SIZES]
+    copies = [Copies(nbytes, found.seconds(_copies_of(way, memory, nbytes))) for nbytes in _SIZES]
     latency_s, bytes_per_s = fit_link(copies)
     return Link(latency_s, bytes_per_s, bytes_per_s * min(1.0, found.median(_beside(way, memory))))
 

@@ -45,14 +45,20 @@ class Found:
     """What the rounds brought: repeats of each timing, and sizes of products and of attention."""
 
     repeats: dict[str, list[float]] = field(default_factory=dict)
+    timed: set[str] = field(default_factory=set)
+    """What of these are seconds of a call."""
     sizes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """Weights of a product, entries of a token, and experts."""
     flops: dict[str, float] = field(default_factory=dict)
 
     def time(self, what: str, run: Callable[[], object], budget_s: float, calls: int = 1) -> None:
         """Repeat a run of some calls: seconds of one of these."""
-        seconds = repeated(run, budget_s=budget_s, fewest=_FEWEST)
-        self.repeats.setdefault(what, []).extend(each / calls for each in seconds)
+        self.add_times(what, (each / calls for each in repeated(run, budget_s=budget_s, fewest=_FEWEST)))
+
+    def add_times(self, what: str, seconds: Iterable[float]) -> None:
+        """Seconds of some calls."""
+        self.timed.add(what)
+        self.repeats.setdefault(what, []).extend(seconds)
 
     def time_products(self, points: Iterable[Point], budget_s: float) -> None:
         """A round of each point, in `budget_s` seconds."""
@@ -83,14 +89,14 @@ class Found:
         return statistics.median(self.repeats[what])
 
     def told(self) -> tuple[str, ...]:
-        """What a reader must know of timings of products and attention that did not stand still."""
-        timed = [what for what in self.repeats if what in self.sizes or what in self.flops]
-        unstable = {what: found.spread for what in timed if not (found := Timing.of(self.repeats[what])).stable}
+        """What a reader must know of timings that did not stand still."""
+        timings = {what: Timing.of(self.repeats[what]) for what in sorted(self.timed)}
+        unstable = {what: timing.spread for what, timing in timings.items() if not timing.stable}
         if not unstable:
             return ()
         worst = max(unstable, key=unstable.__getitem__)
         return (
-            f"{len(unstable)} of {len(timed)} timings did not become stable; the faster half of the repeats lay "
+            f"{len(unstable)} of {len(timings)} timings did not become stable; the faster half of the repeats lay "
             f"apart most for {worst}: {unstable[worst]:.0%}",
         )
 

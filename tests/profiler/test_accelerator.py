@@ -120,3 +120,21 @@ def test_disturbed_copies_do_not_change_a_link() -> None:
     for link, law in ((found.to_gpu, (True, True)), (found.from_gpu, (False, False))):
         assert (link.latency_s, link.bytes_per_s) == pytest.approx(KnownAccelerator.LINKS[law])
         assert link.overlapped_bytes_per_s <= link.bytes_per_s
+
+
+class _Shaking(KnownAccelerator):
+    """Copies to the device take longer each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copies = 0
+
+    def copy(self, nbytes: int, count: int, *, up: bool, pinned: bool) -> float:
+        self._copies += up
+        return (1 + self._copies % 5) ** up * super().copy(nbytes, count, up=up, pinned=pinned)
+
+
+def test_copies_that_do_not_stand_still_are_told() -> None:
+    note = measure_accelerator(_Shaking(), Known(), HOST).provenance.notes[0]
+    assert note.startswith("a card: 8 of ")
+    assert "to the device" in note
