@@ -105,6 +105,7 @@ def model_table(
             say(f"{name}, {share:.0%} of the experts in VRAM")
             vram = _vram_for(checkpoint, scale, share, device, work)
             for variant in _VARIANTS:
+                gpu_peers.release()
                 tokens, row = _measure(checkpoint, scale, vram, device, work, variant, profile)
                 first = first or tokens
                 same = _alike(tokens, first)
@@ -114,6 +115,7 @@ def model_table(
                 elif variant.is_ours:
                     report.target(f"{label}: tokens as with all in VRAM", same, "at least", 1.0)
                 rows.append(_row(name, share, variant.name, row, same))
+            gpu_peers.release()
             ram = parse_size(scale.ram, "ram")
             tokens, row = gpu_peers.accelerate_row(
                 checkpoint, vram, ram, device, _prompt(checkpoint, scale), scale.new_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,13 @@ def _tell(runtime: Runtime, told: Callable[[LayerCosts], LayerCosts]) -> None:
     accelerated = runtime.accelerated
     assert accelerated is not None
     accelerated.costs = _Told(accelerated.accelerator.link, told)
+
+
+def release() -> None:
+    """Free the memory of models that nobody has any more: they are part of cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def accelerate_row(
