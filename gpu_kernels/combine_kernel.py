@@ -9,7 +9,7 @@ import triton.language as tl
 from gpu_kernels.rounding_kernel import rounded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def combine_kernel(
     rows, weights, base, out, pairs, top_k, hidden, BASE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip

@@ -42,9 +42,12 @@ def product_configs(format: str, itemsize: int, *, few: bool) -> tuple[ProductCo
     """
     if few:
         columns = _columns_of_few(format, itemsize)
+        sizes_of_few = ((32, 4, 4), (64, 4, 4), (32, 2, 5))
+        if format in ("int4", "mxfp4") and itemsize == 2:
+            # A step along the columns has few bytes of a row; measured on an H100: 1.1 to 1.2 times as fast.
+            sizes_of_few = ((128, 4, 4), *sizes_of_few)
         return tuple(
-            ProductConfig(16, rows, columns, False, Threads(warps, stages))
-            for rows, warps, stages in ((32, 4, 4), (64, 4, 4), (32, 2, 5))
+            ProductConfig(16, rows, columns, False, Threads(warps, stages)) for rows, warps, stages in sizes_of_few
         )
     columns = 32 if itemsize == 4 and format != "int8" else 64
     # (tokens, rows, warps, stages). Sums of blocks before they are scaled take registers as the sums themselves do.

@@ -35,7 +35,11 @@ def _bias(bundle, offset, n, rows, FORMAT: tl.constexpr):
     return tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+# Steps differ in how many pairs and experts they have: none of that may be a reason to compile again.
+@triton.jit(
+    do_not_specialize=["tile_count", "pairs", "pairs_of_row"],
+    do_not_specialize_on_alignment=["table", "order", "tiles"],
+)
 def grouped_linear_kernel(
     x, table, order, tiles, out, tile_count, pairs, rows, columns, pairs_of_row,
     first_weights, first_scales, first_bias, second_weights, second_scales, second_bias,
@@ -106,7 +110,7 @@ def grouped_linear_kernel(
         tl.store(out + at[:, None] * rows + n[None, :], rounded(result, out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def gate_splits_kernel(
     sums, out, pairs, rows, GATED: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip

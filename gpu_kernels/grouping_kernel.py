@@ -16,7 +16,11 @@ def _keys(ids, table, at, pairs, experts):
     return tl.where(known & here, expert, experts)
 
 
-@triton.jit
+_VARYING = ["pairs", "experts", "tile_count"]
+"""From step to step: no reason to compile again."""
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=["ids", "table", "order", "tiles"])
 def group_few_kernel(
     ids, table, order, tiles, pairs, experts, tile_count, BLOCK_TOKENS: tl.constexpr, PAIRS: tl.constexpr
 ):  # fmt: skip
@@ -49,7 +53,7 @@ def group_few_kernel(
     tl.store(tiles + own, -1, mask=(own >= used) & (own < tile_count))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=["ids", "table", "order", "tiles"])
 def group_many_kernel(
     ids, table, order, tiles, pairs, experts, tile_count, BLOCK_TOKENS: tl.constexpr, PAIRS: tl.constexpr
 ):  # fmt: skip

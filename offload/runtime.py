@@ -529,6 +529,8 @@ class Runtime:
                 tier.release_memory()
             if self.paging is not None:
                 self.paging.close()
+            if self.accelerated is not None:
+                self.accelerated.accelerator.release()
             self._released = True
 
     def _check_open(self) -> None:

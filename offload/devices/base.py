@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -172,6 +173,12 @@ class Accelerator(Device):
     @abstractmethod
     def host(self) -> Device:
         """The device of host memory that this one copies from fastest."""
+
+    def prepare(self, layers: Sequence[ExpertsLayer], most_pairs: int) -> None:
+        """Compile what steps of up to so many (token, expert) pairs run, before the first of them waits for it."""
+
+    def release(self) -> None:
+        """Give back what the device took of the process beside slabs: the model was closed."""
 
     @abstractmethod
     def step_graph(self) -> StepGraph:

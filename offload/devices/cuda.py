@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -25,7 +26,7 @@ from offload.devices.base import (
 )
 from offload.devices.cuda_attention import CudaAttention
 from offload.devices.cuda_driver import CopyStream, CudaDriver, Moment
-from offload.devices.cuda_experts import CudaWork, sum_experts
+from offload.devices.cuda_experts import CudaWork, sum_experts, warm_up
 from offload.devices.link import Link
 from offload.devices.pinned import PinnedHostDevice, host_bytes
 from offload.errors import DoesNotFitError, UnsupportedOperationError
@@ -152,6 +153,15 @@ class CudaDevice(KvAccelerator):
             torch.OutOfMemoryError: no room for activations.
         """
         return CudaWork(self.driver, layer, batch, hidden, out)
+
+    def prepare(self, layers: Sequence[ExpertsLayer], most_pairs: int) -> None:
+        """See `Accelerator.prepare`; what stands for a GPU in tests compiles nothing."""
+        if self.driver.device.type == "cuda":
+            warm_up(self.driver, layers, most_pairs)
+
+    def release(self) -> None:
+        """Let torch take all of the card again."""
+        self.driver.limit(self.driver.memory_nbytes()[1])
 
     def run_experts(self, layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Start and wait."""

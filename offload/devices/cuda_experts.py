@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -47,6 +49,30 @@ class CudaWork(Work):
     def finish(self) -> None:
         """Wait for the outputs and put them into their rows."""
         self._out.index_copy_(0, torch.from_numpy(self._batch.rows), self._sums.cpu())
+
+
+_MOST_WARM_PAIRS = 32
+
+
+def warm_up(driver: CudaDriver, layers: Sequence[ExpertsLayer], most_pairs: int) -> None:
+    """Run each kind of experts with every number of pairs that decode steps have, on zeros: kernels that differ by it
+    are compiled then, or found in Triton's cache, and not while somebody waits for a token.
+
+    Args:
+        driver: of the device.
+        layers: of the model.
+        most_pairs: of a step; beyond some tens of them kernels no longer differ.
+    """
+    for layer in {(layer.layout, layer.dtype, layer.activation): layer for layer in layers}.values():
+        bundle = driver.allocate(layer.layout.nbytes).zero_()
+        hidden = torch.zeros(1, layer.layout.hidden, dtype=layer.dtype)
+        for pairs in range(1, min(most_pairs, _MOST_WARM_PAIRS) + 1):
+            numbers = np.arange(pairs, dtype=np.int64)
+            addresses = np.full(pairs, bundle.data_ptr(), np.intp)
+            batch = ExpertBatch(addresses, np.arange(pairs + 1, dtype=np.int64), np.zeros(pairs, np.int64), numbers)
+            CudaWork(driver, layer, batch, hidden, torch.empty(pairs, layer.layout.hidden)).finish()
+        del bundle
+    driver.trim()
 
 
 def sum_experts(sums: ExpertSums) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from formats.bundle import BundleLayout
+from offload.devices import cuda_experts
 from offload.devices.base import ExpertBatch
 from offload.devices.cuda import CudaDevice
 from offload.devices.cuda_driver import cuda_index, open_cuda
 from offload.devices.pinned import PinnedHostDevice, PinnedSlab
 from offload.errors import DeviceError, DoesNotFitError, SlowDeviceWarning, UnsupportedOperationError
+from offload.measuring.kernels import Gate
 from offload.moe.layer import ExpertsLayer
 from offload.moe.tiered_step import Accelerated, retried_step
 from offload.tiers.accelerated import TierPair
@@ -212,6 +215,32 @@ def test_refused_pinning_warns_once_and_goes_on() -> None:
     assert isinstance(first, PinnedSlab)
     assert not isinstance(second, PinnedSlab)
     assert device.refused_nbytes == 8192
+
+
+@needs_interpreter
+def test_kernels_run_ahead_with_every_number_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeCudaDriver()
+    started: list[int] = []
+    work = cuda_experts.CudaWork
+
+    def counted(*args: Any) -> Any:
+        started.append(len(args[2].tokens))
+        return work(*args)
+
+    monkeypatch.setattr(cuda_experts, "CudaWork", counted)
+    layout = BundleLayout(16, 16, "fp32")
+    layers = [ExpertsLayer(f"layer {i}", 4 * i, 4, layout, torch.float32, Gate(), "silu") for i in range(3)]
+    cuda_experts.warm_up(driver, layers, 3)
+    assert started == [1, 2, 3], "layers that are alike once"
+
+
+def test_a_closed_model_leaves_torch_the_card() -> None:
+    driver = FakeCudaDriver(total_nbytes=1 << 20)
+    device = CudaDevice(driver, 1 << 18)
+    limits: list[int] = []
+    driver.limit = limits.append  # type: ignore[method-assign]
+    device.release()
+    assert limits == [1 << 20]
 
 
 def test_names_of_devices() -> None:
