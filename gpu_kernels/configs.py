@@ -42,7 +42,7 @@ def product_configs(format: str, itemsize: int, *, few: bool) -> tuple[ProductCo
     """
     if few:
         columns = _columns_of_few(format, itemsize)
-        sizes_of_few = ((32, 4, 4), (64, 4, 4), (32, 2, 5))
+        sizes_of_few: tuple[tuple[int, int, int], ...] = ((32, 4, 4), (64, 4, 4), (32, 2, 5))
         if format in ("int4", "mxfp4") and itemsize == 2:
             # A step along the columns has few bytes of a row; measured on an H100: 1.1 to 1.2 times as fast.
             sizes_of_few = ((128, 4, 4), *sizes_of_few)

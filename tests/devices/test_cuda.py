@@ -235,12 +235,10 @@ def test_kernels_run_ahead_with_every_number_of_pairs(monkeypatch: pytest.Monkey
 
 
 def test_a_closed_model_leaves_torch_the_card() -> None:
-    driver = FakeCudaDriver(total_nbytes=1 << 20)
-    device = CudaDevice(driver, 1 << 18)
-    limits: list[int] = []
-    driver.limit = limits.append  # type: ignore[method-assign]
-    device.release()
-    assert limits == [1 << 20]
+    driver = FakeCudaDriver()
+    driver.limit(1 << 20)
+    CudaDevice(driver, 1 << 18).release()
+    assert driver.limit_nbytes == driver.total_nbytes
 
 
 def test_names_of_devices() -> None:
