@@ -236,7 +236,7 @@ def test_kernels_run_ahead_with_every_number_of_pairs(monkeypatch: pytest.Monkey
 
 def test_a_closed_model_leaves_torch_the_card() -> None:
     driver = FakeCudaDriver()
-    driver.limit(1 << 20)
+    driver.limit(1 << 28)
     CudaDevice(driver, 1 << 18).release()
     assert driver.limit_nbytes == driver.total_nbytes
 
