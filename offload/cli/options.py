@@ -182,9 +182,7 @@ def example(*lines: str) -> str:
 
 
 _DEVICE_OPTIONS = (
-    click.option(
-        "--device", metavar="NAME", help="A GPU, cuda or cuda:N.  [default: the CPU]"
-    ),
+    click.option("--device", metavar="NAME", help="A GPU, cuda or cuda:N.  [default: the CPU]"),
     click.option("--vram", type=Size(), metavar="SIZE", help="Most memory of the GPU.  [default: what is free]"),
 )
 
