@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+from cpu_kernels.cache_lines import ask_for_line
 from cpu_kernels.jit import entry
-from cpu_kernels.simd import prefetch_line
 
 
 @entry("void(int64[::1])")
 def ask_ahead(addresses):
     """Ask for one cache line at each of some addresses, which need not exist: nothing is read."""
     for index in range(len(addresses)):
-        prefetch_line(addresses[index])
+        ask_for_line(addresses[index])

@@ -26,9 +26,6 @@ _compiler = KernelCompiler("cpu_kernels", "formats", nogil=True)
 # Compiled into whatever calls it.
 inner: Any = _compiler.inner()
 
-# Likewise; a product and its addition may be one instruction with one rounding.
-inner_fused: Any = _compiler.inner(fastmath={"contract"})
-
 entry = _compiler.entry
 compiled_function = _compiler.address
 

@@ -13,7 +13,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from cpu_kernels.cache_lines import prefetch
+from cpu_kernels.cache_lines import ask_for_line
 from cpu_kernels.jit import carray, inner, intrinsic
 from cpu_kernels.kv_pairs_simd import PairShape, pairs_add_rows, pairs_store, pairs_zero, store_rounded
 from cpu_kernels.kv_simd import has_many_registers
@@ -49,17 +49,6 @@ def _pair_nbytes(typingctx: Any, shape: Any) -> Any:
         return ir.Constant(ir.IntType(64), shape.shape.pair_nbytes)
 
     return types.int64(shape), codegen
-
-
-@intrinsic
-def ask_for_line(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at an address; it need not exist."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        prefetch(builder, arguments[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
 
 
 @inner

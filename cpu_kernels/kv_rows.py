@@ -6,14 +6,12 @@ While tokens are read as many bytes of what is read next are asked for, so that 
 
 from __future__ import annotations
 
+from cpu_kernels.cache_lines import ask_for
 from cpu_kernels.jit import inner
 from cpu_kernels.key_rows_simd import score_tile, takes_pairs
-from cpu_kernels.kv_pairs import ask_for_line
 from cpu_kernels.kv_panels import row_nbytes
 from cpu_kernels.kv_simd import PanelShape, has_many_registers, panel_add, panel_row, panel_zero
 from cpu_kernels.simd import TileShape
-
-_LINE_NBYTES = 64
 
 _ONE_TO_ONE = TileShape(rows=1, tokens=1, chains=1)
 _ONE_TO_TWO = TileShape(rows=1, tokens=2, chains=1)
@@ -28,24 +26,18 @@ _SIXTEEN_TO_ONE = TileShape(rows=16, tokens=1, chains=1)
 
 
 @inner
-def _ask_along(ahead, nbytes):
-    for line in range(0, nbytes, _LINE_NBYTES):
-        ask_for_line(ahead + line)
-
-
-@inner
 def _score_tiles(
     elements, shape, at_once, single, keys, nbytes, groups, rows, queries, query_nbytes, out, out_nbytes, ahead
 ):
     """Tiles of `at_once` rows, and the last rows one by one."""
     whole = rows // at_once * at_once
     for row in range(0, whole, at_once):
-        _ask_along(ahead + row * nbytes, at_once * nbytes)
+        ask_for(ahead + row * nbytes, ahead + (row + at_once) * nbytes)
         score_tile(
             elements, shape, keys + row * nbytes, nbytes, groups, queries, query_nbytes, out + 4 * row, out_nbytes
         )
     for row in range(whole, rows):
-        _ask_along(ahead + row * nbytes, nbytes)
+        ask_for(ahead + row * nbytes, ahead + (row + 1) * nbytes)
         score_tile(
             elements, single, keys + row * nbytes, nbytes, groups, queries, query_nbytes, out + 4 * row, out_nbytes
         )
@@ -102,7 +94,7 @@ def _weigh_strip(code, shape, width, values, nbytes, rows, weights, weights_nbyt
     step = row_nbytes(code)
     tile = panel_zero(code, shape)
     for row in range(rows):
-        _ask_along(ahead + row * nbytes, width * step)
+        ask_for(ahead + row * nbytes, ahead + row * nbytes + width * step)
         tile = panel_row(code, tile, values + row * nbytes, step, weights + 4 * row, weights_nbytes)
     panel_add(code, tile, out, out_nbytes)
 

@@ -20,7 +20,6 @@ from cpu_kernels.compiling.inlined import InlinedCompiler
 from cpu_kernels.jit import call_at, carray, function_address, inner, intrinsic
 from cpu_kernels.kv_pairs import (
     add_int4_half,
-    ask_for_line,
     largest_rounded,
     multiply_int8_panels,
     round_row,
@@ -90,13 +89,6 @@ def bf16_at(typingctx: Any, address: Any) -> Any:
         return builder.bitcast(bits, ir.FloatType())
 
     return types.float32(types.int64), codegen
-
-
-@inner
-def ask_for(first, end):
-    """Ask for what lies between two addresses, the first of them that of a line."""
-    for address in range(first, end, 64):
-        ask_for_line(address)
 
 
 @inner

@@ -15,6 +15,7 @@ import numpy as np
 
 from cpu_kernels import paged_attention_block as block
 from cpu_kernels.activation_kernel import exp_float32
+from cpu_kernels.cache_lines import ask_for
 from cpu_kernels.jit import call_at, carray, inner, task_address
 from cpu_kernels.kv_softmax import (
     cap_row,
@@ -155,12 +156,12 @@ def _attend_in_place(job, chunk, head, following, token, tokens, queries, scores
     rows, scaled = chunk[ROWS], job[HAS_SCALES] != 0
     # Scales of values are needed before their codes; what is not asked for is waited for.
     if scaled:
-        block.ask_for(head + job[VALUE_SCALES], head + job[HEAD_NBYTES])
+        ask_for(head + job[VALUE_SCALES], head + job[HEAD_NBYTES])
     block.key_scores(job, head, tokens, queries, rows, scores, scratch, head + job[VALUES])
     _weigh_rows(job, chunk, token, tokens, scores)
     out = job[PARTS] + job[PART_NBYTES] * chunk[PART]
     if scaled:
-        block.ask_for(following + job[KEY_SCALES], following + job[VALUES])
+        ask_for(following + job[KEY_SCALES], following + job[VALUES])
     block.add_values(job, head, tokens, scores, rows, out, scratch, following + job[KEYS])
 
 

@@ -339,17 +339,6 @@ def tile_store(typingctx: Any, tile: Any, outputs: Any, offset: Any) -> tuple[An
 
 
 @intrinsic
-def prefetch_line(typingctx: Any, address: Any) -> tuple[Any, _Codegen]:
-    """Ask for one cache line, which need not exist."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        prefetch(builder, arguments[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@intrinsic
 def prefetch_four_lines(typingctx: Any, address: Any) -> tuple[Any, _Codegen]:
     """Ask for 256 bytes, which need not exist."""
 

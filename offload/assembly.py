@@ -100,11 +100,8 @@ def assemble(
         spare_ram_nbytes=available_ram_nbytes() - plan.peak_ram_nbytes,
     )  # fmt: skip
     if above is not None:
-        progress.start(0, "Preparing kernels of the device: compiled the first time, then kept")
-        try:
-            above.prepare(layers, plan.workload.batch * max(experts.top_k for experts in prepared.spec.experts))
-        finally:
-            progress.finish()
+        most_pairs = plan.workload.batch * max(experts.top_k for experts in prepared.spec.experts)
+        above.prepare(layers, most_pairs, progress)
     above_policy = None if plan.vram is None else _policy(copy.deepcopy(policy), plan.vram.slots, layers)
     runtime = Runtime(
         plan, prepared.spec, store, layers, device, _policy(policy, plan.ram_slots, layers), above, above_policy

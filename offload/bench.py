@@ -13,7 +13,7 @@ from offload.runtime import Runtime
 from offload.statistics import Statistics
 from placement.hardware_profile import HardwareProfile, Speeds
 from placement.plan import Plan
-from placement.planner import predicted
+from placement.planner import can_predict, predicted
 from placement.predict import Routing
 from profiler.stream import stream_bytes_per_s
 
@@ -115,8 +115,7 @@ def predict_run(runtime: Runtime, amount: Amount, profile: HardwareProfile | Non
         new_tokens=2 * amount.warm_tokens + amount.new_tokens,
     )
     slots, vram, told = runtime.tier.table.usable_slots, runtime.plan.vram, None
-    knows = vram is None or (profile is not None and profile.gpu is not None and not vram.window_layers)
-    if profile is not None and knows:
+    if profile is not None and can_predict(profile, vram):
         told = predicted(runtime.spec, profile, slots, workload, routing, runtime.plan.kv, vram)
     return replace(runtime.plan, workload=workload, prediction=told)
 

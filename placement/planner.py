@@ -250,6 +250,13 @@ def blocks_within(spec: ModelSpec, workload: Workload, choice: KvChoice, room_nb
     return plan_kv(spec, workload, choice, max(least, room_nbytes - experts))
 
 
+def can_predict(profile: HardwareProfile, vram: VramPlan | None) -> bool:
+    """Whether `predicted` knows what it would have to: not of an accelerator that the profile has not, nor of dense
+    weights that stream through one's memory.
+    """
+    return vram is None or (profile.gpu is not None and not vram.window_layers)
+
+
 def predicted(
     spec: ModelSpec,
     profile: HardwareProfile,
@@ -262,15 +269,12 @@ def predicted(
     """What is expected of a plan with so many slots in RAM, and what `vram` says on an accelerator.
 
     Raises:
-        ValueError: something is on an accelerator that the profile does not know, or streams through its memory, which
-            nothing predicts.
+        ValueError: not `can_predict`.
     """
     homes = Homes((), (), False, 0, ram_slots, READ_CHUNK_NBYTES, READER_THREADS)
+    if not can_predict(profile, vram):
+        raise ValueError("a prediction needs a profile of the accelerator, and dense weights that stay in its memory")
     if vram is not None:
-        if vram.window_layers or profile.gpu is None:
-            raise ValueError(
-                "a prediction needs a profile of the accelerator, and dense weights that stay in its memory"
-            )
         homes = replace(
             homes, dense_in_vram=vram.dense_layers, kv_in_vram=vram.kv_layers, head_in_vram=vram.head,
             vram_slots=vram.slots,

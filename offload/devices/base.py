@@ -14,6 +14,7 @@ import torch
 from formats.kv import KvLayout
 from offload.devices.link import Link
 from offload.moe.layer import ExpertsLayer
+from offload.store.progress import Progress
 
 if TYPE_CHECKING:
     from offload.step_graph.graph import StepGraph
@@ -174,7 +175,7 @@ class Accelerator(Device):
     def host(self) -> Device:
         """The device of host memory that this one copies from fastest."""
 
-    def prepare(self, layers: Sequence[ExpertsLayer], most_pairs: int) -> None:
+    def prepare(self, layers: Sequence[ExpertsLayer], most_pairs: int, progress: Progress) -> None:
         """Compile what steps of up to so many (token, expert) pairs run, before the first of them waits for it."""
 
     def release(self) -> None:

@@ -33,6 +33,7 @@ from offload.errors import DoesNotFitError, UnsupportedOperationError
 from offload.moe.layer import ExpertsLayer
 from offload.sizes import format_size
 from offload.step_graph.graph import StepGraph
+from offload.store.progress import Progress
 
 _PROBE_NBYTES = 32 << 20
 _PROBES = 3
@@ -154,10 +155,15 @@ class CudaDevice(KvAccelerator):
         """
         return CudaWork(self.driver, layer, batch, hidden, out)
 
-    def prepare(self, layers: Sequence[ExpertsLayer], most_pairs: int) -> None:
+    def prepare(self, layers: Sequence[ExpertsLayer], most_pairs: int, progress: Progress) -> None:
         """See `Accelerator.prepare`; what stands for a GPU in tests compiles nothing."""
-        if self.driver.device.type == "cuda":
+        if self.driver.device.type != "cuda":
+            return
+        progress.start(0, "Preparing kernels of the device: compiled the first time, then kept")
+        try:
             warm_up(self.driver, layers, most_pairs)
+        finally:
+            progress.finish()
 
     def release(self) -> None:
         """Let torch take all of the card again."""

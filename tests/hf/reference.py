@@ -22,6 +22,14 @@ def reference_model(directory: Path, dtype: torch.dtype, implementation: str = "
     return model.eval()  # type: ignore[no-any-return]
 
 
+def flat(out: Any) -> list[torch.Tensor]:
+    """All tensors of an output but for its cache's."""
+    if isinstance(out, torch.Tensor):
+        return [out]
+    parts = out if isinstance(out, (tuple, list)) else out.to_tuple() if hasattr(out, "to_tuple") else ()
+    return [tensor for part in parts for tensor in flat(part)]
+
+
 def prompt(batch: int = 1, tokens: int = 17, seed: int = 0, vocab: int = 99) -> torch.Tensor:
     return torch.randint(2, vocab, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 

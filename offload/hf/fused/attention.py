@@ -50,6 +50,18 @@ def swap_forwards(model: PreTrainedModel, replacement: Callable[[Any], Any]) -> 
     return count
 
 
+def are_for_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether these are ordinary tensors of a dtype that attention kernels take, the elements of rows together."""
+    return (
+        is_plain(query)
+        and is_plain(key)
+        and is_plain(value)
+        and query.dtype is key.dtype is value.dtype
+        and query.dtype in FORMAT_OF_DTYPE
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+    )
+
+
 @softmax_attention
 def attend(
     module: torch.nn.Module,
@@ -66,12 +78,7 @@ def attend(
     if (
         (new == 1 or new >= _PROMPT_TOKENS)
         and not dropout
-        and is_plain(query)
-        and is_plain(key)
-        and is_plain(value)
-        and query.dtype is key.dtype is value.dtype
-        and query.dtype in FORMAT_OF_DTYPE
-        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and are_for_kernels(query, key, value)
         and not tells_more(named)
     ):
         scale = width**-0.5 if scaling is None else scaling

@@ -11,9 +11,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from formats.packed import round_up
+from placement.planner import KV_ROOM_TOKENS
 
-ROOM_TOKENS = 64
-"""Buffers hold a multiple of so many tokens; placement.planner counts them."""
+ROOM_TOKENS = KV_ROOM_TOKENS
+"""Buffers hold a multiple of so many tokens, which plans count."""
 
 
 Form = tuple[int, int, int, torch.dtype]

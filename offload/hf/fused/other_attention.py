@@ -14,9 +14,7 @@ import torch
 
 from cpu_kernels.decode_attention import decode_attention
 from offload.devices.host_threads import kernel_pool
-from offload.hf.dtypes import FORMAT_OF_DTYPE
-from offload.hf.fused.attention import tells_more
-from offload.hf.fused.conditions import is_plain
+from offload.hf.fused.attention import are_for_kernels, tells_more
 from offload.hf.paged.recognition import SINKS, is_softmax_attention
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -58,13 +56,8 @@ def _suits(
     """Whether a call is softmax attention of one token to all that is there, of tensors that the kernel takes."""
     return (
         query.shape[2] == 1
-        and query.dtype is key.dtype is value.dtype
-        and query.dtype in FORMAT_OF_DTYPE
-        and is_plain(query)
-        and is_plain(key)
-        and is_plain(value)
-        and query.stride(3) == value.stride(3) == 1
-        and key.stride()[2:] == (query.shape[3], 1)
+        and are_for_kernels(query, key, value)
+        and key.stride(2) == query.shape[3]
         and _hides_nothing(mask)
         and not tells_more(named)
         and not getattr(getattr(module, "config", None), "output_attentions", False)

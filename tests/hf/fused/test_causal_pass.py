@@ -18,7 +18,7 @@ from offload.hf.fused import fuse
 from offload.hf.fused.causal_pass import CausalForward, CausalPass
 from offload.hf.fused.kv_cache import ROOM_TOKENS
 from offload.request import FUSED_KINDS
-from tests.hf.reference import prompt
+from tests.hf.reference import flat, prompt
 from tests.tiny_models import build_tiny
 
 FAMILIES = ("mixtral", "qwen3_moe", "glm4_moe", "olmoe", "minimax_m2", "hunyuan_v1_moe")
@@ -106,14 +106,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "padding": {"attention_mask": torch.tensor([[0] + [1] * PROMPT_TOKENS])},
     "no cache wanted": {"use_cache": False},
 }
-
-
-def flat(out: Any) -> list[torch.Tensor]:
-    """All tensors of an output but for its cache's."""
-    if isinstance(out, torch.Tensor):
-        return [out]
-    parts = out if isinstance(out, (tuple, list)) else out.to_tuple() if hasattr(out, "to_tuple") else ()
-    return [tensor for part in parts for tensor in flat(part)]
 
 
 @pytest.mark.parametrize("asked", CALLS)

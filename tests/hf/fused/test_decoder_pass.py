@@ -15,7 +15,7 @@ from offload.hf.fused.causal_pass import CausalPass
 from offload.hf.fused.decoder_pass import DecoderPass
 from offload.hf.fused.swap import STACK
 from offload.request import FUSED_KINDS
-from tests.hf.reference import prompt
+from tests.hf.reference import flat, prompt
 from tests.tiny_models import build_tiny
 
 FAMILIES = ("mixtral", "qwen3_moe", "glm4_moe", "olmoe", "minimax_m2", "hunyuan_v1_moe")
@@ -110,14 +110,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "a mask of its own": {"attention_mask": torch.zeros(1, 1, 1, PROMPT_TOKENS + 1)},
     "no cache wanted": {"use_cache": False},
 }
-
-
-def flat(out: Any) -> list[torch.Tensor]:
-    """All tensors of an output but for its cache's."""
-    if isinstance(out, torch.Tensor):
-        return [out]
-    parts = out if isinstance(out, (tuple, list)) else out.to_tuple() if hasattr(out, "to_tuple") else ()
-    return [tensor for part in parts for tensor in flat(part)]
 
 
 @pytest.mark.parametrize("asked", CALLS)
