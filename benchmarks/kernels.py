@@ -25,7 +25,7 @@ from cpu_kernels.packed_reference import packed_expert_mlp_reference, packed_lin
 from cpu_kernels.panel_mlp import panel_expert_mlp, panel_linear
 from cpu_kernels.tape import Choice, Tape
 from cpu_kernels.threads import Pool
-from cpu_kernels.wide_linear import multiplies_natively
+from cpu_kernels.wide_linear import multiplies_natively, takes_panels
 from formats.bundle import BundleLayout
 from formats.packed import PACKED_FORMATS, MatrixLayout
 from offload.devices.host_threads import kernel_pool
@@ -397,7 +397,7 @@ def _expert(format: str, pool: Pool, scale: KernelScale, tokens: int) -> Contend
     if format in PACKED_FORMATS:
         mlp = packed_expert_mlp
     else:
-        panels = tokens > MOST_TOKENS and not multiplies_natively(torch.bfloat16)
+        panels = tokens > MOST_TOKENS and takes_panels(torch.bfloat16)
         mlp = panel_expert_mlp if panels else expert_mlp
 
     def call(copy: int) -> None:

@@ -63,8 +63,10 @@ def run(work: Path, shape: checkpoints.Shape, scale: LlamaScale) -> Report:
     rows = report.tables.setdefault("tokens/s beside llama.cpp, everything in RAM", [])
     for quant, theirs in PAIRS:
         file = _packed(tools, source, theirs)
+        # Without being told, int4 keeps the output layer in int8, which llama.cpp's file does not.
+        parts = None if quant is None else dict.fromkeys(("experts", "dense", "lm_head"), quant)
         options = ModelOptions(
-            "ours", str(checkpoint), _EVERYTHING, str(checkpoints.store_root(work)), _CONTEXT_TOKENS, quant
+            "ours", str(checkpoint), _EVERYTHING, str(checkpoints.store_root(work)), _CONTEXT_TOKENS, parts
         )
         say(f"{quant or 'bf16'} beside {theirs}")
         for task, speeds in _measure(tools, file, options, shape.vocab, scale).items():
@@ -122,7 +124,7 @@ def _packed(tools: Path, source: Path, kind: str) -> Path:
     if not path.exists():
         say(f"packing {kind}")
         unfinished = path.with_suffix(".unfinished")
-        # --pure: every matrix in the one format, as ours are.
+        # --pure: every matrix in the one format, as ours.
         _run(tools / "llama-quantize", "--pure", source, unfinished, kind.upper())
         unfinished.rename(path)
     return path

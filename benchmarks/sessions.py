@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -28,7 +29,7 @@ class ModelOptions:
         ram: budget in bytes; transformers alone has none.
         store: directory of the expert store for ours, of the offloaded weights for accelerate.
         context: longest sequence in tokens.
-        quant: packed format of ours.
+        quant: packed format of ours, or of each part.
         batch: sequences at once.
         warm_up: a small checkpoint that ours runs before memory is looked at, so that compiled kernels and imports do
             not count; empty for none.
@@ -40,7 +41,7 @@ class ModelOptions:
     ram: int = 0
     store: str = ""
     context: int = 1024
-    quant: str | None = None
+    quant: str | Mapping[str, str] | None = None
     batch: int = 1
     warm_up: str = ""
     prefill_chunk: int = PREFILL_CHUNK_TOKENS

@@ -7,7 +7,7 @@ from cpu_kernels import expert_mlp_jobs as layouts
 from cpu_kernels import panel_kernel as kernel
 from cpu_kernels.expert_mlp_jobs import BAD_ROW, BAD_TOKEN, FINE, fill_rows
 from cpu_kernels.jit import entry, inner
-from cpu_kernels.panel_simd import PANEL_COLUMN_BYTES
+from cpu_kernels.panel_simd import MOST_ROWS, PANEL_COLUMN_BYTES
 
 # Where the tables lie in the workspace, in words of 8 bytes.
 _PACK_JOB = 0
@@ -16,9 +16,9 @@ _DOWN_JOB = _UP_JOB + kernel.JOB_FIELDS
 PHASES = _DOWN_JOB + kernel.JOB_FIELDS
 _TABLES = PHASES + 9
 
-# Rows of a chunk: a multiple of every tile, many against the packing of their weights, few against a phase.
 _ROWS_STEP = 24
-_MOST_ROWS = 96
+"""Rows of a chunk are a multiple of it, as it is of every tile's rows."""
+
 _CHUNKS_PER_THREAD = 8
 
 
@@ -60,7 +60,7 @@ def _fill_experts(experts, panels, bundles, offsets):
 @inner
 def _fill_job(job, experts, active, rows, columns, matrices, inputs, input_rows, sums, sum_rows, threads):
     per_chunk = active * rows // (threads * _CHUNKS_PER_THREAD) // _ROWS_STEP * _ROWS_STEP
-    per_chunk = max(_ROWS_STEP, min(_MOST_ROWS, per_chunk))
+    per_chunk = max(_ROWS_STEP, min(MOST_ROWS, per_chunk))
     job[kernel.EXPERTS] = experts
     job[kernel.CHUNKS_PER_EXPERT] = (rows + per_chunk - 1) // per_chunk
     job[kernel.ROWS_PER_CHUNK] = per_chunk

@@ -155,7 +155,8 @@ def _multiply_rows(elements, shape, weights, columns, rows, inputs, input_stride
 
 
 @inner
-def _add_bias(elements, bias_address, sums_address, rows):
+def add_bias(elements, bias_address, sums_address, rows):
+    """The bias of some rows to all sums of a panel."""
     bias = carray(element_pointer(elements, bias_address), (rows,))
     sums = carray(float32_pointer(sums_address), (rows * LANES,))
     for row in range(rows):
@@ -180,7 +181,7 @@ def _activate(elements, job, sums, first, rows):
 
 
 @inner
-def _write_out(elements, job, sums, output_rows, pairs, first, rows):
+def write_out(elements, job, sums, output_rows, pairs, first, rows):
     """Some rows of a panel of sums to the outputs of its pairs."""
     values = carray(float32_pointer(sums + PANEL_COLUMN_BYTES * first), (rows * LANES,))
     addresses = carray(int64_pointer(output_rows), (pairs,))
@@ -203,9 +204,9 @@ def _finish(elements, job, base, sums, output_rows, pairs, first, rows):
         row = matrix * job[ROWS] + first
         if job[BIAS_OFFSET] > 0:
             bias = base + job[BIAS_OFFSET] + row * (STEP_BYTES // elements_per_step(elements))
-            _add_bias(elements, bias, sums + PANEL_COLUMN_BYTES * row, rows)
+            add_bias(elements, bias, sums + PANEL_COLUMN_BYTES * row, rows)
         if job[OUTPUT_ROWS] > 0:
-            _write_out(elements, job, sums, output_rows, pairs, row, rows)
+            write_out(elements, job, sums, output_rows, pairs, row, rows)
     if job[OUTPUT_ROWS] == 0:
         _activate(elements, job, sums, first, rows)
 

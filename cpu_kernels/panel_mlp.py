@@ -1,7 +1,8 @@
-"""The MLPs of routed experts, and linear layers, for many tokens: blocked matrix products in fp32.
+"""The MLPs of routed experts, and linear layers, for many tokens: blocked matrix products.
 
-For CPUs without instructions for 16-bit products, and for fp32. `expert_mlp` and `linear` are for few tokens: from
-some 8 on they are bound by arithmetic, and read each weight's bits anew for every few tokens.
+In fp32 for fp32 and for CPUs without instructions for 16-bit products, by pairs of bf16 where there is VDPBF16PS
+(`pair_panel_kernel`). `expert_mlp` and `linear` are for few tokens: from some 8 on they are bound by arithmetic, and read
+each weight's bits anew for every few tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from cpu_kernels.expert_mlp import (
     index_array,
     shape_of_layout,
 )
-from cpu_kernels.isa import choose_isa, isa_of_format
+from cpu_kernels.isa import choose_isa, cpu_features, isa_of_format
+from cpu_kernels.pair_panel_kernel import BF16, pack_pairs_task, pair_panel_task
 from cpu_kernels.panel_kernel import PANEL_TOKENS, pack_task, panel_task
 from cpu_kernels.panel_simd import PANEL_COLUMN_BYTES, tile_shape
 from cpu_kernels.simd import Elements
@@ -165,7 +167,15 @@ def compile_panel_kernels(format: str) -> None:
 
 
 @cache
+def multiplies_pairs() -> bool:
+    """Whether panels of bf16 are multiplied by VDPBF16PS, and nothing faster is there: AMX, which torch's products use."""
+    return Elements("bf16", isa_of_format("bf16")) == BF16 and "amx-bf16" not in cpu_features()
+
+
+@cache
 def _tasks(elements: Elements) -> npt.NDArray[np.int64]:
+    if elements == BF16:
+        return np.array([pack_pairs_task(), pair_panel_task()], np.int64)
     return np.array([pack_task(elements), panel_task(elements, tile_shape(choose_isa()))], np.int64)
 
 

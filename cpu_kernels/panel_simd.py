@@ -27,6 +27,9 @@ PANEL_COLUMN_BYTES = 4 * LANES
 ROWS_TOGETHER = 12
 """Rows whose weights are widened at a time: a multiple of what every tile has."""
 
+MOST_ROWS = 96
+"""Rows of a chunk: many against the packing of their weights, few against a phase."""
+
 HALF_LANES = LANES // 2
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)

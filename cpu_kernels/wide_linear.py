@@ -11,7 +11,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from cpu_kernels.panel_mlp import panel_linear
+from cpu_kernels.panel_mlp import multiplies_pairs, panel_linear
 from cpu_kernels.threads import Pool
 
 
@@ -23,6 +23,11 @@ def multiplies_natively(dtype: torch.dtype) -> bool:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
     return bool(supported is not None and supported())
+
+
+def takes_panels(dtype: torch.dtype) -> bool:
+    """Whether `panel_mlp` computes experts of this dtype for many tokens faster than torch does."""
+    return dtype is torch.float32 or not multiplies_natively(dtype) or (dtype is torch.bfloat16 and multiplies_pairs())
 
 
 def linear_many(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pool: Pool) -> torch.Tensor:

@@ -29,7 +29,7 @@ from cpu_kernels.panel_mlp import compile_panel_kernels
 from cpu_kernels.prompt_attention import compile_prompt_attention
 from cpu_kernels.tensors import FORMAT_OF_DTYPE, elements_of
 from cpu_kernels.weighted_sum import compile_sums
-from cpu_kernels.wide_linear import multiplies_natively
+from cpu_kernels.wide_linear import takes_panels
 from formats.packed import PACKED_FORMATS
 
 _POLICY_ENTRIES = (
@@ -63,7 +63,7 @@ def kernels_of_model(
     last += [(compile_packed_kernels, (format,)) for format in sorted(formats & PACKED_FORMATS.keys())]
     if FORMAT_OF_DTYPE[dtype] in formats:
         last.append((expert_mlp_kernel.rows_task, (elements,)))
-        if dtype is torch.float32 or not multiplies_natively(dtype):
+        if takes_panels(dtype):
             last.append((compile_panel_kernels, (FORMAT_OF_DTYPE[dtype],)))
     if decodes:
         first.append((prepare_named, (tape_kernel.__name__, "run_tape")))

@@ -22,7 +22,7 @@ from cpu_kernels.packed_expert_mlp import (
 from cpu_kernels.panel_mlp import compile_panel_kernels, panel_expert_down, panel_expert_mlp, panel_expert_up
 from cpu_kernels.routing_kernel import group_pairs
 from cpu_kernels.weighted_sum import compile_sums
-from cpu_kernels.wide_linear import multiplies_natively
+from cpu_kernels.wide_linear import multiplies_natively, takes_panels
 from formats.bundle import BundleLayout
 from offload.devices.base import ExpertBatch
 from offload.devices.host_threads import kernel_pool
@@ -30,13 +30,15 @@ from offload.moe.gate import apply_gate
 from offload.moe.layer import ExpertsLayer
 
 FEW_TOKENS = 128
-"""Up to here the kernel is faster: it reads weights once at memory bandwidth, and computes while it waits for them.
-
-docs/performance.md has the measurement, of this and the next.
+"""Up to here the kernel for rows is faster: it reads weights once at memory bandwidth, and computes while it waits for
+them. Above it torch's products are. docs/performance.md has the measurement, of this and the next two.
 """
 
+FEW_TOKENS_IN_PAIRS = 24
+"""Likewise where panels have instructions for pairs of bf16; above it panels are faster."""
+
 FEW_TOKENS_IN_FP32 = 2
-"""Likewise where products are those of fp32, whatever the format; above it panels of 8 and 16 tokens are.
+"""Likewise where products are those of fp32, whatever the format; above it panels of 8 and 16 tokens are faster.
 
 In a pass of at most MOST_TOKENS all go to the kernel for rows, as on a tape.
 """
@@ -51,14 +53,13 @@ def run_experts(layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, o
         _run_kernel(layer, batch, hidden, out)
         return
     counts = batch.offsets[1:] - batch.offsets[:-1]
-    in_fp32 = _in_fp32(layer)
-    on_rows = (FEW_TOKENS_IN_FP32 if len(hidden) > MOST_TOKENS else MOST_TOKENS) if in_fp32 else FEW_TOKENS
-    few = counts <= on_rows
+    panels = takes_panels(layer.dtype)
+    few = counts <= _most_on_rows(layer, len(hidden), panels=panels)
     if few.any():
         _run_kernel(layer, batch if few.all() else _select(batch, np.flatnonzero(few)), hidden, out)
     if few.all():
         return
-    if in_fp32:
+    if panels:
         _run_kernel(layer, _select(batch, np.flatnonzero(~few)) if few.any() else batch, hidden, out, panels=True)
         return
     for index in np.flatnonzero(~few):
@@ -76,13 +77,17 @@ def compile_for(layer: ExpertsLayer) -> None:
         compile_packed_kernels(layer.layout.format)
         return
     compile_kernels(layer.layout)
-    if _in_fp32(layer):
+    if takes_panels(layer.dtype):
         compile_panel_kernels(layer.layout.format)
 
 
-def _in_fp32(layer: ExpertsLayer) -> bool:
-    """Whether many tokens are multiplied in fp32: the CPU has no products of the format, or it is the format."""
-    return layer.dtype is torch.float32 or not multiplies_natively(layer.dtype)
+def _most_on_rows(layer: ExpertsLayer, tokens: int, *, panels: bool) -> int:
+    """How many tokens of an expert at most go to the kernel for rows, in a pass of so many."""
+    if not panels:
+        return FEW_TOKENS
+    if layer.dtype is not torch.float32 and multiplies_natively(layer.dtype):
+        return FEW_TOKENS_IN_PAIRS
+    return FEW_TOKENS_IN_FP32 if tokens > MOST_TOKENS else MOST_TOKENS
 
 
 def _store(result: torch.Tensor, rows: npt.NDArray[np.int64], out: torch.Tensor) -> None:
