@@ -64,11 +64,11 @@ MXFP4_CONFIG = {
 }
 
 
-def mxfp4_tensors(config: PretrainedConfig, seed: int = 0) -> Tensors:
+def mxfp4_tensors(originals: Tensors, seed: int = 0) -> Tensors:
     """gpt-oss as OpenAI has it: experts as blocks and scales, everything else bf16."""
     generator = torch.Generator().manual_seed(seed + 1)
     tensors = {}
-    for key, tensor in unquantised(config, seed).items():
+    for key, tensor in originals.items():
         if key.endswith(("gate_up_proj", "down_proj")):
             count, columns, rows = tensor.shape
             shape = (count, rows, columns // 32)
@@ -97,7 +97,6 @@ def fp8_config(block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
 
 
 def fp8_tensors(
-    config: PretrainedConfig,
     originals: Tensors,
     block: tuple[int, int] = (128, 128),
     scale_dtype: torch.dtype = torch.float32,

@@ -13,13 +13,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 import offload
 from formats.bundle import MATRICES, BundleLayout
 from formats.pack import unpack_matrix
 from offload.errors import CheckpointError, UnsupportedModelError
+from offload.hf.config_spec import spec_of_config
 from offload.hf.quantised_linear import QuantisedLinear
+from offload.quantisation import Quantisation
 from tests.checkpoint.test_experts import reference_expert
 from tests.hf.reference import assert_logits_close, greedy, logits, prompt, reference_model
 from tests.quantised_checkpoints import (
@@ -55,7 +64,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
             directory = tmp_path_factory.mktemp(kind)
             if kind == "mxfp4":
                 config = config_of("gpt_oss", **ODD_GROUPS)
-                tensors, quantisation = mxfp4_tensors(config), MXFP4_CONFIG
+                tensors, quantisation = mxfp4_tensors(unquantised(config)), MXFP4_CONFIG
             else:
                 family, sizes = {
                     "fp8": ("qwen3_moe", WHOLE_BLOCKS),
@@ -64,7 +73,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
                 }[kind]
                 config = config_of(family, **sizes)
                 scale = torch.bfloat16 if kind == "fp8" else torch.float32
-                tensors, quantisation = fp8_tensors(config, hub_tensors(config), scale_dtype=scale), fp8_config()
+                tensors, quantisation = fp8_tensors(hub_tensors(config), scale_dtype=scale), fp8_config()
             write(directory, config, tensors, quantisation)
             write(directory / "plain", config, decoded(tensors, dtype=torch.float32), None)
             known[kind] = directory
@@ -232,6 +241,40 @@ def test_plans_have_the_sizes_of_the_unquantised_model(
     assert found.minimum_ram_nbytes >= expected.minimum_ram_nbytes
     same = replace(expected, model=found.model, minimum_ram_nbytes=found.minimum_ram_nbytes)
     assert found == same
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+def test_a_config_without_a_dtype_means_bf16(kind: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Nobody computes in the dtype of codes."""
+    directory = copied(checkpoint(kind), tmp_path)
+    edit_config(directory, dtype=None)
+    assert offload.plan(directory, ram="1GiB", context=40).format == "bf16"
+
+
+def test_a_model_on_meta_takes_a_quantised_checkpoint(checkpoint: Checkpoint, store_root: Path) -> None:
+    directory = checkpoint("mxfp4")
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    expected = greedy(dequantised_by_transformers(directory, torch.float32), prompt())
+    model = offload.load(skeleton, checkpoint=directory, ram="1GiB", nvme=store_root, context=40)
+    with model.offload:
+        assert torch.equal(greedy(model, prompt()), expected)
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8_cut"])
+def test_a_config_alone_is_planned_as_its_checkpoint_is(kind: str, checkpoint: Checkpoint) -> None:
+    directory = checkpoint(kind)
+    config = AutoConfig.from_pretrained(directory)
+    spec = spec_of_config(config, "x", Quantisation(), dtype=torch.bfloat16, context_tokens=40)
+    plain = AutoConfig.from_pretrained(directory / "plain")
+    expected = spec_of_config(plain, "x", Quantisation(), dtype=torch.bfloat16, context_tokens=40)
+    assert replace(spec, load_scratch_nbytes=0) == replace(expected, load_scratch_nbytes=0)
+    assert (spec.load_scratch_nbytes > expected.load_scratch_nbytes) == (kind != "mxfp4")
+    assert config.quantization_config, "the caller's config is not changed"
+    config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(UnsupportedModelError, match="gptq"):
+        spec_of_config(config, "x", Quantisation(), dtype=torch.bfloat16, context_tokens=40)
 
 
 def family(kind: str) -> PretrainedConfig:

@@ -23,7 +23,15 @@ from offload.errors import CheckpointError, CheckpointNotFoundError, HubUnreacha
 from placement.plan import Plan
 from tests.cli.conftest import Invoke, character_tokenizer
 from tests.cli.hub_server import COMMIT, Hub, running
-from tests.quantised_checkpoints import MXFP4_CONFIG, config_of, fp8_config, fp8_tensors, mxfp4_tensors, write
+from tests.quantised_checkpoints import (
+    MXFP4_CONFIG,
+    config_of,
+    fp8_config,
+    fp8_tensors,
+    mxfp4_tensors,
+    unquantised,
+    write,
+)
 from tests.tiny_models import build_tiny
 
 
@@ -63,10 +71,10 @@ def test_quantised_checkpoints_are_planned_as_copies_of_them(
 ) -> None:
     if kind == "mxfp4":
         config = config_of("gpt_oss", hidden_size=96, intermediate_size=160)
-        directory = write(tmp_path / kind, config, mxfp4_tensors(config), MXFP4_CONFIG)
+        directory = write(tmp_path / kind, config, mxfp4_tensors(unquantised(config)), MXFP4_CONFIG)
     else:
         config = config_of("mixtral", hidden_size=152, intermediate_size=168)
-        tensors = fp8_tensors(config, load_file(saved(config, tmp_path / "plain")))
+        tensors = fp8_tensors(load_file(saved(config, tmp_path / "plain")))
         directory = write(tmp_path / kind, config, tensors, fp8_config())
     hub.repositories["owner/quantised"] = directory
     budgets = ("--ram", "64MiB", "--context", "64", "--json", *quant)
