@@ -15,10 +15,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from formats.packed import PACKED_FORMATS
 from offload.checkpoint.bundles import CheckpointBundleSource
 from offload.checkpoint.checkpoint import Checkpoint
-from offload.checkpoint.dtypes import TORCH_DTYPES
+from offload.checkpoint.decoded import decoded_tensors, decoding_nbytes
+from offload.checkpoint.dtypes import TAGS, TORCH_DTYPES
 from offload.checkpoint.experts import MappedExperts, map_checkpoint
 from offload.checkpoint.lazy import lazy_state_dict
 from offload.checkpoint.locate import locate_checkpoint
+from offload.checkpoint.quantised import drop_quantisation, find_encoding
 from offload.errors import DoesNotFitError, InvalidArgumentError, SlowKvWarning
 from offload.hf.dense import load_dense
 from offload.hf.dense_weights import alignment_nbytes
@@ -97,7 +99,7 @@ class PreparedCheckpoint:
             dtype = self.skeleton.dtype
             shared = {key: tensor for key, tensor in tensors.items() if key not in alone}
             load_dense(self.skeleton, shared, dtype, str(self.checkpoint.directory))
-            put_back(self.skeleton, taken, lambda parameter: tensors[keys[parameter]][...])
+            put_back(self.skeleton, taken, lambda parameter: tensors[keys[parameter]].encoded())
             left = {name: format for name, format in self.formats.items() if name not in self.alone}
             quantise_loaded(self.skeleton, left)
         finally:
@@ -163,9 +165,11 @@ def prepare_checkpoint(
     """
     directory = locate_checkpoint(name, revision=revision, local_files_only=local_files_only)
     config = read_config(directory, trust_remote_code=trust_remote_code)
+    encoding = find_encoding(config, str(directory / "config.json"))
+    drop_quantisation(config)
     checkpoint = Checkpoint.open(directory)
     try:
-        stored = _first_dtype(checkpoint)
+        stored = _first_dtype(checkpoint) if encoding is None else torch.bfloat16
         if skeleton is None:
             options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
             if attn_implementation is not None:
@@ -173,8 +177,12 @@ def prepare_checkpoint(
             skeleton = make_skeleton(config, resolve_dtype(dtype, config_dtype(config), stored), **options)
             skeleton.config.name_or_path = str(name)
             _adopt_generation_config(skeleton, directory)
-        mapped = map_checkpoint(skeleton, checkpoint.tensors)
+        drop_quantisation(skeleton.config)
         compute = skeleton.dtype
+        tensors = checkpoint.tensors
+        if encoding is not None:
+            tensors = decoded_tensors(tensors, encoding, TAGS[compute])
+        mapped = map_checkpoint(skeleton, tensors)
         quantisation = request.quantisation
         bundles = CheckpointBundleSource(
             checkpoint, mapped.experts, compute, quantisation.experts or FORMAT_OF_DTYPE[compute], str(name), once=True
@@ -185,7 +193,7 @@ def prepare_checkpoint(
         casts = _any_cast(mapped.experts, compute)
         spec = build_spec(
             skeleton, bundles.groups, name=str(name), context_tokens=context, casts=casts, formats=formats, alone=alone,
-            quantisation=quantisation,
+            quantisation=quantisation, decoding_nbytes=decoding_nbytes(mapped.dense),
         )  # fmt: skip
         plan = _plan(spec, request, context, skeleton)
         return PreparedCheckpoint(

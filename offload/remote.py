@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from offload.checkpoint.bundles import mapped_group
-from offload.checkpoint.dtypes import TORCH_DTYPES
+from offload.checkpoint.decoded import decoded_tensors, decoding_nbytes
+from offload.checkpoint.dtypes import TAGS, TORCH_DTYPES
 from offload.checkpoint.experts import map_checkpoint
+from offload.checkpoint.quantised import drop_quantisation, find_encoding
 from offload.checkpoint.remote import remote_checkpoint
 from offload.hf.dtypes import FORMAT_OF_DTYPE, resolve_dtype
 from offload.hf.quantise import linears_to_quantise, readable_alone
@@ -57,11 +61,17 @@ def read_remote(
     """
     with remote_checkpoint(repository, revision=revision, with_code=trust_remote_code) as remote:
         config = read_config(remote.directory, trust_remote_code=trust_remote_code)
-        stored = TORCH_DTYPES[max(remote.tensors.values(), key=lambda span: span.nbytes).dtype]
+        encoding = find_encoding(config, f"config.json of {repository}")
+        drop_quantisation(config)
+        largest = max(remote.tensors.values(), key=lambda span: span.nbytes)
+        stored = TORCH_DTYPES[largest.dtype] if encoding is None else torch.bfloat16
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         skeleton = make_skeleton(config, resolve_dtype(dtype, config_dtype(config), stored), **options)
-        mapped = map_checkpoint(skeleton, remote.tensors)
         compute = skeleton.dtype
+        tensors = remote.tensors
+        if encoding is not None:
+            tensors = decoded_tensors(tensors, encoding, TAGS[compute])
+        mapped = map_checkpoint(skeleton, tensors)
         format = quantisation.experts or FORMAT_OF_DTYPE[compute]
         formats = linears_to_quantise(skeleton, quantisation)
         spec = build_spec(
@@ -73,5 +83,6 @@ def read_remote(
             formats=formats,
             alone=readable_alone(skeleton, formats, mapped.renamed),
             quantisation=quantisation,
+            decoding_nbytes=decoding_nbytes(mapped.dense),
         )
         return RemoteModel(spec, remote.commit, remote.nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,72 @@ class TensorSpan:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+
+    def entry(self, index: int) -> TensorSpan:
+        """The span of one entry along the first axis."""
+        nbytes = self.nbytes // self.shape[0]
+        return TensorSpan(self.file, self.offset + index * nbytes, nbytes, self.dtype, self.shape[1:])
+
+
+@dataclass(frozen=True)
+class EncodedSpan(TensorSpan):
+    """A tensor of weights of which codes and scales are stored; shape, dtype and nbytes are those of the weights.
+
+    Attributes:
+        file: of the codes.
+        offset: of the codes.
+        encoding: "mxfp4": codes are U8 [..., N, K / 32, 16], two e2m1 a byte, the first in the low half, scales U8
+            [..., N, K / 32], e8m0. "fp8": codes are F8_E4M3 [..., N, K], scales floats [..., ceil(N / rows),
+            ceil(K / columns)]. A weight is its code's value times its scale.
+        codes: where they lie.
+        scales: where they lie.
+        block: (rows, columns) of the stored matrix that share a scale.
+        transposed: True where the tensor is [..., K, N], False where it is [..., N, K].
+    """
+
+    encoding: str
+    codes: TensorSpan
+    scales: TensorSpan
+    block: tuple[int, int]
+    transposed: bool
+
+    def entry(self, index: int) -> EncodedSpan:
+        """The span of one entry along the first axis, which must not be one of a matrix.
+
+        Raises:
+            ValueError: the tensor is a single matrix.
+        """
+        if len(self.shape) < 3:
+            raise ValueError(f"{self.file}: codes and scales of one matrix are not cut along {self.shape}")
+        codes, scales = self.codes.entry(index), self.scales.entry(index)
+        nbytes = self.nbytes // self.shape[0]
+        return EncodedSpan(
+            codes.file, codes.offset, nbytes, self.dtype, self.shape[1:], self.encoding, codes, scales, self.block,
+            self.transposed,
+        )  # fmt: skip
+
+
+def encoded_span(
+    encoding: str, codes: TensorSpan, scales: TensorSpan, block: tuple[int, int], dtype: str, bits: int
+) -> EncodedSpan:
+    """The weights of codes and scales whose shapes fit each other.
+
+    Args:
+        encoding: see EncodedSpan.
+        codes: see EncodedSpan.
+        scales: see EncodedSpan.
+        block: see EncodedSpan.
+        dtype: tag of the weights.
+        bits: of a weight of that dtype.
+    """
+    transposed = encoding == "mxfp4"
+    if encoding == "mxfp4":
+        *others, rows, groups, nbytes = codes.shape
+        shape = (*others, groups * nbytes * 2, rows)
+    else:
+        shape = codes.shape
+    size = prod(shape) * bits // 8
+    return EncodedSpan(codes.file, codes.offset, size, dtype, shape, encoding, codes, scales, block, transposed)
 
 
 @dataclass(frozen=True)

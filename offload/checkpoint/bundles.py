@@ -13,19 +13,23 @@ from formats.bundle import MATRICES, BundleLayout, Component
 from formats.packed import PACKED_FORMATS
 from offload.checkpoint.checkpoint import Checkpoint
 from offload.checkpoint.dtypes import TORCH_DTYPES
-from offload.checkpoint.experts import MappedExperts, pick_component
+from offload.checkpoint.encoded import EncodedMatrix, pick_component, pick_encoded
+from offload.checkpoint.experts import MappedExperts
 from offload.errors import InvalidArgumentError
 from offload.packing import PACKING_VERSION, pack_tensor
 from offload.store.source import ExpertGroup
-from placement.tensors import ComponentSource, TensorSpan
+from placement.tensors import ComponentSource, EncodedSpan, TensorSpan
 
 _FORMAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_Kept = dict[TensorSpan, torch.Tensor | EncodedMatrix]
 
 
 class CheckpointBundleSource:
     """A checkpoint's experts as bundles; implements `offload.store.source.BundleSource`.
 
-    Matrices of packed formats are packed from the stored weights, whatever the model computes in. Filling a bundle
+    Matrices of packed formats are packed from the stored weights, whatever the model computes in; codes of a quantised
+    checkpoint are decoded a matrix at a time, or taken as they are where the format has the same. Filling a bundle
     needs no more memory than one expert in its stored dtype besides the bundle itself, and with `once` the buffer of a
     `DirectReader`.
     """
@@ -99,7 +103,7 @@ class CheckpointBundleSource:
             raise InvalidArgumentError(f"a bundle of {layout.nbytes} bytes into {out.dtype} {out.shape}")
         sources = self._mapped[group_index].sources[expert]
         # Interleaved gate and up lie in the same bytes, which are read once.
-        kept: dict[TensorSpan, torch.Tensor] = {}
+        kept: _Kept = {}
         shared = {source.span for source in sources.values() if _uses(source.span, sources) > 1}
         parts = {}
         end = 0
@@ -110,7 +114,7 @@ class CheckpointBundleSource:
         out[end:] = 0
         for name, source in sources.items():
             if layout.is_packed and name in MATRICES:
-                weights = pick_component(self._stored(source.span, kept, shared), source)
+                weights = self._picked(source, kept, shared)
                 what = f"{source.span.file}: {name} of expert {expert} of {self._groups[group_index].module}"
                 pack_tensor(weights, layout.matrix(name), parts[name], parts[f"{name}_scale"], what)
             else:
@@ -127,23 +131,35 @@ class CheckpointBundleSource:
         source: ComponentSource,
         out: npt.NDArray[np.uint8],
         dtype: torch.dtype,
-        kept: dict[TensorSpan, torch.Tensor],
+        kept: _Kept,
         shared: set[TensorSpan],
     ) -> None:
         span = source.span
-        if span.nbytes == out.nbytes and not source.transposed and TORCH_DTYPES[span.dtype] is dtype:
+        as_stored = not isinstance(span, EncodedSpan) and TORCH_DTYPES[span.dtype] is dtype
+        if as_stored and span.nbytes == out.nbytes and not source.transposed:
             self._checkpoint.read_into(span, out.data, once=self._once)
             return
         target = torch.from_numpy(out).view(dtype).view(component.shape)
-        target.copy_(pick_component(self._stored(span, kept, shared), source))
+        picked = self._picked(source, kept, shared)
+        if isinstance(picked, EncodedMatrix):
+            picked.decode_into(target)
+        else:
+            target.copy_(picked)
 
-    def _stored(self, span: TensorSpan, kept: dict[TensorSpan, torch.Tensor], shared: set[TensorSpan]) -> torch.Tensor:
+    def _picked(self, source: ComponentSource, kept: _Kept, shared: set[TensorSpan]) -> torch.Tensor | EncodedMatrix:
+        """The component, of a quantised checkpoint encoded where that is possible."""
+        span = source.span
         stored = kept.get(span)
         if stored is None:
-            stored = self._checkpoint.read(span, once=self._once)
+            if isinstance(span, EncodedSpan):
+                stored = self._checkpoint.read_encoded(span, once=self._once)
+            else:
+                stored = self._checkpoint.read(span, once=self._once)
         if span in shared:
             kept[span] = stored
-        return stored
+        if isinstance(stored, EncodedMatrix):
+            return pick_encoded(stored, source)
+        return pick_component(stored, source)
 
 
 def mapped_group(experts: MappedExperts, format: str) -> ExpertGroup:

@@ -14,12 +14,13 @@ import torch
 
 from offload.checkpoint.direct import DirectReader
 from offload.checkpoint.dtypes import TORCH_DTYPES
+from offload.checkpoint.encoded import EncodedMatrix
 from offload.checkpoint.files import FileIdentity, open_regular, read_exactly
 from offload.checkpoint.headers import FileHeader
 from offload.checkpoint.index import read_files
 from offload.checkpoint.mismatch import mismatch
 from offload.errors import CheckpointChangedError, CheckpointNotFoundError, ClosedError, InvalidArgumentError
-from placement.tensors import TensorSpan
+from placement.tensors import EncodedSpan, TensorSpan
 
 
 class Checkpoint:
@@ -78,13 +79,15 @@ class Checkpoint:
             once: the bytes will not be read again: keep them out of the page cache.
 
         Returns:
-            a contiguous CPU tensor of the span's shape and dtype.
+            a contiguous CPU tensor of the span's shape and dtype; of an EncodedSpan its weights.
 
         Raises:
             CheckpointChangedError: the file was replaced before its first read, or is shorter than it was.
             StorageError: the device keeps reporting errors.
             ClosedError: the checkpoint was closed.
         """
+        if isinstance(span, EncodedSpan):
+            return self._read_decoded(span, once)
         dtype = TORCH_DTYPES.get(span.dtype)
         if dtype is None:
             raise mismatch(span.file, expected="a dtype that torch has", found=span.dtype, fix="convert the checkpoint")
@@ -93,8 +96,26 @@ class Checkpoint:
             self.read_into(span, stored.numpy().data, once=once)
         return stored.view(dtype).reshape(span.shape)
 
+    def read_encoded(self, span: EncodedSpan, *, once: bool = False) -> EncodedMatrix:
+        """Read codes and scales of one matrix: as `read`, in the orientation in which they are stored."""
+        codes, scales = self.read(span.codes, once=once), self.read(span.scales, once=once)
+        return EncodedMatrix(span.encoding, codes, scales, span.block)
+
+    def _read_decoded(self, span: EncodedSpan, once: bool) -> torch.Tensor:
+        decoded = torch.empty(span.shape, dtype=TORCH_DTYPES[span.dtype])
+        if len(span.shape) > 2:
+            for index in range(span.shape[0]):
+                decoded[index] = self._read_decoded(span.entry(index), once)
+            return decoded
+        self.read_encoded(span, once=once).decode_into(decoded.mT if span.transposed else decoded)
+        return decoded
+
     def read_into(self, span: TensorSpan, buffer: memoryview, *, once: bool = False) -> None:
         """Read a span's bytes into memory of the caller's: as `read`, `buffer` being span.nbytes writable bytes."""
+        if isinstance(span, EncodedSpan):
+            raise InvalidArgumentError(
+                f"{span.file}: weights that are stored as codes and scales have no bytes to read"
+            )
         if buffer.nbytes != span.nbytes:
             raise InvalidArgumentError(f"a buffer of {buffer.nbytes} bytes for a span of {span.nbytes}")
         with self._descriptor(span.file) as descriptor:

@@ -53,5 +53,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 """The torch dtype of a tag; the sub-byte tags have none."""
 
+TAGS: dict[torch.dtype, str] = {dtype: tag for tag, dtype in TORCH_DTYPES.items()}
+"""The tag of a torch dtype."""
+
 WEIGHT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 """The tags that an expert's weights may be stored in without a scale beside them."""

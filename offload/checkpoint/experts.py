@@ -14,14 +14,15 @@ import torch
 from transformers import PreTrainedModel
 
 from offload.checkpoint.checkpoint import Checkpoint
+from offload.checkpoint.encoded import pick_component
 from offload.checkpoint.gather import StoredParameter, gather, missing_component
 from offload.checkpoint.hf_mapping import MappedKey, map_keys
 from offload.checkpoint.mismatch import mismatch
 from offload.checkpoint.moe_modules import ExpertsModule, find_experts
-from offload.checkpoint.quantised import refuse_quantised_config, refuse_quantised_keys
+from offload.checkpoint.quantised import refuse_quantised_keys
 from offload.checkpoint.views import Cut, UnequalShapesError, UnknownOperationError, View, apply_operations, cut
 from offload.errors import UnsupportedModelError
-from placement.tensors import ComponentSource, TensorSpan
+from placement.tensors import ComponentSource, EncodedSpan, TensorSpan
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ def map_checkpoint(skeleton: PreTrainedModel, tensors: Mapping[str, TensorSpan])
 
     Args:
         skeleton: the model with all of its parameters in place, on the meta device.
-        tensors: the checkpoint's tensors by key.
+        tensors: the checkpoint's tensors by key; of a quantised one as `decoded_tensors` gives them.
 
     Raises:
-        UnsupportedModelError: a dense or quantised model, experts or a conversion of an unknown form.
+        UnsupportedModelError: a dense model, tensors of a quantisation that are not decoded, experts or a conversion of
+            an unknown form.
         CheckpointError: an expert's tensor is missing, duplicated, or not of the shape or dtype that it must have.
     """
-    refuse_quantised_config(skeleton.config)
     modules = find_experts(skeleton)
     by_target: dict[str, list[MappedKey]] = defaultdict(list)
     parameters = {f"{module.path}.{name}" for module in modules for name in module.shapes}
@@ -101,21 +102,12 @@ def read_component(checkpoint: Checkpoint, source: ComponentSource, *, once: boo
     """Read one component of one expert.
 
     Returns:
-        a contiguous tensor on the CPU, in the stored dtype and the bundle's orientation (rows are outputs).
+        a contiguous tensor on the CPU, in the dtype of its span and the bundle's orientation (rows are outputs).
 
     Raises:
         CheckpointChangedError, StorageError: see `Checkpoint.read`.
     """
     return pick_component(checkpoint.read(source.span, once=once), source).contiguous()
-
-
-def pick_component(stored: torch.Tensor, source: ComponentSource) -> torch.Tensor:
-    """The component out of the tensor that `source.span` holds, as a view of it."""
-    end = source.first + source.step * source.count
-    index = [slice(None)] * stored.dim()
-    index[source.axis] = slice(source.first, end, source.step)
-    picked = stored[tuple(index)]
-    return picked.transpose(0, 1) if source.transposed else picked
 
 
 def _refuse_stray(key: MappedKey, modules: Sequence[ExpertsModule], span: TensorSpan) -> None:
@@ -225,7 +217,7 @@ def _unknown(target: str, stored: StoredParameter, error: UnknownOperationError)
 
 
 def _source(span: TensorSpan, found: Cut) -> ComponentSource:
-    if found.axis != 0 or found.step != 1:
+    if found.axis != 0 or found.step != 1 or isinstance(span, EncodedSpan):
         return ComponentSource(span, found.axis, found.first, found.step, found.count, found.transposed)
     if found.count == span.shape[0]:
         return ComponentSource(span, 0, 0, 1, found.count, found.transposed)

@@ -151,11 +151,7 @@ def _shares_of_one(
         raise mismatch(
             span.file, tensor=key, expected=f"a tensor of {count} experts for {target!r}", found=f"{list(span.shape)}"
         )
-    nbytes = span.nbytes // count
-    return tuple(
-        StoredShare(key, TensorSpan(span.file, span.offset + e * nbytes, nbytes, span.dtype, span.shape[1:]))
-        for e in range(count)
-    )
+    return tuple(StoredShare(key, span.entry(e)) for e in range(count))
 
 
 def _checked(parameter: StoredParameter) -> StoredParameter:

@@ -9,7 +9,8 @@ import torch
 
 from offload.checkpoint.checkpoint import Checkpoint
 from offload.checkpoint.dtypes import TORCH_DTYPES
-from placement.tensors import TensorSpan
+from offload.checkpoint.encoded import EncodedMatrix
+from placement.tensors import EncodedSpan, TensorSpan
 
 
 class LazyTensor:
@@ -46,6 +47,15 @@ class LazyTensor:
             self._on_read(self.span.nbytes)
         # The read is fresh memory already, and for `...` torch would only make a second object of it.
         return tensor if index is Ellipsis else tensor[index]
+
+    def encoded(self) -> torch.Tensor | EncodedMatrix:
+        """Read the tensor, of a quantised checkpoint as codes and scales where it is a matrix [N, K] of such."""
+        if not isinstance(self.span, EncodedSpan) or self.span.transposed or len(self.span.shape) != 2:
+            return self[...]
+        matrix = self._checkpoint.read_encoded(self.span, once=self._once)
+        if self._on_read is not None:
+            self._on_read(self.span.nbytes)
+        return matrix
 
     @property
     def shape(self) -> torch.Size:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import PretrainedConfig
+import copy
 
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from offload.checkpoint.quantised import drop_quantisation, find_encoding
 from offload.errors import UnsupportedModelError
 from offload.hf.experts_interface import experts_modules
 from offload.hf.model_source import expert_group
@@ -30,8 +33,12 @@ def spec_of_config(
         context_tokens: longest sequence.
 
     Raises:
-        UnsupportedModelError: not a causal language model with experts that can be offloaded.
+        UnsupportedModelError: not a causal language model with experts that can be offloaded, or weights that are
+            quantised in a way that is not decoded.
     """
+    encoding = find_encoding(config, f"config.json of {name}")
+    config = copy.deepcopy(config)
+    drop_quantisation(config)
     skeleton = make_skeleton(config, dtype)
     groups = [expert_group(path, module, quantisation.experts) for path, module in experts_modules(skeleton)]
     if not groups:
@@ -42,4 +49,12 @@ def spec_of_config(
     return build_spec(
         skeleton, groups, name=name, context_tokens=context_tokens, casts=False, formats=formats, alone=[*formats],
         quantisation=quantisation,
+        decoding_nbytes=_decoding_nbytes(skeleton) if encoding is not None and encoding.method == "fp8" else 0,
     )  # fmt: skip
+
+
+def _decoding_nbytes(skeleton: PreTrainedModel) -> int:
+    """As `decoded.decoding_nbytes`, all linear layers but the output layer being fp8; scales are next to nothing."""
+    head = skeleton.get_output_embeddings()
+    linears = [one for one in skeleton.modules() if isinstance(one, torch.nn.Linear) and one is not head]
+    return max((5 * linear.weight.numel() for linear in linears), default=0)

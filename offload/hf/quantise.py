@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from formats.packed import TILE_ROWS, MatrixLayout
+from offload.checkpoint.encoded import EncodedMatrix
 from offload.errors import CheckpointError
 from offload.hf.quantised_linear import QuantisedLinear
 from offload.quantisation import Quantisation
@@ -99,13 +100,15 @@ def take_out(model: PreTrainedModel, formats: Mapping[str, str], names: Iterable
     return taken
 
 
-def put_back(model: PreTrainedModel, taken: Iterable[TakenOut], read: Callable[[str], torch.Tensor]) -> None:
+def put_back(
+    model: PreTrainedModel, taken: Iterable[TakenOut], read: Callable[[str], torch.Tensor | EncodedMatrix]
+) -> None:
     """Read, pack and put in place one layer after the other.
 
     Args:
         model: with the places that `take_out` left.
         taken: what it gave.
-        read: the tensor of a parameter.
+        read: the tensor of a parameter, or its codes and scales.
 
     Raises:
         CheckpointError: a weight is of another shape or not finite.
@@ -113,6 +116,10 @@ def put_back(model: PreTrainedModel, taken: Iterable[TakenOut], read: Callable[[
     for layer in taken:
         weight = read(f"{layer.name}.weight")
         bias = read(f"{layer.name}.bias") if layer.has_bias else None
+        if isinstance(bias, EncodedMatrix):
+            raise CheckpointError(
+                f"{layer.name}.bias: expected a bias of {layer.shape[0]} floats, found codes of a matrix"
+            )
         shapes = [tuple(weight.shape), *([] if bias is None else [tuple(bias.shape)])]
         expected = [layer.shape, *([] if bias is None else [layer.shape[:1]])]
         if shapes != expected:
@@ -131,7 +138,9 @@ def quantise_loaded(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
         _put(model, name, linear.weight, linear.bias, format)
 
 
-def _put(model: PreTrainedModel, name: str, weight: torch.Tensor, bias: torch.Tensor | None, format: str) -> None:
+def _put(
+    model: PreTrainedModel, name: str, weight: torch.Tensor | EncodedMatrix, bias: torch.Tensor | None, format: str
+) -> None:
     model.set_submodule(name, QuantisedLinear(weight, bias, format, name).eval())
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from cpu_kernels.packed_linear import PackedWeights, packed_linear
 from formats.packed import MatrixLayout
+from offload.checkpoint.encoded import EncodedMatrix
 from offload.devices.host_threads import kernel_pool
 from offload.packing import pack_tensor
 
@@ -31,11 +32,11 @@ class QuantisedLinear(nn.Module):
     scales: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, format: str, name: str) -> None:
+    def __init__(self, weight: torch.Tensor | EncodedMatrix, bias: torch.Tensor | None, format: str, name: str) -> None:
         """Pack a layer's weights.
 
         Args:
-            weight: [N, K] on the CPU.
+            weight: [N, K] on the CPU, or encoded.
             bias: [N] or None.
             format: a key of PACKED_FORMATS.
             name: names the layer in errors.

@@ -36,6 +36,7 @@ def build_spec(
     formats: Mapping[str, str],
     alone: Sequence[str],
     quantisation: Quantisation,
+    decoding_nbytes: int = 0,
 ) -> ModelSpec:
     """Take the experts off the skeleton and measure what is left.
 
@@ -48,6 +49,7 @@ def build_spec(
         formats: packed formats of linear layers, by path.
         alone: those of them that are read one at a time; the others are loaded whole before they are packed.
         quantisation: what was asked for.
+        decoding_nbytes: what decoding one dense tensor of a quantised checkpoint takes.
     """
     dtype: torch.dtype = skeleton.dtype
     for _, module in experts_modules(skeleton):
@@ -72,7 +74,7 @@ def build_spec(
         layer_count=config.num_hidden_layers,
         max_context_tokens=getattr(config, "max_position_embeddings", None) or context_tokens,
         dense_nbytes=sum(dense.values()),
-        load_scratch_nbytes=largest + whole,
+        load_scratch_nbytes=largest + whole + _LOADER_THREADS * decoding_nbytes,
         kv_nbytes_per_token=run.kv_nbytes_per_token,
         kv_fixed_nbytes=run.kv_fixed_nbytes,
         activation_nbytes_per_token=activation_nbytes_per_token(

@@ -239,13 +239,6 @@ def test_quantised_tensors_are_refused_by_method(mixtral, component):
         map_checkpoint(skeleton, tensors)
 
 
-def test_quantised_config_is_refused(mixtral):
-    skeleton, tensors = mixtral
-    skeleton.config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(UnsupportedModelError, match="fp8"):
-        map_checkpoint(skeleton, tensors)
-
-
 class Rotate(ConversionOps):
     """An operation of a later release."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from offload.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from offload.checkpoint.remote import remote_checkpoint
@@ -22,6 +23,15 @@ from offload.errors import CheckpointError, CheckpointNotFoundError, HubUnreacha
 from placement.plan import Plan
 from tests.cli.conftest import Invoke, character_tokenizer
 from tests.cli.hub_server import COMMIT, Hub, running
+from tests.quantised_checkpoints import (
+    MXFP4_CONFIG,
+    config_of,
+    fp8_config,
+    fp8_tensors,
+    mxfp4_tensors,
+    unquantised,
+    write,
+)
 from tests.tiny_models import build_tiny
 
 
@@ -52,6 +62,32 @@ def test_the_plan_is_that_of_a_copy(hub: Hub, checkpoint: Path, invoke: Invoke) 
     remote = Plan.from_json(result.stdout)
     local = Plan.from_json(invoke("plan", checkpoint, *budgets).stdout)
     assert replace(remote, model="") == replace(local, model="")
+
+
+@pytest.mark.parametrize("quant", [(), ("--quant", "fp8_e4m3"), ("--quant", "experts=mxfp4")])
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+def test_quantised_checkpoints_are_planned_as_copies_of_them(
+    kind: str, quant: tuple[str, ...], hub: Hub, tmp_path: Path, invoke: Invoke
+) -> None:
+    if kind == "mxfp4":
+        config = config_of("gpt_oss", hidden_size=96, intermediate_size=160)
+        directory = write(tmp_path / kind, config, mxfp4_tensors(unquantised(config)), MXFP4_CONFIG)
+    else:
+        config = config_of("mixtral", hidden_size=152, intermediate_size=168)
+        tensors = fp8_tensors(load_file(saved(config, tmp_path / "plain")))
+        directory = write(tmp_path / kind, config, tensors, fp8_config())
+    hub.repositories["owner/quantised"] = directory
+    budgets = ("--ram", "64MiB", "--context", "64", "--json", *quant)
+    result = invoke("plan", "owner/quantised", "--remote", *budgets)
+    assert (result.exit_code, result.stderr) == (0, "")
+    local = Plan.from_json(invoke("plan", directory, *budgets).stdout)
+    assert replace(Plan.from_json(result.stdout), model="") == replace(local, model="")
+
+
+def saved(config: PretrainedConfig, directory: Path) -> Path:
+    """The file of a random model in the keys of the Hub."""
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    return directory / SINGLE_FILE
 
 
 def test_headers_are_all_that_is_read(hub: Hub, checkpoint: Path, invoke: Invoke) -> None:
