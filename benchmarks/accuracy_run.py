@@ -12,10 +12,9 @@ from benchmarks.peers import Peer
 from benchmarks.sessions import Fed, ModelOptions
 from placement.hardware_profile import Speeds
 
-_LEAST_DECODE_S = 1.5
-_FEWEST_PASSES, _MOST_PASSES = 4, 96
-_NEW_TOKENS = 496
-_MOST_TURNS = 5
+_LEAST_DECODE_S = 0.75
+FEWEST_PASSES, MOST_PASSES = 4, 48
+MOST_TURNS = 8
 _UNDISTURBED = 0.05
 """Share of the CPUs' time that others may have in a turn that counts."""
 
@@ -66,8 +65,13 @@ class Measured:
     decoded_turns: int
 
 
+def passes_of_turn(passes_per_s: float) -> int:
+    """Passes of a turn of decode, of which so many are expected in a second."""
+    return round(min(max(_LEAST_DECODE_S * passes_per_s, FEWEST_PASSES), MOST_PASSES))
+
+
 def measured(
-    options: ModelOptions, prompt_tokens: int, vocab: int, turns: int, speeds: Callable[[], Speeds]
+    options: ModelOptions, prompt_tokens: int, vocab: int, turns: int, passes: int, speeds: Callable[[], Speeds]
 ) -> Measured:
     """Load a model and measure it.
 
@@ -75,8 +79,9 @@ def measured(
         options: how to load it.
         prompt_tokens: of each sequence.
         vocab: token ids run from 0 to here, exclusively.
-        turns: of decode and of prefill that count. They are repeated, up to _MOST_TURNS, until so many were
+        turns: of decode and of prefill that count. They are repeated, up to MOST_TURNS, until so many were
             undisturbed.
+        passes: of a turn of decode. The sequence begins with FEWEST_PASSES others, which do not count.
         speeds: probes the machine.
     """
     batch = options.batch
@@ -86,12 +91,10 @@ def measured(
     with Peer(options) as peer:
         loaded = peer.ready()
         peer.start(tokens.take(size))
-        prefill, _ = _turns(lambda: peer.prefill(tokens.take(size)), speeds, turns, _MOST_TURNS)
-        warm = peer.feed(tokens.take(batch * _FEWEST_PASSES))
-        passes = round(min(max(_LEAST_DECODE_S * warm.tokens_per_s / batch, _FEWEST_PASSES), _MOST_PASSES))
+        prefill, _ = _turns(lambda: peer.prefill(tokens.take(size)), speeds, turns, MOST_TURNS)
         peer.start(tokens.take(size))
-        most = min(_MOST_TURNS, _NEW_TOKENS // passes)
-        decode, made = _turns(lambda: peer.feed(tokens.take(batch * passes)), speeds, turns, most)
+        peer.feed(tokens.take(batch * FEWEST_PASSES))
+        decode, made = _turns(lambda: peer.feed(tokens.take(batch * passes)), speeds, turns, MOST_TURNS)
         memory = peer.memory()
     origin = provenance("")
     return Measured(

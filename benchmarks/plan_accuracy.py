@@ -1,10 +1,11 @@
 """Predicted beside measured: decode, prefill and peak memory over a grid of shapes, formats, budgets and workloads.
 
 The profile is measured once, before; nothing is fitted to the grid. Right before each turn that is measured a probe of
-a second finds how fast memory, arithmetic and the disk are at the moment, and the profile is scaled by the median of a
-run's probes. The disk is probed on the run's own store: other files may lie in the memory of a virtual machine's host,
-or not where the store does. Prompts and tokens are random, so routing is nearly uniform, which is what the prediction
-is told.
+half a second finds how fast memory, arithmetic and the disk are at the moment, and the profile is scaled by what it
+found. Turns are many and short, because the machine changes within seconds; of a run's errors the median counts. The
+disk is probed on the run's own store: other files may lie in the memory of a virtual machine's host, or not where the
+store does. Prompts and tokens are random, so routing is nearly uniform, which is what the prediction is told. What a
+run decodes is known before, so that its plan states the context that it has.
 
 The grid takes longer than one call should: each goes on where the one before stopped, with the same profile, and
 reports all runs until then.
@@ -21,7 +22,7 @@ from pathlib import Path
 from time import perf_counter, time
 
 from benchmarks import checkpoints
-from benchmarks.accuracy_run import Measured, Turn, measured
+from benchmarks.accuracy_run import FEWEST_PASSES, MOST_PASSES, MOST_TURNS, Measured, Turn, measured, passes_of_turn
 from benchmarks.checkpoints import Shape
 from benchmarks.harness import Report, Row, Spread, say
 from benchmarks.memory import TINY
@@ -40,7 +41,9 @@ from placement.prediction import PassPrediction
 from placement.records import from_data
 from profiler.probe import probe
 
-_FEWEST_PASSES, NEW_TOKENS = 4, 496
+_PROBE_S = 0.5
+_ROOM = 1 << 50
+"""Of RAM: for every expert."""
 _OLDEST_S = 12 * 3600.0
 
 
@@ -65,7 +68,7 @@ class AccuracyScale:
         resident: shares of the experts that have a slot.
         works: what runs.
         turns: of decode and of prefill that count: those in which other processes had least of the CPUs. Turns are
-            repeated, up to _MOST_TURNS, until so many were undisturbed.
+            repeated, up to MOST_TURNS, until so many were undisturbed.
         quick_profile: whether the profile is the quick one.
         limit_s: after so many seconds no other run begins; the next call goes on from there.
     """
@@ -98,7 +101,7 @@ MANY = replace(checkpoints.FULL, layers=12)
 WIDE = replace(checkpoints.FULL, layers=8, hidden=2048, experts=32, expert_intermediate=768, heads=32)
 NARROW = replace(checkpoints.FULL, layers=12, hidden=768, experts=64, expert_intermediate=768, top_k=4, heads=12)
 WORKS = (Work(1, 64), Work(1, 384), Work(4, 96))
-FULL = AccuracyScale((MANY, WIDE, NARROW), (None, "int8", "int4"), (0.1, 0.4, 1.0), WORKS, 3, False, 600.0)
+FULL = AccuracyScale((MANY, WIDE, NARROW), (None, "int8", "int4"), (0.1, 0.4, 1.0), WORKS, 6, False, 660.0)
 QUICK = AccuracyScale((checkpoints.QUICK,), (None, "int4"), (0.5, 1.0), (Work(1, 32), Work(2, 16)), 2, True)
 
 
@@ -144,16 +147,17 @@ def run(work: Path, scale: AccuracyScale) -> Report:
     for number, cell in enumerate(left):
         if number and perf_counter() - began > scale.limit_s:
             break
-        plan = prepared[cell].plan
+        plan = plan_of(cell, prepared[cell], profile)
         subjects = RuntimeSubjects(_store_of(prepared[cell], root), root, repeats=0)
 
         def speeds(cell: Cell = cell, plan: Plan = plan, subjects: RuntimeSubjects = subjects) -> Speeds:
             block = min(plan.slot_nbytes, plan.read_chunk_nbytes) if cell.resident < 1 else 0
-            return probe(subjects, profile, cell.quant or "bf16", block, plan.reader_threads)
+            return probe(subjects, profile, cell.quant or "bf16", block, plan.reader_threads, _PROBE_S)
 
         kept.rows[cell.name] = found = measured(
-            _options(cell, prepared[cell], root, tiny), cell.work.prompt, cell.shape.vocab, scale.turns, speeds
-        )
+            _options(cell, prepared[cell], profile, root, tiny), cell.work.prompt, cell.shape.vocab, scale.turns,
+            passes_of(cell, prepared[cell], profile), speeds,
+        )  # fmt: skip
         kept.write()
         row, _ = row_of(cell, prepared[cell], profile, found)
         say(", ".join(f"{name} {row[name]}" for name in _NAMED))
@@ -180,7 +184,7 @@ def report_of(
     report = Report("plan_accuracy")
     done = [cell for cell in cells if cell.name in found]
     for cell in done:
-        plan, loaded = plan_of(cell, prepared[cell]), found[cell.name]
+        plan, loaded = plan_of(cell, prepared[cell], profile), found[cell.name]
         if (loaded.slots, loaded.plan_nbytes) != (plan.ram_slots, plan.peak_ram_nbytes):
             report.gate(
                 "the plan that predicts is the one that ran", False, f"{cell}: {loaded}, {plan.ram_slots} slots"
@@ -193,8 +197,9 @@ def report_of(
         report.notes.append(f"{len(cells) - len(done)} of {len(cells)} runs are still to be measured.")
     report.notes.append(f"Profile: {profile.provenance.machine}, {profile.provenance.date}.")
     report.notes.append(
-        "Scaled by probes of a second before each turn, of memory, arithmetic and the disk: the three speeds before "
-        "prompts and before decode are what they found, over the profile's."
+        f"Each turn is predicted from a probe of {_PROBE_S:g} seconds before it, of memory, arithmetic and the disk; "
+        "errors are medians of a run's turns. The three speeds before prompts and before decode are the medians of "
+        "what the probes found, over the profile's; predicted speeds are those at these medians."
     )
     report.notes += profile.provenance.notes
     return report
@@ -232,7 +237,7 @@ def prepare_all(cells: list[Cell], work: Path) -> dict[Cell, PreparedCheckpoint]
     for cell in cells:
         checkpoint = checkpoints.ensure_checkpoint(cell.shape, work)
         request = make_request(
-            ram=1 << 50, nvme=root, context=_context(cell.work), batch=cell.work.batch,
+            ram=_ROOM, nvme=root, context=_context(cell.work, MOST_PASSES), batch=cell.work.batch,
             prefill_chunk=cell.work.prompt, max_memory=None, quant=cell.quant,
         )  # fmt: skip
         made[cell] = prepare_checkpoint(checkpoint, request)
@@ -243,26 +248,44 @@ def prepare_all(cells: list[Cell], work: Path) -> dict[Cell, PreparedCheckpoint]
     return made
 
 
-def _context(work: Work) -> int:
-    return work.prompt + _FEWEST_PASSES + NEW_TOKENS
+def _context(work: Work, passes: int) -> int:
+    """Tokens of a sequence, at most: what is decoded is known before, and plans have room for that and no more."""
+    return work.prompt + FEWEST_PASSES + MOST_TURNS * passes
 
 
-def plan_of(cell: Cell, prepared: PreparedCheckpoint, profile: HardwareProfile | None = None, new: int = 1) -> Plan:
-    """The plan of a run, with a prediction for so many new tokens where there is a profile."""
-    everything = prepared.plan
+def passes_of(cell: Cell, prepared: PreparedCheckpoint, profile: HardwareProfile) -> int:
+    """Passes of a turn of decode."""
+    plan = _planned(cell, prepared, MOST_PASSES, profile, 1)
+    assert plan.prediction is not None
+    return passes_of_turn(plan.prediction.decode.tokens_per_s / cell.work.batch)
+
+
+def plan_of(
+    cell: Cell, prepared: PreparedCheckpoint, profile: HardwareProfile, speeds: Speeds | None = None, new: int = 1
+) -> Plan:
+    """The plan of a run, with a prediction for so many new tokens at some speeds."""
+    passes = passes_of(cell, prepared, profile)
+    return _planned(cell, prepared, passes, profile.with_speeds(speeds or Speeds()), new)
+
+
+def _planned(cell: Cell, prepared: PreparedCheckpoint, passes: int, profile: HardwareProfile, new: int) -> Plan:
+    workload = replace(
+        prepared.plan.workload, context_tokens=_context(cell.work, passes), prompt_tokens=cell.work.prompt,
+        new_tokens=new,
+    )  # fmt: skip
+    everything = make_plan(prepared.spec, workload, _ROOM)
     slots = max(2, round(cell.resident * everything.expert_count))
     ram = everything.peak_ram_nbytes - everything.ram.slot_nbytes + slots * everything.slot_nbytes
     # Where loading takes more than so few slots, it has that.
-    ram = max(ram, everything.minimum_ram_nbytes)
-    workload = replace(everything.workload, prompt_tokens=cell.work.prompt, new_tokens=new)
-    return make_plan(prepared.spec, workload, ram, profile)
+    return make_plan(prepared.spec, workload, max(ram, everything.minimum_ram_nbytes), profile)
 
 
-def _options(cell: Cell, prepared: PreparedCheckpoint, root: Path, tiny: str) -> ModelOptions:
-    work = cell.work
-    ram = plan_of(cell, prepared).peak_ram_nbytes
-    checkpoint = str(prepared.checkpoint.directory)
-    return ModelOptions("ours", checkpoint, ram, str(root), _context(work), cell.quant, work.batch, tiny, work.prompt)
+def _options(cell: Cell, prepared: PreparedCheckpoint, profile: HardwareProfile, root: Path, tiny: str) -> ModelOptions:
+    work, plan = cell.work, plan_of(cell, prepared, profile)
+    return ModelOptions(
+        "ours", str(prepared.checkpoint.directory), plan.peak_ram_nbytes, str(root), plan.workload.context_tokens,
+        cell.quant, work.batch, tiny, work.prompt,
+    )  # fmt: skip
 
 
 def _median(turns: Sequence[Turn]) -> Speeds:
@@ -276,19 +299,26 @@ def row_of(
     cell: Cell, prepared: PreparedCheckpoint, profile: HardwareProfile, found: Measured
 ) -> tuple[Row, dict[str, float]]:
     """(a line of the table, relative errors)."""
-    speeds = {"prefill": _median(found.prefill), "decode": _median(found.decode)}
+    turns = {"prefill": found.prefill, "decode": found.decode}
+    speeds = {phase: _median(of) for phase, of in turns.items()}
     # Decode is predicted half-way through what was decoded.
     new = found.decode_passes * found.decoded_turns
-    plans = {phase: plan_of(cell, prepared, profile.with_speeds(one), new) for phase, one in speeds.items()}
-    told: dict[str, PassPrediction] = {}
-    for phase, plan in plans.items():
-        assert plan.prediction is not None
-        told[phase] = getattr(plan.prediction, phase)
-    turns = {"prefill": found.prefill, "decode": found.decode}
+
+    def told_at(phase: str, one: Speeds) -> PassPrediction:
+        prediction = plan_of(cell, prepared, profile, one, new).prediction
+        assert prediction is not None
+        part: PassPrediction = getattr(prediction, phase)
+        return part
+
+    told = {phase: told_at(phase, one) for phase, one in speeds.items()}
     speed = {phase: Spread.of([one.tokens_per_s for one in turns[phase]]) for phase in turns}
     hits = statistics.median(one.hit_rate for one in found.decode)
     peak = found.before_nbytes + found.plan_nbytes
-    errors = {phase: told[phase].tokens_per_s / speed[phase].median - 1 for phase in speed}
+    # Each turn beside what its own probe predicts: the machine changes from one to the next.
+    errors = {
+        phase: statistics.median(told_at(phase, one.speeds).tokens_per_s / one.tokens_per_s for one in of) - 1
+        for phase, of in turns.items()
+    }
     errors["peak memory"] = peak / found.peak_nbytes - 1
     row: Row = {
         "shape": f"{cell.shape.layers}x{cell.shape.hidden}",

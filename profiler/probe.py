@@ -11,14 +11,12 @@ import statistics
 from time import perf_counter
 
 from placement.hardware_profile import HardwareProfile, Speeds
-from profiler.profile import several
+from profiler.profile import MIN_BLOCKS, several
 from profiler.subjects import Product, Subjects
 
 PROBE_S = 1.0
 _FEW, _MANY = 1, 32
 _TURNS = 3
-_READ_SHARE = 0.5
-"""Of a turn's share for reads, what one read of the profile's speed takes."""
 
 
 def probe(
@@ -37,7 +35,7 @@ def probe(
         format: of the experts that are computed.
         block_nbytes: of reads; 0 for none.
         in_flight: reads at once.
-        seconds: that it may take.
+        seconds: that it may take, about.
     """
     reads = block_nbytes > 0 and profile.disk is not None
     share_s = seconds / _TURNS / (3 if reads else 2)
@@ -50,10 +48,10 @@ def probe(
         for tokens, product in products.items():
             repeats[tokens] += _repeats(product, share_s)
         if reads and profile.disk is not None:
-            expected = profile.disk.bytes_per_s(block_nbytes, in_flight)
-            blocks = max(in_flight, round(_READ_SHARE * share_s * expected / block_nbytes))
-            for _ in range(2):
-                disk.append(blocks * block_nbytes / subjects.read(block_nbytes, in_flight, blocks) / expected)
+            # As many as the profile's points have, which begin and end as slowly.
+            seconds_of_reads = subjects.read(block_nbytes, in_flight, MIN_BLOCKS)
+            speed = MIN_BLOCKS * block_nbytes / seconds_of_reads
+            disk.append(speed / profile.disk.bytes_per_s(block_nbytes, in_flight))
     curve = profile.cpu.expert(format)
     memory, arithmetic = (
         product.calls

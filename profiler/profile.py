@@ -20,9 +20,11 @@ _MIB = 1 << 20
 _NO_OVERHEADS = Overheads(0.0, 0.0, 0.0)
 _NO_OVERLAP = Overlap(2, 1.0, 1.0)
 """Until passes from disk tell."""
-_OVERLAP_NBYTES = 64 * _MIB
+_OVERLAP_NBYTES, _BESIDE_BLOCKS = 64 * _MIB, 8
 _BYTES_PER_POINT = 96 * _MIB
-_MIN_BLOCKS, _MAX_BLOCKS = 8, 256
+MIN_BLOCKS, _MAX_BLOCKS = 48, 256
+"""Of reads that go on: until the first are there and while the last are read alone the disk is not as busy as between,
+and a layer's reads have that added."""
 _IN_FLIGHT = 4
 _BURSTS = 5
 _LARGE_BLOCK = 12 * _MIB
@@ -108,7 +110,7 @@ _ATTENTION = (
 def _read(found: Found, subjects: Subjects, effort: Effort) -> None:
     """A round of the disk: each point, bursts, and one small read."""
     for block in effort.blocks:
-        blocks = int(min(max(effort.share_of_reads * _BYTES_PER_POINT // block, _MIN_BLOCKS), _MAX_BLOCKS))
+        blocks = int(min(max(effort.share_of_reads * _BYTES_PER_POINT // block, MIN_BLOCKS), _MAX_BLOCKS))
         for depth in effort.depths:
             found.note(_point_of(block, depth), blocks * block / subjects.read(block, depth, blocks))
     for block in (*effort.blocks, _LARGE_BLOCK):
@@ -121,7 +123,7 @@ def _read(found: Found, subjects: Subjects, effort: Effort) -> None:
 
 def _read_beside_kernels(found: Found, subjects: Subjects, format: str, effort: Effort) -> None:
     block = effort.blocks[-1]
-    blocks = int(max(effort.share_of_reads * _OVERLAP_NBYTES // block, _MIN_BLOCKS))
+    blocks = int(max(effort.share_of_reads * _OVERLAP_NBYTES // block, _BESIDE_BLOCKS))
 
     def read() -> float:
         return subjects.read(block, _IN_FLIGHT, blocks)

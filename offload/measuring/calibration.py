@@ -4,8 +4,9 @@ Models with random weights of two depths run through the runtime with everything
 is hooked, because that would change which of the runtime's ways a pass takes. What the profile's curves predict of
 their products and attention is taken off; what is left grows with the layers, or does not. What a curve has wrong for
 every model is in the remainder, and so corrected. Their experts are narrow, so that what is looked for is a large share
-of a pass, and many, so that no pass finds the caches as it left them. In prompts seconds of experts are taken off as
-they were in that very pass. How reads and kernels get on in prompts is seen in a model with wide experts.
+of a pass. Small models would stay in the CPU's caches, in which no model of use does: before each pass these are
+filled with something else. In prompts seconds of experts are taken off as they were in that very pass. How reads and
+kernels get on in prompts is seen in a model with wide experts.
 """
 
 from __future__ import annotations
@@ -46,13 +47,15 @@ from placement.workload import Workload
 from profiler.subjects import WholePasses
 
 DEPTHS = (6, 24)
-"""Far apart, so that noise of either moves what a layer takes by little; deep enough not to stay in the caches."""
+"""Far apart, so that noise of either moves what a layer takes by little."""
 QUICK_DEPTHS = (6,)
 """What does not grow with layers is counted as theirs."""
 NARROW, _WIDE, _WIDE_DEPTH = 64, 512, 2
 """Of experts; layers of the model whose experts come from disk."""
 SHORT_TOKENS, PROMPT_TOKENS = 32, 256
 _TOKENS_OF_EXPERTS = SHORT_TOKENS * 8 // 16
+_CACHES_NBYTES = 128 << 20
+"""More than a processor's caches hold."""
 ROUND_PASSES, ROUNDS = 6, 3
 """Of decode in a round at least, and rounds at most."""
 
@@ -134,12 +137,17 @@ class _TimedDevice(HostDevice):
 
 @dataclass
 class _Passes:
-    """A model with its runtime, and seconds of its passes by kind; those of prompts without their experts."""
+    """A model with its runtime, and seconds of its passes by kind; those of prompts without their experts.
+
+    Attributes:
+        forget: leaves nothing of it in the CPU's caches.
+    """
 
     model: PreTrainedModel
     runtime: Runtime
     device: _TimedDevice
     disk: FileReads
+    forget: Callable[[], object]
     decode: list[float] = field(default_factory=list)
     stepped: list[float] = field(default_factory=list)
     short: list[float] = field(default_factory=list)
@@ -177,17 +185,17 @@ class _Passes:
 
     def measure_decode(self, repeats: int) -> None:
         """A round of decode."""
-        self.decode += measure_model(self.model, 1, repeats)
+        self.decode += measure_model(self.model, 1, repeats, before=self.forget)
         # While routing is recorded every layer looks for its experts.
         self.runtime.record_trace()
-        self.stepped += measure_model(self.model, 1, repeats)
+        self.stepped += measure_model(self.model, 1, repeats, before=self.forget)
         self.runtime.observer.recorder = None
 
     def _prompts(self, tokens: int, repeats: int) -> list[float]:
         found = []
         for number in range(repeats):
             self.device.experts_s = 0.0
-            (seconds,) = measure_model(self.model, tokens, 1, seed=len(self.short) + number)
+            (seconds,) = measure_model(self.model, tokens, 1, len(self.short) + number, self.forget)
             found.append(seconds - self.device.experts_s)
         return found
 
@@ -218,9 +226,10 @@ def _remainders(
     them. Prompts are the shallow one's alone.
     """
     with ExitStack() as stack:
-        narrow = [_loaded(stack, directory, layers, NARROW, quant) for layers in depths]
-        wide = _loaded(stack, directory, _WIDE_DEPTH, _WIDE, quant)
-        tight = _loaded(stack, directory, _WIDE_DEPTH, _WIDE, quant, beside=wide.runtime.plan)
+        load_one = partial(_loaded, stack, directory, quant, torch.ones(_CACHES_NBYTES // 4).sum)
+        narrow = [load_one(layers, NARROW) for layers in depths]
+        wide = load_one(_WIDE_DEPTH, _WIDE)
+        tight = load_one(_WIDE_DEPTH, _WIDE, beside=wide.runtime.plan)
         call_s = profile.cpu.expert(wide.runtime.plan.format).call_s
         found: list[Speeds] = []
         rounds = max(1, min(ROUNDS, repeats // ROUND_PASSES))
@@ -239,8 +248,9 @@ def _remainders(
 
 
 def _loaded(
-    stack: ExitStack, directory: Path, layers: int, width: int, quant: str | None, beside: Plan | None = None
-) -> _Passes:
+    stack: ExitStack, directory: Path, quant: str | None, forget: Callable[[], object], layers: int, width: int,
+    beside: Plan | None = None,
+) -> _Passes:  # fmt: skip
     """A model with a slot for every expert; or, beside the plan of such a one, with few more than a token needs."""
     store = stack.enter_context(TemporaryDirectory(prefix=".offload-profile-", dir=directory))
     made = random_model(layers, width)
@@ -252,7 +262,7 @@ def _loaded(
     runtime = cast("Runtime", model.offload)
     stack.callback(runtime.close)
     runtime.device = device = _TimedDevice()
-    return _Passes(model, runtime, device, FileReads(runtime.store.shard_paths))
+    return _Passes(model, runtime, device, FileReads(runtime.store.shard_paths), forget)
 
 
 def _predicted(profile: HardwareProfile, runtime: Runtime, prompt_tokens: int) -> Prediction:

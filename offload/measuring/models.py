@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -55,9 +56,11 @@ def random_model(layers: int, width: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def measure_model(model: PreTrainedModel, tokens: int, repeats: int, seed: int = 2) -> list[float]:
+def measure_model(
+    model: PreTrainedModel, tokens: int, repeats: int, seed: int = 2, before: Callable[[], object] = lambda: None
+) -> list[float]:
     """Seconds of passes: of one token one after the other in a sequence, after a first that does not count; of more
-    tokens each of a new one.
+    tokens each of a new one. `before` is called before each.
     """
     generator = torch.Generator().manual_seed(seed)
     vocab = model.config.get_text_config().vocab_size
@@ -69,9 +72,10 @@ def measure_model(model: PreTrainedModel, tokens: int, repeats: int, seed: int =
         if tokens > 1:
             cache = DynamicCache(config=model.config)
         ids = torch.randint(vocab, (1, tokens), generator=generator)
-        before = perf_counter()
+        before()
+        began = perf_counter()
         run_pass(model, cache, ids)
-        found.append(perf_counter() - before)
+        found.append(perf_counter() - began)
     return found[tokens == 1 :]
 
 

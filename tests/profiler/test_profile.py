@@ -36,7 +36,7 @@ def test_every_figure_comes_back() -> None:
     assert (attention.call_s, attention.few_flops_per_s, attention.flops_per_s) == pytest.approx((5e-5, 1e9, 1e11))
     assert attention.prompt_call_s == pytest.approx(9e-4)
     assert found.disk is not None
-    assert found.disk.bytes_per_s(4 << 20, 4) == pytest.approx(2e9, rel=0.01)
+    assert found.disk.bytes_per_s(4 << 20, 4) == pytest.approx(2e9, rel=0.002), "both ends of few reads would count"
     assert (found.disk.many.reads, found.disk.many.kernels) == pytest.approx((0.8, 0.6))
     # Kernels have no less than what reads leave.
     assert (found.disk.few.reads, found.disk.few.kernels) == pytest.approx((0.5, 0.5))
