@@ -20,7 +20,7 @@ NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
     "llama_cpp_large", "overhead", "large_model", "plan_accuracy", "gpu", "gpu_kernels", "gpu_models",
     "cache_policies", "decision_cost", "prefetch", "ablation", "kv_kernels", "decode_attention", "simulator", "kv",
-    "kv_quality", "kv_prefix", "kv_sparsity", "compiling", "trace_hits", "replayed_steps",
+    "kv_model", "kv_quality", "kv_prefix", "kv_sparsity", "compiling", "trace_hits", "replayed_steps",
 )  # fmt: skip
 _PARTS = ("gpu_kernels", "gpu_models")
 """Of another one."""
@@ -41,6 +41,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         kernels,
         kv,
         kv_kernels,
+        kv_model,
         kv_prefix,
         kv_quality,
         kv_sparsity,
@@ -88,10 +89,9 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
             decode_attention.QUICK if quick else decode_attention.FULL
         ),
         "simulator": lambda work: simulator.run(simulator.QUICK if quick else simulator.FULL),
-        "kv": lambda work: kv.run(
-            work,
-            replace(shape if quick else large_model.LIKE_30B_A3B, layers=(kv.QUICK if quick else kv.FULL).model_layers),
-            kv.QUICK if quick else kv.FULL,
+        "kv": lambda work: kv.run(work, kv.QUICK if quick else kv.FULL),
+        "kv_model": lambda work: kv_model.run(
+            work, shape if quick else large_model.LIKE_30B_A3B, kv_model.QUICK if quick else kv_model.FULL
         ),
         "trace_hits": lambda _work: trace_hits.run(trace_hits.QUICK if quick else trace_hits.FULL),
         "compiling": lambda work: compiling.run(work, compiling.QUICK if quick else compiling.FULL),

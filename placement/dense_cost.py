@@ -52,6 +52,8 @@ def attention_s(layer: LayerSpec, device: Compute, work: Pass) -> float:
         return 0.0
     kv_nbytes = work.batch * work.visible_tokens(layer.window_tokens) * layer.kv_nbytes_per_token
     flops = 2.0 * layer.attention_values * work.batch * work.attended_pairs(layer.window_tokens)
+    if work.new_tokens == 1:
+        return device.decode_attention_s(kv_nbytes, flops, layer.kv_format)
     return device.attention.seconds(kv_nbytes, flops, work.new_tokens)
 
 

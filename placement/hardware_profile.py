@@ -93,6 +93,33 @@ class AttentionSpeed:
 
 
 @dataclass(frozen=True)
+class BlockSpeed:
+    """Attention of one new token of each sequence to a KV cache in blocks of one format.
+
+    Attributes:
+        format: of the blocks.
+        call_s: of a layer, whatever its size.
+        bytes_per_s: at which blocks are read.
+        flops_per_s: two for each product and sum, what unpacks blocks included.
+    """
+
+    format: str
+    call_s: float
+    bytes_per_s: float
+    flops_per_s: float
+
+    def seconds(self, kv_nbytes: float, flops: float) -> float:
+        """Seconds of one layer: reading or computing, whichever takes longer."""
+        return self.call_s + max(kv_nbytes / self.bytes_per_s, flops / self.flops_per_s)
+
+    def with_speeds(self, memory: float, arithmetic: float) -> BlockSpeed:
+        """Reading blocks follows memory, all else arithmetic."""
+        return BlockSpeed(
+            self.format, self.call_s / arithmetic, self.bytes_per_s * memory, self.flops_per_s * arithmetic
+        )
+
+
+@dataclass(frozen=True)
 class Overheads:
     """What a forward pass costs beside products, attention and reads.
 
@@ -143,6 +170,7 @@ class Compute:
         attention: of one layer.
         overheads: of a pass whose dense layers run here.
         packed_overheads: likewise where these layers are packed; None: the same.
+        blocks: attention to KV caches in blocks; formats that are not there: as `attention`.
     """
 
     memory_nbytes: int
@@ -152,6 +180,20 @@ class Compute:
     attention: AttentionSpeed
     overheads: Overheads
     packed_overheads: Overheads | None = None
+    blocks: tuple[BlockSpeed, ...] = ()
+
+    def decode_attention_s(self, kv_nbytes: float, flops: float, format: str | None) -> float:
+        """Seconds of one layer's attention of one new token of each sequence.
+
+        Args:
+            kv_nbytes: that are read.
+            flops: two for each product and sum.
+            format: of the cache's blocks; None for one that lies in one piece.
+        """
+        for known in self.blocks:
+            if known.format == format:
+                return known.seconds(kv_nbytes, flops)
+        return self.attention.seconds(kv_nbytes, flops, 1)
 
     def overheads_in(self, format: str | None) -> Overheads:
         """The overheads of dense layers in a format; None for a layer that has none."""
@@ -187,6 +229,7 @@ class Compute:
             attention=self.attention.with_speeds(memory, arithmetic),
             overheads=self.overheads.times(1 / arithmetic),
             packed_overheads=None if packed is None else packed.times(1 / arithmetic),
+            blocks=tuple(one.with_speeds(memory, arithmetic) for one in self.blocks),
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from placement.hardware_profile import HardwareProfile
 from placement.kv import SETTINGS, KvPlan, block_nbytes, landmarks_nbytes
 from placement.kv_sparsity import KvSparsity
@@ -16,13 +18,15 @@ _READS_IN_FLIGHT = 4
 
 
 def in_blocks(spec: ModelSpec, kv: KvPlan | None) -> ModelSpec:
-    """The spec with the bytes that attention reads of a cached token in blocks of the plan's format."""
+    """The spec with what attention reads of a cached token in blocks of the plan's format."""
     if kv is None or len(spec.layers) != len(spec.kv_shapes):
         return spec
     layers = tuple(
         layer
         if shape is None
-        else replace(layer, kv_nbytes_per_token=block_nbytes(shape, kv.format) // SETTINGS.block_tokens)
+        else replace(
+            layer, kv_nbytes_per_token=block_nbytes(shape, kv.format) // SETTINGS.block_tokens, kv_format=kv.format
+        )
         for layer, shape in zip(spec.layers, spec.kv_shapes, strict=True)
     )
     return replace(spec, layers=layers)
@@ -73,7 +77,8 @@ def with_reads(
 ) -> Prediction:
     """A prediction and the reads of blocks that are on disk, every one that is attended to once a pass.
 
-    Blocks are read while others of the same layer are attended, so that what takes longer counts.
+    Blocks are read while others of the same layer are attended: both have the shares of their speeds that the profile
+    measured, until the one that takes less is done.
     """
     if kv is None or kv.spills_at_tokens is None or profile.disk is None:
         return prediction
@@ -96,8 +101,9 @@ def _with(
     nbytes = share * sum(cold_nbytes(kv, work) for work in works)
     shapes = [shape for shape in spec.kv_shapes if shape is not None]
     segment = SETTINGS.segment_blocks * max(block_nbytes(shape, kv.format) for shape in shapes)
-    read_s = nbytes / profile.disk.overlapped_bytes_per_s(segment, _READS_IN_FLIGHT)
-    stall_s = max(0.0, read_s - one.terms.attention_s)
+    read_s = nbytes / profile.disk.bytes_per_s(segment, _READS_IN_FLIGHT)
+    attention_s = np.array(one.terms.attention_s)
+    stall_s = max(0.0, float(profile.disk.few.seconds(attention_s, np.array(read_s)) - attention_s))
     scale = 1 + stall_s / one.terms.total_s
     return replace(
         one,

@@ -30,8 +30,8 @@ class KvSettings:
     """
 
     block_tokens: int = 64
-    segment_blocks: int = 16
+    segment_blocks: int = 64
     recent_tokens: int = 128
-    staging_segments: int = 6
+    staging_segments: int = 4
     piece_blocks: int = 4
     few_tokens: int = 8

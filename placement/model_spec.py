@@ -72,6 +72,7 @@ class LayerSpec:
         attention_values: products of queries with keys and of weights with values, for one new and one cached token.
         window_tokens: how far back attention looks, None for all.
         experts: index into `ModelSpec.experts`, None for a layer without.
+        kv_format: of the blocks in which its cache lies; None for one in one piece.
     """
 
     dense_nbytes: int
@@ -80,6 +81,7 @@ class LayerSpec:
     attention_values: int
     window_tokens: int | None
     experts: int | None
+    kv_format: str | None = None
 
     @property
     def dense_format(self) -> str | None:

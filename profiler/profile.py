@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from formats.kv import KV_FORMATS
 from formats.packed import PACKED_FORMATS
 from placement.disk import BURST_READS, FEW_READS, Disk, DiskPoint, Overlap
 from placement.hardware_profile import Compute, HardwareProfile, Overheads, Provenance
@@ -59,6 +60,11 @@ def measure_machine(
         name: expert_points(subjects, name, effort.tokens, several, entries=name in PACKED_FORMATS) for name in formats
     }
     linears = {name: linear_points(subjects, name, effort.tokens, _LARGE_ROWS, _SMALL_ROWS) for name in formats}
+    blocks = {
+        name: tuple(AttentionPoint(f"attention to {name} blocks, {cached} cached", 1, cached) for cached in _IN_BLOCKS)
+        for name in KV_FORMATS
+        if name != "fp16"
+    }
     found = Found()
     budget_s = effort.call_s / effort.rounds
     for number in range(effort.rounds):
@@ -68,6 +74,9 @@ def measure_machine(
             if name in _BESIDE_READS:
                 _read_beside_kernels(found, subjects, name, effort)
         found.time_attention(_ATTENTION, subjects.attention, budget_s)
+        for name, points in blocks.items():
+            make = partial(subjects.block_attention, name)
+            found.time_attention(points, lambda _new, cached, make=make: make(cached), budget_s)  # type: ignore[misc]
         found.note("memory", subjects.stream())
         _read(found, subjects, effort)
     bandwidth = found.median("memory")
@@ -78,6 +87,7 @@ def measure_machine(
         found.curves(linears),
         found.attention(_ATTENTION, bandwidth),
         _NO_OVERHEADS,
+        blocks=found.block_speeds({name: (short.what, long.what) for name, (short, long) in blocks.items()}, bandwidth),
     )
     provenance = Provenance("measured", machine.describe(), machine.fingerprint, now(), machine.versions)
     disk = _disk(found, effort, free_nbytes)
@@ -105,6 +115,9 @@ _ATTENTION = (
     AttentionPoint("attention, 512 new", 512, 0),
 )
 """One token beside few and many cached ones, and some and many tokens at once."""
+
+_IN_BLOCKS = 1024, 16384
+"""Cached tokens of one sequence."""
 
 
 def _read(found: Found, subjects: Subjects, effort: Effort) -> None:

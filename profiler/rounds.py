@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from placement.curves import Sample, TokenCurve, fit_curve
-from placement.hardware_profile import AttentionSpeed, FormatCurve
+from placement.hardware_profile import AttentionSpeed, BlockSpeed, FormatCurve
 from profiler.subjects import Attention, Product
 from profiler.timing import Timing, repeated
 
@@ -122,6 +122,17 @@ class Found:
         call_s, few_flops_per_s = _line(one, short)
         prompt_call_s, flops_per_s = _line(prompt, long)
         return AttentionSpeed(call_s, bandwidth, few_flops_per_s, flops_per_s, prompt_call_s)
+
+    def block_speeds(self, points: Mapping[str, tuple[str, str]], bandwidth: float) -> tuple[BlockSpeed, ...]:
+        """Attention to blocks by format, of calls with few and with many cached tokens. So many query heads share a
+        key-value head that computing takes longer than reading, which goes at the bandwidth. fp16 is not measured: its
+        bytes and its ways through the kernels are bf16's.
+        """
+        found = []
+        for format, calls in points.items():
+            call_s, flops_per_s = _line(*((self.flops[what], self.seconds(what)) for what in calls))
+            found.append(BlockSpeed(format, call_s, bandwidth, flops_per_s))
+        return (*found, *(replace(one, format="fp16") for one in found if one.format == "bf16"))
 
 
 def _line(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:

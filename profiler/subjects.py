@@ -98,6 +98,10 @@ class Subjects(Kernels, Protocol):
         """
         ...
 
+    def block_attention(self, format: str, cached_tokens: int) -> Attention:
+        """One token of one sequence, which attends to so many cached ones in blocks of a format."""
+        ...
+
     def between_reads(self, read: Callable[[], float], format: str) -> float:
         """The share of their speed that linear layers of one token have right after `read`, at most 1."""
         ...

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from placement.hardware_profile import HardwareProfile
     from placement.model_spec import ModelSpec
     from placement.plan import Plan
+    from placement.prediction import PassPrediction
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def _finish(made: Plan, disk: Disk, spec: ModelSpec, profile: HardwareProfile | 
     lacking = not disk.present and disk.free_nbytes < made.disk_nbytes
     simulation = None if asked.simulate is None else asked.simulate.run(spec, profile, made)
     if not asked.as_json:
-        _write(made, disk, given=asked.ram is not None)
+        _write(made, disk, _with_context_full(made, spec, profile, asked), given=asked.ram is not None)
         if simulation is not None:
             write_simulation(simulation, made)
     elif not lacking:
@@ -266,7 +267,20 @@ def _look_at_disk(root: Path, identity: str, plan: Plan) -> Disk:
     return Disk(root, free, f"there: {store.path.name}", present=True)
 
 
-def _write(plan: Plan, disk: Disk, *, given: bool) -> None:
+def _with_context_full(made: Plan, spec: ModelSpec, profile: HardwareProfile | None, asked: Asked) -> str:
+    """The expected speed of the context's last tokens, which attend to all others."""
+    from offload.traces import read_routing
+    from placement.planner import predicted
+
+    if made.prediction is None or profile is None:
+        return "unknown"
+    workload = replace(made.workload, prompt_tokens=made.workload.context_tokens)
+    routing = read_routing(spec, asked.skew, asked.trace)
+    decode = predicted(spec, profile, made.ram_slots, workload, routing, made.kv).decode
+    return f"decode {_speed(decode)}"
+
+
+def _write(plan: Plan, disk: Disk, with_context_full: str, *, given: bool) -> None:
     work = plan.workload
     uses = table("what", "where", "size", numbers=("size",))
     add_row(uses, "dense weights", plan.dense_tier, format_size(plan.ram.dense_nbytes))
@@ -303,6 +317,7 @@ def _write(plan: Plan, disk: Disk, *, given: bool) -> None:
                 "disk needed": f"{format_size(plan.disk_nbytes)}; {format_size(disk.free_nbytes)} free in {disk.root}",
                 "store": disk.store,
                 "expected": _expected(plan),
+                f"after {work.context_tokens} tokens": with_context_full,
                 "on top of the peak": f"interpreter and libraries, about {format_size(_own_nbytes())}",
             }
         ),
@@ -312,13 +327,15 @@ def _write(plan: Plan, disk: Disk, *, given: bool) -> None:
 def _expected(plan: Plan) -> str:
     if plan.prediction is None:
         return "unknown: run `offload profile` once, and speed is predicted"
-    parts = []
-    for name, one in (("decode", plan.prediction.decode), ("prefill", plan.prediction.prefill)):
-        slow, fast = one.tokens_per_s_range
-        terms = sorted(one.terms.as_dict().items(), key=lambda term: -term[1])[:3]
-        shares = ", ".join(f"{term} {seconds / one.seconds:.0%}" for term, seconds in terms)
-        parts.append(f"{name} {one.tokens_per_s:.2f} tokens/s ({slow:.2f} to {fast:.2f}; {shares})")
-    return f"{'; '.join(parts)}; {plan.prediction.routing}"
+    found = plan.prediction
+    return f"decode {_speed(found.decode)}; prefill {_speed(found.prefill)}; {found.routing}"
+
+
+def _speed(one: PassPrediction) -> str:
+    slow, fast = one.tokens_per_s_range
+    terms = sorted(one.terms.as_dict().items(), key=lambda term: -term[1])[:3]
+    shares = ", ".join(f"{term} {seconds / one.seconds:.0%}" for term, seconds in terms)
+    return f"{one.tokens_per_s:.2f} tokens/s ({slow:.2f} to {fast:.2f}; {shares})"
 
 
 def _own_nbytes() -> int:

@@ -15,8 +15,9 @@ from offload.errors import ClosedError, StorageError
 from offload.store.files import FIXES
 from offload.tiers.disk import RETRIED, RETRY_PAUSE_S, Preadv, ShardReader
 
-EXTENT_BLOCKS = 16
-"""Blocks of one layer that lie one after the other, so that reading a layer's history is long reads."""
+EXTENT_BLOCKS = 64
+"""Blocks of one layer that lie one after the other, as many as a segment has, so that reading a layer's history is long
+reads."""
 
 WRITE_ATTEMPTS = 4
 

@@ -12,7 +12,7 @@ from offload.tiers.disk import ShardReader
 from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
 
 READER_THREADS = 4
-CHUNK_NBYTES = 1 << 20
+CHUNK_NBYTES = 4 << 20
 
 _FIX = "the disk changed what was written to it: check it, or load with nvme= on another"
 

@@ -14,6 +14,7 @@ import torch
 from formats.elements import BF16, FP32
 from formats.packed import PACKED_FORMATS
 from offload.devices.host_threads import short_waits
+from offload.measuring.block_attention import block_attention_calls
 from offload.measuring.calibration import DEPTHS, measure_passes
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls
 from offload.measuring.reads import BlockReads
@@ -70,6 +71,10 @@ class RuntimeSubjects:
     def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
         """See `Subjects`."""
         return attention_calls(new_tokens, cached_tokens)
+
+    def block_attention(self, format: str, cached_tokens: int) -> Attention:
+        """See `Subjects`."""
+        return block_attention_calls(format, cached_tokens)
 
     def stream(self) -> float:
         """See `Subjects`."""

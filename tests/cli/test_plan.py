@@ -9,6 +9,7 @@ import pytest
 
 import offload
 from offload.store import files
+from placement.datasheets import datasheet
 from placement.plan import Plan
 from tests.cli.conftest import Invoke
 from tests.tiny_models import build_tiny
@@ -44,6 +45,23 @@ def test_the_table_has_every_figure(invoke: Invoke, checkpoint: Path, tmp_path: 
     assert footprint
     assert float(footprint[1]) * (1024 if footprint[2] == "GiB" else 1) > 100
     assert not (tmp_path / "store").exists()
+
+
+def test_speed_after_the_whole_context_is_told(
+    invoke: Invoke, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = datasheet(cpu="ddr5-desktop", drive="gen4")
+    monkeypatch.setattr("offload.preparation.cached_profile", lambda root, formats: profile)
+    options = ("--ram", "100MiB", "--context", 512)
+    short, whole = (
+        json.loads(invoke("plan", checkpoint, *options, "--prompt", prompt, "--json").stdout)["prediction"]["decode"]
+        for prompt in (8, 512)
+    )
+    speeds = [one["tokens"] / sum(one["terms"].values()) for one in (short, whole)]
+    text = flat(invoke("plan", checkpoint, *options, "--prompt", 8).stdout)
+    assert f"expected decode {speeds[0]:.2f} tokens/s" in text
+    assert f"after 512 tokens decode {speeds[1]:.2f} tokens/s" in text
+    assert speeds[1] < speeds[0]
 
 
 def test_the_prompt_chunk_is_planned(invoke: Invoke, checkpoint: Path) -> None:

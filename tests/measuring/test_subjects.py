@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from cpu_kernels.prepared_attention import PreparedAttention
+from formats.kv import KvLayout
 from offload.errors import StoreCorruptError
-from offload.measuring import calibration, kernels, models
+from offload.measuring import block_attention, calibration, kernels, models
 from offload.measuring.from_disk import DecodeFromDisk, PromptFromDisk
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls, chosen_by, uneven_loads
 from offload.measuring.reads import FileReads, Scratch
@@ -51,6 +53,25 @@ def test_linears_compute_what_a_linear_layer_does() -> None:
         assert (product.weights, product.entries, product.calls) == (32 * 128, 32 + 128, at_once)
         for _ in range(3):
             product.run()
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+def test_attention_to_blocks_goes_through_memory(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_attention, "COLD_NBYTES", 4 << 20)
+    attended: list[tuple[int, ...]] = []
+    attend = PreparedAttention.attend
+
+    def note(prepared: PreparedAttention, query: torch.Tensor, tokens: int, position: int, pool: Any) -> None:
+        attend(prepared, query, tokens, position, pool)
+        attended.append((tokens, position))
+
+    monkeypatch.setattr(PreparedAttention, "attend", note)
+    calls = block_attention.block_attention_calls(format, 130)
+    layout = KvLayout(format, kernels.KV_HEADS, kernels.HEAD_WIDTH, kernels.HEAD_WIDTH, 64)
+    assert calls.kv_nbytes == 2 * layout.nbytes
+    assert calls.flops == 4 * kernels.HEADS * kernels.HEAD_WIDTH * 128
+    calls.run()
+    assert attended == [(128, 127)] * calls.calls
 
 
 def test_packed_linears_have_weights_of_their_own() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from formats.bundle import EXPERT_FORMATS, BundleLayout
 from placement.datasheets import CPUS, DRIVES, GPUS, LINKS, bits_of, datasheet
-from placement.hardware_profile import HardwareProfile, Link, Speeds
+from placement.hardware_profile import BlockSpeed, HardwareProfile, Link, Speeds
 from tests.placement.machines import machine, machines
 
 
@@ -46,6 +46,20 @@ def test_parts_at_other_speeds_scale_what_waits_for_them() -> None:
     assert slower.disk is not None and profile.disk is not None
     assert slower.disk.bytes_per_s(1 << 20, 4) == pytest.approx(profile.disk.bytes_per_s(1 << 20, 4) / 4)
     assert slower.gpu == profile.gpu
+
+
+def test_blocks_are_read_or_multiplied() -> None:
+    speed = BlockSpeed("int8", 1e-5, 1e10, 1e11)
+    assert speed.seconds(1e8, 1e8) == pytest.approx(1e-5 + 1e-2)
+    assert speed.seconds(1e6, 1e10) == pytest.approx(1e-5 + 1e-1)
+    assert speed.with_speeds(0.5, 0.25) == BlockSpeed("int8", 4e-5, 5e9, 2.5e10)
+    profile = machine()
+    with_blocks = replace(profile, cpu=replace(profile.cpu, blocks=(speed,)))
+    assert with_blocks.with_speeds(Speeds(0.5, 0.25)).cpu.blocks == (speed.with_speeds(0.5, 0.25),)
+    assert HardwareProfile.from_json(with_blocks.to_json()) == with_blocks
+    assert with_blocks.cpu.decode_attention_s(1e8, 1e8, "int8") == speed.seconds(1e8, 1e8)
+    for format in None, "int4":
+        assert with_blocks.cpu.decode_attention_s(1e8, 1e8, format) == profile.cpu.attention.seconds(1e8, 1e8, 1)
 
 
 @settings(deadline=None)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from formats.kv import KvLayout
+from placement.hardware_profile import BlockSpeed
 from placement.kv import KvChoice, KvShape, minimum_nbytes, token_nbytes
 from placement.kv_cost import attended_share, cold_nbytes, in_blocks
 from placement.kv_sparsity import KvSparsity
@@ -102,6 +103,41 @@ def test_attention_reads_the_formats_bytes() -> None:
     found = in_blocks(SPEC, plan.kv)
     assert sum(layer.kv_nbytes_per_token for layer in found.layers) == pytest.approx(plan.kv.nbytes_per_token, abs=4)
     assert in_blocks(SPEC, None) is SPEC
+
+
+def test_attention_to_blocks_takes_what_was_measured_of_their_format() -> None:
+    profile = machine(gpu=False)
+    speeds = tuple(BlockSpeed(format, 1e-5, 1e12, flops) for format, flops in (("int8", 2e11), ("int4", 1e11)))
+    measured = replace(profile, cpu=replace(profile.cpu, blocks=speeds))
+    for format, flops in ("int8", 2e11), ("int4", 1e11), ("fp8", 0.0):
+        one, plain = (
+            make_plan(SPEC, LONG, 1 << 40, profile, kv=KvChoice(format)).prediction for profile in (measured, profile)
+        )
+        assert one is not None and plain is not None
+        assert one.prefill == plain.prefill
+        if not flops:
+            assert one.decode == plain.decode
+            continue
+        values = sum(layer.attention_values for layer in SPEC.layers)
+        expected = len(SPEC.layers) * 1e-5 + 2 * values * (LONG.cached_tokens + 1) / flops
+        assert one.decode.terms.attention_s == pytest.approx(expected)
+
+
+def test_reads_of_blocks_and_attention_share_the_processor() -> None:
+    cold = {}
+    for reading in (0.1, 1.0):
+        profile = machine(gpu=False, reading=reading)
+        found = [
+            make_plan(SPEC, LONG, 1 << 34, profile, kv=KvChoice("int8", ram)).prediction for ram in (1 << 28, None)
+        ]
+        assert found[0] is not None and found[1] is not None
+        cold[reading] = found[0].decode
+        assert found[0].decode.terms.disk_s > found[1].decode.terms.disk_s
+    both = (one.terms.attention_s + one.terms.disk_s for one in cold.values())
+    # Where kernels have a tenth of their speed beside reads that have 0.9, nothing is gained by doing both at once.
+    slow, fast = both
+    assert slow > 1.05 * fast
+    assert slow == pytest.approx(cold[0.1].terms.attention_s + cold[0.1].disk_busy_s, rel=0.02)
 
 
 @pytest.mark.parametrize("method", ["top-k", "snapkv", "h2o"])

@@ -19,6 +19,14 @@ EXPERTS = {
     "int4": TokenCurve(3e-5, (1,), (2e-11,), 4e-10, 2e-6),
 }
 LINEARS = {"bf16": TokenCurve(1e-5, (1,), (9e-11,), 2e-9), "int4": TokenCurve(4e-6, (1,), (3e-11,))}
+BLOCKS = {
+    "bf16": (2e-5, 8e10),
+    "fp32": (3e-5, 9e10),
+    "fp8_e4m3": (4e-5, 6e10),
+    "int8": (1e-5, 2e11),
+    "int4": (2e-5, 1e11),
+}
+"""(seconds of a call, flops per second) of attention to blocks."""
 
 
 class Known:
@@ -44,6 +52,11 @@ class Known:
         flops = 1e4 * new_tokens * (cached_tokens + new_tokens)
         call_s, speed = (5e-5, 1e9) if new_tokens == 1 else (9e-4, 1e11)
         return Attention(1000 * (cached_tokens + new_tokens), flops, lambda: call_s + flops / speed)
+
+    def block_attention(self, format: str, cached_tokens: int) -> Attention:
+        call_s, speed = BLOCKS[format]
+        flops = 2e4 * cached_tokens
+        return Attention(cached_tokens, flops, lambda: 4 * (call_s + flops / speed), 4)
 
     def stream(self) -> float:
         return 2e10

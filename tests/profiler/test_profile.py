@@ -11,7 +11,7 @@ from placement.hardware_profile import HardwareProfile, Overheads
 from profiler import rounds
 from profiler.effort import FULL, QUICK, Effort
 from profiler.profile import measure_machine
-from tests.profiler.known import EXPERTS, LINEARS, MACHINE, Known
+from tests.profiler.known import BLOCKS, EXPERTS, LINEARS, MACHINE, Known
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,11 @@ def test_every_figure_comes_back() -> None:
     attention = found.cpu.attention
     assert (attention.call_s, attention.few_flops_per_s, attention.flops_per_s) == pytest.approx((5e-5, 1e9, 1e11))
     assert attention.prompt_call_s == pytest.approx(9e-4)
+    assert [one.format for one in found.cpu.blocks] == ["bf16", "fp32", "fp8_e4m3", "int8", "int4", "fp16"]
+    for one in found.cpu.blocks:
+        expected = BLOCKS["bf16" if one.format == "fp16" else one.format]
+        assert (one.call_s, one.flops_per_s) == pytest.approx(expected)
+        assert one.bytes_per_s == found.cpu.memory_bytes_per_s
     assert found.disk is not None
     assert found.disk.bytes_per_s(4 << 20, 4) == pytest.approx(2e9, rel=0.002), "both ends of few reads would count"
     assert (found.disk.many.reads, found.disk.many.kernels) == pytest.approx((0.8, 0.6))
