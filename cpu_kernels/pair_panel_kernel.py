@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
-"""Kernels of `panel_mlp` for bf16 on CPUs with VDPBF16PS: panels hold pairs of bf16 columns, weights are read as they lie.
+"""Kernels of `panel_mlp` for bf16 on CPUs with VDPBF16PS: panels hold pairs of bf16 columns, weights stay as they lie.
 
-Jobs, chunks and panels of sums are those of `panel_kernel`; a panel of activations takes half of its room. A dot product
-adds two products at a time, columns in ascending order from zero, in one chain: its bits depend neither on the split of
-rows nor on other tokens.
+Jobs, chunks and panels of sums are those of `panel_kernel`; a panel of activations takes half of its room. A dot
+product adds two products at a time, columns in ascending order from zero, in one chain: its bits depend neither on the
+split of rows nor on other tokens.
 
 Error of one dot product of length n, with u = 2**-24 and S = sum |w_i x_i|:
     |computed - exact| <= (n + 1) u S

@@ -87,9 +87,7 @@ def near_weights(typingctx: Any) -> tuple[Any, _Codegen]:
 
 
 @intrinsic
-def tile_add_pair(
-    typingctx: Any, tile: Any, weights: Any, columns: Any, stride: Any
-) -> tuple[Any, _Codegen]:
+def tile_add_pair(typingctx: Any, tile: Any, weights: Any, columns: Any, stride: Any) -> tuple[Any, _Codegen]:
     """Add the products of two columns: of each row's two weights with those of each panel's 16 tokens.
 
     weights: address of the first row's two weights, NEAR_ROW_BYTES before the next row's.
@@ -103,9 +101,7 @@ def tile_add_pair(
 
 
 @intrinsic
-def tile_add_last(
-    typingctx: Any, tile: Any, weights: Any, columns: Any, stride: Any
-) -> tuple[Any, _Codegen]:
+def tile_add_last(typingctx: Any, tile: Any, weights: Any, columns: Any, stride: Any) -> tuple[Any, _Codegen]:
     """As `tile_add_pair` for the last of an odd number of columns: nothing behind it is read."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -200,7 +196,7 @@ def write_square(typingctx: Any, sums: Any, addresses: Any, offset: Any, tokens:
             builder.load(_pointer(builder, builder.add(sums, ir.Constant(_I64, 4 * LANES * row)), _F32X16), align=64)
             for row in range(LANES)
         ]
-        # Each round interleaves vectors half of the square apart, which moves one bit of a row's number into the lane's.
+        # Each round interleaves vectors half of the square apart: one bit of a row's number becomes one of a lane's.
         for _ in range(4):
             halves = []
             for row in range(LANES // 2):

@@ -1,8 +1,8 @@
 """The MLPs of routed experts, and linear layers, for many tokens: blocked matrix products.
 
 In fp32 for fp32 and for CPUs without instructions for 16-bit products, by pairs of bf16 where there is VDPBF16PS
-(`pair_panel_kernel`). `expert_mlp` and `linear` are for few tokens: from some 8 on they are bound by arithmetic, and read
-each weight's bits anew for every few tokens.
+(`pair_panel_kernel`). `expert_mlp` and `linear` are for few tokens: from some 8 on they are bound by arithmetic, and
+read each weight's bits anew for every few tokens.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def compile_panel_kernels(format: str) -> None:
 
 @cache
 def multiplies_pairs() -> bool:
-    """Whether panels of bf16 are multiplied by VDPBF16PS, and nothing faster is there: AMX, which torch's products use."""
+    """Whether panels of bf16 are multiplied by VDPBF16PS and there is no AMX, which torch's products use, faster."""
     return Elements("bf16", isa_of_format("bf16")) == BF16 and "amx-bf16" not in cpu_features()
 
 
