@@ -182,7 +182,7 @@ def test_a_twentieth_of_the_blocks_recalls_as_all_of_them_do(store_root: Path, m
     # Few kinds of token that tell nothing, and many.
     contexts = [tell_facts(8192, 20, generator, (4, 32)[number % 2]) for number in range(11)]
     found = []
-    for options in ({"prefix_cache": 1}, {"kv_sparsity": "top-k:0.05", "kv_ram": "6MiB"}):
+    for options in ({"prefix_cache": 1}, {"kv_sparsity": "top-k:0.05", "kv_ram": "9MiB"}):
         model = offload.load(
             RECALL_MODEL, ram="1GiB", nvme=store_root, context=8256, dtype="float32", progress=False, **options
         )
