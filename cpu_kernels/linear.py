@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
+from cpu_kernels.compiling.compiler import direct
 from cpu_kernels.linear_kernel import linear_task, run_linear
 from cpu_kernels.tensors import describe, elements_of
 from cpu_kernels.threads import Pool
@@ -55,3 +57,62 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, poo
         0 if bias is None else bias.data_ptr(), rows, columns, out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+class Products:
+    """Products of one row with several weights, each with the bits of `linear`, into memory that stays.
+
+    For many small ones in a row, of which all else that `linear` does is most.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        """Make room.
+
+        Args:
+            weights: each [N, K], contiguous, with the same K, on the CPU; all of one dtype: bf16, fp16 or fp32. Their
+                memory is kept.
+
+        Raises:
+            ValueError: there are none, or they are not so.
+        """
+        if not weights or any(
+            weight.dim() != 2
+            or weight.shape[1] != weights[0].shape[1]
+            or weight.dtype is not weights[0].dtype
+            or not (weight.is_cpu and weight.is_contiguous())
+            for weight in weights
+        ):
+            raise ValueError(
+                "Products: expected contiguous weights [N, K] of one K and dtype on the CPU, found "
+                f"{', '.join(map(describe, weights)) or 'none'}"
+            )
+        self.dtype, self.columns = weights[0].dtype, weights[0].shape[1]
+        # Of a parameter whose data somebody replaces, what was there stays.
+        self._kept = [weight.detach() for weight in weights]
+        self._out = torch.zeros(len(weights), max(map(len, weights)), dtype=self.dtype, device="cpu")
+        self._places = [
+            (weight.data_ptr(), len(weight), line.data_ptr())
+            for weight, line in zip(self._kept, self._out, strict=True)
+        ]
+        self._run, self._task = direct(run_linear), _task(self.dtype)
+
+    def of(self, x: torch.Tensor, pool: Pool) -> torch.Tensor:
+        """The products.
+
+        Args:
+            x: K elements of the weights' dtype, contiguous, on the CPU.
+            pool: the threads.
+
+        Returns:
+            [weights, most N] of the same dtype, each row filled as far as its weight has rows; overwritten by the next
+            call.
+
+        Raises:
+            ValueError: `x` is not so.
+        """
+        if x.dtype is not self.dtype or x.numel() != self.columns or not (x.is_cpu and x.is_contiguous()):
+            raise ValueError(f"Products: expected {self.columns} contiguous {self.dtype}, found {describe(x)}")
+        (launcher, state), address, nbytes = pool.launcher, x.data_ptr(), self.dtype.itemsize
+        for weight, rows, out in self._places:
+            self._run(launcher, state, self._task, nbytes, address, 1, weight, 0, rows, self.columns, out)
+        return self._out

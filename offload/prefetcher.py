@@ -107,9 +107,10 @@ class Prefetcher:
             active: int64, the experts that its router chose.
         """
         self._logits[layer] = own
-        for distance, logits in enumerate(ahead, start=1):
+        top_k = self._top_k[layer + 1 : layer + 1 + len(ahead)]
+        foreseen = self.predictor.predict_next(layer, ahead, active, top_k)
+        for distance, probabilities in enumerate(foreseen, start=1):
             target = layer + distance
-            probabilities = self.predictor.predict(layer, distance, logits, active, self._top_k[target])
             self._foreseen[target] = (distance, probabilities)
             for tier in self._tiers:
                 tier.policy.on_forecast(self._first_keys[target], probabilities)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from cpu_kernels.linear import linear
+from cpu_kernels.linear import Products
 from offload.devices.host_threads import kernel_pool
 from offload.hf.fused.watch import TapeHook
 from offload.moe.layer import ExpertsLayer
@@ -65,7 +65,8 @@ class _Hook(TapeHook):
         last = min(layer + prefetcher.predictor.depth, len(routers) - 1)
         self._layer = layer
         self._counts = [layers[index].count for index in range(layer, last + 1)]
-        self._next = [_logits_by(routers[index], layers[index].count) for index in range(layer + 1, last + 1)]
+        self._next = [routers[index] for index in range(layer + 1, last + 1)]
+        self._products = _products_of(self._next, self._counts[1:])
         self._prefetcher = prefetcher
 
     def __call__(self, _router: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -76,45 +77,62 @@ class _Hook(TapeHook):
         if hidden.numel() != hidden.shape[-1] or not _is_usual(output, self._counts[0]):
             return
         active = output[2].reshape(-1).numpy(force=True).astype(np.int64)
-        self._prefetcher.note_router(self._layer, active, partial(self._ask, args, output))
+        self._prefetcher.note_router(self._layer, active, partial(self._ask, args, output[0]))
 
-    def _ask(self, args: tuple[Any, ...], output: Any) -> tuple[Any, list[Any]] | None:
+    def routed(
+        self,
+        router: torch.nn.Module,
+        hidden: torch.Tensor,
+        logits: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> None:
+        """The same without copies: what was foreseen is asked for before the layer is done."""
+        if self._products is None:
+            super().routed(router, hidden, logits, weights, ids)
+        elif len(logits) == 1 and self._prefetcher.on:
+            self._prefetcher.note_router(self._layer, ids.view(-1).numpy(), partial(self._ask, (hidden,), logits))
+
+    def _ask(self, args: tuple[Any, ...], logits: torch.Tensor) -> tuple[Any, Sequence[Any]] | None:
+        products, hidden, counts = self._products, args[0], self._counts
+        if products is not None and hidden.dtype is products.dtype and hidden.is_contiguous() and hidden.is_cpu:
+            found = products.of(hidden, kernel_pool()).float().numpy()
+            return _logits_of(logits), [line[:count] for line, count in zip(found, counts[1:], strict=True)]
         with torch.no_grad():
-            ahead = [logits(args) for logits in self._next]
-        return None if any(one is None for one in ahead) else (_logits(output), ahead)
+            ahead = [_by_forward(router, count, args) for router, count in zip(self._next, counts[1:], strict=True)]
+        return None if any(one is None for one in ahead) else (_logits_of(logits), ahead)
 
 
-def _logits_by(router: torch.nn.Module, count: int) -> Callable[[tuple[Any, ...]], Any]:
-    """A function from what a router is called with to its logits, fp32 [count], or None.
+def _by_forward(router: torch.nn.Module, count: int, args: tuple[Any, ...]) -> Any:
+    """What a router that is called with some arguments gives as logits, fp32 [count], or None."""
+    # `forward`, not a call: hooks are for the layer's own token.
+    output = router.forward(*args)
+    return _logits_of(output[0]) if _is_usual(output, count) else None
 
-    Nearly all routers give W x and choose from it. Where this one does, as a probe shows, the product is all that is
-    computed.
+
+def _products_of(routers: Sequence[torch.nn.Module], counts: Sequence[int]) -> Products | None:
+    """The products that give the logits of some routers; None where one computes something else, or there are none.
+
+    Nearly all routers give W x and choose from it. Where all of these do, as a probe shows, only products are computed.
     """
-
-    def by_forward(args: tuple[Any, ...]) -> Any:
-        # `forward`, not a call: hooks are for the layer's own token.
-        output = router.forward(*args)
-        return _logits(output) if _is_usual(output, count) else None
-
-    weight = router._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or not weight.is_contiguous() or len(weight) != count:
-        return by_forward
-    probe = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(weight.dtype)
+    weights = [router._parameters.get("weight") for router in routers]
+    held = [weight for weight in weights if weight is not None and weight.dim() == 2]
+    if len(held) < len(routers) or any(len(weight) != count for weight, count in zip(held, counts, strict=True)):
+        return None
     try:
+        products = Products(held)
+        probe = torch.randn(1, products.columns, generator=torch.Generator().manual_seed(0), device="cpu")
+        probe = probe.to(products.dtype)
         with torch.no_grad():
-            expected, found = by_forward((probe,)), _logits_of(linear(probe, weight, None, kernel_pool()))
+            expected = [_by_forward(router, count, (probe,)) for router, count in zip(routers, counts, strict=True)]
+        found = products.of(probe, kernel_pool()).float().numpy()
     except Exception:  # noqa: BLE001 - whatever a router of another form raises
-        return by_forward
-    if expected is None or not np.allclose(expected, found, rtol=0.02, atol=0.02 * float(np.abs(found).max())):
-        return by_forward
-
-    def by_product(args: tuple[Any, ...]) -> Any:
-        hidden = args[0]
-        if hidden.dtype is not weight.dtype or not hidden.is_contiguous():
-            return by_forward(args)
-        return _logits_of(linear(hidden, weight, None, kernel_pool()))
-
-    return by_product
+        return None
+    same = all(
+        right is not None and np.allclose(right, line[: len(right)], rtol=0.02, atol=0.02 * float(np.abs(line).max()))
+        for right, line in zip(expected, found, strict=True)
+    )
+    return products if same else None
 
 
 def _is_usual(output: Any, count: int) -> bool:
@@ -126,10 +144,6 @@ def _is_usual(output: Any, count: int) -> bool:
         and output[0].numel() == count
         and not output[2].is_floating_point()
     )
-
-
-def _logits(output: Any) -> Any:
-    return _logits_of(output[0])
 
 
 def _logits_of(logits: torch.Tensor) -> Any:

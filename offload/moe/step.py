@@ -103,24 +103,21 @@ def as_they_come(
         borrowed: what it lent; given back when computed.
         missing: the others, in the order in which they are to load.
         compute: computes some of them, which are borrowed.
-        watch: told when all loads have begun for which there are slots: beside their reads, after what is here was
-            computed, for whatever is done before holds up readers too.
+        watch: told when all loads have begun for which there are slots, before anything is computed: what follows is to
+            be read while that is.
 
     Raises:
         StorageError, StoreCorruptError: an expert could not be read.
     """
     tier.start_loads(missing)
-    if watch is not None and not (borrowed and missing):
+    if watch is not None:
         watch.loads_started()
-        watch = None
     while borrowed or missing:
         if borrowed:
             compute(borrowed)
             tier.give_back(borrowed)
-        tier.start_loads(missing)
-        if watch is not None:
-            watch.loads_started()
-            watch = None
+        if not tier.has_slots_for(missing):
+            tier.start_loads(missing)
         borrowed = tier.collect(missing) if missing else []
         missing = [key for key in missing if key not in borrowed]
 

@@ -95,6 +95,10 @@ class ExpertTier:
         self._settle(key, carry_error=False)
         return self.table.state_of(key) in (SlotState.READY, SlotState.IN_USE)
 
+    def has_slots_for(self, keys: Iterable[int]) -> bool:
+        """Whether each of `keys` has a slot, in which it lies or into which it is being read."""
+        return all(self.table.slot_of(key) is not None for key in keys)
+
     def address(self, key: int) -> int:
         """Address of a borrowed expert's bundle."""
         return self.arena.address(self.slot(key))

@@ -35,34 +35,11 @@ def _edge_of(logits: Any, top_k: int) -> Any:
     return edge
 
 
-@entry(
-    "void(int64, int64, int64, int64, float64[::1], int64[::1], float64[:, ::1], float64[:, ::1], float64[:, ::1], "
-    "float64[:, :, ::1], float64[:, ::1], float64[:, ::1], float32[::1], int64[::1])"
-)
-def predict(
+@inner
+def _predict_one(
     row: int, layer: int, top_k: int, start: int, logits: Any, active: Any, uses: Any, weights: Any, offsets: Any,
-    inputs: Any, said: Any, probabilities: Any, transitions: Any, made: Any,
+    inputs: Any, said: Any, probabilities: Any, transitions: Any,
 ) -> None:  # fmt: skip
-    """How probably each expert of a layer to come is needed.
-
-    Args:
-        row: of the layer and its distance, in all arrays by row.
-        layer: that is predicted.
-        top_k: experts of a token there, at most as many as it has.
-        start: of the row's transitions.
-        logits: float64 [experts], what the layer's router says of an earlier layer's hidden state.
-        active: int64 [n], experts of the earlier layer that the token goes to.
-        uses: float64 [2 x layers, most experts]: 1 where the token before needed an expert, then decayed shares of
-            tokens that needed it.
-        weights: float64 [rows, INPUTS].
-        offsets: float64 [rows, most experts], added to logits.
-        inputs: float64 [rows, most experts, INPUTS], filled: kept for `observe`, as are the next two.
-        said: float64 [rows, most experts], filled with logits.
-        probabilities: float64 [rows, most experts], filled.
-        transitions: float32, each row's [experts of the earlier layer, experts]: decayed shares of tokens at which the
-            first led to the second.
-        made: int64 [rows]; 1 from now on.
-    """
     experts = len(logits)
     corrected = logits + offsets[row, :experts]
     spread, edge = max(np.std(corrected), 1e-6), _edge_of(corrected, top_k)
@@ -83,7 +60,47 @@ def predict(
             logit += weights[row, place] * known[place]
         said[row, expert] = logits[expert]
         probabilities[row, expert] = 1.0 / (1.0 + np.exp(-logit))
-    made[row] = 1
+
+
+@entry(
+    "void(int64, int64, int64, int64[::1], int64[::1], float64[:, ::1], int64[::1], int64[::1], float64[:, ::1], "
+    "float64[:, ::1], float64[:, ::1], float64[:, :, ::1], float64[:, ::1], float64[:, ::1], float32[::1], int64[::1])"
+)
+def predict(
+    layer: int, first: int, end: int, counts: Any, top_k: Any, logits: Any, active: Any, starts: Any, uses: Any,
+    weights: Any, offsets: Any, inputs: Any, said: Any, probabilities: Any, transitions: Any, made: Any,
+) -> None:  # fmt: skip
+    """How probably each expert of some layers to come is needed.
+
+    Args:
+        layer: at which the token is.
+        first: layers ahead of the first that is predicted.
+        end: layers ahead before which to end.
+        counts: int64 [layers], experts of each.
+        top_k: int64 [layers], experts of a token in each, at most as many as it has.
+        logits: float64 [end - first, most experts], what each layer's router says of this layer's hidden state.
+        active: int64 [n], experts of this layer that the token goes to.
+        starts: int64 [rows], of each row's transitions; a row is of a layer and of its distance.
+        uses: float64 [2 x layers, most experts]: 1 where the token before needed an expert, then decayed shares of
+            tokens that needed it.
+        weights: float64 [rows, INPUTS].
+        offsets: float64 [rows, most experts], added to logits.
+        inputs: float64 [rows, most experts, INPUTS], filled: kept for `observe`, as are the next two.
+        said: float64 [rows, most experts], filled with logits.
+        probabilities: float64 [rows, most experts], filled.
+        transitions: float32, each row's [experts of the earlier layer, experts]: decayed shares of tokens at which the
+            first led to the second.
+        made: int64 [rows]; 1 from now on.
+    """
+    depth = len(made) // len(counts)
+    for ahead in range(first, end):
+        target = layer + ahead
+        row = target * depth + ahead - 1
+        _predict_one(
+            row, target, top_k[target], starts[row], logits[ahead - first, : counts[target]], active, uses, weights,
+            offsets, inputs, said, probabilities, transitions,
+        )  # fmt: skip
+        made[row] = 1
 
 
 @inner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,32 +93,49 @@ class Predictor:
         self._active = np.zeros((layers, most), np.int64)
         self._used = np.zeros(layers, np.int64)
         self._observed = [0] * layers
+        self._counts = np.array(counts, np.int64)
+        self._top_k = np.zeros(layers, np.int64)
+        self._heard = np.zeros((depth, most))
         self._rates = np.array([_RATE, _OFFSET_RATE, _DECAY])
         self._flat_weights, self._flat_counts = self.weights.reshape(rows, -1), self.counts.reshape(rows, -1)
         self._predict, self._observe = direct(kernel.predict), direct(kernel.observe)
         self._views = [self._probabilities[row, : counts[row // depth]] for row in range(rows)]
 
     def predict(self, layer: int, ahead: int, logits: npt.NDArray[np.floating], active: Ints, top_k: int) -> Floats:
-        """How probably each expert of layer `layer + ahead` will be needed.
+        """How probably each expert of layer `layer + ahead` will be needed; see `predict_next`."""
+        (found,) = self._predict_from(layer, ahead, [logits], active, [top_k])
+        return found
+
+    def predict_next(
+        self, layer: int, logits: Sequence[npt.NDArray[np.floating]], active: Ints, top_k: Sequence[int]
+    ) -> list[Floats]:
+        """How probably each expert of the next layers will be needed.
 
         Args:
             layer: the layer that the token is at.
-            ahead: 1 to `depth`; the layer that is meant exists.
-            logits: [experts of the layer that is meant], what its router says of this layer's hidden state.
+            logits: for each of the next layers, at most `depth`, [experts], what its router says of this layer's hidden
+                state.
             active: int64, experts of this layer that the token goes to; empty where that is not known yet.
-            top_k: experts of a token in the layer that is meant.
+            top_k: for each of the next layers, experts of a token there.
 
         Returns:
-            float64 [experts]; valid until the layer is predicted from the same distance again.
+            For each, float64 [experts]; valid until the layer is predicted from the same distance again.
         """
-        target = layer + ahead
-        row = target * self.depth + ahead - 1
+        return self._predict_from(layer, 1, logits, active, top_k)
+
+    def _predict_from(
+        self, layer: int, first: int, logits: Sequence[npt.NDArray[np.floating]], active: Ints, top_k: Sequence[int]
+    ) -> list[Floats]:
+        counts, depth, target = self.geometry.counts, self.depth, layer + first
+        for place, (said, k) in enumerate(zip(logits, top_k, strict=True)):
+            self._heard[place, : counts[target + place]] = said
+            self._top_k[target + place] = min(k, counts[target + place])
         self._predict(
-            row, target, min(top_k, self.geometry.counts[target]), int(self._starts[row]),
-            np.ascontiguousarray(logits, np.float64), active, self._uses, self._flat_weights, self._offsets,
-            self._inputs, self._said, self._probabilities, self._transitions, self._made,
+            layer, first, first + len(logits), self._counts, self._top_k, self._heard, active, self._starts, self._uses,
+            self._flat_weights, self._offsets, self._inputs, self._said, self._probabilities, self._transitions,
+            self._made,
         )  # fmt: skip
-        return self._views[row]
+        return [self._views[(target + place) * depth + first + place - 1] for place in range(len(logits))]
 
     def observe(self, layer: int, experts: Ints, logits: npt.NDArray[np.floating] | None = None) -> None:
         """The layer came.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpu_kernels.linear import linear
+from cpu_kernels.linear import Products, linear
 from cpu_kernels.linear_reference import linear_reference
 from cpu_kernels.threads import shared_pool
 from offload.devices.host_threads import kernel_pool
@@ -67,3 +67,44 @@ def test_what_does_not_fit_is_refused(x: torch.Tensor, weight: torch.Tensor, bia
 def test_a_dtype_without_a_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match="float64 has no kernel"):
         linear(torch.ones(1, 6).double(), torch.ones(4, 6).double(), None, kernel_pool())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_have_the_bits_of_linear(dtype: torch.dtype) -> None:
+    weights = [poisoned(random((rows, 193), dtype, rows)) for rows in (1, 130, 1030)]
+    products = Products(weights)
+    for seed in range(3):
+        x = poisoned(random((1, 193), dtype, 10 + seed))
+        found = products.of(x, kernel_pool())
+        for weight, line in zip(weights, found, strict=True):
+            assert torch.equal(line[: len(weight)], linear(x, weight, None, kernel_pool())[0])
+
+
+def test_products_outlive_data_that_is_replaced() -> None:
+    parameter, x = torch.nn.Parameter(random((4, 6), torch.float32, 1)), random((1, 6), torch.float32, 2)
+    products = Products([parameter])
+    before = products.of(x, kernel_pool()).clone()
+    parameter.data = torch.zeros(1, 1)
+    assert torch.equal(products.of(x, kernel_pool()), before)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [],
+        [torch.ones(4)],
+        [torch.ones(4, 6), torch.ones(4, 5)],
+        [torch.ones(4, 6), torch.ones(4, 6).bfloat16()],
+        [torch.ones(6, 4).T],
+        [torch.ones(4, 6, device="meta")],
+    ],
+)
+def test_products_refuse_weights(weights: list[torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="Products: expected contiguous weights"):
+        Products(weights)
+
+
+@pytest.mark.parametrize("x", [torch.ones(1, 5), torch.ones(1, 6).bfloat16(), torch.ones(6, 2).T[0], torch.ones(2, 6)])
+def test_products_refuse_rows(x: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="Products: expected 6 contiguous"):
+        Products([torch.ones(4, 6)]).of(x, kernel_pool())

@@ -40,6 +40,25 @@ def decode(predictor: Predictor, tokens: int, *, router_noise: float, shift: flo
     return right / tokens / TOP_K
 
 
+def test_all_next_layers_at_once_are_as_one_by_one() -> None:
+    together, one_by_one = (Predictor(GEOMETRY, depth=2) for _ in range(2))
+    chance = np.random.default_rng(4)
+    for _ in range(30):
+        for layer, count in enumerate(GEOMETRY.counts):
+            following = GEOMETRY.counts[layer + 1 : layer + 3]
+            logits = [chance.standard_normal(other).astype(np.float32) for other in following]
+            active = np.sort(chance.permutation(count)[:TOP_K]).astype(np.int64)
+            # More than there are counts as all.
+            found = together.predict_next(layer, logits, active, [TOP_K, 20][: len(logits)])
+            for place, (said, k) in enumerate(zip(logits, [TOP_K, 20], strict=False)):
+                assert np.array_equal(found[place], one_by_one.predict(layer, 1 + place, said, active, k))
+            own = chance.standard_normal(count)
+            for predictor in (together, one_by_one):
+                predictor.observe(layer, active, own)
+    for name, table in together.state().items():
+        assert np.array_equal(table, one_by_one.state()[name]), name
+
+
 def test_a_router_that_knows_is_believed() -> None:
     predictor = Predictor(GEOMETRY, depth=1)
     decode(predictor, 150, router_noise=0.0)

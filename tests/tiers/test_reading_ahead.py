@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from offload.errors import StorageError, StoreCorruptError
+from offload.moe.step import as_they_come
 from offload.tiers.transfer import Urgency
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.named import make_policy
@@ -23,6 +24,19 @@ GEOMETRY = Geometry((FIRST, EXPERTS - FIRST))
 LAYERS = (range(FIRST), range(FIRST, EXPERTS))
 # A step asks for experts of one layer.
 OF_A_LAYER = st.sampled_from(LAYERS).flatmap(lambda layer: st.lists(st.sampled_from(layer), min_size=1, unique=True))
+
+
+class Ahead:
+    """A step's watch that reads ahead what is not here."""
+
+    prefill = False
+
+    def __init__(self, rig: Rig, then: list[int]) -> None:
+        self.rig, self.then = rig, then
+
+    def loads_started(self) -> None:
+        tier = self.rig.tier
+        tier.start_loads([key for key in self.then if tier.table.slot_of(key) is None], Urgency.SOON)
 
 
 class AheadMachine(RuleBasedStateMachine):
@@ -48,14 +62,7 @@ class AheadMachine(RuleBasedStateMachine):
         rig = self.ready()
         try:
             borrowed, missing = rig.tier.borrow(keys)
-            rig.tier.start_loads(missing)
-            rig.tier.start_loads([key for key in then if rig.tier.table.slot_of(key) is None], Urgency.SOON)
-            while borrowed or missing:
-                rig.check_content(borrowed)
-                rig.tier.give_back(borrowed)
-                rig.tier.start_loads(missing)
-                borrowed = rig.tier.collect(missing) if missing else []
-                missing = [key for key in missing if key not in borrowed]
+            as_they_come(rig.tier, borrowed, missing, rig.check_content, Ahead(rig, then))
         except (StorageError, StoreCorruptError):
             assert (rig.broken | rig.flipped) & set(keys)
             rig.tier.abandon()

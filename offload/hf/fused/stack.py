@@ -28,7 +28,7 @@ from offload.hf.fused.kv_cache import Form
 from offload.hf.fused.moe_parts import MoeParts
 from offload.hf.fused.stack_tape import Addresses, StackTape, TapedBlock, TapedMoe
 from offload.hf.fused.tape_caches import TapeCache, tape_cache
-from offload.hf.fused.watch import Watch
+from offload.hf.fused.watch import TapeHook, Watch
 from offload.moe.layer import ExpertsLayer
 
 
@@ -314,5 +314,6 @@ def _play_to(tape: StackTape, pool: Pool, row: int, end: int) -> None:
 def _tell_hooks(router: nn.Module, normed: torch.Tensor, block: TapedBlock) -> None:
     """Call a router's hooks, all of them of the kind that may be called so, as its own call would."""
     for hook in router._forward_hooks.values():
-        hidden, choice = normed.view(len(block.logits), -1), block.choice
-        hook(router, (hidden.clone(),), (block.logits.clone(), choice.weights.clone(), choice.ids.clone()))
+        assert isinstance(hook, TapeHook)
+        choice = block.choice
+        hook.routed(router, normed.view(len(block.logits), -1), block.logits, choice.weights, choice.ids)

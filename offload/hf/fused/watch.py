@@ -24,7 +24,25 @@ from offload.hf.fused.object_lines import lines_of
 
 
 class TapeHook:
-    """A forward hook that is called by whoever leaves the module's own call out: it need not keep him from it."""
+    """A forward hook of a router that whoever leaves the router's own call out tells: it need not keep him from it."""
+
+    def routed(
+        self, router: nn.Module, hidden: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> None:
+        """The router's call was left out; this is what it would have been given, and what it would have returned.
+
+        Args:
+            router: the module.
+            hidden: [tokens, hidden]. It and the others are written over when the layer is done.
+            logits: [tokens, experts].
+            weights: [tokens, top_k].
+            ids: int64 [tokens, top_k].
+        """
+        self(router, (hidden.clone(),), (logits.clone(), weights.clone(), ids.clone()))
+
+    def __call__(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The router was called."""
+        raise NotImplementedError
 
 
 class Watch:
