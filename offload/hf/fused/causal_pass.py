@@ -7,6 +7,7 @@ code on stand-ins. The model keeps its class: what runs instead hangs on the ins
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType
@@ -50,7 +51,12 @@ class CausalPass:
         self._watch.also_children_of((model,))
 
     def run(self, args: tuple[Any, ...], passed: dict[str, Any]) -> Any:
-        """The output for one new token of each sequence; None where the model's own code must run."""
+        """The output for one new token of each sequence; None where the model's own code must run.
+
+        The first of the model's arguments, its tokens, may come without a name.
+        """
+        if len(args) == 1 and "input_ids" not in passed:
+            passed["input_ids"], args = args[0], ()
         keep = passed.pop("logits_to_keep", 0) if "logits_to_keep" in passed else 0
         weight = self._head._parameters.get("weight")
         if (
@@ -138,6 +144,7 @@ def fuse_causal(model: PreTrainedModel, whole: DecoderPass, stack: Stack) -> Non
     names = {id(child): name for name, child in model.named_children()}
     if (
         "forward" in model.__dict__
+        or next(iter(inspect.signature(model.forward).parameters)) != "input_ids"
         or model.config is not decoder.config
         or not isinstance(head, nn.Module)
         or set(names) != {id(decoder), id(head)}

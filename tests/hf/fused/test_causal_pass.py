@@ -96,6 +96,16 @@ def test_the_output_is_that_of_the_models_own_code(passes: list[bool]) -> None:
     assert torch.equal(unpickled.logits, kept)
 
 
+def test_tokens_may_come_without_a_name(passes: list[bool]) -> None:
+    passing, plain = pair()
+    token = prompt(1, 1)
+    found = [model(token, past_key_values=after_a_prompt(model)).logits for model in (passing, plain)]
+    assert torch.equal(*found)
+    assert passes == [False, True]
+    with pytest.raises(TypeError, match="multiple values"):
+        passing(token, input_ids=token, past_key_values=after_a_prompt(passing))
+
+
 CALLS: dict[str, dict[str, Any]] = {
     "labels": {"labels": torch.tensor([[1]])},
     "hidden states": {"output_hidden_states": True},
