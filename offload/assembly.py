@@ -22,6 +22,7 @@ from offload.devices.host_accelerator import HostAccelerator
 from offload.devices.link import parse_link
 from offload.errors import InvalidArgumentError, SlowReadWarning
 from offload.hf.adopt import adopt
+from offload.hf.attention_plans import avoid_plans
 from offload.hf.dense_placement import DensePlacement
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.hf.fused import fuse
@@ -116,6 +117,8 @@ def assemble(
             _prefetch(model, runtime, prefetch)
         if step_graph:
             runtime.graphs = use_step_graphs(model, runtime)
+        if accelerator is not None and accelerator.device != "host":
+            avoid_plans(model)
         _go_on_learning(runtime)
         if above is not None or prepared.plan.ram_slots == prepared.plan.expert_count:
             runtime.preload(progress)
