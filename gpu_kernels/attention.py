@@ -113,10 +113,9 @@ def merge_attention(
     launch(
         merge_kernel,
         (rows,),
-        (parts, lse, out, merged, rows, size),
+        (parts, lse, out, merged, count, rows, size),
         Threads(warps=1 if size <= 128 else 4),
         parts.device,
-        PARTS=count,
         COLUMNS=_power_of_two(size),
     )
     return out, merged

@@ -79,9 +79,10 @@ def attention_partial_kernel(
     tl.store(lse + to, logs, mask=live)
 
 
-@triton.jit
-def merge_kernel(parts, lse, out, out_lse, rows, size, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out[r] = sum over p of e^(lse[p, r] - m) parts[p, r] / sum over p of e^(lse[p, r] - m), m the largest.
+# Parts become more as a text grows: no reason to compile again.
+@triton.jit(do_not_specialize=["count", "rows"])
+def merge_kernel(parts, lse, out, out_lse, count, rows, size, COLUMNS: tl.constexpr):
+    """out[r] = sum over p of e^(lse[p, r] - m) parts[p, r] / sum over p of e^(lse[p, r] - m), m the largest of `count`.
 
     One program for each row. out_lse[r] = m + log of that sum; -inf, and a row of 0, where all parts have -inf.
     """
@@ -89,12 +90,12 @@ def merge_kernel(parts, lse, out, out_lse, rows, size, PARTS: tl.constexpr, COLU
     column = tl.arange(0, COLUMNS)
     inside = column < size
     most = tl.load(lse + row)
-    for part in tl.static_range(1, PARTS):
+    for part in range(1, count):
         most = tl.maximum(most, tl.load(lse + part * rows + row))
     safe = tl.where(most == float("-inf"), 0.0, most)
     total = tl.zeros([COLUMNS], tl.float32)
     sums = tl.zeros([COLUMNS], tl.float32)
-    for part in tl.static_range(PARTS):
+    for part in range(count):
         # A vector of equal weights: the interpreter cannot combine a scalar comparison of floats with a mask.
         weight = tl.zeros([COLUMNS], tl.float32) + tl.exp(tl.load(lse + part * rows + row) - safe)
         # The rows of a part that saw nothing are not read.

@@ -25,7 +25,7 @@ def _store(to, numbers, inside):
     tl.store(to, rounded(numbers.to(tl.float32), to.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def write_tokens_kernel(
     keys, values, offsets, addresses, first_tokens, tokens, key_sequence, key_head, key_token, value_sequence,
     value_head, value_token,

@@ -10,7 +10,7 @@ from gpu_kernels.rounding_kernel import rounded
 from gpu_kernels.weights_kernel import multiply_add
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def packed_linear_kernel(
     x, codes, scales, bias, out, tokens, rows, columns, x_stride,
     FORMAT: tl.constexpr, DOT: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, SCALE_WEIGHTS: tl.constexpr,

@@ -86,7 +86,7 @@ def paged_attention(
         (lists, layout.kv_heads, row_blocks * parts),
         (
             query, offsets, addresses, lengths, first_positions, query_positions,
-            lengths if valid is None else valid.view(torch.uint8), out, lse, new, group,
+            lengths if valid is None else valid.view(torch.uint8), out, lse, parts, new, group,
             0 if valid is None else valid.shape[1], window or 0, float(scale), float(softcap or 1.0),
             *query.stride()[:3],
         ),
@@ -95,7 +95,6 @@ def paged_attention(
         FORMAT=layout.format,
         ELEMENT=element_type(dtype),
         DOT=dot_type(dtype),
-        PARTS=parts,
         SOFTCAP=softcap is not None,
         PADDED=valid is not None,
         ROWS=rows,
@@ -146,7 +145,7 @@ def _threads(layout: KvLayout, itemsize: int, *, is_wide: bool, many_rows: bool)
 
 
 def _parts(programs: int, tiles: int, processors: int) -> int:
-    """A power of two, for each number is a kernel of its own to compile, and contexts grow."""
+    """A power of two, so that sums seldom come in other parts while contexts grow."""
     wanted = min(2 * processors // max(programs, 1), tiles // _SMALLEST_PART_TILES, _MOST_PARTS)
     return 1 << max(0, wanted.bit_length() - 1)
 

@@ -10,11 +10,12 @@ from gpu_kernels.kv_tiles_kernel import channel_lanes, token_lanes, token_scales
 from gpu_kernels.rounding_kernel import rounded
 
 
-@triton.jit
+# Parts and columns of a mask become more as a text grows: no reason to compile again.
+@triton.jit(do_not_specialize=["parts", "valid_columns"])
 def paged_attention_kernel(
-    query, offsets, addresses, lengths, first_positions, query_positions, valid, out, lse, new, group, valid_columns,
-    window, scale, softcap, query_list, query_head, query_token,
-    FORMAT: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr, SOFTCAP: tl.constexpr,
+    query, offsets, addresses, lengths, first_positions, query_positions, valid, out, lse, parts, new, group,
+    valid_columns, window, scale, softcap, query_list, query_head, query_token,
+    FORMAT: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr, SOFTCAP: tl.constexpr,
     PADDED: tl.constexpr, KEYS: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr, VALUES: tl.constexpr,
     VALUE_SCALES: tl.constexpr, VALUE_ZEROS: tl.constexpr, HEAD_NBYTES: tl.constexpr, BLOCK: tl.constexpr,
     PANEL_ROWS: tl.constexpr, WIDTH: tl.constexpr, VALUE: tl.constexpr, LATENT: tl.constexpr, ROWS: tl.constexpr,
@@ -22,19 +23,19 @@ def paged_attention_kernel(
 ):  # fmt: skip
     """One part of softmax(scale q K^T) V of ROWS (head of the group, new token) pairs of one key-value head of a list.
 
-    Program (l, h, i PARTS + p): list l, key-value head h, block i of pairs, part p of the tiles of TOKENS tokens that
+    Program (l, h, i parts + p): list l, key-value head h, block i of pairs, part p of the tiles of TOKENS tokens that
     any of its pairs may see. Pair g new + t is head h group + g, token t.
 
     query: [lists, heads, new, WIDTH] by strides. offsets, addresses, lengths, first_positions, query_positions: see
-    `paged_attention`, int64. valid: bytes [lists, valid_columns], read if PADDED. out: fp32 [PARTS, lists, heads, new,
-    VALUE]; lse: fp32 [PARTS, lists, heads, new]; -inf and rows of 0 where nothing is seen. window: 0 for none.
+    `paged_attention`, int64. valid: bytes [lists, valid_columns], read if PADDED. out: fp32 [parts, lists, heads, new,
+    VALUE]; lse: fp32 [parts, lists, heads, new]; -inf and rows of 0 where nothing is seen. window: 0 for none.
     ELEMENT: what weights are rounded to, and int4's numbers. KEYS to VALUE_ZEROS: byte offsets of a head's parts.
     LATENT: values are the first VALUE channels of keys, whose lanes are channels then; DEPTH is of the others.
     """
     index = tl.program_id(0)
     head = tl.program_id(1)
-    part = tl.program_id(2) % PARTS
-    row = tl.program_id(2) // PARTS * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(2) % parts
+    row = tl.program_id(2) // parts * ROWS + tl.arange(0, ROWS)
     live = row < group * new
     query_row = head * group + row // new
     new_token = row % new
@@ -47,7 +48,7 @@ def paged_attention_kernel(
     first = tl.maximum(first, 0)
     tiles = (tl.maximum(end, 0) + TOKENS - 1) // TOKENS
     skipped = tl.minimum(first // TOKENS, tiles)
-    share = (tiles - skipped + PARTS - 1) // PARTS
+    share = (tiles - skipped + parts - 1) // parts
     begin = skipped + part * share
     blocks = addresses + tl.load(offsets + index)
     seen_from = valid + index.to(tl.int64) * valid_columns + start

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from offload.devices.host_accelerator import HostAccelerator
 from offload.devices.link import parse_link
 from offload.errors import InvalidArgumentError, SlowReadWarning
 from offload.hf.adopt import adopt
+from offload.hf.attention_plans import avoid_plans
 from offload.hf.dense_placement import DensePlacement
 from offload.hf.dtypes import DTYPE_OF_FORMAT
 from offload.hf.fused import fuse
@@ -86,27 +88,17 @@ def assemble(
         DeviceError: the GPU is not there.
     """
     memory = MemoryUse.now()
-    try:
-        above = None if accelerator is None else _accelerator(accelerator, prepared.plan)
-        store, model = _store_and_model(prepared, store_root, progress)
-    finally:
-        prepared.close()
-    device = HostDevice() if above is None else above.host()
-    layers = _layers(model, prepared)
-    plan = prepared.plan
-    compile_ahead(
-        model, layers, progress, fused=frozenset(fused) if above is None and not step_graph else (),
-        with_policy=policy == "auto" and plan.ram_slots < plan.expert_count,
-        spare_ram_nbytes=available_ram_nbytes() - plan.peak_ram_nbytes,
-    )  # fmt: skip
-    if above is not None:
-        most_pairs = plan.workload.batch * max(experts.top_k for experts in prepared.spec.experts)
-        above.prepare(layers, most_pairs, progress)
-    above_policy = None if plan.vram is None else _policy(copy.deepcopy(policy), plan.vram.slots, layers)
-    runtime = Runtime(
-        plan, prepared.spec, store, layers, device, _policy(policy, plan.ram_slots, layers), above, above_policy
-    )
+    with ExitStack() as unless_made:
+        with closing(prepared):
+            above = None if accelerator is None else _accelerator(accelerator, prepared.plan)
+            if above is not None:
+                unless_made.callback(above.release)
+            store, model = _store_and_model(prepared, store_root, progress)
+        runtime = _runtime(prepared, store, model, progress, fused, policy, above, step_graph=step_graph)
+        unless_made.pop_all()
     runtime.memory = memory
+    device = runtime.device
+    layers = runtime.layers
     try:
         adopt(model, runtime)
         if above is not None and prepared.plan.vram is not None and prepared.plan.vram.head:
@@ -125,6 +117,8 @@ def assemble(
             _prefetch(model, runtime, prefetch)
         if step_graph:
             runtime.graphs = use_step_graphs(model, runtime)
+        if accelerator is not None and accelerator.device != "host":
+            avoid_plans(model)
         _go_on_learning(runtime)
         if above is not None or prepared.plan.ram_slots == prepared.plan.expert_count:
             runtime.preload(progress)
@@ -132,6 +126,34 @@ def assemble(
         runtime.close()
         raise
     return model
+
+
+def _runtime(
+    prepared: Prepared,
+    store: ExpertStore,
+    model: PreTrainedModel,
+    progress: Progress,
+    fused: Iterable[str],
+    policy: str | CachePolicy,
+    above: Accelerator | None,
+    *,
+    step_graph: bool,
+) -> Runtime:
+    """What executes the plan, after its kernels were compiled; arguments as of `assemble`."""
+    layers, plan = _layers(model, prepared), prepared.plan
+    compile_ahead(
+        model, layers, progress, fused=frozenset(fused) if above is None and not step_graph else (),
+        with_policy=policy == "auto" and plan.ram_slots < plan.expert_count,
+        spare_ram_nbytes=available_ram_nbytes() - plan.peak_ram_nbytes,
+    )  # fmt: skip
+    if above is not None:
+        most_pairs = plan.workload.batch * max(experts.top_k for experts in prepared.spec.experts)
+        above.prepare(layers, most_pairs, progress)
+    above_policy = None if plan.vram is None else _policy(copy.deepcopy(policy), plan.vram.slots, layers)
+    device = HostDevice() if above is None else above.host()
+    return Runtime(
+        plan, prepared.spec, store, layers, device, _policy(policy, plan.ram_slots, layers), above, above_policy
+    )
 
 
 def _accelerator(request: AcceleratorRequest, plan: Plan) -> Accelerator:
@@ -144,11 +166,10 @@ def _accelerator(request: AcceleratorRequest, plan: Plan) -> Accelerator:
     from offload.devices.cuda_driver import open_cuda
 
     driver = open_cuda(request.device)
-    driver.limit(plan.vram.budget_nbytes)
     use = plan.vram.use
     # Blocks of a KV cache lie in a slab, a cache without blocks in torch's memory.
     kv = use.kv_nbytes if plan.kv is None else 0
-    return CudaDevice(driver, plan.vram.budget_nbytes - kv - use.activation_nbytes)
+    return CudaDevice(driver, plan.vram.budget_nbytes - kv - use.activation_nbytes, plan.vram.budget_nbytes)
 
 
 def _page(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 STABLE_SPREAD = 0.05
+_STILL_FASTER = 0.9
+_MOST_BLOCKS = 8
 _FEWEST = 3
 _MOST = 200
 
@@ -60,6 +63,24 @@ def repeated(
         ):
             break
     return found
+
+
+def settle(block: Callable[[], Sequence[float]]) -> int:
+    """Call until calls no longer become faster than before: kernels are compiled, plans made and memory taken.
+
+    Args:
+        block: makes some calls, of every shape that is to be timed, and returns their seconds.
+
+    Returns:
+        how often it was called: twice at least, a fixed number of times at most.
+    """
+    before = statistics.median(block())
+    for blocks in range(2, _MOST_BLOCKS + 1):
+        last = statistics.median(block())
+        if last >= _STILL_FASTER * before:
+            return blocks
+        before = last
+    return _MOST_BLOCKS
 
 
 def _spread(ordered: list[float]) -> float:

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import offload
+from offload import assembly
 from offload.devices import cuda_driver
 from offload.devices.pinned import PinnedHostDevice
 from offload.errors import DoesNotFitError, InvalidArgumentError, SlowDeviceWarning, SlowKvWarning
@@ -209,3 +210,30 @@ def test_out_of_memory_while_loading_leaves_nothing_pinned(
         _load(tiny_checkpoint("mixtral"), store_root)
     gc.collect()
     assert not driver.pinned
+    assert driver.limit_nbytes == driver.total_nbytes
+
+
+@pytest.mark.parametrize("module", ["compile_ahead", "_layers", "Runtime", "_store_and_model", "adopt"])
+def test_a_model_that_is_not_made_leaves_torch_the_card(
+    module: str, driver: FakeCudaDriver, tiny_checkpoint: TinyCheckpoint, store_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        assert driver.limit_nbytes < driver.total_nbytes
+        raise DoesNotFitError("told to")
+
+    monkeypatch.setattr(assembly, module, fail)
+    with pytest.raises(DoesNotFitError, match="told to"):
+        _load(tiny_checkpoint("mixtral"), store_root, vram="300MiB")
+    assert driver.limit_nbytes == driver.total_nbytes
+
+
+def test_two_models_on_one_card_keep_their_limits(
+    driver: FakeCudaDriver, tiny_checkpoint: TinyCheckpoint, store_root: Path
+) -> None:
+    first, second = (_load(tiny_checkpoint("mixtral"), store_root, vram=vram) for vram in ("300MiB", "280MiB"))
+    assert driver.limit_nbytes == 580 << 20
+    first.offload.close()
+    assert driver.limit_nbytes == 280 << 20
+    second.offload.close()
+    assert driver.limit_nbytes == driver.total_nbytes

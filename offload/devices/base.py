@@ -179,7 +179,9 @@ class Accelerator(Device):
         """Compile what steps of up to so many (token, expert) pairs run, before the first of them waits for it."""
 
     def release(self) -> None:
-        """Give back what the device took of the process beside slabs: the model was closed."""
+        """Give back what the device took of the process beside slabs: the model was closed, or never made. May be
+        called again.
+        """
 
     @abstractmethod
     def step_graph(self) -> StepGraph:

@@ -89,12 +89,17 @@ class CudaDevice(KvAccelerator):
     joins_segments = True
     memory_bytes_per_s = _MEMORY_BYTES_PER_S
 
-    def __init__(self, driver: CudaDriver, budget_nbytes: int) -> None:
-        """Measure the link.
+    def __init__(self, driver: CudaDriver, budget_nbytes: int, claim_nbytes: int | None = None) -> None:
+        """Claim memory and measure the link.
 
         Args:
             driver: of the device.
             budget_nbytes: see above; what torch needs beside is not in it.
+            claim_nbytes: what torch may take for this device until `release`, what is beside slabs too; None for no
+                bound.
+
+        Raises:
+            torch.OutOfMemoryError: no room for the copies that are measured; nothing stays claimed.
         """
         self.driver = driver
         self.name = str(driver.device)
@@ -103,7 +108,12 @@ class CudaDevice(KvAccelerator):
         self._slabs: tuple[CudaSlab, ...] = ()
         self._written: Moment | None = None
         self._host = PinnedHostDevice(driver)
-        self.link = self._measure_link()
+        self._claim = None if claim_nbytes is None else driver.claims.claim(claim_nbytes)
+        try:
+            self.link = self._measure_link()
+        except BaseException:
+            self.release()
+            raise
 
     def host(self) -> PinnedHostDevice:
         """Pinned memory."""
@@ -166,8 +176,9 @@ class CudaDevice(KvAccelerator):
             progress.finish()
 
     def release(self) -> None:
-        """Let torch take all of the card again."""
-        self.driver.limit(self.driver.memory_nbytes()[1])
+        """Give back what torch was allowed to take; all of the card is torch's again when nobody claims any of it."""
+        if self._claim is not None:
+            self._claim.release()
 
     def run_experts(self, layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Start and wait."""

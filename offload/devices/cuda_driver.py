@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 from abc import ABC, abstractmethod
+from functools import cache
 
 import torch
 
+from offload.devices.memory_claims import MemoryClaims
 from offload.errors import DeviceError
 from offload.step_graph.graph import StepGraph
 
@@ -43,9 +45,11 @@ class CudaDriver(ABC):
 
     Attributes:
         device: as torch names it.
+        claims: on the device's memory; the same for all drivers of the device.
     """
 
     device: torch.device
+    claims: MemoryClaims
 
     @abstractmethod
     def describe(self) -> str:
@@ -54,10 +58,6 @@ class CudaDriver(ABC):
     @abstractmethod
     def memory_nbytes(self) -> tuple[int, int]:
         """(bytes that are free now, bytes in all)."""
-
-    @abstractmethod
-    def limit(self, nbytes: int) -> None:
-        """Let this process's torch take at most so many bytes of the device."""
 
     @abstractmethod
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -132,11 +132,24 @@ class _TorchStream(CopyStream):
         self._event.synchronize()
 
 
+@cache
+def _claims(index: int) -> MemoryClaims:
+    """Those of a device, which hold by torch's own limit on its caching allocator."""
+
+    def limit(nbytes: int | None) -> None:
+        _, total = torch.cuda.mem_get_info(index)
+        share = 1.0 if nbytes is None else min(1.0, nbytes / total)
+        torch.cuda.set_per_process_memory_fraction(share, index)
+
+    return MemoryClaims(limit)
+
+
 class TorchCudaDriver(CudaDriver):
     """CUDA as torch has it."""
 
     def __init__(self, index: int) -> None:
         self.device = torch.device("cuda", index)
+        self.claims = _claims(index)
 
     def describe(self) -> str:
         """The card's name."""
@@ -146,11 +159,6 @@ class TorchCudaDriver(CudaDriver):
         """Free and total, of the driver."""
         free, total = torch.cuda.mem_get_info(self.device)
         return int(free), int(total)
-
-    def limit(self, nbytes: int) -> None:
-        """By torch's own limit on its caching allocator."""
-        _, total = self.memory_nbytes()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), self.device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """From torch's allocator, so that its limit covers it."""

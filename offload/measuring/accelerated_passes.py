@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
@@ -23,6 +24,7 @@ from placement.hardware_profile import HardwareProfile, Overheads
 from placement.planner import predicted
 from placement.prediction import Prediction
 from placement.workload import Workload
+from profiler.timing import settle
 
 _RAM_NBYTES = 4 << 30
 
@@ -53,10 +55,16 @@ def measure_accelerated_passes(
         models = [_loaded(stack, directory, device, layers, quant) for layers in depths]
         rounds = max(1, min(calibration.ROUNDS, repeats // calibration.ROUND_PASSES))
         each = max(3, repeats // rounds)
+        prompts = max(2, each // 8)
+        # Every shape of every model before any is timed: what one compiles or plans may slow another down.
+        for passes in models:
+            settle(partial(measure_model, passes.model, 1, each))
+        for tokens in (calibration.SHORT_TOKENS, calibration.PROMPT_TOKENS):
+            settle(partial(_prompts, models[0].model, tokens, prompts))
         for _ in range(rounds):
             for passes in models:
                 passes.decode += measure_model(passes.model, 1, each)
-            models[0].measure_prompts(max(2, each // 8))
+            models[0].measure_prompts(prompts)
         return overheads_of(models[0].remainders(profile), models[-1].remainders(profile), depths)
 
 
@@ -73,11 +81,7 @@ class _Passes:
     def measure_prompts(self, repeats: int) -> None:
         """A round of prompts."""
         for tokens, found in ((calibration.SHORT_TOKENS, self.short), (calibration.PROMPT_TOKENS, self.prompt)):
-            if not found:
-                # Kernels are compiled in the first.
-                measure_model(self.model, tokens, 1)
-            for number in range(repeats):
-                found += measure_model(self.model, tokens, 1, seed=len(found) + number)
+            found += _prompts(self.model, tokens, repeats, seed=len(found))
 
     def remainders(self, profile: HardwareProfile) -> Remainders:
         """Medians, less what is predicted."""
@@ -94,6 +98,11 @@ class _Passes:
         plan = self.runtime.plan
         workload = Workload(CONTEXT_TOKENS, prompt_tokens=prompt_tokens, new_tokens=2)
         return predicted(self.runtime.spec, profile, plan.ram_slots, workload, vram=plan.vram)
+
+
+def _prompts(model: PreTrainedModel, tokens: int, repeats: int, seed: int = 0) -> list[float]:
+    """Seconds of prompts, each another one, routed otherwise."""
+    return [measure_model(model, tokens, 1, seed=seed + number)[0] for number in range(repeats)]
 
 
 def _loaded(stack: ExitStack, directory: Path, device: str, layers: int, quant: str | None) -> _Passes:

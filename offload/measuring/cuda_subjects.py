@@ -102,8 +102,6 @@ class CudaSubjects:
                 profile, self._directory, self._name, self._repeats, quant, self._depths
             )  # fmt: skip
         finally:
-            # Loading a model bounds what torch may take.
-            self._driver.limit(self._driver.memory_nbytes()[1])
             self._driver.trim()
 
     def close(self) -> None:

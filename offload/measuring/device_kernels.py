@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from offload.devices.base import Accelerator
+from offload.hf.attention_plans import PLANNED_TOKENS, without_plans
 from offload.hf.quantised_linear import QuantisedLinear
 from offload.measuring import kernels
 from offload.measuring.kernels import ExpertCalls, random_linear
@@ -98,7 +100,8 @@ def device_attention(
     caches = itertools.cycle([(first.clone(), first.clone()) for _ in range(copies)])
 
     def run() -> None:
-        with torch.no_grad():
+        # As a loaded model's passes of so many tokens do.
+        with torch.no_grad(), without_plans() if new_tokens < PLANNED_TOKENS else nullcontext():
             for _ in range(_IN_A_ROW):
                 key, value = next(caches)
                 F.scaled_dot_product_attention(query, key, value, is_causal=new_tokens > 1, enable_gqa=True)

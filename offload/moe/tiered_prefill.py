@@ -1,9 +1,9 @@
 """Many tokens over three tiers: experts cross the link once while others compute, and are summed in ascending order.
 
-Experts are gone through in order. Those above start there; of those below the schedule says which the CPU computes
-in place and which are copied first. Copies run while the CPU computes later experts; outputs wait for their turn to be
-summed, so the sums have the bits of a run on two tiers. Experts that the prompt is routed to most stay above, but for
-as many slots as the others pass through.
+Experts are gone through in order. Those above start there, several with one call; of those below the schedule says
+which the CPU computes in place and which are copied first. Copies run while the CPU computes later experts; outputs
+wait for their turn to be summed, so the sums have the bits of a run on two tiers. Experts that the prompt is routed to
+most stay above, but for as many slots as the others pass through.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from placement.planner import GROUP_NBYTES
 COPIES_AHEAD = 2
 """So many are under way while the CPU goes on; a further one waits for the first of them."""
 
-_MOST_TURNS = 4
-"""So many experts wait to be summed, at most: the accelerator computes one while the CPU goes on to the next."""
+_MOST_CALLS = 4
+"""Outputs of so many calls wait to be summed, at most: the accelerator computes some while the CPU goes on."""
 
 
 _MOST_PASSING = 3
@@ -86,12 +86,33 @@ class PromptPopularity:
         return min(keys, key=lambda key: (self._tokens.get(key, 0), -key), default=None)
 
 
-class StartAlone(Protocol):
-    """Starts one borrowed expert on the accelerator (`above`) or on the CPU; outputs fp32 [its pairs, H] to `out`."""
+class StartExperts(Protocol):
+    """Starts borrowed experts, ascending, on the accelerator (`above`) or on the CPU, with one call.
 
-    def __call__(self, key: int, *, above: bool, out: torch.Tensor) -> Work:
-        """Start it."""
+    Their outputs, fp32 [their pairs, H], go to `out`, one expert after the other.
+    """
+
+    def __call__(self, keys: Sequence[int], *, above: bool, out: torch.Tensor) -> Work:
+        """Start them."""
         ...
+
+
+class _Call(Work):
+    """What was started with one call, for each of the experts in it to finish.
+
+    Attributes:
+        done: whether the outputs are there.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.done = False
+        self._work = work
+
+    def finish(self) -> None:
+        """Return when the outputs are there."""
+        if not self.done:
+            self._work.finish()
+            self.done = True
 
 
 @dataclass
@@ -104,7 +125,7 @@ class _Turn:
         out: where its outputs go.
         above: whether it is borrowed above.
         copying: whether it is on its way there, borrowed below.
-        work: what was started.
+        call: what was started.
     """
 
     key: int
@@ -112,7 +133,7 @@ class _Turn:
     out: torch.Tensor
     above: bool = False
     copying: bool = False
-    work: Work | None = None
+    call: _Call | None = None
 
 
 class Prefill:
@@ -124,7 +145,7 @@ class Prefill:
         popularity: PromptPopularity,
         routing: Routing,
         accumulator: OrderedAccumulator,
-        start: StartAlone,
+        start: StartExperts,
     ) -> None:
         self._tiers = tiers
         self._popularity = popularity
@@ -152,19 +173,23 @@ class Prefill:
             shares: of the others; see `ExpertTier.borrow`.
         """
         in_turn = borrowed_in_order(self._tiers.below, rest, shares)
+        groups = {group[0]: group for group in self._groups(numbers, cached)}
+        started: dict[int, tuple[torch.Tensor, _Call]] = {}
         keep: bool | None = None
         for key, number in numbers.items():
             _, pairs = self._routing.select([number])
-            turn = _Turn(key, pairs, self._buffer(len(self._routing.rows[pairs])))
             if key in cached:
-                turn.above = True
-                turn.work = self._start(key, above=True, out=turn.out)
+                if key in groups:
+                    started.update(self._start_group(groups[key], numbers))
+                out, call = started.pop(key)
+                turn = _Turn(key, pairs, out, above=True, call=call)
             else:
+                turn = _Turn(key, pairs, self._buffer(self._pairs_of(number)))
                 in_turn.send(keep)
                 keep = key in to_copy and self._begin_copy(key)
                 turn.copying = keep
                 if not keep:
-                    turn.work = self._start(key, above=False, out=turn.out)
+                    turn.call = _Call(self._start([key], above=False, out=turn.out))
             self._turns.append(turn)
             self._waiting_nbytes += turn.out.nbytes
             self._sum(all_of_them=False)
@@ -172,6 +197,30 @@ class Prefill:
         if rest and not keep:
             self._tiers.below.give_back([rest[-1]])
         self._sum(all_of_them=True)
+
+    def _groups(self, numbers: Mapping[int, int], cached: set[int]) -> list[list[int]]:
+        """Experts above, ascending, as they are computed: those of a group have few enough pairs, or it is one."""
+        groups: list[list[int]] = []
+        room = 0
+        for key, number in numbers.items():
+            if key in cached:
+                pairs = self._pairs_of(number)
+                if not groups or pairs > room:
+                    groups.append([])
+                    room = self._accumulator.most_pairs
+                groups[-1].append(key)
+                room -= pairs
+        return groups
+
+    def _start_group(self, keys: list[int], numbers: Mapping[int, int]) -> dict[int, tuple[torch.Tensor, _Call]]:
+        """Where the outputs of each go, and what they wait for."""
+        pairs = [self._pairs_of(numbers[key]) for key in keys]
+        out = self._buffer(sum(pairs))
+        call = _Call(self._start(keys, above=True, out=out))
+        return {key: (part, call) for key, part in zip(keys, out.split(pairs), strict=True)}
+
+    def _pairs_of(self, number: int) -> int:
+        return int(self._routing.offsets[number + 1] - self._routing.offsets[number])
 
     def _buffer(self, rows: int) -> torch.Tensor:
         return torch.empty(rows, self._accumulator.result().shape[1], dtype=torch.float32, device="cpu")
@@ -197,11 +246,8 @@ class Prefill:
             for key in self._tiers.above.poll([turn.key for turn in copying]):
                 self._has_arrived(next(turn for turn in copying if turn.key == key))
             first = self._turns[0]
-            too_much = (
-                len(copying) > COPIES_AHEAD or len(self._turns) > _MOST_TURNS or self._waiting_nbytes > GROUP_NBYTES
-            )
-            on_accelerator = first.work is None or first.above
-            if on_accelerator and not (too_much or all_of_them):
+            on_accelerator = first.call is None or (first.above and not first.call.done)
+            if on_accelerator and not (all_of_them or self._too_much_waits(len(copying))):
                 return
             if first.copying:
                 while not self._tiers.above.collect([first.key]):
@@ -209,14 +255,18 @@ class Prefill:
                 self._has_arrived(first)
             self._finish(self._turns.popleft())
 
+    def _too_much_waits(self, copying: int) -> bool:
+        calls = copying + len({id(turn.call) for turn in self._turns if turn.call is not None})
+        return copying > COPIES_AHEAD or calls > _MOST_CALLS or self._waiting_nbytes > GROUP_NBYTES
+
     def _has_arrived(self, turn: _Turn) -> None:
         turn.copying, turn.above = False, True
         self._tiers.below.give_back([turn.key])
-        turn.work = self._start(turn.key, above=True, out=turn.out)
+        turn.call = _Call(self._start([turn.key], above=True, out=turn.out))
 
     def _finish(self, turn: _Turn) -> None:
-        if turn.work is not None:
-            turn.work.finish()
+        if turn.call is not None:
+            turn.call.finish()
         if turn.above:
             self._tiers.above.give_back([turn.key])
         self._accumulator.add(turn.pairs, turn.out)

@@ -165,17 +165,18 @@ class _Step:
         resident = [key for key in rest if below.holds(key)]
         to_copy = self._schedule(cached, resident, [key for key in rest if key not in resident])
         prefill = Prefill(
-            self.accelerated.tiers, self.accelerated.popularity, self.routing, accumulator, self._start_alone
+            self.accelerated.tiers, self.accelerated.popularity, self.routing, accumulator, self._start_in_order
         )
         prefill.run(self.number, set(cached), rest, to_copy, shares)
 
-    def _start_alone(self, key: int, *, above: bool, out: torch.Tensor) -> Work:
-        """Start one borrowed expert, its outputs in the order of its pairs."""
-        tiers, number = self.accelerated.tiers, self.number[key]
+    def _start_in_order(self, keys: Sequence[int], *, above: bool, out: torch.Tensor) -> Work:
+        """Start borrowed experts, their outputs in the order of their pairs."""
+        tiers = self.accelerated.tiers
         tier, device = (tiers.above, self.accelerated.accelerator) if above else (tiers.below, self.accelerated.host)
-        offsets, pairs = self.routing.select([number])
+        offsets, pairs = self.routing.select([self.number[key] for key in keys])
         tokens = self.routing.tokens[pairs]
-        batch = ExpertBatch(np.array([tier.address(key)], np.intp), offsets, tokens, np.arange(len(tokens)))
+        addresses = np.array([tier.address(key) for key in keys], np.intp)
+        batch = ExpertBatch(addresses, offsets, tokens, np.arange(len(tokens)))
         return device.start_experts(self.layer, batch, self.hidden if above else self.on_host, out)
 
     def _schedule(self, cached: list[int], resident: list[int], missing: list[int]) -> set[int]:

@@ -8,6 +8,7 @@ import weakref
 import torch
 
 from offload.devices.cuda_driver import CopyStream, CudaDriver, Moment, PinRefusedError
+from offload.devices.memory_claims import MemoryClaims
 from offload.step_graph.graph import StepGraph
 from offload.step_graph.recorded_graph import RecordedGraph
 
@@ -61,6 +62,7 @@ class FakeCudaDriver(CudaDriver):
         self.followed: list[Moment] = []
         self.refuse = 0
         self.limit_nbytes = total_nbytes
+        self.claims = MemoryClaims(self._limit)
         self.trims = 0
         self.lock = threading.Lock()
         self._used_nbytes = 0
@@ -71,8 +73,8 @@ class FakeCudaDriver(CudaDriver):
     def memory_nbytes(self) -> tuple[int, int]:
         return self.total_nbytes - self._used_nbytes, self.total_nbytes
 
-    def limit(self, nbytes: int) -> None:
-        self.limit_nbytes = nbytes
+    def _limit(self, nbytes: int | None) -> None:
+        self.limit_nbytes = self.total_nbytes if nbytes is None else nbytes
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         if self.refuse or self._used_nbytes + nbytes > self.limit_nbytes:

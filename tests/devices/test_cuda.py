@@ -236,8 +236,30 @@ def test_kernels_run_ahead_with_every_number_of_pairs(monkeypatch: pytest.Monkey
 
 def test_a_closed_model_leaves_torch_the_card() -> None:
     driver = FakeCudaDriver()
-    driver.limit(1 << 28)
+    device = CudaDevice(driver, 1 << 18, 1 << 28)
+    assert driver.limit_nbytes == 1 << 28
+    for _ in range(2):
+        device.release()
+        assert driver.limit_nbytes == driver.total_nbytes
+
+
+def test_a_closed_model_leaves_others_what_they_claimed() -> None:
+    driver = FakeCudaDriver()
+    first, second = CudaDevice(driver, 1 << 18, 1 << 28), CudaDevice(driver, 1 << 18, 1 << 27)
+    assert driver.limit_nbytes == (1 << 28) + (1 << 27)
     CudaDevice(driver, 1 << 18).release()
+    first.release()
+    first.release()
+    assert driver.limit_nbytes == 1 << 27
+    second.release()
+    assert driver.limit_nbytes == driver.total_nbytes
+
+
+def test_a_device_that_cannot_be_opened_claims_nothing() -> None:
+    driver = FakeCudaDriver()
+    driver.refuse = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        CudaDevice(driver, 1 << 18, 1 << 28)
     assert driver.limit_nbytes == driver.total_nbytes
 
 

@@ -72,10 +72,10 @@ def test_copies_arrive_from_pinned_and_from_pageable_memory(name: str) -> None:
 
 def test_the_cap_holds(name: str) -> None:
     driver = open_cuda(name)
-    driver.limit(256 << 20)
+    claim = driver.claims.claim(256 << 20)
     with pytest.raises(torch.OutOfMemoryError):
         driver.allocate(512 << 20)
-    driver.limit(driver.memory_nbytes()[1])
+    claim.release()
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

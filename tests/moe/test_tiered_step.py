@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload.devices.base import ExpertBatch, Work
 from offload.devices.link import Link, LinkReader
 from offload.errors import StorageError, StoreCorruptError
 from offload.moe import accumulate
 from offload.moe.costs import ObservedCosts
+from offload.moe.layer import ExpertsLayer
 from prefetch.scheduler.records import LayerCosts
 from tests.moe.rig import Rig
 from tests.moe.tiered_rig import COPY_ALL, COPY_NONE, COPY_SOME, TieredRig
@@ -81,6 +84,34 @@ def test_many_pairs_are_summed_in_order(make_rig: type[TieredRig], monkeypatch: 
         assert torch.equal(rig.tiered(0, *inputs), plain.step(0, *inputs))
         rig.assert_idle()
     assert rig.pair.above.counters.hits
+    plain.close()
+
+
+@pytest.mark.parametrize("most_pairs", [1, 9, 20, 1000])
+@pytest.mark.parametrize("resident", [range(8), (0, 2, 3, 6, 7)], ids=["all", "some"])
+def test_experts_above_are_computed_with_one_call_as_far_as_outputs_are_bounded(
+    resident: Sequence[int], most_pairs: int, make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 0)
+    rig, plain = make_rig(above=8, slots=4, costs=COPY_NONE, count=8), Rig(slots=8, count=8)
+    rig.pair.preload(list(resident), lambda _key: None)
+    calls: list[list[int]] = []
+    start = rig.accelerator.start_experts
+
+    def counted(layer: ExpertsLayer, batch: ExpertBatch, *tensors: torch.Tensor) -> Work:
+        calls.append(np.diff(batch.offsets).tolist())
+        return start(layer, batch, *tensors)
+
+    monkeypatch.setattr(rig.accelerator, "start_experts", counted)
+    hidden, index, weights = rig.inputs(11, 4, seed=3)
+    monkeypatch.setattr(accumulate, "GROUP_NBYTES", most_pairs * 4 * hidden.shape[1])
+    assert torch.equal(rig.tiered(0, hidden, index, weights), plain.step(0, hidden, index, weights))
+    rig.assert_idle()
+    pairs = [(index == expert).sum().item() for expert in resident]
+    assert [one for call in calls for one in call] == [one for one in pairs if one]
+    assert all(len(call) == 1 or sum(call) <= most_pairs for call in calls)
+    for call, following in pairwise(calls):
+        assert sum(call) + following[0] > most_pairs, "one call would have done"
     plain.close()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from profiler.timing import Timing, repeated
+from profiler.timing import Timing, repeated, settle
 
 
 class Clock:
@@ -70,3 +70,19 @@ def test_what_others_take_away_does_not_count() -> None:
 def test_there_is_an_end(budget: float) -> None:
     clock = Clock(endless(1.0, 10.0))
     assert measure(clock.call, budget_s=budget, clock=clock).repeats <= 200
+
+
+def _blocks(*medians: float) -> Iterator[list[float]]:
+    """Blocks of calls, one of which others slowed down."""
+    return ([100 * median, median, 0.5 * median] for median in medians)
+
+
+@pytest.mark.parametrize(
+    ("medians", "calls"),
+    [
+        ((9.0, 1.0, 1.0), 3), ((1.0, 1.0), 2), ((9.0, 5.0, 2.0, 1.95), 4), ((1.0, 3.0), 2),
+        (tuple(2.0**-number for number in range(30)), 8),
+    ],
+)  # fmt: skip
+def test_calls_settle_when_they_get_no_faster(medians: tuple[float, ...], calls: int) -> None:
+    assert settle(_blocks(*medians).__next__) == calls
