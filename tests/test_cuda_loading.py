@@ -84,7 +84,7 @@ def test_a_cache_in_blocks_lies_in_host_memory(
     directory = tiny_checkpoint("qwen3_moe")
     ids = prompt(tokens=20)
     expected = greedy(reference_model(directory, torch.float32), ids, new_tokens=2)
-    model = _load(directory, store_root, context=2000, kv_ram="3MiB", kv_vram=0, prefill_chunk=10)
+    model = _load(directory, store_root, context=9000, kv_ram="3MiB", kv_vram=0, prefill_chunk=10)
     with model.offload as runtime:
         plan = runtime.plan
         assert plan.kv is not None
