@@ -1,11 +1,13 @@
 # mypy: allow-untyped-defs
 """Kernel of activation quantisation: rows of numbers to rows of blocks that packed kernels read.
 
-A block stands for 64 columns and has 80 bytes (`bytes`), 144 (`words`) or 256 (`floats`):
+A block stands for 64 columns and has 80 bytes (`bytes_N`), 144 (`words_N`) or 256 (`floats`):
 
-    bytes   64 int8 codes | fp32 scale | int32 sum of codes 0-31 | int32 sum of codes 32-63 | 4 bytes unused
-    words   128 bytes, for each 4 columns codes 0, 2, 1, 3 as int16 | the rest as above
-    floats  64 fp32, the numbers themselves
+    bytes_N  64 int8 codes | fp32 scale | int32 -N times the sum of codes 0-31 | the same of 32-63 | the same of all
+    words_N  128 bytes, for each 4 columns codes 0, 2, 1, 3 as int16 | the rest as above
+    floats   64 fp32, the numbers themselves
+
+The sums correct products of weights whose codes are N above their values.
 
 The last block is filled up with zeros.
 """
@@ -31,9 +33,10 @@ from cpu_kernels.simd import (
 from formats.packed import COLUMN_BLOCK
 
 KINDS = {name: number for number, name in enumerate(BLOCK_NBYTES)}
-_BYTES, _WORDS, _FLOATS = KINDS.values()
+_FLOATS = KINDS["floats"]
 _BLOCK_NBYTES = tuple(BLOCK_NBYTES.values())
 _CODE_NBYTES = tuple(CODE_NBYTES.values())
+_FACTORS = tuple(-int(kind.partition("_")[2] or 0) for kind in BLOCK_NBYTES)
 
 ELEMENT_NUMBERS = {"fp32": 0, "bf16": 1, "fp16": 2}
 FP32 = Elements("fp32", "generic")
@@ -69,6 +72,14 @@ def block_nbytes(kind):
 
 
 @inner
+def _to_corrections(kind, sums):
+    """Sums of codes 0-31 and 32-63 to what a block has."""
+    sums[0] *= _FACTORS[kind]
+    sums[1] *= _FACTORS[kind]
+    sums[2] = sums[0] + sums[1]
+
+
+@inner
 def quantise_block(kind, elements, x_address, count, block_address):
     """One block from `count` elements, 1 to 64.
 
@@ -96,26 +107,28 @@ def quantise_block(kind, elements, x_address, count, block_address):
     scale = scale if scale >= _SMALLEST_SCALE else np.float32(0)
     tail = block_address + COLUMN_BLOCK * _CODE_NBYTES[kind]
     carray(float32_pointer(tail), (1,))[0] = scale if finite else float32_from_bits(_NAN_BITS)
-    sums = carray(int32_pointer(tail + 4), (2,))
+    sums = carray(int32_pointer(tail + 4), (3,))
     if not finite or inverse == np.float32(0) or count < COLUMN_BLOCK:
         zero = carray(int64_pointer(block_address), (16,))
         for i in range(8 * _CODE_NBYTES[kind]):
             zero[i] = 0
         sums[0] = 0
         sums[1] = 0
+        sums[2] = 0
         if not finite or inverse == np.float32(0):
             return
     if count == COLUMN_BLOCK:
-        if kind == _BYTES:
+        if _CODE_NBYTES[kind] == 1:
             store_bytes(elements, x_address, inverse, block_address, tail + 4)
         else:
             store_words(elements, x_address, inverse, block_address, tail + 4)
+        _to_corrections(kind, sums)
         return
     for half in range(2):
         first = 32 * half
         end = min(count, first + 32)
         total = np.int32(0)
-        if kind == _BYTES:
+        if _CODE_NBYTES[kind] == 1:
             codes = carray(int8_pointer(block_address), (COLUMN_BLOCK,))
             for i in range(first, end):
                 code = np.int32((element_to_float32(elements, x[i]) * inverse + _ROUND) - _ROUND)
@@ -129,6 +142,7 @@ def quantise_block(kind, elements, x_address, count, block_address):
                 words[(i & ~3) | ((i & 1) << 1) | ((i >> 1) & 1)] = np.int16(code)
                 total += code
         sums[half] = total
+    _to_corrections(kind, sums)
 
 
 @inner

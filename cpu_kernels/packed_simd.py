@@ -34,7 +34,7 @@ F32_ROWS = ir.VectorType(_F32, TILE_ROWS)
 _I32_ROWS = ir.VectorType(_I32, TILE_ROWS)
 
 # What is subtracted from a code, times what brings it to an integer: mxfp4 becomes 2 value + 12.
-_OFFSETS = {"int8": 128, "int4": 8, "mxfp4": 12}
+OFFSETS = {"int8": 128, "int4": 8, "mxfp4": 12}
 _LARGEST = {"int4": 15, "mxfp4": 24}
 _MXFP4_TABLE = [12 + doubled for doubled in (0, 1, 2, 3, 4, 6, 8, 12)]
 _MXFP4_TABLE += [12 - doubled for doubled in (0, 1, 2, 3, 4, 6, 8, 12)]
@@ -81,10 +81,11 @@ class PackedCode:
 
     @property
     def activation(self) -> str:
-        """How activations lie: `bytes`, `words` or `floats`."""
+        """How activations lie: a key of BLOCK_NBYTES."""
         if self.format == "fp8_e4m3":
             return "floats"
-        return "words" if self.format == "int8" and self.isa == "avx2" else "bytes"
+        element = "words" if self.format == "int8" and self.isa == "avx2" else "bytes"
+        return f"{element}_{OFFSETS[self.format]}"
 
     @property
     def output_factor(self) -> float:
@@ -92,9 +93,10 @@ class PackedCode:
         return 0.5 if self.format == "mxfp4" else 1.0
 
 
-# Bytes of a block of 64 activations: codes, then fp32 scale, int32 sums of columns 0-31 and 32-63, 4 bytes unused.
-CODE_NBYTES = {"bytes": 1, "words": 2, "floats": 4}
-BLOCK_NBYTES = {"bytes": 80, "words": 144, "floats": 256}
+# Bytes of a code and of a block of 64 activations (`activation_quantisation_kernel`), by how they lie: elements and, but
+# for floats, the offset of the weights' codes.
+CODE_NBYTES = {"bytes_8": 1, "bytes_12": 1, "bytes_128": 1, "words_128": 2, "floats": 4}
+BLOCK_NBYTES = {"bytes_8": 80, "bytes_12": 80, "bytes_128": 80, "words_128": 144, "floats": 256}
 
 
 def vector(element: Any, lanes: int) -> Any:
@@ -165,7 +167,10 @@ def _bytes_of_step(builder: Any, code: PackedCode, raw: Any, *, high_in_place: b
     low = builder.and_(raw, constant(raw.type, 15))
     if high_in_place:
         return [low, builder.and_(raw, constant(raw.type, 240))]
-    high = builder.lshr(raw, constant(raw.type, 4))
+    # Bytes that are shifted alone become a multiplication of bit matrices on x86-64, in the ports of dot products.
+    words = builder.bitcast(raw, vector(_I32, raw.type.count // 4))
+    shifted = builder.lshr(words, constant(words.type, 4))
+    high = builder.bitcast(builder.and_(shifted, constant(words.type, 0x0F0F0F0F)), raw.type)
     if code.format == "int4":
         return [low, high]
     return [_look_up(builder, code.isa, low), _look_up(builder, code.isa, high)]
@@ -210,7 +215,9 @@ def _keeps_high_nibbles(code: PackedCode, tokens: int) -> bool:
     return code.format == "int4" and code.isa in ("avx512_vnni", "avx2_vnni") and tokens <= code.most_tokens // 2
 
 
-def _sums_by_bytes(builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], steps: range) -> list[Any]:
+def _sums_by_bytes(
+    builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], starts: Sequence[Any], steps: range
+) -> list[Any]:
     nbytes = _PIECE_BYTES[code.isa]
     kind, sums_kind = vector(_I8, nbytes), vector(_I32, nbytes // 4)
     high_in_place = _keeps_high_nibbles(code, len(inputs))
@@ -219,6 +226,9 @@ def _sums_by_bytes(builder: Any, code: PackedCode, codes: Any, inputs: Sequence[
     chains = max(1, 8 // len(inputs) // (STEP_BYTES // nbytes) // places)
     zero = ir.Constant(sums_kind, None)
     sums = [[[[zero] * chains for _ in range(places)] for _ in range(STEP_BYTES // nbytes)] for _ in inputs]
+    for token, start in enumerate(starts):
+        for pieces in sums[token]:
+            pieces[0][0] = splat(builder, start, sums_kind.count)
     flip = constant(kind, 0x80)
     turn = 0
     for step in steps:
@@ -256,12 +266,14 @@ def _added(builder: Any, chain: list[Any]) -> Any:
     return total
 
 
-def _sums_by_madd_bytes(builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], steps: range) -> list[Any]:
+def _sums_by_madd_bytes(
+    builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], starts: Sequence[Any], steps: range
+) -> list[Any]:
     bytes_kind, words_kind, sums_kind = vector(_I8, 32), vector(_I16, 16), vector(_I32, 8)
     ones = constant(words_kind, 1)
     exact = 32767 // (254 * _LARGEST[code.format]) // 2
     exact = 1 << (exact.bit_length() - 1)
-    totals: list[list[Any]] = [[None, None] for _ in inputs]
+    totals = [[splat(builder, start, sums_kind.count)] * 2 for start in starts]
     for first in range(steps.start, steps.stop, exact):
         words: list[list[Any]] = [[None, None] for _ in inputs]
         for step in range(first, first + exact):
@@ -282,14 +294,15 @@ def _sums_by_madd_bytes(builder: Any, code: PackedCode, codes: Any, inputs: Sequ
         for token in range(len(inputs)):
             for piece in range(2):
                 four = call(builder, "llvm.x86.avx2.pmadd.wd", sums_kind, words[token][piece], ones)
-                so_far = totals[token][piece]
-                totals[token][piece] = four if so_far is None else builder.add(so_far, four)
+                totals[token][piece] = builder.add(totals[token][piece], four)
     return [_concatenate(builder, pieces) for pieces in totals]
 
 
-def _sums_by_madd_words(builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], steps: range) -> list[Any]:
+def _sums_by_madd_words(
+    builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], starts: Sequence[Any], steps: range
+) -> list[Any]:
     words_kind, sums_kind = vector(_I16, 16), vector(_I32, 8)
-    totals: list[list[Any]] = [[None, None] for _ in inputs]
+    totals = [[splat(builder, start, sums_kind.count)] * 2 for start in starts]
     for step in steps:
         parts = []
         for piece in range(2):
@@ -301,19 +314,22 @@ def _sums_by_madd_words(builder: Any, code: PackedCode, codes: Any, inputs: Sequ
                 values = builder.bitcast(splat(builder, x, 8), words_kind)
                 for piece in range(2):
                     pairs = call(builder, "llvm.x86.avx2.pmadd.wd", sums_kind, parts[piece][part], values)
-                    so_far = totals[token][piece]
-                    total = pairs if so_far is None else builder.add(so_far, pairs)
-                    totals[token][piece] = _in_register(builder, total)
+                    totals[token][piece] = _in_register(builder, builder.add(totals[token][piece], pairs))
     return [_concatenate(builder, pieces) for pieces in totals]
 
 
-def integer_sums(builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], steps: range) -> list[Any]:
-    """For each token the sums of code * x_code over some steps of a block, <16 x i32>, the offset not yet corrected."""
+def integer_sums(
+    builder: Any, code: PackedCode, codes: Any, inputs: Sequence[Any], starts: Sequence[Any], steps: range
+) -> list[Any]:
+    """For each token a start, an i32, plus the sums of code * x_code over some steps of a block, <16 x i32>.
+
+    Starting from what corrects the offset takes no instruction where a load fills all lanes.
+    """
     if code.isa != "avx2":
-        return _sums_by_bytes(builder, code, codes, inputs, steps)
+        return _sums_by_bytes(builder, code, codes, inputs, starts, steps)
     if code.packed.bits == 4:
-        return _sums_by_madd_bytes(builder, code, codes, inputs, steps)
-    return _sums_by_madd_words(builder, code, codes, inputs, steps)
+        return _sums_by_madd_bytes(builder, code, codes, inputs, starts, steps)
+    return _sums_by_madd_words(builder, code, codes, inputs, starts, steps)
 
 
 # --- scales and fp32 sums ---
@@ -342,19 +358,14 @@ def _add_scaled_integers(
     scale_at = COLUMN_BLOCK * CODE_NBYTES[code.activation]
     corrected = not (code.isa == "neon_dot" and code.format == "int8")
     for group in range(groups):
-        sums = integer_sums(builder, code, codes, inputs, range(group * steps, (group + 1) * steps))
+        correction_at = scale_at + (12 if groups == 1 else 4 + 4 * group)
+        starts = [load(builder, row, _I32, correction_at) if corrected else ir.Constant(_I32, 0) for row in inputs]
+        sums = integer_sums(builder, code, codes, inputs, starts, range(group * steps, (group + 1) * steps))
         weight_scale = _weight_scales(builder, code, scales, group)
         for token, address in enumerate(inputs):
-            total = sums[token]
-            if corrected:
-                x_sum = load(builder, address, _I32, scale_at + 4 + 4 * group)
-                if groups == 1:
-                    x_sum = builder.add(x_sum, load(builder, address, _I32, scale_at + 8))
-                shift = builder.mul(x_sum, ir.Constant(_I32, -_OFFSETS[code.format]))
-                total = builder.add(total, splat(builder, shift, TILE_ROWS))
             x_scale = splat(builder, load(builder, address, _F32, scale_at), TILE_ROWS)
             scale = builder.fmul(weight_scale, x_scale)
-            value = builder.sitofp(total, F32_ROWS)
+            value = builder.sitofp(sums[token], F32_ROWS)
             totals[token] = call(builder, "llvm.fma.v16f32", F32_ROWS, value, scale, totals[token])
     return totals
 

@@ -82,13 +82,16 @@ def run(code: PackedCode, codes: np.ndarray, scales: np.ndarray, x: np.ndarray) 
     machine = llvm.Target.from_default_triple().create_target_machine(llvm.get_host_cpu_name(), features, jit=True)
     nbytes = simd.BLOCK_NBYTES[code.activation]
     blocks = np.zeros((len(x), nbytes), np.uint8)
-    if code.activation == "words":
+    element, _, offset = code.activation.partition("_")
+    if element == "words":
         order = x.reshape(-1, 16, 2, 2).swapaxes(-1, -2).reshape(len(x), -1)
         blocks[:, :128] = np.ascontiguousarray(order, np.int16).view(np.uint8)
     else:
         blocks[:, :64] = x.view(np.uint8)
     blocks[:, -16:-12] = np.full((len(x), 1), 0.37, np.float32).view(np.uint8)
-    blocks[:, -12:-4] = x.reshape(len(x), 2, 32).sum(-1, dtype=np.int32).view(np.uint8)
+    halves = -int(offset) * x.reshape(len(x), 2, 32).sum(-1, dtype=np.int32)
+    corrections = np.concatenate([halves, halves.sum(-1, keepdims=True)], -1)
+    blocks[:, -12:] = np.ascontiguousarray(corrections, np.int32).view(np.uint8)
     out = np.full((len(x), 16), np.nan, np.float32)
     inputs = np.array([row.ctypes.data for row in blocks])
     outputs = np.array([row.ctypes.data for row in out])
