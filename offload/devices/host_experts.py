@@ -34,7 +34,7 @@ FEW_TOKENS = 128
 them. Above it torch's products are. docs/performance.md has the measurement, of this and the next two.
 """
 
-FEW_TOKENS_IN_PAIRS = 24
+FEW_TOKENS_IN_PAIRS = 40
 """Likewise where panels have instructions for pairs of bf16; above it panels are faster."""
 
 FEW_TOKENS_IN_FP32 = 2
