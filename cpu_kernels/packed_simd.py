@@ -93,8 +93,8 @@ class PackedCode:
         return 0.5 if self.format == "mxfp4" else 1.0
 
 
-# Bytes of a code and of a block of 64 activations (`activation_quantisation_kernel`), by how they lie: elements and, but
-# for floats, the offset of the weights' codes.
+# Bytes of a code and of a block of 64 activations (`activation_quantisation_kernel`), by how they lie: elements and,
+# but for floats, the offset of the weights' codes.
 CODE_NBYTES = {"bytes_8": 1, "bytes_12": 1, "bytes_128": 1, "words_128": 2, "floats": 4}
 BLOCK_NBYTES = {"bytes_8": 80, "bytes_12": 80, "bytes_128": 80, "words_128": 144, "floats": 256}
 
