@@ -36,9 +36,7 @@ from cpu_kernels.pair_panel_simd import (
 from cpu_kernels.panel_kernel import (
     ACTIVATION,
     BIAS_OFFSET,
-    CHUNKS_PER_EXPERT,
     COLUMNS,
-    EXPERTS,
     INPUT_PANELS,
     INPUT_STRIDE,
     JOB_FIELDS,
@@ -47,8 +45,8 @@ from cpu_kernels.panel_kernel import (
     OUTPUT_ROWS,
     PACK_FIELDS,
     PANELS,
+    PANELS_TOGETHER,
     ROWS,
-    ROWS_PER_CHUNK,
     SUM_PANELS,
     SUM_STRIDE,
     WEIGHTS_OFFSET,
@@ -56,6 +54,7 @@ from cpu_kernels.panel_kernel import (
     X_PANELS,
     X_ROWS,
     add_bias,
+    part_of_chunk,
     write_out,
 )
 from cpu_kernels.panel_simd import PANEL_COLUMN_BYTES
@@ -71,9 +70,6 @@ from cpu_kernels.simd import (
 )
 
 BF16 = Elements("bf16", "avx512_bf16")
-
-# Panels that pass a block of rows before others do: 8 KiB of each at a time stay in the second-level cache.
-_PANELS_TOGETHER = 24
 
 _TILE_ROWS, _WIDE_PANELS, _MIDDLE_PANELS = WIDE_TILE.rows, WIDE_TILE.tokens, MIDDLE_TILE.tokens
 _ELEMENT_BYTES = 2
@@ -211,13 +207,9 @@ def _finish(job, base, sums, output_rows, pairs, first, rows):
 def run_chunk(job_address, chunk):
     """A block of rows of one expert: its dot products with all tokens, and what follows them."""
     job = carray(int64_pointer(job_address), (JOB_FIELDS,))
-    expert = chunk // job[CHUNKS_PER_EXPERT]
-    first = (chunk - expert * job[CHUNKS_PER_EXPERT]) * job[ROWS_PER_CHUNK]
-    rows = min(job[ROWS_PER_CHUNK], job[ROWS] - first)
-    entry = carray(int64_pointer(job[EXPERTS] + 32 * expert), (4,))
-    base, first_pair, pairs, panel = entry[0], entry[1], entry[2], entry[3]
-    for done in range(0, pairs, _PANELS_TOGETHER * LANES):
-        here = min(_PANELS_TOGETHER * LANES, pairs - done)
+    first, rows, base, first_pair, pairs, panel = part_of_chunk(job, chunk)
+    for done in range(0, pairs, PANELS_TOGETHER * LANES):
+        here = min(PANELS_TOGETHER * LANES, pairs - done)
         number = panel + done // LANES
         inputs = job[INPUT_PANELS] + number * job[INPUT_STRIDE]
         sums = job[SUM_PANELS] + number * job[SUM_STRIDE]

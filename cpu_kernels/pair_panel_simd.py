@@ -16,7 +16,7 @@ from numba.core import cgutils, types
 
 from cpu_kernels.jit import intrinsic, stack_room
 from cpu_kernels.panel_simd import MOST_ROWS
-from cpu_kernels.simd import BF16X32, LANES, TileShape, TileType
+from cpu_kernels.simd import BF16X32, LANES, TileShape, TileType, pointer_to
 
 PAIR_BYTES = 4 * LANES
 """Two columns of a panel."""
@@ -42,17 +42,13 @@ _ALIGNMENT_BYTES = 64
 _Codegen = Callable[[Any, Any, Any, Any], Any]
 
 
-def _pointer(builder: Any, address: Any, pointee: Any) -> Any:
-    return builder.inttoptr(address, pointee.as_pointer())
-
-
 def _offset(builder: Any, address: Any, stride: Any, count: int) -> Any:
     return builder.add(address, builder.mul(stride, ir.Constant(_I64, count))) if count else address
 
 
 def _weights(builder: Any, address: Any, *, single: bool) -> Any:
     """Two columns of a row, or the last one and zero, in all lanes."""
-    stored = builder.load(_pointer(builder, address, _I16 if single else _I32), align=2)
+    stored = builder.load(pointer_to(builder, address, _I16 if single else _I32), align=2)
     pair = builder.zext(stored, _I32) if single else stored
     undefined = ir.Constant(_I32X16, ir.Undefined)
     one = builder.insert_element(undefined, pair, ir.Constant(_I32, 0))
@@ -64,7 +60,7 @@ def _add(builder: Any, shape: TileShape, arguments: Any, *, single: bool) -> Any
     kind = ir.FunctionType(_F32X16, [_F32X16, BF16X32, BF16X32])
     dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
     panels = [
-        builder.load(_pointer(builder, _offset(builder, columns, stride, panel), BF16X32), align=_ALIGNMENT_BYTES)
+        builder.load(pointer_to(builder, _offset(builder, columns, stride, panel), BF16X32), align=_ALIGNMENT_BYTES)
         for panel in range(shape.tokens)
     ]
     for row in range(shape.rows):
@@ -114,7 +110,7 @@ def _places(builder: Any, shape: TileShape, panels: Any, stride: Any) -> list[An
     """Pointers to the 16 sums of each row in each panel, in the tile's order."""
     row_bytes = ir.Constant(_I64, 4 * LANES)
     return [
-        _pointer(builder, _offset(builder, _offset(builder, panels, stride, panel), row_bytes, row), _F32X16)
+        pointer_to(builder, _offset(builder, _offset(builder, panels, stride, panel), row_bytes, row), _F32X16)
         for row in range(shape.rows)
         for panel in range(shape.tokens)
     ]
@@ -170,13 +166,13 @@ def put_pair(typingctx: Any, first: Any, second: Any, columns: Any) -> tuple[Any
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         first, second, columns = arguments
         kind = ir.VectorType(_I16, LANES)
-        low = builder.load(_pointer(builder, first, kind), align=2)
+        low = builder.load(pointer_to(builder, first, kind), align=2)
         address = builder.select(builder.icmp_signed("!=", second, ir.Constant(_I64, 0)), second, first)
-        found = builder.load(_pointer(builder, address, kind), align=2)
+        found = builder.load(pointer_to(builder, address, kind), align=2)
         high = builder.select(builder.icmp_signed("!=", second, ir.Constant(_I64, 0)), found, ir.Constant(kind, None))
         order = [lane + LANES * column for lane in range(LANES) for column in range(2)]
         both = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, 2 * LANES), order))
-        builder.store(both, _pointer(builder, columns, both.type), align=_ALIGNMENT_BYTES)
+        builder.store(both, pointer_to(builder, columns, both.type), align=_ALIGNMENT_BYTES)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
@@ -193,7 +189,7 @@ def write_square(typingctx: Any, sums: Any, addresses: Any, offset: Any, tokens:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, addresses, offset, tokens = arguments
         vectors = [
-            builder.load(_pointer(builder, builder.add(sums, ir.Constant(_I64, 4 * LANES * row)), _F32X16), align=64)
+            builder.load(pointer_to(builder, builder.add(sums, ir.Constant(_I64, 4 * LANES * row)), _F32X16), align=64)
             for row in range(LANES)
         ]
         # Each round interleaves vectors half of the square apart: one bit of a row's number becomes one of a lane's.
@@ -208,8 +204,8 @@ def write_square(typingctx: Any, sums: Any, addresses: Any, offset: Any, tokens:
         for token in range(LANES):
             with builder.if_then(builder.icmp_signed("<", ir.Constant(_I64, token), tokens), likely=True):
                 place = builder.add(addresses, ir.Constant(_I64, 8 * token))
-                output = builder.add(builder.load(_pointer(builder, place, _I64)), offset)
-                builder.store(vectors[token], _pointer(builder, output, _F32X16), align=4)
+                output = builder.add(builder.load(pointer_to(builder, place, _I64)), offset)
+                builder.store(vectors[token], pointer_to(builder, output, _F32X16), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen

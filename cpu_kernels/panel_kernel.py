@@ -76,7 +76,7 @@ FP32 = Elements("fp32", "generic")
 ) = range(16)
 
 # Panels that pass a block of rows before the next columns do: 8 KiB each, in the second-level cache.
-_PANELS_TOGETHER = 24
+PANELS_TOGETHER = 24
 
 
 @inner
@@ -212,17 +212,23 @@ def _finish(elements, job, base, sums, output_rows, pairs, first, rows):
 
 
 @inner
-def run_chunk(elements, shape, job_address, chunk):
-    """A block of rows of one expert: its dot products with all tokens, and what follows them."""
-    job = carray(int64_pointer(job_address), (JOB_FIELDS,))
+def part_of_chunk(job, chunk):
+    """(first row, rows, address of the weights' base, first pair, pairs, first panel) of a chunk."""
     expert = chunk // job[CHUNKS_PER_EXPERT]
     first = (chunk - expert * job[CHUNKS_PER_EXPERT]) * job[ROWS_PER_CHUNK]
     rows = min(job[ROWS_PER_CHUNK], job[ROWS] - first)
     entry = carray(int64_pointer(job[EXPERTS] + 32 * expert), (4,))
-    base, first_pair, pairs, panel = entry[0], entry[1], entry[2], entry[3]
+    return first, rows, entry[0], entry[1], entry[2], entry[3]
+
+
+@inner
+def run_chunk(elements, shape, job_address, chunk):
+    """A block of rows of one expert: its dot products with all tokens, and what follows them."""
+    job = carray(int64_pointer(job_address), (JOB_FIELDS,))
+    first, rows, base, first_pair, pairs, panel = part_of_chunk(job, chunk)
     row_bytes = job[COLUMNS] * (STEP_BYTES // elements_per_step(elements))
-    for done in range(0, pairs, _PANELS_TOGETHER * LANES):
-        here = min(_PANELS_TOGETHER * LANES, pairs - done)
+    for done in range(0, pairs, PANELS_TOGETHER * LANES):
+        here = min(PANELS_TOGETHER * LANES, pairs - done)
         number = panel + done // LANES
         inputs = job[INPUT_PANELS] + number * job[INPUT_STRIDE]
         sums = job[SUM_PANELS] + number * job[SUM_STRIDE]

@@ -17,7 +17,7 @@ from numba.core import cgutils, types
 
 from cpu_kernels.isa import Isa
 from cpu_kernels.jit import intrinsic, stack_room
-from cpu_kernels.simd import LANES, TileShape
+from cpu_kernels.simd import LANES, TileShape, pointer_to
 
 DEPTH = 128
 """Columns that are multiplied at a time: the weights of a tile and a panel of so many stay in the first-level cache."""
@@ -58,10 +58,6 @@ def rows_of_tile(typingctx: Any, shape: Any) -> tuple[Any, _Codegen]:
     return types.int64(shape), codegen
 
 
-def _pointer(builder: Any, address: Any, pointee: Any) -> Any:
-    return builder.inttoptr(address, pointee.as_pointer())
-
-
 def _shuffle(builder: Any, first: Any, second: Any, lanes: Sequence[int]) -> Any:
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
 
@@ -69,7 +65,7 @@ def _shuffle(builder: Any, first: Any, second: Any, lanes: Sequence[int]) -> Any
 def _broadcast(builder: Any, kind: Any, address: Any, row: int) -> Any:
     """The weight of a row, in all lanes."""
     at = builder.add(address, ir.Constant(_I64, 4 * DEPTH * row))
-    weight = builder.load(_pointer(builder, at, _F32), align=4)
+    weight = builder.load(pointer_to(builder, at, _F32), align=4)
     undefined = ir.Constant(kind, ir.Undefined)
     return _shuffle(
         builder, builder.insert_element(undefined, weight, ir.Constant(_I32, 0)), undefined, [0] * kind.count
@@ -102,7 +98,7 @@ def tile_add_column(typingctx: Any, tile: Any, weights: Any, column: Any) -> tup
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, weights, column = arguments
-        x = builder.load(_pointer(builder, column, _F32X16), align=_ALIGNMENT_BYTES)
+        x = builder.load(pointer_to(builder, column, _F32X16), align=_ALIGNMENT_BYTES)
         for row in range(shape.rows):
             weight = _broadcast(builder, _F32X16, weights, row)
             total = _fma(builder, weight, x, builder.extract_value(sums, row))
@@ -118,7 +114,7 @@ def half_tile_add_column(typingctx: Any, tile: Any, weights: Any, column: Any) -
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, weights, column = arguments
-        half = builder.load(_pointer(builder, column, _F32X8), align=_ALIGNMENT_BYTES // 2)
+        half = builder.load(pointer_to(builder, column, _F32X8), align=_ALIGNMENT_BYTES // 2)
         x = _shuffle(builder, half, half, [*range(HALF_LANES)] * 2)
         for pair in range(tile.shape.rows):
             low, high = (_broadcast(builder, _F32X8, weights, 2 * pair + row) for row in range(2))
@@ -166,7 +162,7 @@ def half_tile_put(typingctx: Any, tile: Any, panel: Any, rows: Any, first: Any) 
 def _put_row(builder: Any, total: Any, panel: Any, row: int, rows: Any, first: Any) -> None:
     with builder.if_then(builder.icmp_signed("<", ir.Constant(_I64, row), rows), likely=True):
         at = builder.add(panel, ir.Constant(_I64, PANEL_COLUMN_BYTES * row))
-        pointer = _pointer(builder, at, _F32X16)
+        pointer = pointer_to(builder, at, _F32X16)
         with builder.if_else(first) as (fresh, later):
             with fresh:
                 builder.store(total, pointer, align=_ALIGNMENT_BYTES)

@@ -138,7 +138,8 @@ class _TileModel(models.PrimitiveModel):
 # --- pieces of LLVM code ---
 
 
-def _pointer(builder: Any, address: Any, pointee: Any) -> Any:
+def pointer_to(builder: Any, address: Any, pointee: Any) -> Any:
+    """Code: an address as a pointer to values of an LLVM type."""
     return builder.inttoptr(address, pointee.as_pointer())
 
 
@@ -157,13 +158,13 @@ def _load_step(builder: Any, address: Any, elements: Elements, count: Any | None
     element = _F32 if elements.format == "fp32" else _I16
     vector = ir.VectorType(element, width)
     if count is None:
-        return builder.load(_pointer(builder, address, vector), align=1)
+        return builder.load(pointer_to(builder, address, vector), align=1)
     first = builder.insert_element(ir.Constant(ir.VectorType(_I32, width), ir.Undefined), count, ir.Constant(_I32, 0))
     zeros = ir.Constant(ir.VectorType(_I32, width), [0] * width)
     counts = builder.shuffle_vector(first, ir.Constant(first.type, ir.Undefined), zeros)
     mask = builder.icmp_unsigned("<", ir.Constant(ir.VectorType(_I32, width), list(range(width))), counts)
     suffix = f"v{width}{'f32' if elements.format == 'fp32' else 'i16'}"
-    arguments = [_pointer(builder, address, vector), ir.Constant(_I32, 1), mask, ir.Constant(vector, None)]
+    arguments = [pointer_to(builder, address, vector), ir.Constant(_I32, 1), mask, ir.Constant(vector, None)]
     return _call(builder, f"llvm.masked.load.{suffix}.p0", vector, arguments)
 
 
@@ -211,7 +212,7 @@ def _sum_lanes(builder: Any, vector: Any) -> Any:
 
 
 def _row_address(builder: Any, table: Any, index: int) -> Any:
-    return builder.load(_pointer(builder, builder.add(table, ir.Constant(_I64, 8 * index)), _I64))
+    return builder.load(pointer_to(builder, builder.add(table, ir.Constant(_I64, 8 * index)), _I64))
 
 
 def _add_dots(
@@ -332,7 +333,7 @@ def tile_store(typingctx: Any, tile: Any, outputs: Any, offset: Any) -> tuple[An
                     index += shape.rows * shape.tokens
                     total = builder.fadd(total, builder.extract_value(value, index))
                 target = builder.add(address, ir.Constant(_I64, 4 * row))
-                builder.store(_sum_lanes(builder, total), _pointer(builder, target, _F32), align=4)
+                builder.store(_sum_lanes(builder, total), pointer_to(builder, target, _F32), align=4)
         return context.get_dummy_value()
 
     return types.void(tile, types.int64, types.int64), codegen

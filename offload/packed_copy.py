@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from formats.pack import code_values
 from formats.packed import (
     BLOCK_ROWS,
     FP8_E4M3,
@@ -50,7 +51,7 @@ def copy_codes(
     placed = codes.view(np.uint32).reshape(-1, layout.padded_columns // 4, TILE_ROWS)
     taken = scales.view(np.float32).reshape(layout.scales_shape)
     edges = np.arange(0, layout.columns, FP8_E4M3.group)
-    values = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    values = code_values(FP8_E4M3.name)
     tiles_at_once = BLOCK_ROWS // TILE_ROWS
     for index, row in enumerate(factors):
         part = stored[index * BLOCK_ROWS : (index + 1) * BLOCK_ROWS]

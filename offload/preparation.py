@@ -20,7 +20,7 @@ from offload.checkpoint.dtypes import TAGS, TORCH_DTYPES
 from offload.checkpoint.experts import MappedExperts, map_checkpoint
 from offload.checkpoint.lazy import lazy_state_dict
 from offload.checkpoint.locate import locate_checkpoint
-from offload.checkpoint.quantised import drop_quantisation, find_encoding
+from offload.checkpoint.quantised import drop_quantisation, take_encoding
 from offload.errors import DoesNotFitError, InvalidArgumentError, SlowKvWarning
 from offload.hf.dense import load_dense
 from offload.hf.dense_weights import alignment_nbytes
@@ -165,8 +165,7 @@ def prepare_checkpoint(
     """
     directory = locate_checkpoint(name, revision=revision, local_files_only=local_files_only)
     config = read_config(directory, trust_remote_code=trust_remote_code)
-    encoding = find_encoding(config, str(directory / "config.json"))
-    drop_quantisation(config)
+    encoding = take_encoding(config, str(directory / "config.json"))
     checkpoint = Checkpoint.open(directory)
     try:
         stored = _first_dtype(checkpoint) if encoding is None else torch.bfloat16

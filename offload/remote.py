@@ -11,7 +11,7 @@ from offload.checkpoint.bundles import mapped_group
 from offload.checkpoint.decoded import decoded_tensors, decoding_nbytes
 from offload.checkpoint.dtypes import TAGS, TORCH_DTYPES
 from offload.checkpoint.experts import map_checkpoint
-from offload.checkpoint.quantised import drop_quantisation, find_encoding
+from offload.checkpoint.quantised import take_encoding
 from offload.checkpoint.remote import remote_checkpoint
 from offload.hf.dtypes import FORMAT_OF_DTYPE, resolve_dtype
 from offload.hf.quantise import linears_to_quantise, readable_alone
@@ -61,8 +61,7 @@ def read_remote(
     """
     with remote_checkpoint(repository, revision=revision, with_code=trust_remote_code) as remote:
         config = read_config(remote.directory, trust_remote_code=trust_remote_code)
-        encoding = find_encoding(config, f"config.json of {repository}")
-        drop_quantisation(config)
+        encoding = take_encoding(config, f"config.json of {repository}")
         largest = max(remote.tensors.values(), key=lambda span: span.nbytes)
         stored = TORCH_DTYPES[largest.dtype] if encoding is None else torch.bfloat16
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}

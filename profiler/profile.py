@@ -15,7 +15,7 @@ from profiler.machine import Machine, now
 from profiler.memory import available_ram_nbytes
 from profiler.points import expert_points, linear_points
 from profiler.rounds import PACKED, AttentionPoint, Found
-from profiler.subjects import Subjects
+from profiler.subjects import Attention, Subjects
 
 _MIB = 1 << 20
 _NO_OVERHEADS = Overheads(0.0, 0.0, 0.0)
@@ -75,8 +75,7 @@ def measure_machine(
                 _read_beside_kernels(found, subjects, name, effort)
         found.time_attention(_ATTENTION, subjects.attention, budget_s)
         for name, points in blocks.items():
-            make = partial(subjects.block_attention, name)
-            found.time_attention(points, lambda _new, cached, make=make: make(cached), budget_s)  # type: ignore[misc]
+            found.time_attention(points, partial(_one_token, subjects, name), budget_s)
         found.note("memory", subjects.stream())
         _read(found, subjects, effort)
     bandwidth = found.median("memory")
@@ -118,6 +117,11 @@ _ATTENTION = (
 
 _IN_BLOCKS = 1024, 16384
 """Cached tokens of one sequence."""
+
+
+def _one_token(subjects: Subjects, format: str, _new_tokens: int, cached_tokens: int) -> Attention:
+    """Attention to blocks as `Found.time_attention` asks for it: of one new token."""
+    return subjects.block_attention(format, cached_tokens)
 
 
 def _read(found: Found, subjects: Subjects, effort: Effort) -> None:

@@ -7,7 +7,9 @@ checkpoint as any other. Only headers are looked at.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
+from formats.packed import MXFP4
 from offload.checkpoint.dtypes import DTYPE_BITS
 from offload.checkpoint.mismatch import DOWNLOAD_AGAIN, mismatch
 from offload.checkpoint.quantised import Encoding
@@ -15,7 +17,7 @@ from placement.tensors import EncodedSpan, TensorSpan, encoded_span
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _SCALE_INV = "_scale_inv"
-_GROUP = 32
+_GROUP = MXFP4.group
 _FP8 = "F8_E4M3"
 _FP8_SCALES = ("F32", "BF16", "F16")
 
@@ -41,7 +43,7 @@ def decoded_tensors(tensors: Mapping[str, TensorSpan], encoding: Encoding, dtype
 def decoding_nbytes(tensors: Mapping[str, TensorSpan]) -> int:
     """Bytes that decoding one of these tensors takes at most: its codes, its scales and its weights in fp32."""
     spans = [span for span in tensors.values() if isinstance(span, EncodedSpan)]
-    return max((span.codes.nbytes + span.scales.nbytes + 4 * _count(span) for span in spans), default=0)
+    return max((span.codes.nbytes + span.scales.nbytes + 4 * prod(span.shape) for span in spans), default=0)
 
 
 def _decoded_mxfp4(tensors: Mapping[str, TensorSpan]) -> dict[str, TensorSpan]:
@@ -54,7 +56,7 @@ def _decoded_mxfp4(tensors: Mapping[str, TensorSpan]) -> dict[str, TensorSpan]:
         elif key.endswith(_BLOCKS):
             name = key.removesuffix(_BLOCKS)
             scales = _partner(tensors, key, f"{name}{_SCALES}")
-            if span.dtype != "U8" or len(span.shape) < 3 or span.shape[-1] != _GROUP // 2 or not _count(span):
+            if span.dtype != "U8" or len(span.shape) < 3 or span.shape[-1] != _GROUP // 2 or not prod(span.shape):
                 raise mismatch(
                     span.file, tensor=key, expected=f"U8 [..., rows, groups, {_GROUP // 2}]", found=_described(span)
                 )
@@ -83,7 +85,7 @@ def _decoded_fp8(tensors: Mapping[str, TensorSpan], encoding: Encoding, dtype: s
             decoded[key] = span
         else:
             scales = _partner(tensors, key, f"{key}{_SCALE_INV}")
-            if span.dtype != _FP8 or len(span.shape) < 2 or not _count(span):
+            if span.dtype != _FP8 or len(span.shape) < 2 or not prod(span.shape):
                 raise mismatch(span.file, tensor=key, expected=f"{_FP8} [..., rows, columns]", found=_described(span))
             *others, height, width = span.shape
             grid = (*others, -(-height // rows), -(-width // columns))
@@ -116,10 +118,3 @@ def _check_free(tensors: Mapping[str, TensorSpan], name: str, key: str) -> None:
 
 def _described(span: TensorSpan) -> str:
     return f"{span.dtype} {list(span.shape)}"
-
-
-def _count(span: TensorSpan) -> int:
-    count = 1
-    for size in span.shape:
-        count *= size
-    return count

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from formats.pack import code_values
 from placement.tensors import ComponentSource, EncodedSpan
 
 _WEIGHTS_AT_ONCE = 1 << 18
-_E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def pick_component(stored: torch.Tensor, source: ComponentSource) -> torch.Tenso
 
 def _pairs() -> torch.Tensor:
     """Twice the two values of each byte of MXFP4 codes in bf16, as one int32: int32 [256]."""
-    values = 2 * torch.tensor([*_E2M1_VALUES, *(-value for value in _E2M1_VALUES)], dtype=torch.bfloat16)
+    values = 2 * torch.from_numpy(code_values("mxfp4")).to(torch.bfloat16)
     byte = torch.arange(256)
     return torch.stack([values[byte & 15], values[byte >> 4]], 1).view(torch.int32).view(-1)
 

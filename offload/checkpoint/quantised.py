@@ -38,11 +38,11 @@ class Encoding:
     block: tuple[int, int]
 
 
-def find_encoding(config: PretrainedConfig, where: str) -> Encoding | None:
-    """What the config says of the checkpoint's weights, None for weights that are not quantised.
+def take_encoding(config: PretrainedConfig, where: str) -> Encoding | None:
+    """What a config says of the checkpoint's weights, which it no longer says then; None: they are not quantised.
 
     Args:
-        config: as config.json has it.
+        config: as config.json has it; that of the unquantised model from now on.
         where: names it in errors.
 
     Raises:
@@ -52,7 +52,9 @@ def find_encoding(config: PretrainedConfig, where: str) -> Encoding | None:
     for owner in _owners(config):
         quantisation = getattr(owner, _ATTRIBUTE, None)
         if quantisation:
-            return _encoding(quantisation if isinstance(quantisation, dict) else vars(quantisation), where)
+            found = _encoding(quantisation if isinstance(quantisation, dict) else vars(quantisation), where)
+            drop_quantisation(config)
+            return found
     return None
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from placement.hardware_profile import HardwareProfile
     from placement.model_spec import ModelSpec
     from placement.plan import Plan
+    from placement.predict import Routing
     from placement.prediction import PassPrediction
 
 
@@ -177,15 +178,14 @@ def _plan_remote(asked: Asked) -> None:
     tokens = asked.context or min(DEFAULT_CONTEXT_TOKENS, found.spec.max_context_tokens)
     workload = Workload(tokens, asked.batch, asked.chunk_tokens, asked.prompt)
     profile = profile_for(found.spec, request.store_root)
+    routing = read_routing(found.spec, asked.skew, asked.trace)
     try:
-        made = make_plan(
-            found.spec, workload, request.ram_nbytes, profile, read_routing(found.spec, asked.skew, asked.trace)
-        )
+        made = make_plan(found.spec, workload, request.ram_nbytes, profile, routing)
     except PlanInfeasibleError as error:
         raise DoesNotFitError(str(error), minimum_ram_bytes=error.minimum_ram_nbytes) from error
     free = _free_nbytes(request.store_root)
     state = f"none yet; written by the first run, after a download of {format_size(found.download_nbytes)}"
-    _finish(made, Disk(request.store_root, free, state, present=False), found.spec, profile, asked)
+    _finish(made, Disk(request.store_root, free, state, present=False), found.spec, profile, routing, asked)
 
 
 def _plan(asked: Asked) -> None:
@@ -220,17 +220,19 @@ def _plan(asked: Asked) -> None:
         workload = replace(made.workload, prompt_tokens=asked.prompt)
         made = make_plan(prepared.spec, workload, request.ram_nbytes, profile, routing, kv=request.kv)
     disk = _look_at_disk(request.store_root, prepared.bundles.identity, made)
-    _finish(made, disk, prepared.spec, profile, asked)
+    _finish(made, disk, prepared.spec, profile, routing, asked)
 
 
-def _finish(made: Plan, disk: Disk, spec: ModelSpec, profile: HardwareProfile | None, asked: Asked) -> None:
+def _finish(
+    made: Plan, disk: Disk, spec: ModelSpec, profile: HardwareProfile | None, routing: Routing | None, asked: Asked
+) -> None:
     """Simulate, write, and refuse what the disk has no room for."""
     from offload.errors import DoesNotFitError
 
     lacking = not disk.present and disk.free_nbytes < made.disk_nbytes
     simulation = None if asked.simulate is None else asked.simulate.run(spec, profile, made)
     if not asked.as_json:
-        _write(made, disk, _with_context_full(made, spec, profile, asked), given=asked.ram is not None)
+        _write(made, disk, _with_context_full(made, spec, profile, routing), given=asked.ram is not None)
         if simulation is not None:
             write_simulation(simulation, made)
     elif not lacking:
@@ -267,15 +269,13 @@ def _look_at_disk(root: Path, identity: str, plan: Plan) -> Disk:
     return Disk(root, free, f"there: {store.path.name}", present=True)
 
 
-def _with_context_full(made: Plan, spec: ModelSpec, profile: HardwareProfile | None, asked: Asked) -> str:
+def _with_context_full(made: Plan, spec: ModelSpec, profile: HardwareProfile | None, routing: Routing | None) -> str:
     """The expected speed of the context's last tokens, which attend to all others."""
-    from offload.traces import read_routing
     from placement.planner import predicted
 
     if made.prediction is None or profile is None:
         return "unknown"
     workload = replace(made.workload, prompt_tokens=made.workload.context_tokens)
-    routing = read_routing(spec, asked.skew, asked.trace)
     decode = predicted(spec, profile, made.ram_slots, workload, routing, made.kv).decode
     return f"decode {_speed(decode)}"
 

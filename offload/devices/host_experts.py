@@ -19,10 +19,16 @@ from cpu_kernels.packed_expert_mlp import (
     packed_expert_mlp,
     packed_expert_up,
 )
-from cpu_kernels.panel_mlp import compile_panel_kernels, panel_expert_down, panel_expert_mlp, panel_expert_up
+from cpu_kernels.panel_mlp import (
+    compile_panel_kernels,
+    multiplies_pairs,
+    panel_expert_down,
+    panel_expert_mlp,
+    panel_expert_up,
+)
 from cpu_kernels.routing_kernel import group_pairs
 from cpu_kernels.weighted_sum import compile_sums
-from cpu_kernels.wide_linear import multiplies_natively, takes_panels
+from cpu_kernels.wide_linear import takes_panels
 from formats.bundle import BundleLayout
 from offload.devices.base import ExpertBatch
 from offload.devices.host_threads import kernel_pool
@@ -85,7 +91,7 @@ def _most_on_rows(layer: ExpertsLayer, tokens: int, *, panels: bool) -> int:
     """How many tokens of an expert at most go to the kernel for rows, in a pass of so many."""
     if not panels:
         return FEW_TOKENS
-    if layer.dtype is not torch.float32 and multiplies_natively(layer.dtype):
+    if layer.dtype is torch.bfloat16 and multiplies_pairs():
         return FEW_TOKENS_IN_PAIRS
     return FEW_TOKENS_IN_FP32 if tokens > MOST_TOKENS else MOST_TOKENS
 

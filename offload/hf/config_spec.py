@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from offload.checkpoint.quantised import drop_quantisation, find_encoding
+from offload.checkpoint.quantised import take_encoding
 from offload.errors import UnsupportedModelError
 from offload.hf.experts_interface import experts_modules
 from offload.hf.model_source import expert_group
@@ -36,9 +36,8 @@ def spec_of_config(
         UnsupportedModelError: not a causal language model with experts that can be offloaded, or weights that are
             quantised in a way that is not decoded.
     """
-    encoding = find_encoding(config, f"config.json of {name}")
     config = copy.deepcopy(config)
-    drop_quantisation(config)
+    encoding = take_encoding(config, f"config.json of {name}")
     skeleton = make_skeleton(config, dtype)
     groups = [expert_group(path, module, quantisation.experts) for path, module in experts_modules(skeleton)]
     if not groups:

@@ -6,6 +6,7 @@ few places as will do, in loops without bytecode, and asks for all of them at on
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable
 from operator import is_
@@ -23,7 +24,7 @@ from cpu_kernels.compiling.compiler import direct
 from offload.hf.fused.object_lines import lines_of
 
 
-class TapeHook:
+class TapeHook(ABC):
     """A forward hook of a router that whoever leaves the router's own call out tells: it need not keep him from it."""
 
     def routed(
@@ -40,9 +41,9 @@ class TapeHook:
         """
         self(router, (hidden.clone(),), (logits.clone(), weights.clone(), ids.clone()))
 
+    @abstractmethod
     def __call__(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The router was called."""
-        raise NotImplementedError
 
 
 class Watch:
