@@ -20,7 +20,7 @@ from offload.store.names import learnt_file, store_key
 from offload.store.store import ExpertStore
 from prefetch.learning import Learner
 
-VERSION = 1
+VERSION = 2
 """Of the file and of what its tables mean."""
 
 _VERSION, _IDENTITY = "version", "identity"

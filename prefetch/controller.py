@@ -8,11 +8,13 @@ from statistics import median
 class Controller:
     """Compares passes with and without, by turns, and keeps what takes less time; tries the other again now and then.
 
-    A trial is `rounds` epochs of each way, in turns; the way with the lower median epoch wins. `margin` is in favour of
-    off: what does not help costs power and wear. The winner runs for `kept` passes, then there is a new trial.
+    A trial is `rounds` pairs of neighbouring epochs, one each way, whose order alternates; the median of the pairs'
+    ratios decides. A machine that others use too is faster now and slower then by more than there is to gain:
+    neighbours meet the same moment, and an odd pair does not count. `margin` is in favour of off: what does not help
+    costs power and wear. The winner runs for `kept` passes, then there is a new trial.
     """
 
-    def __init__(self, *, epoch: int = 8, rounds: int = 3, kept: int = 512, margin: float = 0.01) -> None:
+    def __init__(self, *, epoch: int = 4, rounds: int = 11, kept: int = 1024, margin: float = 0.01) -> None:
         """Start with a trial.
 
         Args:
@@ -47,15 +49,17 @@ class Controller:
             return
         self._epochs[self.on].append(sum(self._current[1:]) / (self.epoch - 1))
         self._current = []
-        if min(map(len, self._epochs.values())) < self.rounds:
+        with_it, without = self._epochs[True], self._epochs[False]
+        if len(with_it) != len(without):
             self.on = not self.on
-            return
-        self.on = self.seconds(on=True) < (1.0 - self.margin) * self.seconds(on=False)
-        self.trials += 1
-        self.trying = False
-        self._passes = 0
+        elif len(with_it) == self.rounds:
+            ratio = median(on / max(off, 1e-9) for on, off in zip(with_it, without, strict=True))
+            self.on = ratio < 1.0 - self.margin
+            self.trials += 1
+            self.trying = False
+            self._passes = 0
 
     def seconds(self, *, on: bool) -> float:
-        """Seconds of a pass one way, as the last or running trial found; NaN before its first epoch."""
+        """Median seconds of a pass one way, as the last or running trial found; NaN before its first epoch."""
         found = self._epochs[on]
         return median(found) if found else float("nan")

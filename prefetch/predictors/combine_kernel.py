@@ -1,5 +1,5 @@
 # mypy: allow-untyped-calls
-"""Several predictors' words on one layer, combined by logistic regression that learns from what came."""
+"""Several predictors' words on one layer, combined by a logistic regression that learns from what came."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from prefetch.jit import entry, inner
+from prefetch.predictors.logistic_kernel import choose, learn
 
 # What is known of each expert of a layer to come.
 BIAS, ROUTER, TRANSITION, PREVIOUS, POPULAR, INPUTS = range(6)
@@ -59,7 +60,8 @@ def _predict_one(
         for place in range(INPUTS):
             logit += weights[row, place] * known[place]
         said[row, expert] = logits[expert]
-        probabilities[row, expert] = 1.0 / (1.0 + np.exp(-logit))
+        probabilities[row, expert] = logit
+    choose(probabilities[row, :experts], top_k)
 
 
 @entry(
@@ -110,18 +112,6 @@ def _correct(values: Any, used: Any, k: int) -> Any:
 
 
 @inner
-def _learn(inputs: Any, probabilities: Any, used: Any, rate: float, weights: Any) -> None:
-    """One step of gradient descent on the log loss."""
-    step = np.zeros(INPUTS)
-    for expert in range(len(used)):
-        error = used[expert] - probabilities[expert]
-        for place in range(INPUTS):
-            step[place] += error * inputs[expert, place]
-    for place in range(INPUTS):
-        weights[place] += rate * step[place] / len(used)
-
-
-@inner
 def _score(inputs: Any, probabilities: Any, used: Any, counts: Any) -> None:
     """Count what was right; k is the number of experts that were needed."""
     k = int(np.sum(used))
@@ -133,19 +123,19 @@ def _score(inputs: Any, probabilities: Any, used: Any, counts: Any) -> None:
     counts[ROWS] += k
 
 
-# Rates of `observe`: of weights, of offsets, and the decays of transitions and popularity.
-WEIGHT_RATE, OFFSET_RATE, DECAY, RATES = range(4)
+# Rates of `observe`: the decay of what weights rest on, the rate of offsets, the decay of transitions and popularity.
+CURVATURE_DECAY, OFFSET_RATE, DECAY, RATES = range(4)
 
 
 @entry(
     "void(int64, int64, boolean, int64[::1], float64[::1], int64[::1], float64[:, ::1], float64[:, ::1], "
-    "float64[:, ::1], float64[:, :, ::1], float64[:, ::1], float64[:, ::1], float32[::1], int64[::1], int64[:, ::1], "
-    "float64[:, ::1], int64[::1], float64[::1])"
+    "float64[:, :, ::1], float64[:, ::1], float64[:, :, ::1], float64[:, ::1], float64[:, ::1], float32[::1], "
+    "int64[::1], int64[:, ::1], float64[:, ::1], int64[::1], float64[::1])"
 )
 def observe(
     layer: int, experts: int, scored: bool, needed: Any, logits: Any, starts: Any, uses: Any, weights: Any,
-    offsets: Any, inputs: Any, said: Any, probabilities: Any, transitions: Any, made: Any, active: Any, counts: Any,
-    used: Any, rates: Any,
+    curvature: Any, offsets: Any, inputs: Any, said: Any, probabilities: Any, transitions: Any, made: Any, active: Any,
+    counts: Any, used: Any, rates: Any,
 ) -> None:  # fmt: skip
     """A layer came: learn from it.
 
@@ -157,8 +147,9 @@ def observe(
         logits: float64 [experts], what its router said; of no elements where that is not known.
         starts: int64 [rows], of each row's transitions.
         uses: see `predict`; updated, and so is what follows up to `made`.
-        weights: see `predict`.
-        offsets: see `predict`.
+        weights: see `predict`; updated.
+        curvature: float64 [rows, INPUTS, INPUTS], see `learn`; updated.
+        offsets: see `predict`; updated.
         inputs: see `predict`.
         said: see `predict`.
         probabilities: see `predict`.
@@ -181,7 +172,10 @@ def observe(
                 for expert in range(experts):
                     error = logits[expert] - said[row, expert] - offsets[row, expert]
                     offsets[row, expert] += rates[OFFSET_RATE] * error
-            _learn(inputs[row, :experts], probabilities[row, :experts], now, rates[WEIGHT_RATE], weights[row])
+            learn(
+                inputs[row, :experts], probabilities[row, :experts], now, rates[CURVATURE_DECAY], curvature[row],
+                weights[row],
+            )  # fmt: skip
             if scored:
                 _score(inputs[row, :experts], probabilities[row, :experts], now, counts[row])
         if layer >= ahead:

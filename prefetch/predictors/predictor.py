@@ -16,8 +16,12 @@ from prefetch.predictors import combine_kernel as kernel
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_START_WEIGHTS = (0.0, 1.5, 0.2, 0.1, 0.2)
-"""Of bias, router, transition, previous token and popularity: the router of the layer itself is what is worth most."""
+_START_WEIGHTS = ((0.0, 4.5, 0.5, 0.3, 0.0), (0.0, 3.0, 0.7, 0.4, 0.0), (0.0, 2.0, 0.8, 0.5, 0.0))
+"""Of bias, router, transition, previous token and popularity, by layers ahead (the last for all further): the layer's
+own router is worth most, and less from further away."""
+
+_START_CURVATURE = 3.0
+"""How much the start's weights count beside what comes: as much as a few tokens."""
 
 DEPTH = 3
 """Layers ahead that are predicted unless told otherwise."""
@@ -25,7 +29,7 @@ DEPTH = 3
 SCORED = 8
 """One token in so many is scored: sorting is most of what a prediction costs."""
 
-_RATE = 0.05
+_CURVATURE_DECAY = 0.995
 _OFFSET_RATE = 0.05
 _DECAY = 0.95
 
@@ -74,7 +78,9 @@ class Predictor:
         self.depth = depth
         layers = geometry.layers
         counts, rows, most = geometry.counts, layers * depth, max(geometry.counts)
-        self.weights: Floats = np.tile(np.array(_START_WEIGHTS), (layers, depth, 1))
+        starts = [_START_WEIGHTS[min(ahead, len(_START_WEIGHTS) - 1)] for ahead in range(depth)]
+        self.weights: Floats = np.tile(np.array(starts), (layers, 1, 1))
+        self.curvature: Floats = np.tile(_START_CURVATURE * np.eye(kernel.INPUTS), (rows, 1, 1))
         self.counts: Floats = np.zeros((layers, depth, kernel.ROWS + 1))
         # Rows are a layer and the distance from which it is predicted.
         sizes = [
@@ -96,7 +102,7 @@ class Predictor:
         self._counts = np.array(counts, np.int64)
         self._top_k = np.zeros(layers, np.int64)
         self._heard = np.zeros((depth, most))
-        self._rates = np.array([_RATE, _OFFSET_RATE, _DECAY])
+        self._rates = np.array([_CURVATURE_DECAY, _OFFSET_RATE, _DECAY])
         self._flat_weights, self._flat_counts = self.weights.reshape(rows, -1), self.counts.reshape(rows, -1)
         self._predict, self._observe = direct(kernel.predict), direct(kernel.observe)
         self._views = [self._probabilities[row, : counts[row // depth]] for row in range(rows)]
@@ -150,8 +156,8 @@ class Predictor:
         self._observe(
             layer, self.geometry.counts[layer], scored, experts,
             _UNKNOWN if logits is None else np.ascontiguousarray(logits, np.float64), self._starts, self._uses,
-            self._flat_weights, self._offsets, self._inputs, self._said, self._probabilities, self._transitions,
-            self._made, self._active, self._flat_counts, self._used, self._rates,
+            self._flat_weights, self.curvature, self._offsets, self._inputs, self._said, self._probabilities,
+            self._transitions, self._made, self._active, self._flat_counts, self._used, self._rates,
         )  # fmt: skip
 
     def skills(self) -> list[Skill]:
@@ -167,7 +173,7 @@ class Predictor:
     # --- kept between runs -----------------------------------------------------------------------------------
 
     def _arrays(self) -> dict[str, npt.NDArray[np.floating]]:
-        arrays: dict[str, npt.NDArray[np.floating]] = {"weights": self.weights}
+        arrays: dict[str, npt.NDArray[np.floating]] = {"weights": self.weights, "curvature": self.curvature}
         counts, layers = self.geometry.counts, self.geometry.layers
         rows = [(layer, ahead, layer * self.depth + ahead - 1) for layer in range(layers) for ahead in self._distances]
         for layer, ahead, row in rows:

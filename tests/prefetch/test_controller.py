@@ -31,6 +31,17 @@ def test_what_takes_less_time_is_kept(on_s: float, off_s: float, wins: bool) -> 
         assert controller.seconds(on=True) > 0
 
 
+@pytest.mark.parametrize(("on_s", "wins"), [(0.9, True), (1.1, False)])
+def test_a_machine_that_drifts_hides_nothing(on_s: float, wins: bool) -> None:
+    for seed in range(20):
+        chance, speed, controller = random.Random(seed), 1.0, Controller()
+        while controller.trying:
+            # Up to 1.5 times as fast or slow within tens of passes, and a fifth of noise.
+            speed = min(max(speed * chance.uniform(0.93, 1.07), 0.67), 1.5)
+            controller.note_pass(speed * chance.uniform(0.9, 1.1) * (on_s if controller.on else 1.0))
+        assert controller.on is wins, seed
+
+
 def test_one_slow_epoch_decides_nothing() -> None:
     controller = Controller(epoch=2, rounds=3, kept=10)
     for index in range(12):
