@@ -107,8 +107,9 @@ class Prefetcher:
             active: int64, the experts that its router chose.
         """
         self._logits[layer] = own
-        top_k = self._top_k[layer + 1 : layer + 1 + len(ahead)]
-        foreseen = self.predictor.predict_next(layer, ahead, active, top_k)
+        following = slice(layer + 1, layer + 1 + len(ahead))
+        expected = [self.tier.policy.expected(first) for first in self._first_keys[following]]
+        foreseen = self.predictor.predict_next(layer, ahead, active, self._top_k[following], expected)
         for distance, probabilities in enumerate(foreseen, start=1):
             target = layer + distance
             self._foreseen[target] = (distance, probabilities)

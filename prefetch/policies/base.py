@@ -59,6 +59,18 @@ class CachePolicy(ABC):
         """What having `key` gains, resident or not, on a scale of the policy's own; None where it has none."""
         return None
 
+    def expected(self, first_key: int) -> Scores | None:
+        """What the policy expects of a layer's next visit by itself, whatever `on_forecast` said.
+
+        Args:
+            first_key: key of the layer's expert 0.
+
+        Returns:
+            float [experts of the layer], how probably each will be needed, valid until the layer is routed; None where
+            the policy expects nothing.
+        """
+        return None
+
     def on_scores(self, first_key: int, scores: Scores) -> None:  # noqa: B027 - most policies need none
         """The router's scores of the step that `on_route` told of, before it picked.
 

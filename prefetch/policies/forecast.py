@@ -74,14 +74,13 @@ class ForecastPolicy(ValuedPolicy):
         for layer, (first, end) in enumerate(self._ranges):
             self._believe(layer, np.full(end - first, _START_PROBABILITY))
 
-    @property
-    def probabilities(self) -> npt.NDArray[np.float32]:
-        """float32 [experts of all layers], that the next visit of its layer needs each."""
-        starts = kernel.LANES * self._layers[:, kernel.FIRST_BLOCK]
-        places = np.repeat(starts - self._first_keys[:-1], self.geometry.counts) + np.arange(self.geometry.total)
+    def expected(self, first_key: int) -> npt.NDArray[np.float32]:
+        """float32 [experts of the layer], what the regression says."""
+        layer = self._layer_of[first_key]
+        count, block = self.geometry.counts[layer], int(self._layers[layer, kernel.FIRST_BLOCK])
         known = self._known.reshape(-1, kernel.ROWS, kernel.LANES)
-        probabilities: npt.NDArray[np.float32] = known[:, kernel.PROBABILITY].reshape(-1)[places]
-        return probabilities
+        found: npt.NDArray[np.float32] = known[block : block - (-count // kernel.LANES), kernel.PROBABILITY].reshape(-1)
+        return found[:count]
 
     def _believe(self, layer: int, probabilities: Floats) -> None:
         """The layer's next visit needs its experts with these probabilities."""

@@ -55,6 +55,10 @@ class QuotaPolicy(CachePolicy):
         """For the inner policy."""
         self.inner.on_scores(first_key, scores)
 
+    def expected(self, first_key: int) -> Scores | None:
+        """What the inner policy expects."""
+        return self.inner.expected(first_key)
+
     def on_forecast(self, first_key: int, probabilities: Scores) -> None:
         """For the inner policy."""
         self.inner.on_forecast(first_key, probabilities)

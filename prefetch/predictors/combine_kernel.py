@@ -11,18 +11,22 @@ from prefetch.jit import entry, inner
 from prefetch.predictors.logistic_kernel import choose, learn
 
 # What is known of each expert of a layer to come.
-BIAS, ROUTER, TRANSITION, PREVIOUS, POPULAR, INPUTS = range(6)
+BIAS, ROUTER, TRANSITION, PREVIOUS, POPULAR, EXPECTED, INPUTS = range(7)
 
 # Rows of the counts that `score` adds to: correct among the k most probable, by predictor, those among the 2 k most
 # probable of all together, and k in all.
 BY_ROUTER, BY_TRANSITION, BY_PREVIOUS, COMBINED, COMBINED_TWICE, ROWS = range(6)
 
 _FLOOR = 0.01
+"""Of what was counted over tens of tokens."""
+
+_LEAST = 0.001
+"""Of what a policy expects."""
 
 
 @inner
-def _log_odds(share: float) -> Any:
-    kept = min(max(share, _FLOOR), 1.0 - _FLOOR)
+def _log_odds(share: float, least: float) -> Any:
+    kept = min(max(share, least), 1.0 - least)
     return np.log(kept / (1.0 - kept))
 
 
@@ -38,8 +42,8 @@ def _edge_of(logits: Any, top_k: int) -> Any:
 
 @inner
 def _predict_one(
-    row: int, layer: int, top_k: int, start: int, logits: Any, active: Any, uses: Any, weights: Any, offsets: Any,
-    inputs: Any, said: Any, probabilities: Any, transitions: Any,
+    row: int, layer: int, top_k: int, start: int, logits: Any, expected: Any, active: Any, uses: Any, weights: Any,
+    offsets: Any, inputs: Any, said: Any, probabilities: Any, transitions: Any,
 ) -> None:  # fmt: skip
     experts = len(logits)
     corrected = logits + offsets[row, :experts]
@@ -53,9 +57,10 @@ def _predict_one(
         known = inputs[row, expert]
         known[BIAS] = 1.0
         known[ROUTER] = min(max((corrected[expert] - edge) / spread, -4.0), 4.0)
-        known[TRANSITION] = _log_odds(follows[expert] / max(len(active), 1))
+        known[TRANSITION] = _log_odds(follows[expert] / max(len(active), 1), _FLOOR)
         known[PREVIOUS] = previous[expert]
-        known[POPULAR] = _log_odds(popular[expert])
+        known[POPULAR] = _log_odds(popular[expert], _FLOOR)
+        known[EXPECTED] = _log_odds(expected[expert], _LEAST)
         logit = 0.0
         for place in range(INPUTS):
             logit += weights[row, place] * known[place]
@@ -65,12 +70,13 @@ def _predict_one(
 
 
 @entry(
-    "void(int64, int64, int64, int64[::1], int64[::1], float64[:, ::1], int64[::1], int64[::1], float64[:, ::1], "
-    "float64[:, ::1], float64[:, ::1], float64[:, :, ::1], float64[:, ::1], float64[:, ::1], float32[::1], int64[::1])"
+    "void(int64, int64, int64, int64[::1], int64[::1], float64[:, ::1], float64[:, ::1], int64[::1], int64[::1], "
+    "float64[:, ::1], float64[:, ::1], float64[:, ::1], float64[:, :, ::1], float64[:, ::1], float64[:, ::1], "
+    "float32[::1], int64[::1])"
 )
 def predict(
-    layer: int, first: int, end: int, counts: Any, top_k: Any, logits: Any, active: Any, starts: Any, uses: Any,
-    weights: Any, offsets: Any, inputs: Any, said: Any, probabilities: Any, transitions: Any, made: Any,
+    layer: int, first: int, end: int, counts: Any, top_k: Any, logits: Any, expected: Any, active: Any, starts: Any,
+    uses: Any, weights: Any, offsets: Any, inputs: Any, said: Any, probabilities: Any, transitions: Any, made: Any,
 ) -> None:  # fmt: skip
     """How probably each expert of some layers to come is needed.
 
@@ -81,6 +87,8 @@ def predict(
         counts: int64 [layers], experts of each.
         top_k: int64 [layers], experts of a token in each, at most as many as it has.
         logits: float64 [end - first, most experts], what each layer's router says of this layer's hidden state.
+        expected: float64 [end - first, most experts], how probably each is needed as the cache policy has it; 0.5
+            where it says nothing.
         active: int64 [n], experts of this layer that the token goes to.
         starts: int64 [rows], of each row's transitions; a row is of a layer and of its distance.
         uses: float64 [2 x layers, most experts]: 1 where the token before needed an expert, then decayed shares of
@@ -99,8 +107,9 @@ def predict(
         target = layer + ahead
         row = target * depth + ahead - 1
         _predict_one(
-            row, target, top_k[target], starts[row], logits[ahead - first, : counts[target]], active, uses, weights,
-            offsets, inputs, said, probabilities, transitions,
+            row, target, top_k[target], starts[row], logits[ahead - first, : counts[target]],
+            expected[ahead - first, : counts[target]], active, uses, weights, offsets, inputs, said, probabilities,
+            transitions,
         )  # fmt: skip
         made[row] = 1
 

@@ -16,9 +16,9 @@ from prefetch.predictors import combine_kernel as kernel
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_START_WEIGHTS = ((0.0, 4.5, 0.5, 0.3, 0.0), (0.0, 3.0, 0.7, 0.4, 0.0), (0.0, 2.0, 0.8, 0.5, 0.0))
-"""Of bias, router, transition, previous token and popularity, by layers ahead (the last for all further): the layer's
-own router is worth most, and less from further away."""
+_START_WEIGHTS = ((0.0, 4.5, 0.5, 0.3, 0.0, 0.3), (0.0, 3.0, 0.7, 0.4, 0.0, 0.3), (0.0, 2.0, 0.8, 0.5, 0.0, 0.3))
+"""Of bias, router, transition, previous token, popularity and what the policy expects, by layers ahead (the last for
+all further): the layer's own router is worth most, and less from further away."""
 
 _START_CURVATURE = 3.0
 """How much the start's weights count beside what comes: as much as a few tokens."""
@@ -34,6 +34,9 @@ _OFFSET_RATE = 0.05
 _DECAY = 0.95
 
 _UNKNOWN: Floats = np.zeros(0)
+
+_UNTOLD = 0.5
+"""Log-odds 0, with which nothing moves."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +105,32 @@ class Predictor:
         self._counts = np.array(counts, np.int64)
         self._top_k = np.zeros(layers, np.int64)
         self._heard = np.zeros((depth, most))
+        self._expected = np.full((depth, most), _UNTOLD)
         self._rates = np.array([_CURVATURE_DECAY, _OFFSET_RATE, _DECAY])
         self._flat_weights, self._flat_counts = self.weights.reshape(rows, -1), self.counts.reshape(rows, -1)
         self._predict, self._observe = direct(kernel.predict), direct(kernel.observe)
         self._views = [self._probabilities[row, : counts[row // depth]] for row in range(rows)]
 
-    def predict(self, layer: int, ahead: int, logits: npt.NDArray[np.floating], active: Ints, top_k: int) -> Floats:
+    def predict(
+        self,
+        layer: int,
+        ahead: int,
+        logits: npt.NDArray[np.floating],
+        active: Ints,
+        top_k: int,
+        expected: npt.NDArray[np.floating] | None = None,
+    ) -> Floats:
         """How probably each expert of layer `layer + ahead` will be needed; see `predict_next`."""
-        (found,) = self._predict_from(layer, ahead, [logits], active, [top_k])
+        (found,) = self._predict_from(layer, ahead, [logits], active, [top_k], [expected])
         return found
 
     def predict_next(
-        self, layer: int, logits: Sequence[npt.NDArray[np.floating]], active: Ints, top_k: Sequence[int]
+        self,
+        layer: int,
+        logits: Sequence[npt.NDArray[np.floating]],
+        active: Ints,
+        top_k: Sequence[int],
+        expected: Sequence[npt.NDArray[np.floating] | None],
     ) -> list[Floats]:
         """How probably each expert of the next layers will be needed.
 
@@ -123,23 +140,33 @@ class Predictor:
                 state.
             active: int64, experts of this layer that the token goes to; empty where that is not known yet.
             top_k: for each of the next layers, experts of a token there.
+            expected: for each of the next layers, [experts], how probably it needs each as the cache policy has it
+                (`CachePolicy.expected`), or None.
 
         Returns:
             For each, float64 [experts]; valid until the layer is predicted from the same distance again.
         """
-        return self._predict_from(layer, 1, logits, active, top_k)
+        return self._predict_from(layer, 1, logits, active, top_k, expected)
 
     def _predict_from(
-        self, layer: int, first: int, logits: Sequence[npt.NDArray[np.floating]], active: Ints, top_k: Sequence[int]
+        self,
+        layer: int,
+        first: int,
+        logits: Sequence[npt.NDArray[np.floating]],
+        active: Ints,
+        top_k: Sequence[int],
+        expected: Sequence[npt.NDArray[np.floating] | None],
     ) -> list[Floats]:
         counts, depth, target = self.geometry.counts, self.depth, layer + first
-        for place, (said, k) in enumerate(zip(logits, top_k, strict=True)):
-            self._heard[place, : counts[target + place]] = said
-            self._top_k[target + place] = min(k, counts[target + place])
+        for place, (said, k, known) in enumerate(zip(logits, top_k, expected, strict=True)):
+            count = counts[target + place]
+            self._heard[place, :count] = said
+            self._expected[place, :count] = _UNTOLD if known is None else known
+            self._top_k[target + place] = min(k, count)
         self._predict(
-            layer, first, first + len(logits), self._counts, self._top_k, self._heard, active, self._starts, self._uses,
-            self._flat_weights, self._offsets, self._inputs, self._said, self._probabilities, self._transitions,
-            self._made,
+            layer, first, first + len(logits), self._counts, self._top_k, self._heard, self._expected, active,
+            self._starts, self._uses, self._flat_weights, self._offsets, self._inputs, self._said, self._probabilities,
+            self._transitions, self._made,
         )  # fmt: skip
         return [self._views[(target + place) * depth + first + place - 1] for place in range(len(logits))]
 

@@ -135,8 +135,10 @@ def _foresee(trace: RoutingTrace, index: int, step: LayerStep, predictor: Predic
     for ahead in range(1, min(predictor.depth, trace.depth, trace.geometry.layers - 1 - step.layer) + 1):
         target = step.layer + ahead
         logits = trace.ahead[index, step.layer, ahead - 1, : trace.geometry.counts[target]].astype(np.float64)
-        probabilities = predictor.predict(step.layer, ahead, logits, step.experts, trace.top_k)
-        policy.on_forecast(int(trace.geometry.first_keys[target]), probabilities)
+        first_key = int(trace.geometry.first_keys[target])
+        expected = policy.expected(first_key)
+        probabilities = predictor.predict(step.layer, ahead, logits, step.experts, trace.top_k, expected)
+        policy.on_forecast(first_key, probabilities)
 
 
 def belady_for(trace: RoutingTrace) -> BeladyPolicy:

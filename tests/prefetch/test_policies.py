@@ -306,7 +306,7 @@ def test_forecast_is_a_logistic_regression_that_learns() -> None:
     weights = ForecastPolicy(Geometry((1,))).weights[0]
     seen = [forecast_inputs((0.005, 0.05, 0.2), 0.0, 20.0), forecast_inputs((0, 0, 0), 0.0, 20.0)]
     before = [sigmoid(float(weights @ np.array(x))) for x in seen]
-    assert policy.probabilities.tolist() == pytest.approx(before)
+    assert policy.expected(0).tolist() == pytest.approx(before)
     assert policy.weights[0] == pytest.approx(weights)
     policy.on_route([0])
     errors = [1.0 - before[0], 0.0 - before[1]]
@@ -315,12 +315,32 @@ def test_forecast_is_a_logistic_regression_that_learns() -> None:
     shares = (0.005 * 0.99 + 0.01, 0.05 * 0.9 + 0.1, 0.2 * 0.6 + 0.4)
     after = [forecast_inputs(shares, 1.0, 0.0), forecast_inputs((0, 0, 0), 0.0, 21.0)]
     predicted = [sigmoid(float(weights @ np.array(x))) for x in after]
-    assert policy.probabilities.tolist() == pytest.approx(predicted)
+    assert policy.expected(0).tolist() == pytest.approx(predicted)
     # The next token learns what follows expert 0.
     assert not policy.links[0].any()
     policy.on_route([1])
     assert policy.links[0][0].tolist() == pytest.approx([0.07 * (0 - predicted[0]), 0.07 * (1 - predicted[1])])
     assert not policy.links[0][1].any()
+
+
+def test_what_forecast_expects_of_a_layer_is_its_own() -> None:
+    geometry = Geometry((3, 200, 64))
+    policy, firsts = ForecastPolicy(geometry), [0, 3, 203]
+    for _ in range(40):
+        policy.on_route([1])
+        policy.on_route([3, 3 + 63, 3 + 64, 3 + 199])
+        policy.on_route([203, 203 + 63])
+    needed = [[1], [0, 63, 64, 199], [0, 63]]
+    for layer, (first, used) in enumerate(zip(firsts, needed, strict=True)):
+        expected = policy.expected(first).copy()
+        assert expected.shape == (geometry.counts[layer],)
+        assert sorted(np.argsort(-expected)[: len(used)].tolist()) == used
+        # What a predictor says counts for victims only.
+        policy.on_forecast(first, np.linspace(0.0, 1.0, geometry.counts[layer]))
+        assert np.array_equal(policy.expected(first), expected)
+    shallow = make_policy("lfu-shallow-first", geometry)
+    assert shallow.expected(0) is None
+    assert make_policy("lru", geometry).expected(3) is None
 
 
 def test_forecast_learns_what_follows_what() -> None:
@@ -333,7 +353,7 @@ def test_forecast_learns_what_follows_what() -> None:
         for layer in range(2):
             first = 8 * layer
             if token > 300:
-                best = int(np.argmax(policy.probabilities[first : first + 8]))
+                best = int(np.argmax(policy.expected(first)))
                 right.append(best // 2 == kind)
             policy.on_route([first + 2 * kind, first + 2 * kind + 1])
     assert sum(right) / len(right) > 0.85

@@ -49,7 +49,7 @@ def test_all_next_layers_at_once_are_as_one_by_one() -> None:
             logits = [chance.standard_normal(other).astype(np.float32) for other in following]
             active = np.sort(chance.permutation(count)[:TOP_K]).astype(np.int64)
             # More than there are counts as all.
-            found = together.predict_next(layer, logits, active, [TOP_K, 20][: len(logits)])
+            found = together.predict_next(layer, logits, active, [TOP_K, 20][: len(logits)], [None] * len(logits))
             for place, (said, k) in enumerate(zip(logits, [TOP_K, 20], strict=False)):
                 assert np.array_equal(found[place], one_by_one.predict(layer, 1 + place, said, active, k))
             own = chance.standard_normal(count)
@@ -125,3 +125,23 @@ def test_what_was_learnt_is_kept() -> None:
     assert all(np.array_equal(before[name], array) for name, array in fresh.state().items())
     with pytest.raises(ValueError, match="depth=0"):
         Predictor(GEOMETRY, depth=0)
+
+
+def test_a_policy_that_knows_is_believed() -> None:
+    predictor, deaf = Predictor(GEOMETRY, depth=1), Predictor(GEOMETRY, depth=1)
+    chance = np.random.default_rng(11)
+    for token in range(300):
+        active = np.sort(chance.permutation(12)[:TOP_K]).astype(np.int64)
+        needed = np.sort(chance.permutation(12)[:TOP_K]).astype(np.int64)
+        expected = np.full(12, 0.1, np.float32)
+        expected[needed] = 0.8
+        noise = chance.standard_normal(12)
+        (found,) = predictor.predict_next(0, [noise], active, [TOP_K], [expected])
+        if token > 250:
+            assert set(top(found)) == set(needed.tolist())
+        (unsaid,) = deaf.predict_next(0, [noise], active, [TOP_K], [None])
+        assert np.isfinite(unsaid).all()
+        for one in (predictor, deaf):
+            one.observe(0, active)
+            one.observe(1, needed)
+    assert predictor.skills()[0].combined > deaf.skills()[0].combined + 0.3
