@@ -60,11 +60,7 @@ def measure_machine(
         name: expert_points(subjects, name, effort.tokens, several, entries=name in PACKED_FORMATS) for name in formats
     }
     linears = {name: linear_points(subjects, name, effort.tokens, _LARGE_ROWS, _SMALL_ROWS) for name in formats}
-    blocks = {
-        name: tuple(AttentionPoint(f"attention to {name} blocks, {cached} cached", 1, cached) for cached in _IN_BLOCKS)
-        for name in KV_FORMATS
-        if name != "fp16"
-    }
+    blocks = {name: _block_points(name) for name in KV_FORMATS if name != "fp16"}
     found = Found()
     budget_s = effort.call_s / effort.rounds
     for number in range(effort.rounds):
@@ -86,7 +82,7 @@ def measure_machine(
         found.curves(linears),
         found.attention(_ATTENTION, bandwidth),
         _NO_OVERHEADS,
-        blocks=found.block_speeds({name: (short.what, long.what) for name, (short, long) in blocks.items()}, bandwidth),
+        blocks=found.block_speeds({name: [one.what for one in points] for name, points in blocks.items()}, bandwidth),
     )
     provenance = Provenance("measured", machine.describe(), machine.fingerprint, now(), machine.versions)
     disk = _disk(found, effort, free_nbytes)
@@ -110,18 +106,32 @@ def several(tokens: int) -> int:
 _ATTENTION = (
     AttentionPoint("attention, 64 cached", 1, 64),
     AttentionPoint("attention, 4096 cached", 1, 4096),
+    AttentionPoint("attention, 4096 cached, narrow heads", 1, 4096, narrow=True),
     AttentionPoint("attention, 64 new", 64, 0),
     AttentionPoint("attention, 512 new", 512, 0),
+    AttentionPoint("attention, 512 new, narrow heads", 512, 0, narrow=True),
 )
 """One token beside few and many cached ones, and some and many tokens at once."""
 
-_IN_BLOCKS = 1024, 16384
-"""Cached tokens of one sequence."""
+_IN_BLOCKS = (1024, False), (16384, False), (16384, True)
+"""Cached tokens of one sequence, and whether heads are narrow."""
 
 
-def _one_token(subjects: Subjects, format: str, _new_tokens: int, cached_tokens: int) -> Attention:
+def _block_points(format: str) -> tuple[AttentionPoint, ...]:
+    return tuple(
+        AttentionPoint(
+            f"attention to {format} blocks, {cached} cached{', narrow heads' if narrow else ''}", 1, cached, narrow
+        )
+        for cached, narrow in _IN_BLOCKS
+    )
+
+
+def _one_token(
+    subjects: Subjects, format: str, new_tokens: int, cached_tokens: int, *, narrow: bool
+) -> Attention:  # fmt: skip
     """Attention to blocks as `Found.time_attention` asks for it: of one new token."""
-    return subjects.block_attention(format, cached_tokens)
+    assert new_tokens == 1, "there is no other"
+    return subjects.block_attention(format, cached_tokens, narrow=narrow)
 
 
 def _read(found: Found, subjects: Subjects, effort: Effort) -> None:
