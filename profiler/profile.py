@@ -8,7 +8,7 @@ from functools import partial
 
 from formats.kv import KV_FORMATS
 from formats.packed import PACKED_FORMATS
-from placement.disk import BURST_READS, FEW_READS, Disk, DiskPoint, Overlap
+from placement.disk import BURST_READS, FEW_READS, GOING_ON_READS, Disk, DiskPoint, Overlap
 from placement.hardware_profile import Compute, HardwareProfile, Overheads, Provenance
 from profiler.effort import FULL, Effort
 from profiler.machine import Machine, now
@@ -23,9 +23,9 @@ _NO_OVERLAP = Overlap(2, 1.0, 1.0)
 """Until passes from disk tell."""
 _OVERLAP_NBYTES, _BESIDE_BLOCKS = 64 * _MIB, 8
 _BYTES_PER_POINT = 96 * _MIB
-MIN_BLOCKS, _MAX_BLOCKS = 48, 256
-"""Of reads that go on: until the first are there and while the last are read alone the disk is not as busy as between,
-and a layer's reads have that added."""
+_MAX_BLOCKS = 256
+"""Of reads that go on, GOING_ON_READS at least: until the first are there and while the last are read alone the disk is
+not as busy as between, and a layer's reads have that added."""
 _IN_FLIGHT = 4
 _BURSTS = 5
 _LARGE_BLOCK = 12 * _MIB
@@ -99,8 +99,10 @@ def measure_machine(
 
 
 def several(tokens: int) -> int:
-    """Experts of a call, so that calls with few and with many tokens are long enough and none takes long."""
-    return 8 if tokens <= 16 else 2
+    """Experts of a call, so that calls with few and with many tokens are long enough and none takes long. What calls of
+    many tokens take in Python must be little of them: a layer's experts share one.
+    """
+    return 8 if tokens <= 32 else 4 if tokens <= 96 else 2
 
 
 _ATTENTION = (
@@ -137,7 +139,7 @@ def _one_token(
 def _read(found: Found, subjects: Subjects, effort: Effort) -> None:
     """A round of the disk: each point, bursts, and one small read."""
     for block in effort.blocks:
-        blocks = int(min(max(effort.share_of_reads * _BYTES_PER_POINT // block, MIN_BLOCKS), _MAX_BLOCKS))
+        blocks = int(min(max(effort.share_of_reads * _BYTES_PER_POINT // block, GOING_ON_READS), _MAX_BLOCKS))
         for depth in effort.depths:
             found.note(_point_of(block, depth), blocks * block / subjects.read(block, depth, blocks))
     for block in (*effort.blocks, _LARGE_BLOCK):
