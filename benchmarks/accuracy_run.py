@@ -64,6 +64,11 @@ class Measured:
     decode_passes: int
     decoded_turns: int
 
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether others had more of the CPUs than a turn that counts should leave them, in any of its turns."""
+        return any(one.others > _UNDISTURBED for one in (*self.prefill, *self.decode))
+
 
 def passes_of_turn(passes_per_s: float) -> int:
     """Passes of a turn of decode, of which so many are expected in a second."""

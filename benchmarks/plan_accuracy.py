@@ -193,6 +193,7 @@ def report_of(
     pairs = [row_of(cell, prepared[cell], profile, found[cell.name]) for cell in done]
     report.tables["Predicted and measured"] = [row for row, _ in pairs]
     _targets(report, [errors for _, errors in pairs])
+    _tell_disturbed(report, [found[cell.name].is_disturbed for cell in done], pairs)
     if len(done) < len(cells):
         report.notes.append(f"{len(cells) - len(done)} of {len(cells)} runs are still to be measured.")
     report.notes.append(f"Profile: {profile.provenance.machine}, {profile.provenance.date}.")
@@ -215,6 +216,23 @@ def _targets(report: Report, errors: Sequence[dict[str, float]]) -> None:
     peaks = [one["peak memory"] for one in errors]
     report.target("peak RSS: predicted above measured, at most", max(peaks), "at most", 0.03)
     report.target("peak RSS: predicted above measured, at least", min(peaks), "at least", 0.0)
+
+
+def _tell_disturbed(
+    report: Report, disturbed: Sequence[bool], pairs: Sequence[tuple[Row, dict[str, float]]]
+) -> None:  # fmt: skip
+    """A note of runs beside which other processes ran. They are in all figures."""
+    quiet = [errors for (_, errors), one in zip(pairs, disturbed, strict=True) if not one]
+    if not quiet or len(quiet) == len(pairs):
+        return
+    shares = {phase: [abs(one[phase]) for one in quiet] for phase in ("decode", "prefill")}
+    errors = ", ".join(
+        f"{phase} {statistics.mean(share):.1%} off, {max(share):.0%} at worst" for phase, share in shares.items()
+    )
+    report.notes.append(
+        f"In {len(pairs) - len(quiet)} of {len(pairs)} runs other processes had more than a twentieth of the CPUs in a "
+        f"turn that counts; the others: {errors}."
+    )
 
 
 def grid(scale: AccuracyScale) -> Iterator[Cell]:

@@ -51,10 +51,11 @@ def attention_s(layer: LayerSpec, device: Compute, work: Pass) -> float:
     if layer.attention_values == 0:
         return 0.0
     kv_nbytes = work.batch * work.visible_tokens(layer.window_tokens) * layer.kv_nbytes_per_token
-    flops = 2.0 * layer.attention_values * work.batch * work.attended_pairs(layer.window_tokens)
+    pairs = work.batch * work.attended_pairs(layer.window_tokens)
+    flops, scores = 2.0 * layer.attention_values * pairs, layer.attention_heads * pairs
     if work.new_tokens == 1:
-        return device.decode_attention_s(kv_nbytes, flops, layer.kv_format)
-    return device.attention.seconds(kv_nbytes, flops, work.new_tokens)
+        return device.decode_attention_s(kv_nbytes, flops, layer.kv_format, scores)
+    return device.attention.seconds(kv_nbytes, flops, work.new_tokens, scores)
 
 
 def layer_cost(

@@ -15,6 +15,9 @@ FloatArray = npt.NDArray[np.float64]
 FEW_READS, BURST_READS = 2, 8
 """Of bursts that are measured."""
 
+GOING_ON_READS = 48
+"""Of which reads that go on are measured, at least: their start is in that speed."""
+
 
 @dataclass(frozen=True)
 class DiskPoint:
@@ -106,7 +109,8 @@ class Disk:
 
         Args:
             nbytes: of each.
-            reads: [...] how many there are; straight between the bursts that were measured, level outside.
+            reads: [...] how many there are; straight between the bursts that were measured, level below; beyond them
+                straight to none at GOING_ON_READS, whose start is in the speed of reads that go on.
             going_on_s: seconds of so many that go on.
         """
         if not self.bursts:
@@ -117,7 +121,7 @@ class Disk:
                 burst_s = count * nbytes / _between(points, int(nbytes))
                 counts.append(count)
                 found.append(max(0.0, burst_s - float(going_on_s(np.array(float(count))))))
-        return np.interp(reads, counts, found)
+        return np.interp(reads, [*counts, GOING_ON_READS], [*found, 0.0])
 
     def overlapped_bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
         """Speed of reads while the CPU's kernels of few tokens run."""

@@ -140,7 +140,8 @@ def expert_cost(
         in_ram: likewise in RAM; the others are read.
         on_gpu: the layer around runs on the accelerator, so its activations are there.
         decode: the pass has one token of each sequence.
-        around_s: of the linear layers around on the CPU, which take longer where experts were read before.
+        around_s: of the linear layers and the attention around on the CPU, which take longer where experts were read
+            before.
     """
     speeds = _speeds(experts, profile, need, rows, on_gpu=on_gpu, decode=decode)
     distinct = round(need.distinct)

@@ -11,7 +11,7 @@ from placement.curves import TokenCurve
 from placement.disk import Disk
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 12
+PROFILE_VERSION = 13
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,17 @@ class FormatCurve:
 class AttentionSpeed:
     """Attention of new tokens to cached ones; flops are two for each product and sum.
 
+    A score takes its exponential and sums besides its products, whatever the width of heads, so narrow heads take more
+    for each product than wide ones.
+
     Attributes:
         call_s: of a layer, whatever its size.
         bytes_per_s: at which the cache is read.
         few_flops_per_s: for one new token of each sequence.
         flops_per_s: for many new tokens.
         prompt_call_s: in the place of `call_s` for many new tokens, whose keys and values are laid out first.
+        few_score_s: of each score, beside its products, for one new token of each sequence.
+        score_s: likewise for many new tokens.
     """
 
     call_s: float
@@ -73,12 +78,17 @@ class AttentionSpeed:
     few_flops_per_s: float
     flops_per_s: float
     prompt_call_s: float | None = None
+    few_score_s: float = 0.0
+    score_s: float = 0.0
 
-    def seconds(self, kv_nbytes: float, flops: float, new_tokens: int) -> float:
+    def seconds(self, kv_nbytes: float, flops: float, new_tokens: int, scores: float = 0.0) -> float:
         """Seconds of one layer: reading or computing, whichever takes longer."""
-        speed = self.few_flops_per_s if new_tokens == 1 else self.flops_per_s
-        call_s = self.call_s if new_tokens == 1 or self.prompt_call_s is None else self.prompt_call_s
-        return call_s + max(kv_nbytes / self.bytes_per_s, flops / speed)
+        if new_tokens == 1:
+            call_s, computing_s = self.call_s, flops / self.few_flops_per_s + scores * self.few_score_s
+        else:
+            call_s = self.call_s if self.prompt_call_s is None else self.prompt_call_s
+            computing_s = flops / self.flops_per_s + scores * self.score_s
+        return call_s + max(kv_nbytes / self.bytes_per_s, computing_s)
 
     def with_speeds(self, memory: float, arithmetic: float) -> AttentionSpeed:
         """Reading the cache follows memory, all else arithmetic."""
@@ -89,6 +99,8 @@ class AttentionSpeed:
             self.few_flops_per_s * arithmetic,
             self.flops_per_s * arithmetic,
             prompt,
+            self.few_score_s / arithmetic,
+            self.score_s / arithmetic,
         )
 
 
@@ -101,22 +113,25 @@ class BlockSpeed:
         call_s: of a layer, whatever its size.
         bytes_per_s: at which blocks are read.
         flops_per_s: two for each product and sum, what unpacks blocks included.
+        score_s: of each score, beside its products.
     """
 
     format: str
     call_s: float
     bytes_per_s: float
     flops_per_s: float
+    score_s: float = 0.0
 
-    def seconds(self, kv_nbytes: float, flops: float) -> float:
+    def seconds(self, kv_nbytes: float, flops: float, scores: float = 0.0) -> float:
         """Seconds of one layer: reading or computing, whichever takes longer."""
-        return self.call_s + max(kv_nbytes / self.bytes_per_s, flops / self.flops_per_s)
+        return self.call_s + max(kv_nbytes / self.bytes_per_s, flops / self.flops_per_s + scores * self.score_s)
 
     def with_speeds(self, memory: float, arithmetic: float) -> BlockSpeed:
         """Reading blocks follows memory, all else arithmetic."""
         return BlockSpeed(
-            self.format, self.call_s / arithmetic, self.bytes_per_s * memory, self.flops_per_s * arithmetic
-        )
+            self.format, self.call_s / arithmetic, self.bytes_per_s * memory, self.flops_per_s * arithmetic,
+            self.score_s / arithmetic,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -182,18 +197,19 @@ class Compute:
     packed_overheads: Overheads | None = None
     blocks: tuple[BlockSpeed, ...] = ()
 
-    def decode_attention_s(self, kv_nbytes: float, flops: float, format: str | None) -> float:
+    def decode_attention_s(self, kv_nbytes: float, flops: float, format: str | None, scores: float = 0.0) -> float:
         """Seconds of one layer's attention of one new token of each sequence.
 
         Args:
             kv_nbytes: that are read.
             flops: two for each product and sum.
             format: of the cache's blocks; None for one that lies in one piece.
+            scores: of queries with cached tokens.
         """
         for known in self.blocks:
             if known.format == format:
-                return known.seconds(kv_nbytes, flops)
-        return self.attention.seconds(kv_nbytes, flops, 1)
+                return known.seconds(kv_nbytes, flops, scores)
+        return self.attention.seconds(kv_nbytes, flops, 1, scores)
 
     def overheads_in(self, format: str | None) -> Overheads:
         """The overheads of dense layers in a format; None for a layer that has none."""

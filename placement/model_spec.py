@@ -73,6 +73,7 @@ class LayerSpec:
         window_tokens: how far back attention looks, None for all.
         experts: index into `ModelSpec.experts`, None for a layer without.
         kv_format: of the blocks in which its cache lies; None for one in one piece.
+        attention_heads: of queries, each of which has a score for one new and one cached token.
     """
 
     dense_nbytes: int
@@ -82,6 +83,7 @@ class LayerSpec:
     window_tokens: int | None
     experts: int | None
     kv_format: str | None = None
+    attention_heads: int = 0
 
     @property
     def dense_format(self) -> str | None:

@@ -197,9 +197,11 @@ def _add_pass(
             total.add_dense(cost, times * work.count)
             if kind.experts is not None:
                 need = routing.demand(kind.experts, work)
+                # What the CPU computes of the layer beside its experts, it computes between two layers' reads.
+                around_s = (0.0 if vram else cost.dense_s) + (0.0 if kv else cost.attention_s)
                 experts = expert_cost(
                     kind.experts, profile, homes, need, work.rows, in_vram, in_ram, on_gpu=vram,
-                    decode=work.new_tokens == 1, around_s=0.0 if vram else cost.dense_s,
+                    decode=work.new_tokens == 1, around_s=around_s,
                 )  # fmt: skip
                 total.add_experts(experts, need.distinct, rates, kind.experts.layout.nbytes, times * work.count)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from placement.dense_choices import DenseChoice, Saving, dense_choices
-from placement.dense_cost import layer_cost, linears_s, pass_cost
+from placement.dense_cost import attention_s, layer_cost, linears_s, pass_cost
 from placement.expert_cost import IntArray, expert_cost
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
@@ -237,34 +237,39 @@ class _Search:
             in_vram = phase.rates[slots]
             in_ram = np.maximum(phase.rates[both] - in_vram, 0.0)
             for kind, (dense, kv) in enumerate(zip(choice.dense, choice.kv, strict=True)):
-                count = len(self.kinds[kind].indices)
-                for (vram, cached), times in (
-                    ((True, True), kv),
-                    ((True, False), dense - kv),
-                    ((False, False), count - dense),
-                ):
-                    if times:
-                        total += phase.weight * times * self._layer_s(number, kind, vram, cached)
-                total += phase.weight * self._experts_s(phase, kind, dense, in_vram, in_ram, profile)
+                places = self._places(kind, dense, kv)
+                for (vram, cached), times in places.items():
+                    total += phase.weight * times * self._layer_s(number, kind, vram, cached)
+                total += phase.weight * self._experts_s(phase, kind, places, in_vram, in_ram, profile)
         return total
 
+    def _places(self, kind: int, dense: int, kv: int) -> dict[tuple[bool, bool], int]:
+        """Layers of a kind by where their (dense weights, KV cache) are."""
+        count = len(self.kinds[kind].indices)
+        found = {(True, True): kv, (True, False): dense - kv, (False, False): count - dense}
+        return {place: times for place, times in found.items() if times}
+
     def _experts_s(
-        self, phase: _Phase, kind: int, dense: int, in_vram: FloatArray, in_ram: FloatArray, profile: HardwareProfile
-    ) -> FloatArray:
-        """Routed experts of all layers of a kind, of which `dense` are on the accelerator."""
-        experts = self.kinds[kind].experts
+        self, phase: _Phase, kind: int, places: dict[tuple[bool, bool], int], in_vram: FloatArray, in_ram: FloatArray,
+        profile: HardwareProfile,
+    ) -> FloatArray:  # fmt: skip
+        """Routed experts of all layers of a kind."""
+        layer, experts = self.kinds[kind].layer, self.kinds[kind].experts
         total = np.zeros(len(in_vram))
         if experts is None:
             return total
         need = self.routing.demand(experts, phase.work)
-        around_s = linears_s(self.kinds[kind].layer.linears, profile.cpu, phase.work.rows)
-        for on_gpu, times in ((True, dense), (False, len(self.kinds[kind].indices) - dense)):
-            if times:
-                cost = expert_cost(
-                    experts, profile, _NOTHING, need, phase.work.rows, in_vram, in_ram, on_gpu=on_gpu,
-                    decode=phase.work.new_tokens == 1, around_s=0.0 if on_gpu else around_s,
-                )  # fmt: skip
-                total += times * cost.total_s
+        linear_s, attending_s = (
+            linears_s(layer.linears, profile.cpu, phase.work.rows),
+            attention_s(layer, profile.cpu, phase.work),
+        )
+        for (on_gpu, cached), times in places.items():
+            around_s = (0.0 if on_gpu else linear_s) + (0.0 if cached else attending_s)
+            cost = expert_cost(
+                experts, profile, _NOTHING, need, phase.work.rows, in_vram, in_ram, on_gpu=on_gpu,
+                decode=phase.work.new_tokens == 1, around_s=around_s,
+            )  # fmt: skip
+            total += times * cost.total_s
         return total
 
     def _layer_s(self, phase: int, kind: int, vram: bool, kv: bool) -> float:

@@ -2,7 +2,8 @@
 
 Shared machines change by a third within seconds: other tenants take memory's bandwidth, the sibling threads of the
 cores, or the disk. The probe repeats three of the profile's own measurements: experts of one token, which stream
-weights from memory, experts of many tokens, which compute, and reads.
+weights from memory, experts of many tokens, which compute, and reads. Of many tokens several points of the profile's
+curve are repeated: each has an error of its own, which would be taken for the machine's speed.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import statistics
 from time import perf_counter
 
+from placement.disk import BURST_READS, GOING_ON_READS
 from placement.hardware_profile import HardwareProfile, Speeds
-from profiler.profile import MIN_BLOCKS, several
+from profiler.profile import several
 from profiler.subjects import Product, Subjects
 
 PROBE_S = 1.0
-_FEW, _MANY = 1, 32
+_FEW, _MANY = 1, (32, 128)
+"""Tokens of an expert: those of the curve's points from so many to so many."""
 _TURNS = 3
 
 
@@ -39,27 +42,31 @@ def probe(
     """
     reads = block_nbytes > 0 and profile.disk is not None
     share_s = seconds / _TURNS / (3 if reads else 2)
-    products = {tokens: subjects.experts(format, several(tokens), tokens) for tokens in (_FEW, _MANY)}
+    curve = profile.cpu.expert(format)
+    many = [tokens for tokens in curve.tokens if _MANY[0] <= tokens <= _MANY[1]] or [_MANY[0]]
+    products = {tokens: subjects.experts(format, several(tokens), tokens) for tokens in (_FEW, *many)}
     repeats: dict[int, list[float]] = {tokens: [] for tokens in products}
     disk: list[float] = []
     for product in products.values():
         product.run()
     for _ in range(_TURNS):
         for tokens, product in products.items():
-            repeats[tokens] += _repeats(product, share_s)
+            repeats[tokens] += _repeats(product, share_s if tokens == _FEW else share_s / len(many))
         if reads and profile.disk is not None:
+            # A disk that nobody read from for a moment begins slowly, which in the profile, where reads follow reads,
+            # and in a run is what the first of a layer's take more.
+            subjects.read(block_nbytes, in_flight, BURST_READS)
             # As many as the profile's points have, which begin and end as slowly.
-            seconds_of_reads = subjects.read(block_nbytes, in_flight, MIN_BLOCKS)
-            speed = MIN_BLOCKS * block_nbytes / seconds_of_reads
+            seconds_of_reads = subjects.read(block_nbytes, in_flight, GOING_ON_READS)
+            speed = GOING_ON_READS * block_nbytes / seconds_of_reads
             disk.append(speed / profile.disk.bytes_per_s(block_nbytes, in_flight))
-    curve = profile.cpu.expert(format)
-    memory, arithmetic = (
+    memory, *arithmetic = (
         product.calls
         * curve.seconds(product.weights, tokens, 1, product.entries, product.items)
         / statistics.median(repeats[tokens])
         for tokens, product in products.items()
     )
-    return Speeds(memory, arithmetic, statistics.median(disk) if disk else 1.0)
+    return Speeds(memory, statistics.geometric_mean(arithmetic), statistics.median(disk) if disk else 1.0)
 
 
 def _repeats(product: Product, seconds: float) -> list[float]:

@@ -8,7 +8,7 @@ from functools import partial
 
 from formats.kv import KV_FORMATS
 from formats.packed import PACKED_FORMATS
-from placement.disk import BURST_READS, FEW_READS, Disk, DiskPoint, Overlap
+from placement.disk import BURST_READS, FEW_READS, GOING_ON_READS, Disk, DiskPoint, Overlap
 from placement.hardware_profile import Compute, HardwareProfile, Overheads, Provenance
 from profiler.effort import FULL, Effort
 from profiler.machine import Machine, now
@@ -23,9 +23,9 @@ _NO_OVERLAP = Overlap(2, 1.0, 1.0)
 """Until passes from disk tell."""
 _OVERLAP_NBYTES, _BESIDE_BLOCKS = 64 * _MIB, 8
 _BYTES_PER_POINT = 96 * _MIB
-MIN_BLOCKS, _MAX_BLOCKS = 48, 256
-"""Of reads that go on: until the first are there and while the last are read alone the disk is not as busy as between,
-and a layer's reads have that added."""
+_MAX_BLOCKS = 256
+"""Of reads that go on, GOING_ON_READS at least: until the first are there and while the last are read alone the disk is
+not as busy as between, and a layer's reads have that added."""
 _IN_FLIGHT = 4
 _BURSTS = 5
 _LARGE_BLOCK = 12 * _MIB
@@ -60,11 +60,7 @@ def measure_machine(
         name: expert_points(subjects, name, effort.tokens, several, entries=name in PACKED_FORMATS) for name in formats
     }
     linears = {name: linear_points(subjects, name, effort.tokens, _LARGE_ROWS, _SMALL_ROWS) for name in formats}
-    blocks = {
-        name: tuple(AttentionPoint(f"attention to {name} blocks, {cached} cached", 1, cached) for cached in _IN_BLOCKS)
-        for name in KV_FORMATS
-        if name != "fp16"
-    }
+    blocks = {name: _block_points(name) for name in KV_FORMATS if name != "fp16"}
     found = Found()
     budget_s = effort.call_s / effort.rounds
     for number in range(effort.rounds):
@@ -86,7 +82,7 @@ def measure_machine(
         found.curves(linears),
         found.attention(_ATTENTION, bandwidth),
         _NO_OVERHEADS,
-        blocks=found.block_speeds({name: (short.what, long.what) for name, (short, long) in blocks.items()}, bandwidth),
+        blocks=found.block_speeds({name: [one.what for one in points] for name, points in blocks.items()}, bandwidth),
     )
     provenance = Provenance("measured", machine.describe(), machine.fingerprint, now(), machine.versions)
     disk = _disk(found, effort, free_nbytes)
@@ -103,31 +99,47 @@ def measure_machine(
 
 
 def several(tokens: int) -> int:
-    """Experts of a call, so that calls with few and with many tokens are long enough and none takes long."""
-    return 8 if tokens <= 16 else 2
+    """Experts of a call, so that calls with few and with many tokens are long enough and none takes long. What calls of
+    many tokens take in Python must be little of them: a layer's experts share one.
+    """
+    return 8 if tokens <= 32 else 4 if tokens <= 96 else 2
 
 
 _ATTENTION = (
     AttentionPoint("attention, 64 cached", 1, 64),
     AttentionPoint("attention, 4096 cached", 1, 4096),
+    AttentionPoint("attention, 4096 cached, narrow heads", 1, 4096, narrow=True),
     AttentionPoint("attention, 64 new", 64, 0),
     AttentionPoint("attention, 512 new", 512, 0),
+    AttentionPoint("attention, 512 new, narrow heads", 512, 0, narrow=True),
 )
 """One token beside few and many cached ones, and some and many tokens at once."""
 
-_IN_BLOCKS = 1024, 16384
-"""Cached tokens of one sequence."""
+_IN_BLOCKS = (1024, False), (16384, False), (16384, True)
+"""Cached tokens of one sequence, and whether heads are narrow."""
 
 
-def _one_token(subjects: Subjects, format: str, _new_tokens: int, cached_tokens: int) -> Attention:
+def _block_points(format: str) -> tuple[AttentionPoint, ...]:
+    return tuple(
+        AttentionPoint(
+            f"attention to {format} blocks, {cached} cached{', narrow heads' if narrow else ''}", 1, cached, narrow
+        )
+        for cached, narrow in _IN_BLOCKS
+    )
+
+
+def _one_token(
+    subjects: Subjects, format: str, new_tokens: int, cached_tokens: int, *, narrow: bool
+) -> Attention:  # fmt: skip
     """Attention to blocks as `Found.time_attention` asks for it: of one new token."""
-    return subjects.block_attention(format, cached_tokens)
+    assert new_tokens == 1, "there is no other"
+    return subjects.block_attention(format, cached_tokens, narrow=narrow)
 
 
 def _read(found: Found, subjects: Subjects, effort: Effort) -> None:
     """A round of the disk: each point, bursts, and one small read."""
     for block in effort.blocks:
-        blocks = int(min(max(effort.share_of_reads * _BYTES_PER_POINT // block, MIN_BLOCKS), _MAX_BLOCKS))
+        blocks = int(min(max(effort.share_of_reads * _BYTES_PER_POINT // block, GOING_ON_READS), _MAX_BLOCKS))
         for depth in effort.depths:
             found.note(_point_of(block, depth), blocks * block / subjects.read(block, depth, blocks))
     for block in (*effort.blocks, _LARGE_BLOCK):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from placement.curves import Sample, TokenCurve, fit_curve
 from placement.hardware_profile import AttentionSpeed, BlockSpeed, FormatCurve
@@ -33,11 +34,27 @@ class Point:
 
 @dataclass(frozen=True)
 class AttentionPoint:
-    """Attention of one layer: what it is in words, new tokens, and cached ones before them."""
+    """Attention of one layer.
+
+    Attributes:
+        what: in words.
+        new_tokens: of a sequence.
+        cached_tokens: before them.
+        narrow: heads have few products for each score.
+    """
 
     what: str
     new_tokens: int
     cached_tokens: int
+    narrow: bool = False
+
+
+class MakeAttention(Protocol):
+    """Makes attention of so many new and cached tokens."""
+
+    def __call__(self, new_tokens: int, cached_tokens: int, *, narrow: bool) -> Attention:
+        """See `Kernels.attention`."""
+        ...
 
 
 @dataclass
@@ -49,7 +66,8 @@ class Found:
     """What of these are seconds of a call."""
     sizes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """Weights of a product, entries of a token, and experts."""
-    flops: dict[str, float] = field(default_factory=dict)
+    attended: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Flops of a call of attention, and its scores."""
 
     def time(self, what: str, run: Callable[[], object], budget_s: float, calls: int = 1) -> None:
         """Repeat a run of some calls: seconds of one of these."""
@@ -67,13 +85,11 @@ class Found:
             self.sizes[point.what] = product.weights, product.entries, product.items
             self.time(point.what, product.run, budget_s, product.calls)
 
-    def time_attention(
-        self, points: Iterable[AttentionPoint], make: Callable[[int, int], Attention], budget_s: float
-    ) -> None:
-        """Likewise of attention; `make` is told numbers of new and of cached tokens."""
+    def time_attention(self, points: Iterable[AttentionPoint], make: MakeAttention, budget_s: float) -> None:
+        """Likewise of attention."""
         for point in points:
-            attention = make(point.new_tokens, point.cached_tokens)
-            self.flops[point.what] = attention.flops
+            attention = make(point.new_tokens, point.cached_tokens, narrow=point.narrow)
+            self.attended[point.what] = attention.flops, attention.scores
             self.time(point.what, attention.run, budget_s, attention.calls)
 
     def note(self, what: str, value: float) -> None:
@@ -115,27 +131,49 @@ class Found:
         return fit_curve(samples)
 
     def attention(self, points: Sequence[AttentionPoint], bandwidth: float) -> AttentionSpeed:
-        """Of one token beside few cached ones, one beside many, some at once and many at once, in this order. What
-        attention reads it reads at the bandwidth.
+        """Of one token and of many, each a call with few and one with many pairs of tokens and, where scores are to be
+        told apart from products, one with narrow heads, in this order. What attention reads it reads at the bandwidth.
         """
-        one, short, prompt, long = ((self.flops[point.what], self.seconds(point.what)) for point in points)
-        call_s, few_flops_per_s = _line(one, short)
-        prompt_call_s, flops_per_s = _line(prompt, long)
-        return AttentionSpeed(call_s, bandwidth, few_flops_per_s, flops_per_s, prompt_call_s)
+        one, many = ([point for point in points if (point.new_tokens == 1) is few] for few in (True, False))
+        call_s, few_flops_per_s, few_score_s = self._attention_line([point.what for point in one])
+        prompt_call_s, flops_per_s, score_s = self._attention_line([point.what for point in many])
+        return AttentionSpeed(call_s, bandwidth, few_flops_per_s, flops_per_s, prompt_call_s, few_score_s, score_s)
 
-    def block_speeds(self, points: Mapping[str, tuple[str, str]], bandwidth: float) -> tuple[BlockSpeed, ...]:
-        """Attention to blocks by format, of calls with few and with many cached tokens. So many query heads share a
-        key-value head that computing takes longer than reading, which goes at the bandwidth. fp16 is not measured: its
-        bytes and its ways through the kernels are bf16's.
+    def block_speeds(self, points: Mapping[str, Sequence[str]], bandwidth: float) -> tuple[BlockSpeed, ...]:
+        """Attention to blocks by format, of calls as of one token above. So many query heads share a key-value head
+        that computing takes longer than reading, which goes at the bandwidth. fp16 is not measured: its bytes and its
+        ways through the kernels are bf16's.
         """
         found = []
         for format, calls in points.items():
-            call_s, flops_per_s = _line(*((self.flops[what], self.seconds(what)) for what in calls))
-            found.append(BlockSpeed(format, call_s, bandwidth, flops_per_s))
+            call_s, flops_per_s, score_s = self._attention_line(calls)
+            found.append(BlockSpeed(format, call_s, bandwidth, flops_per_s, score_s))
         return (*found, *(replace(one, format="fp16") for one in found if one.format == "bf16"))
 
+    def _attention_line(self, calls: Sequence[str]) -> tuple[float, float, float]:
+        """(seconds of a call, flops per second, seconds of a score beside its products)."""
+        small, large, *narrow = ((*self.attended[what], self.seconds(what)) for what in calls)
+        return _line(small, large, *narrow)
 
-def _line(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:
-    """(seconds of a call, flops per second) from (flops, seconds) of a small and of a large call."""
-    flops_per_s = (large[0] - small[0]) / max(large[1] - small[1], 1e-9)
-    return max(0.0, small[1] - small[0] / flops_per_s), flops_per_s
+
+_LEAST_OF_PRODUCTS = 0.1
+"""Share of a wide head's score that is its products', whatever noise says."""
+
+
+def _line(
+    small: tuple[float, float, float], large: tuple[float, float, float],
+    narrow: tuple[float, float, float] | None = None,
+) -> tuple[float, float, float]:  # fmt: skip
+    """(seconds of a call, flops per second, seconds of a score) from (flops, scores, seconds) of a small and of a large
+    call, and of one with narrow heads.
+    """
+    flops_per_s = (large[0] - small[0]) / max(large[2] - small[2], 1e-9)
+    call_s = max(0.0, small[2] - small[0] / flops_per_s)
+    if narrow is None:
+        return call_s, flops_per_s, 0.0
+    (wide_flops, wide_s), (narrow_flops, narrow_s) = (
+        (flops / scores, max(seconds - call_s, 0.0) / scores) for flops, scores, seconds in (large, narrow)
+    )
+    most = 1 / flops_per_s
+    flop_s = min(max((wide_s - narrow_s) / (wide_flops - narrow_flops), _LEAST_OF_PRODUCTS * most), most)
+    return call_s, 1 / flop_s, (most - flop_s) * wide_flops

@@ -38,12 +38,14 @@ class Attention:
         flops: of a call.
         run: `calls` calls.
         calls: that are made at once, in a row.
+        scores: of a call: pairs of a query, of each head, and a key.
     """
 
     kv_nbytes: int
     flops: float
     run: Callable[[], object]
     calls: int = 1
+    scores: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ class Kernels(Protocol):
         """A linear layer of `rows` outputs."""
         ...
 
-    def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
-        """One sequence's new tokens, which attend to cached ones and themselves."""
+    def attention(self, new_tokens: int, cached_tokens: int, *, narrow: bool = False) -> Attention:
+        """One sequence's new tokens, which attend to cached ones and themselves; narrow heads have few products for
+        each score.
+        """
         ...
 
     def stream(self) -> float:
@@ -98,7 +102,7 @@ class Subjects(Kernels, Protocol):
         """
         ...
 
-    def block_attention(self, format: str, cached_tokens: int) -> Attention:
+    def block_attention(self, format: str, cached_tokens: int, *, narrow: bool = False) -> Attention:
         """One token of one sequence, which attends to so many cached ones in blocks of a format."""
         ...
 

@@ -47,6 +47,7 @@ def layer_specs(
                 attention_values=_attention_values(skeleton) if growth else 0,
                 window_tokens=_window(skeleton, number),
                 experts=own[0] if own else None,
+                attention_heads=skeleton.config.get_text_config().num_attention_heads if growth else 0,
             )
         )
     return tuple(specs)

@@ -12,7 +12,7 @@ from cpu_kernels.prepared_attention import PreparedAttention, rows_elements
 from formats.kv import KvLayout
 from formats.kv_pack import pack_kv_block
 from offload.devices.host_threads import kernel_pool
-from offload.measuring.kernels import COLD_NBYTES, HEAD_WIDTH, HEADS, KV_HEADS
+from offload.measuring.kernels import COLD_NBYTES, HEAD_WIDTH, HEADS, KV_HEADS, NARROW_HEAD_WIDTH
 from placement.kv import SETTINGS
 from profiler.subjects import Attention
 
@@ -21,14 +21,16 @@ _IN_A_ROW = 4
 """Calls of a run."""
 
 
-def block_attention_calls(format: str, cached_tokens: int) -> Attention:
+def block_attention_calls(format: str, cached_tokens: int, *, narrow: bool = False) -> Attention:
     """Attention of one layer with grouped heads, as decode calls it from one token to the next.
 
     Args:
         format: of the blocks.
         cached_tokens: of a history; blocks are full.
+        narrow: heads have few products for each score.
     """
-    layout = KvLayout(format, KV_HEADS, HEAD_WIDTH, HEAD_WIDTH, SETTINGS.block_tokens)
+    width = NARROW_HEAD_WIDTH if narrow else HEAD_WIDTH
+    layout = KvLayout(format, KV_HEADS, width, width, SETTINGS.block_tokens)
     blocks = max(1, cached_tokens // layout.block_tokens)
     tokens = blocks * layout.block_tokens
     histories = max(2, COLD_NBYTES // 2 // (blocks * layout.nbytes))
@@ -39,19 +41,20 @@ def block_attention_calls(format: str, cached_tokens: int) -> Attention:
     prepared = itertools.cycle(
         [
             PreparedAttention(
-                layout, HEAD_WIDTH**-0.5, np.array([0, blocks]), addresses[first : first + blocks],
+                layout, width**-0.5, np.array([0, blocks]), addresses[first : first + blocks],
                 np.array([tokens]), np.zeros(1, np.int64), rows, out, lse,
             )
             for first in range(0, len(addresses), blocks)
         ]
     )  # fmt: skip
-    query, pool = torch.randn(1, HEADS, 1, HEAD_WIDTH), kernel_pool()
+    query, pool = torch.randn(1, HEADS, 1, width), kernel_pool()
 
     def run(_memory: npt.NDArray[np.uint8] = memory) -> None:
         for _ in range(_IN_A_ROW):
             next(prepared).attend(query, tokens, tokens - 1, pool)
 
-    return Attention(blocks * layout.nbytes, 4.0 * HEADS * HEAD_WIDTH * tokens, run, _IN_A_ROW)
+    scores = float(HEADS * tokens)
+    return Attention(blocks * layout.nbytes, 4.0 * width * scores, run, _IN_A_ROW, scores)
 
 
 def _fill(layout: KvLayout, memory: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.int64]:

@@ -66,9 +66,10 @@ class CudaSubjects:
             self._linears = (format, rows), DeviceLinears(format, rows, self._driver.device)
         return self._linears[1].product(tokens, self._driver.finish_kernels)
 
-    def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
+    def attention(self, new_tokens: int, cached_tokens: int, *, narrow: bool = False) -> Attention:
         """See `Kernels`."""
-        return device_attention(new_tokens, cached_tokens, self._driver.device, self._driver.finish_kernels)
+        finish = self._driver.finish_kernels
+        return device_attention(new_tokens, cached_tokens, self._driver.device, finish, narrow=narrow)
 
     def stream(self) -> float:
         """See `Kernels`."""

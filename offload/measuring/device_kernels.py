@@ -82,7 +82,7 @@ def _copy_of(layer: torch.nn.Module) -> torch.nn.Module:
 
 
 def device_attention(
-    new_tokens: int, cached_tokens: int, device: torch.device, finish: Callable[[], None]
+    new_tokens: int, cached_tokens: int, device: torch.device, finish: Callable[[], None], *, narrow: bool = False
 ) -> Attention:
     """Attention of one layer with grouped heads in bf16 as transformers' "sdpa" calls it on a device, some in a row.
 
@@ -91,11 +91,13 @@ def device_attention(
         cached_tokens: before them.
         device: that computes.
         finish: returns when it is done.
+        narrow: heads have few products for each score.
     """
     assert new_tokens == 1 or cached_tokens == 0
     seen = cached_tokens + new_tokens
-    query = torch.randn(1, kernels.HEADS, new_tokens, kernels.HEAD_WIDTH).to(device, torch.bfloat16)
-    first = torch.randn(1, kernels.KV_HEADS, seen, kernels.HEAD_WIDTH).to(device, torch.bfloat16)
+    width = kernels.NARROW_HEAD_WIDTH if narrow else kernels.HEAD_WIDTH
+    query = torch.randn(1, kernels.HEADS, new_tokens, width).to(device, torch.bfloat16)
+    first = torch.randn(1, kernels.KV_HEADS, seen, width).to(device, torch.bfloat16)
     copies = max(1, min(64, COLD_NBYTES // (2 * first.nbytes)))
     caches = itertools.cycle([(first.clone(), first.clone()) for _ in range(copies)])
 
@@ -107,8 +109,8 @@ def device_attention(
                 F.scaled_dot_product_attention(query, key, value, is_causal=new_tokens > 1, enable_gqa=True)
         finish()
 
-    pairs = new_tokens * (cached_tokens + (new_tokens + 1) / 2)
-    return Attention(2 * first.nbytes, 4.0 * kernels.HEADS * kernels.HEAD_WIDTH * pairs, run, _IN_A_ROW)
+    scores = kernels.HEADS * new_tokens * (cached_tokens + (new_tokens + 1) / 2)
+    return Attention(2 * first.nbytes, 4.0 * width * scores, run, _IN_A_ROW, scores)
 
 
 def device_stream(device: torch.device, seconds: Callable[[Callable[[], object]], float]) -> float:

@@ -31,7 +31,7 @@ from profiler.subjects import Attention, Product
 
 HIDDEN, INTERMEDIATE = 2048, 768
 NARROW_HIDDEN, NARROW_INTERMEDIATE = 512, 256
-HEADS, KV_HEADS, HEAD_WIDTH = 32, 4, 128
+HEADS, KV_HEADS, HEAD_WIDTH, NARROW_HEAD_WIDTH = 32, 4, 128, 64
 _IN_A_ROW, _MOST_TAPED = 4, 8
 """Linear layers of a run, as many as a layer of a model has, and tokens up to which there are such runs."""
 _MOST_TAPED_EXPERTS = 2
@@ -255,13 +255,13 @@ class _Attends(torch.nn.Module):
     num_key_value_groups = HEADS // KV_HEADS
 
 
-def attention_calls(new_tokens: int, cached_tokens: int) -> Attention:
+def attention_calls(new_tokens: int, cached_tokens: int, *, narrow: bool = False) -> Attention:
     """Attention of one layer with grouped heads in bf16, as a loaded model calls it."""
-    seen = cached_tokens + new_tokens
+    seen, width = cached_tokens + new_tokens, NARROW_HEAD_WIDTH if narrow else HEAD_WIDTH
     dtype = torch.bfloat16
-    query = torch.randn(1, HEADS, new_tokens, HEAD_WIDTH).to(dtype)
-    copies = max(1, min(64, COLD_NBYTES // (seen * KV_HEADS * HEAD_WIDTH * 4)))
-    first = torch.randn(1, KV_HEADS, seen, HEAD_WIDTH).to(dtype)
+    query = torch.randn(1, HEADS, new_tokens, width).to(dtype)
+    copies = max(1, min(64, COLD_NBYTES // (seen * KV_HEADS * width * 4)))
+    first = torch.randn(1, KV_HEADS, seen, width).to(dtype)
     caches = itertools.cycle([(first.clone(), first.clone()) for _ in range(copies)])
     module = _Attends()
 
@@ -270,5 +270,5 @@ def attention_calls(new_tokens: int, cached_tokens: int) -> Attention:
         with torch.no_grad():
             attend(module, query, key, value, None)
 
-    pairs = new_tokens * (cached_tokens + (new_tokens + 1) / 2)
-    return Attention(seen * KV_HEADS * HEAD_WIDTH * 4, 4.0 * HEADS * HEAD_WIDTH * pairs, run)
+    scores = HEADS * new_tokens * (cached_tokens + (new_tokens + 1) / 2)
+    return Attention(seen * KV_HEADS * width * 4, 4.0 * width * scores, run, scores=scores)

@@ -68,13 +68,13 @@ class RuntimeSubjects:
             self._experts[narrow] = ExpertCalls(format, narrow=narrow)
         return self._experts[narrow]
 
-    def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
+    def attention(self, new_tokens: int, cached_tokens: int, *, narrow: bool = False) -> Attention:
         """See `Subjects`."""
-        return attention_calls(new_tokens, cached_tokens)
+        return attention_calls(new_tokens, cached_tokens, narrow=narrow)
 
-    def block_attention(self, format: str, cached_tokens: int) -> Attention:
+    def block_attention(self, format: str, cached_tokens: int, *, narrow: bool = False) -> Attention:
         """See `Subjects`."""
-        return block_attention_calls(format, cached_tokens)
+        return block_attention_calls(format, cached_tokens, narrow=narrow)
 
     def stream(self) -> float:
         """See `Subjects`."""

@@ -31,7 +31,7 @@ from benchmarks import (
     step,
 )
 from benchmarks.checkpoints import budget_for, ensure_checkpoint, plan_for, weight_files
-from benchmarks.harness import GateError, Report, Spread
+from benchmarks.harness import GateError, Report, Row, Spread
 from benchmarks.peers import PeerError, Process
 from benchmarks.raw_io import Block, blocks_of, copy_files, read_blocks
 from benchmarks.sessions import ModelOptions
@@ -134,6 +134,21 @@ def test_runs_and_reports(name: str, work: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_processes")
+def test_runs_beside_other_processes_are_told_apart() -> None:
+    pairs: list[tuple[Row, dict[str, float]]] = [
+        ({}, {"decode": 1.0, "prefill": 0.5}),
+        ({}, {"decode": 0.1, "prefill": -0.2}),
+        ({}, {"decode": -0.3, "prefill": 0.0}),
+    ]
+    report = Report("plan_accuracy")
+    plan_accuracy._tell_disturbed(report, [False] * 3, pairs)
+    assert not report.notes
+    plan_accuracy._tell_disturbed(report, [True, False, False], pairs)
+    (note,) = report.notes
+    assert "1 of 3 runs" in note
+    assert "decode 20.0% off, 30% at worst, prefill 10.0% off, 20% at worst" in note
+
+
 def test_predictions_beside_measurements(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The grid, with a profile from datasheets in the place of the measurement, which takes too long."""
     profile = datasheet(cpu="ddr5-desktop", drive="gen4")

@@ -95,6 +95,12 @@ def test_linear_attention_has_no_cache_that_grows() -> None:
     spec = spec_of_config(tiny_config("qwen3_next"), "x", Quantisation(), dtype=torch.float32, context_tokens=64)
     assert [layer.kv_nbytes_per_token > 0 for layer in spec.layers] == [False, True, False]
     assert [layer.attention_values > 0 for layer in spec.layers] == [False, True, False]
+    assert [layer.attention_heads > 0 for layer in spec.layers] == [False, True, False]
+
+
+def test_attention_has_the_configs_heads() -> None:
+    for layer in public("qwen3-30b-a3b").layers:
+        assert (layer.attention_heads, layer.attention_values) == (32, 32 * 2 * 128)
 
 
 def test_a_model_without_experts_is_refused() -> None:

@@ -98,9 +98,13 @@ def test_attention_counts_its_flops_and_waits_once() -> None:
     assert one.flops == pytest.approx(4 * kernels.HEADS * kernels.HEAD_WIDTH * 16)
     prompt = device_attention(8, 0, torch.device("cpu"), lambda: finished.append(None))
     assert prompt.flops == pytest.approx(4 * kernels.HEADS * kernels.HEAD_WIDTH * sum(range(1, 9)))
+    narrow = device_attention(8, 0, torch.device("cpu"), lambda: finished.append(None), narrow=True)
+    assert narrow.scores == prompt.scores == kernels.HEADS * sum(range(1, 9))
+    assert narrow.flops / prompt.flops == kernels.NARROW_HEAD_WIDTH / kernels.HEAD_WIDTH
     one.run()
     prompt.run()
-    assert len(finished) == 2
+    narrow.run()
+    assert len(finished) == 3
 
 
 def test_copies_are_the_runtimes(driver: FakeCudaDriver) -> None:

@@ -72,6 +72,10 @@ def test_attention_to_blocks_goes_through_memory(format: str, monkeypatch: pytes
     assert calls.flops == 4 * kernels.HEADS * kernels.HEAD_WIDTH * 128
     calls.run()
     assert attended == [(128, 127)] * calls.calls
+    assert calls.scores == kernels.HEADS * 128
+    narrow = block_attention.block_attention_calls(format, 130, narrow=True)
+    assert (narrow.scores, narrow.flops) == (calls.scores, calls.flops * kernels.NARROW_HEAD_WIDTH / kernels.HEAD_WIDTH)
+    narrow.run()
 
 
 def test_packed_linears_have_weights_of_their_own() -> None:
@@ -88,7 +92,13 @@ def test_attention_counts_its_flops() -> None:
     work.run()
     prompt = attention_calls(8, 0)
     assert prompt.flops == pytest.approx(4 * kernels.HEADS * kernels.HEAD_WIDTH * sum(range(1, 9)))
+    assert prompt.scores == kernels.HEADS * sum(range(1, 9))
     prompt.run()
+    narrow = attention_calls(8, 0, narrow=True)
+    assert narrow.scores == prompt.scores
+    assert narrow.flops / prompt.flops == narrow.kv_nbytes / prompt.kv_nbytes
+    assert narrow.flops / prompt.flops == kernels.NARROW_HEAD_WIDTH / kernels.HEAD_WIDTH
+    narrow.run()
 
 
 @pytest.mark.parametrize(("block", "depth"), [(4096, 1), (10_000, 2), (1 << 20, 4)])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from formats.bundle import EXPERT_FORMATS, BundleLayout
 from placement.datasheets import CPUS, DRIVES, GPUS, LINKS, bits_of, datasheet
-from placement.hardware_profile import BlockSpeed, HardwareProfile, Link, Speeds
+from placement.hardware_profile import AttentionSpeed, BlockSpeed, HardwareProfile, Link, Speeds
 from tests.placement.machines import machine, machines
 
 
@@ -60,6 +60,20 @@ def test_blocks_are_read_or_multiplied() -> None:
     assert with_blocks.cpu.decode_attention_s(1e8, 1e8, "int8") == speed.seconds(1e8, 1e8)
     for format in None, "int4":
         assert with_blocks.cpu.decode_attention_s(1e8, 1e8, format) == profile.cpu.attention.seconds(1e8, 1e8, 1)
+
+
+@pytest.mark.parametrize(("new", "score_s"), [(1, 1e-9), (64, 1e-10)])
+def test_scores_take_more_than_their_products(new: int, score_s: float) -> None:
+    speed = AttentionSpeed(1e-5, 1e10, 1e10, 1e11, 1e-3, 1e-9, 1e-10)
+    plain = replace(speed, few_score_s=0.0, score_s=0.0)
+    more_s = speed.seconds(1e3, 1e8, new, 1e6) - plain.seconds(1e3, 1e8, new, 1e6)
+    assert more_s == pytest.approx(1e6 * score_s)
+    assert speed.seconds(1e9, 1e6, new, 1e3) == plain.seconds(1e9, 1e6, new), "reading takes longer"
+    slower = speed.with_speeds(1.0, 0.5)
+    assert slower.seconds(1e3, 1e8, new, 1e6) == pytest.approx(2 * speed.seconds(1e3, 1e8, new, 1e6))
+    block = BlockSpeed("int8", 1e-5, 1e10, 1e11, 1e-10)
+    assert block.seconds(1e3, 1e8, 1e6) == pytest.approx(1e-5 + 1e-3 + 1e-4)
+    assert block.with_speeds(1.0, 0.5).score_s == 2e-10
 
 
 @settings(deadline=None)

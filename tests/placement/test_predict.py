@@ -118,6 +118,33 @@ def test_it_goes_the_right_way() -> None:
     assert longer.terms.attention_s > predict(SPEC, CPU, ALL, WORK).decode.terms.attention_s
 
 
+def test_attention_takes_longer_between_reads() -> None:
+    assert CPU.disk is not None
+    disturbed = replace(CPU, disk=replace(CPU.disk, between=0.5))
+    work = replace(WORK, prompt_tokens=3000)
+
+    def more_s(cached_tokens: int) -> float:
+        at = replace(work, prompt_tokens=cached_tokens)
+        slow, fast = (predict(SPEC, profile, in_ram(2), at).decode for profile in (disturbed, CPU))
+        assert slow.terms.attention_s == fast.terms.attention_s
+        return slow.seconds - fast.seconds
+
+    short, long = (predict(SPEC, CPU, ALL, replace(work, prompt_tokens=n)).decode for n in (100, 3000))
+    # Three of four layers have experts, of which some are all but always read.
+    longer_s = 3 / 4 * (long.terms.attention_s - short.terms.attention_s)
+    assert more_s(3000) - more_s(100) == pytest.approx(longer_s, rel=0.01)
+    assert predict(SPEC, disturbed, ALL, work).decode == predict(SPEC, CPU, ALL, work).decode
+
+
+def test_narrow_heads_have_more_scores_for_their_products() -> None:
+    attention = replace(CPU.cpu.attention, few_score_s=1e-9, score_s=1e-10)
+    cpu = replace(CPU, cpu=replace(CPU.cpu, attention=attention))
+    heads = replace(SPEC, layers=tuple(replace(layer, attention_heads=8) for layer in SPEC.layers))
+    one, plain = (predict(of, cpu, ALL, replace(WORK, prompt_tokens=100)).prefill for of in (heads, SPEC))
+    more_s = one.terms.attention_s - plain.terms.attention_s
+    assert more_s == pytest.approx(4 * 8 * sum(range(1, 101)) * 1e-10)
+
+
 def test_a_window_bounds_attention() -> None:
     layers = tuple(replace(layer, window_tokens=64) for layer in SPEC.layers)
     windowed = replace(SPEC, layers=layers)

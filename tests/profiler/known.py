@@ -27,6 +27,8 @@ BLOCKS = {
     "int4": (2e-5, 1e11),
 }
 """(seconds of a call, flops per second) of attention to blocks."""
+BLOCK_SCORE_S, FEW_SCORE_S, SCORE_S = 1e-10, 4e-10, 2e-9
+"""Seconds of a score beside its products: to blocks, of one new token, of many."""
 
 
 class Known:
@@ -48,15 +50,19 @@ class Known:
         entries = rows + 1000
         return Product(rows * 1000, partial(LINEARS[format].seconds, rows * 1000, tokens, 1, entries), entries)
 
-    def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
-        flops = 1e4 * new_tokens * (cached_tokens + new_tokens)
-        call_s, speed = (5e-5, 1e9) if new_tokens == 1 else (9e-4, 1e11)
-        return Attention(1000 * (cached_tokens + new_tokens), flops, lambda: call_s + flops / speed)
+    def attention(self, new_tokens: int, cached_tokens: int, *, narrow: bool = False) -> Attention:
+        scores = 20.0 * new_tokens * (cached_tokens + new_tokens)
+        flops = (250 if narrow else 500) * scores
+        call_s, speed, score_s = (5e-5, 1e9, FEW_SCORE_S) if new_tokens == 1 else (9e-4, 1e11, SCORE_S)
+        seconds = call_s + flops / speed + score_s * scores
+        return Attention(1000 * (cached_tokens + new_tokens), flops, lambda: seconds, scores=scores)
 
-    def block_attention(self, format: str, cached_tokens: int) -> Attention:
+    def block_attention(self, format: str, cached_tokens: int, *, narrow: bool = False) -> Attention:
         call_s, speed = BLOCKS[format]
-        flops = 2e4 * cached_tokens
-        return Attention(cached_tokens, flops, lambda: 4 * (call_s + flops / speed), 4)
+        scores = 40.0 * cached_tokens
+        flops = (250 if narrow else 500) * scores
+        seconds = call_s + flops / speed + BLOCK_SCORE_S * scores
+        return Attention(cached_tokens, flops, lambda: 4 * seconds, 4, scores)
 
     def stream(self) -> float:
         return 2e10
@@ -107,7 +113,8 @@ class KnownAccelerator:
         seconds = 0.01 * LINEARS[format].seconds(rows * 1000, tokens, 1, entries)
         return Product(rows * 1000, lambda: 4 * seconds, entries, 4)
 
-    def attention(self, new_tokens: int, cached_tokens: int) -> Attention:
+    def attention(self, new_tokens: int, cached_tokens: int, *, narrow: bool = False) -> Attention:
+        assert not narrow, "on accelerators scores are not told apart"
         flops = 1e4 * new_tokens * (cached_tokens + new_tokens)
         call_s, speed = (5e-6, 1e12) if new_tokens == 1 else (9e-6, 1e13)
         return Attention(1000 * (cached_tokens + new_tokens), flops, lambda: 8 * (call_s + flops / speed), 8)

@@ -11,7 +11,7 @@ from placement.hardware_profile import HardwareProfile, Overheads
 from profiler import rounds
 from profiler.effort import FULL, QUICK, Effort
 from profiler.profile import measure_machine
-from tests.profiler.known import BLOCKS, EXPERTS, LINEARS, MACHINE, Known
+from tests.profiler.known import BLOCK_SCORE_S, BLOCKS, EXPERTS, FEW_SCORE_S, LINEARS, MACHINE, SCORE_S, Known
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +35,12 @@ def test_every_figure_comes_back() -> None:
     attention = found.cpu.attention
     assert (attention.call_s, attention.few_flops_per_s, attention.flops_per_s) == pytest.approx((5e-5, 1e9, 1e11))
     assert attention.prompt_call_s == pytest.approx(9e-4)
+    assert (attention.few_score_s, attention.score_s) == pytest.approx((FEW_SCORE_S, SCORE_S))
     assert [one.format for one in found.cpu.blocks] == ["bf16", "fp32", "fp8_e4m3", "int8", "int4", "fp16"]
     for one in found.cpu.blocks:
         expected = BLOCKS["bf16" if one.format == "fp16" else one.format]
         assert (one.call_s, one.flops_per_s) == pytest.approx(expected)
+        assert one.score_s == pytest.approx(BLOCK_SCORE_S)
         assert one.bytes_per_s == found.cpu.memory_bytes_per_s
     assert found.disk is not None
     assert found.disk.bytes_per_s(4 << 20, 4) == pytest.approx(2e9, rel=0.002), "both ends of few reads would count"
@@ -58,6 +60,15 @@ def test_every_figure_comes_back() -> None:
     assert found.gpu is None
     assert len(said) == 4
     assert HardwareProfile.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize(("narrow_s", "products"), [(0.5, 1.0), (1.0, 0.1), (1.5, 0.1), (0.25, 1.0)])
+def test_noise_leaves_neither_products_nor_scores_less_than_nothing(narrow_s: float, products: float) -> None:
+    call_s, flops_per_s, score_s = rounds._line((0.0, 0.0, 0.0), (100.0, 10.0, 1.0), (50.0, 10.0, narrow_s))
+    assert call_s == 0
+    assert flops_per_s == pytest.approx(100 / products)
+    # Wide heads take what they took.
+    assert 100 / flops_per_s + 10 * score_s == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("effort", [FULL, QUICK], ids=["full", "quick"])
