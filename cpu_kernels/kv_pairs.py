@@ -58,16 +58,38 @@ def largest_rounded(count):
 
 
 @inner
+def _rounding(limit, largest):
+    """What weights are multiplied with before they are rounded; `largest` of them becomes `limit`."""
+    return limit / largest if largest > _SMALLEST else _ZERO
+
+
+@inner
+def _store_scale(out, nbytes, limit, largest):
+    carray(float32_pointer(out + nbytes - 4), (1,))[0] = largest / limit + (largest - largest)
+
+
+@inner
 def round_row(row, count, limit, largest, out, nbytes):
     """Weights of one head rounded; a NaN or an infinity makes the scale NaN.
 
     row: address of fp32 [count], zero up to a multiple of 16. limit: `largest_rounded`. largest: of the magnitudes.
     out: address of `nbytes` bytes, which may be row's.
     """
-    factor = limit / largest if largest > _SMALLEST else _ZERO
+    factor = _rounding(limit, largest)
     for i in range(0, 4 * count, 64):
         store_rounded(out + i // 2, rows_load(row + i), factor)
-    carray(float32_pointer(out + nbytes - 4), (1,))[0] = largest / limit + (largest - largest)
+    _store_scale(out, nbytes, limit, largest)
+
+
+@inner
+def store_rounded_four(rows, limit, largest, out, nbytes):
+    """`round_row` of 64 weights in four vectors."""
+    factor = _rounding(limit, largest)
+    store_rounded(out, rows[0], factor)
+    store_rounded(out + 32, rows[1], factor)
+    store_rounded(out + 64, rows[2], factor)
+    store_rounded(out + 96, rows[3], factor)
+    _store_scale(out, nbytes, limit, largest)
 
 
 @inner

@@ -123,6 +123,12 @@ rows_maximum = _reduction("rows_maximum", _larger, "The largest of 16 lanes that
 
 
 @inner
+def load_four(address):
+    """Four vectors of 16 fp32 that follow each other."""
+    return rows_load(address), rows_load(address + 64), rows_load(address + 128), rows_load(address + 192)
+
+
+@inner
 def multiply_row(row, factors, factor, count):
     """Row[i] *= factors[i] factor: fp32 at two addresses, count a multiple of 16."""
     both = rows_splat(factor)

@@ -24,10 +24,11 @@ from cpu_kernels.kv_pairs import (
     multiply_int8_panels,
     round_row,
     round_rows,
+    store_rounded_four,
 )
 from cpu_kernels.kv_panels import dot_panels, expand_rows, multiply_panels, row_nbytes
 from cpu_kernels.kv_simd import FP8_FACTOR, KvCode
-from cpu_kernels.kv_softmax import multiply_row, rows_add, rows_store, rows_sum
+from cpu_kernels.kv_softmax import load_four, multiply_row, rows_add, rows_store, rows_sum
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_multiply, rows_splat, rows_type
 from cpu_kernels.simd import float32_pointer, int64_pointer
 
@@ -129,36 +130,36 @@ def ready_queries(job, queries, rows, out):
 
 
 @inner
-def key_scores(job, head, tokens, queries, rows, out, scratch, ahead):
-    """Out[r][t] = queries[r] · key t for the panels of the first `tokens` tokens, scales applied.
+def key_products(job, head, tokens, queries, rows, out, scratch, ahead):
+    """Out[r][t] = queries[r] · key t for the panels of the first `tokens` tokens, without the scales of 8-bit formats.
 
     queries: address of fp32 [rows][16 w], zero after key_width, made ready. out: address of fp32
     [rows][block_tokens]. scratch: of two rows more than queries. ahead: address of what is read next.
     """
-    nbytes, width, out_nbytes = job[QUERY_NBYTES], job[KEY_WIDTH], 4 * job[BLOCK_TOKENS]
     if job[INT4_SCORES_FUNCTION]:
         call_at(job[INT4_SCORES_FUNCTION], (job.ctypes.data, head, tokens, queries, rows, out, scratch, ahead))
         return
-    panels = (tokens + 15) // 16
-    call_at(job[MULTIPLY_FUNCTION], (head + job[KEYS], job[KEY_ROWS] * job[ROW_NBYTES], panels, width, queries, nbytes,
-                                     rows, out, out_nbytes, 0, ahead))  # fmt: skip
-    if job[HAS_TOKEN_SCALES]:
-        factor = float32_at(job.ctypes.data + 8 * CODE_FACTOR)
-        for row in range(rows):
-            multiply_row(out + row * out_nbytes, head + job[KEY_SCALES], factor, 16 * panels)
+    call_at(job[MULTIPLY_FUNCTION], (head + job[KEYS], job[KEY_ROWS] * job[ROW_NBYTES], (tokens + 15) // 16,
+                                     job[KEY_WIDTH], queries, job[QUERY_NBYTES], rows, out, 4 * job[BLOCK_TOKENS], 0,
+                                     ahead))  # fmt: skip
 
 
 @inner
-def add_values(job, head, tokens, weights, rows, out, scratch, ahead):
-    """Out[r][c] += sum over t < tokens of weights[r][t] value t's channel c, scales applied.
+def scale_scores(job, head, tokens, rows, out):
+    """Scales of 8-bit formats applied to `key_products`."""
+    if job[HAS_TOKEN_SCALES]:
+        factor = float32_at(job.ctypes.data + 8 * CODE_FACTOR)
+        for row in range(rows):
+            multiply_row(out + row * 4 * job[BLOCK_TOKENS], head + job[KEY_SCALES], factor, (tokens + 15) // 16 * 16)
 
-    weights: address of fp32 [rows][block_tokens], zero up to a multiple of 16, which 8-bit formats overwrite. out:
-    address of rows of PART_NBYTES. scratch: of two rows more than weights. ahead: address of what is read next.
+
+@inner
+def scale_weights(job, head, tokens, weights, rows):
+    """Weights of values as `add_values` takes them: 8-bit formats overwrite them with weights times scales.
+
+    weights: address of fp32 [rows][block_tokens], zero up to a multiple of 16.
     """
     nbytes = 4 * job[BLOCK_TOKENS]
-    if job[INT4_VALUES_FUNCTION]:
-        call_at(job[INT4_VALUES_FUNCTION], (job.ctypes.data, head, tokens, weights, rows, out, scratch, ahead))
-        return
     if job[ROUNDS_WEIGHTS] and tokens % 16 == 0:
         _scale_and_round_rows(weights, head + job[VALUE_SCALES], tokens, rows, nbytes)
     elif job[HAS_TOKEN_SCALES]:
@@ -167,6 +168,19 @@ def add_values(job, head, tokens, weights, rows, out, scratch, ahead):
             _multiply_some(weights + row * nbytes, head + job[VALUE_SCALES], tokens, factor)
         if job[ROUNDS_WEIGHTS]:
             round_rows(weights, tokens, rows, weights, nbytes)
+
+
+@inner
+def add_values(job, head, tokens, weights, rows, out, scratch, ahead):
+    """Out[r][c] += sum over t < tokens of weights[r][t] value t's channel c.
+
+    weights: address of [rows][block_tokens] of `scale_weights`. out: address of rows of PART_NBYTES. scratch: of two
+    rows more than weights. ahead: address of what is read next.
+    """
+    nbytes = 4 * job[BLOCK_TOKENS]
+    if job[INT4_VALUES_FUNCTION]:
+        call_at(job[INT4_VALUES_FUNCTION], (job.ctypes.data, head, tokens, weights, rows, out, scratch, ahead))
+        return
     call_at(job[MULTIPLY_FUNCTION], (head + job[VALUES], job[BLOCK_TOKENS] * job[ROW_NBYTES], job[VALUE_COLUMNS] // 16,
                                      tokens, weights, nbytes, rows, out, job[PART_NBYTES], 1, ahead))  # fmt: skip
 
@@ -204,6 +218,9 @@ def _scale_and_round(weights, rows, nbytes, scales, zeros, count, scaled, out, o
     weights: address of fp32 [rows][count], nbytes apart, zero up to a multiple of 16. scales, zeros: addresses of bf16
     [count]. scaled: of two rows more. add: whether to add to what is there.
     """
+    if count == 64:
+        _scale_and_round_whole(weights, rows, nbytes, scales, zeros, scaled, out, out_nbytes, add)
+        return
     wide_scales, wide_zeros = scaled + rows * nbytes, scaled + (rows + 1) * nbytes
     for i in range(0, count, 16):
         rows_store(wide_scales + 4 * i, rows_from_bf16(scales + 2 * i))
@@ -224,6 +241,43 @@ def _scale_and_round(weights, rows, nbytes, scales, zeros, count, scaled, out, o
             total = rows_add(total, rows_multiply(numbers, rows_load(wide_zeros + i)))
         round_row(target, count, limit, rows_largest(largest), target, nbytes)
         shift = rows_splat(rows_sum(total))
+        for i in range(0, 128, 64):
+            at = out + row * out_nbytes + i
+            rows_store(at, rows_add(rows_load(at), shift) if add else shift)
+
+
+@inner
+def _four_bf16(address):
+    return (
+        rows_from_bf16(address),
+        rows_from_bf16(address + 32),
+        rows_from_bf16(address + 64),
+        rows_from_bf16(address + 96),
+    )
+
+
+@inner
+def _four_products(a, b):
+    return (
+        rows_multiply(a[0], b[0]),
+        rows_multiply(a[1], b[1]),
+        rows_multiply(a[2], b[2]),
+        rows_multiply(a[3], b[3]),
+    )
+
+
+@inner
+def _scale_and_round_whole(weights, rows, nbytes, scales, zeros, scaled, out, out_nbytes, add):
+    """`_scale_and_round` of 64 numbers, in registers."""
+    wide_scales, wide_zeros = _four_bf16(scales), _four_bf16(zeros)
+    limit, zero = largest_rounded(64), rows_splat(np.float32(0))
+    for row in range(rows):
+        numbers, target = load_four(weights + row * nbytes), scaled + row * nbytes
+        a, b, c, d = _four_products(numbers, wide_scales)
+        largest = rows_largest(rows_larger(rows_larger(rows_larger(rows_larger(zero, a), b), c), d))
+        store_rounded_four((a, b, c, d), limit, largest, target, nbytes)
+        e, f, g, h = _four_products(numbers, wide_zeros)
+        shift = rows_splat(rows_sum(rows_add(rows_add(rows_add(rows_add(zero, e), f), g), h)))
         for i in range(0, 128, 64):
             at = out + row * out_nbytes + i
             rows_store(at, rows_add(rows_load(at), shift) if add else shift)

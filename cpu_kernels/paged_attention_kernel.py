@@ -27,13 +27,16 @@ from cpu_kernels.kv_softmax import (
     scale_row_largest,
     sum_of_row,
 )
+from cpu_kernels.kv_whole_blocks import WHOLE_TOKENS, weigh_whole_row
 from cpu_kernels.packed_tiles import int8_pointer
 from cpu_kernels.paged_attention_block import (
     BLOCK_TOKENS,
+    CODE_FACTOR,
     EXPAND_FUNCTION,
     FROM_KEY,
     GROUP,
     HAS_SCALES,
+    HAS_TOKEN_SCALES,
     HEAD_NBYTES,
     KEY_COLUMNS,
     KEY_SCALES,
@@ -43,6 +46,7 @@ from cpu_kernels.paged_attention_block import (
     OUTPUT_WIDTH,
     PART_NBYTES,
     QUERY_NBYTES,
+    ROUNDS_WEIGHTS,
     VALUE_COLUMNS,
     VALUE_SCALES,
     VALUES,
@@ -151,22 +155,90 @@ def _weigh_rows(job, chunk, token, tokens, scores):
 
 
 @inner
-def _attend_in_place(job, chunk, head, following, token, tokens, queries, scores, scratch):
-    """A block's share of few rows; values are asked for while keys are read, and the next block's keys after."""
-    rows, scaled = chunk[ROWS], job[HAS_SCALES] != 0
-    # Scales of values are needed before their codes; what is not asked for is waited for.
-    if scaled:
-        ask_for(head + job[VALUE_SCALES], head + job[HEAD_NBYTES])
-    block.key_scores(job, head, tokens, queries, rows, scores, scratch, head + job[VALUES])
-    _weigh_rows(job, chunk, token, tokens, scores)
-    out = job[PARTS] + job[PART_NBYTES] * chunk[PART]
-    if scaled:
-        ask_for(following + job[KEY_SCALES], following + job[VALUES])
-    block.add_values(job, head, tokens, scores, rows, out, scratch, following + job[KEYS])
+def _weigh_whole_rows(job, head, rows, scores, parts, scaled):
+    """`_weigh_rows` of rows that see all of a block and whose scores have no cap.
+
+    scaled: whether the block's scales, which 8-bit formats have, go to scores and weights.
+    """
+    scale = block.float32_at(job.ctypes.data + 8 * SCALE)
+    factor = block.float32_at(job.ctypes.data + 8 * CODE_FACTOR)
+    for row in range(rows):
+        weigh_whole_row(scores + row * 4 * WHOLE_TOKENS, scale, scaled, head + job[KEY_SCALES],
+                        head + job[VALUE_SCALES], factor, scaled and job[ROUNDS_WEIGHTS] != 0,
+                        parts + row * job[PART_NBYTES], job[PART_NBYTES] // 4)  # fmt: skip
 
 
 @inner
-def _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch):
+def _seen_by_all(job, chunk):
+    """The tokens of a sequence's list that all rows of a chunk see whole blocks of: [low, high)."""
+    if job[BLOCK_TOKENS] != WHOLE_TOKENS or job[VALID] or block.float32_at(job.ctypes.data + 8 * SOFTCAP) > _ZERO:
+        return 0, 0
+    first = carray(int64_pointer(job[FIRST_POSITIONS] + 8 * chunk[SEQUENCE]), (1,))[0]
+    length = carray(int64_pointer(job[LENGTHS] + 8 * chunk[SEQUENCE]), (1,))[0]
+    low, high = 0, length
+    for row in range(chunk[ROWS]):
+        row_low, row_high = _range_of_row(job, chunk, row, first, length)
+        low, high = max(low, row_low), min(high, row_high)
+    return low, high
+
+
+@inner
+def _products_with_keys(job, head, tokens, queries, rows, scores, scratch):
+    """`key_products` of a head of a block, whose values are asked for meanwhile."""
+    # Scales are needed before codes; what is not asked for is waited for.
+    if job[HAS_SCALES]:
+        ask_for(head + job[VALUE_SCALES], head + job[HEAD_NBYTES])
+    block.key_products(job, head, tokens, queries, rows, scores, scratch, head + job[VALUES])
+
+
+@inner
+def _attend_in_place(job, chunks, stride, heads, addresses, length, queries, query_step, scores, scratch):
+    """The blocks of few rows, head after head.
+
+    A softmax is a chain of operations that wait for one another. In packed formats, where arithmetic takes about as
+    long as memory, products with the next head's keys lie between it and the sums that need its weights, so that a
+    core does both at once; others are read as they lie.
+    """
+    chunk = chunks[0]
+    rows, block_tokens, units = chunk[ROWS], job[BLOCK_TOKENS], chunk[BLOCKS] * heads
+    if units == 0:
+        return
+    low, high = _seen_by_all(job, chunk)
+    early = job[HAS_SCALES] != 0
+    heads_at = np.empty(units + 2, np.int64)
+    for unit in range(units):
+        heads_at[unit] = addresses[unit // heads] + (chunk[HEAD] + unit % heads) * job[HEAD_NBYTES]
+    heads_at[units] = heads_at[units + 1] = heads_at[units - 1]
+    token, place = chunk[FIRST_TOKEN], 0
+    tokens, other = min(length - token, block_tokens), scores + 4 * rows * block_tokens
+    _products_with_keys(job, heads_at[0], tokens, queries, rows, scores, scratch)
+    for unit in range(units):
+        head, part = heads_at[unit], job[PARTS] + job[PART_NBYTES] * chunks[place * stride, PART]
+        if tokens == WHOLE_TOKENS and low <= token and token + tokens <= high:
+            _weigh_whole_rows(job, head, rows, scores, part, job[HAS_TOKEN_SCALES] != 0)
+        else:
+            block.scale_scores(job, head, tokens, rows, scores)
+            _weigh_rows(job, chunks[place * stride], token, tokens, scores)
+            block.scale_weights(job, head, tokens, scores, rows)
+        now, place = tokens, place + 1
+        if place == heads:
+            place, token = 0, token + block_tokens
+            tokens = min(length - token, block_tokens)
+        following, after = heads_at[unit + 1], heads_at[unit + 1]
+        next_queries = queries + place * query_step
+        if early:
+            after = heads_at[unit + 2]
+            if unit + 1 < units:
+                _products_with_keys(job, following, tokens, next_queries, rows, other, scratch)
+            ask_for(after + job[KEY_SCALES], after + job[VALUES])
+        block.add_values(job, head, now, scores, rows, part, scratch, after + job[KEYS])
+        if not early and unit + 1 < units:
+            _products_with_keys(job, following, tokens, next_queries, rows, other, scratch)
+        scores, other = other, scores
+
+
+@inner
+def _attend_expanded(job, chunk, head, token, tokens, whole, queries, scores, scratch):
     """A block's share of more rows, of a block widened to fp32 where it is not."""
     rows, score_nbytes, block_tokens, width = chunk[ROWS], 4 * job[BLOCK_TOKENS], job[BLOCK_TOKENS], job[KEY_WIDTH]
     keys, values = scratch + 512, scratch + 512 + 4 * job[KEY_COLUMNS] * block_tokens
@@ -181,8 +253,11 @@ def _attend_expanded(job, chunk, head, token, tokens, queries, scores, scratch):
     else:
         call_at(job[FLOAT32_FUNCTION], (keys, 64 * width, (tokens + 15) // 16, width, queries, job[QUERY_NBYTES],
                                          rows, scores, score_nbytes, 0, keys))  # fmt: skip
-    _weigh_rows(job, chunk, token, tokens, scores)
     out = job[PARTS] + job[PART_NBYTES] * chunk[PART]
+    if whole:
+        _weigh_whole_rows(job, head, rows, scores, out, False)
+    else:
+        _weigh_rows(job, chunk, token, tokens, scores)
     call_at(job[FLOAT32_FUNCTION], (values, 64 * block_tokens, (job[OUTPUT_WIDTH] + 15) // 16, tokens, scores,
                                      score_nbytes, rows, out, job[PART_NBYTES], 1, values))  # fmt: skip
 
@@ -207,9 +282,9 @@ def _run_group(job_address, number):
         extra = ((heads + 1) * rows + 2) * max(job[QUERY_NBYTES] // 4, block_tokens)
     else:
         extra = 128 + (job[KEY_COLUMNS] + job[VALUE_COLUMNS]) * block_tokens
-    memory = np.empty((rows + 1) * block_tokens + extra + 16, np.float32)
+    memory = np.empty((2 * rows + 1) * block_tokens + extra + 16, np.float32)
     scores = (memory.ctypes.data + 63) // 64 * 64
-    scratch = scores + 4 * (rows + 1) * block_tokens
+    scratch = scores + 4 * (2 * rows + 1) * block_tokens
     head_row = (chunk[SEQUENCE] * job[KV_HEADS] + chunk[HEAD]) * job[POSITIONS] * job[GROUP]
     queries, query_step = job[QUERIES] + (head_row + chunk[FIRST_ROW]) * job[QUERY_NBYTES], rows * job[QUERY_NBYTES]
     if in_place:
@@ -218,20 +293,18 @@ def _run_group(job_address, number):
         scratch += heads * query_step
     length = carray(int64_pointer(job[LENGTHS] + 8 * chunk[SEQUENCE]), (1,))[0]
     addresses = carray(int64_pointer(job[ADDRESSES] + 8 * chunk[FIRST_BLOCK]), (chunk[BLOCKS],))
-    first_head = chunk[HEAD] * job[HEAD_NBYTES]
-    for index in range(chunk[BLOCKS]):
-        head = addresses[index] + first_head
-        token = chunk[FIRST_TOKEN] + index * block_tokens
-        tokens = min(length - token, block_tokens)
-        following = addresses[min(index + 1, chunk[BLOCKS] - 1)] + first_head
-        for place in range(heads):
-            if in_place:
-                after = following if place == heads - 1 else head + job[HEAD_NBYTES]
-                _attend_in_place(job, chunks[place * stride], head, after, token, tokens,
-                                 queries + place * query_step, scores, scratch)  # fmt: skip
-            else:
-                _attend_expanded(job, chunks[place * stride], head, token, tokens, queries, scores, scratch)
-            head += job[HEAD_NBYTES]
+    if in_place:
+        _attend_in_place(job, chunks, stride, heads, addresses, length, queries, query_step, scores, scratch)
+    else:
+        low, high = _seen_by_all(job, chunk)
+        for index in range(chunk[BLOCKS]):
+            token = chunk[FIRST_TOKEN] + index * block_tokens
+            tokens = min(length - token, block_tokens)
+            whole = tokens == WHOLE_TOKENS and low <= token and token + tokens <= high
+            for place in range(heads):
+                head = addresses[index] + (chunk[HEAD] + place) * job[HEAD_NBYTES]
+                _attend_expanded(job, chunks[place * stride], head, token, tokens, whole, queries, scores,
+                                 scratch)  # fmt: skip
     _keep(memory)
 
 

@@ -141,6 +141,21 @@ def test_rows_of_a_chunk_have_the_bits_of_each_alone(format: str, group: int, to
         assert torch.equal(one[:, :, 0], whole[:, :, t])
 
 
+@pytest.mark.parametrize("format", KV_FORMATS)
+@pytest.mark.parametrize(("group", "tokens"), [(1, 1), (3, 2), (8, 1)])
+def test_whole_blocks_have_the_bits_of_masked_ones(format: str, group: int, tokens: int) -> None:
+    blocks = random_blocks(KvLayout(format, 2, 64, 96), [576, 64])
+    query, positions = _queries(blocks, group, tokens)
+    query[0, 0] *= 1e3  # most exponentials vanish
+    first = np.full(2, 7, np.int64)
+    arguments = (query, blocks.offsets, blocks.addresses, blocks.lengths, first, positions, blocks.layout, 0.2)
+    all_valid = np.ones((2, 600), np.bool_)
+    for window in (None, 200):
+        found = paged_attention(*arguments, window=window, pool=kernel_pool())
+        masked = paged_attention(*arguments, window=window, valid=all_valid, pool=kernel_pool())
+        assert all(torch.equal(a, b) for a, b in zip(found, masked, strict=True))
+
+
 def test_scores_far_apart() -> None:
     blocks = random_blocks(KvLayout("fp32", 2, 32, 32), [300])
     query, positions = _queries(blocks, 2, 1)

@@ -1,0 +1,95 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""The online softmax of a row that sees a whole block of 64 tokens, without a detour through memory.
+
+Scores stay in four vectors from the products with keys to the weights of values: what is stored in vectors of one
+length and read in those of another is waited for. The numbers are those of `kv_softmax`'s loops.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpu_kernels.activation_kernel import exp_float32
+from cpu_kernels.jit import carray, inner
+from cpu_kernels.kv_pairs import largest_rounded, store_rounded_four
+from cpu_kernels.kv_softmax import (
+    hide,
+    load_four,
+    rows_add,
+    rows_exp_below,
+    rows_max,
+    rows_maximum,
+    rows_store,
+    rows_sum,
+    scale_row,
+)
+from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_multiply, rows_splat
+from cpu_kernels.simd import float32_pointer
+
+WHOLE_TOKENS = 64
+_MINUS_INFINITY = np.float32(-np.inf)
+_ZERO = np.float32(0)
+
+
+@inner
+def _times(rows, address, factors):
+    """Each of four vectors times the numbers at an address, which are multiplied by factors first."""
+    a, b, c, d = rows
+    e, f, g, h = load_four(address)
+    return (
+        rows_multiply(a, rows_multiply(e, factors)),
+        rows_multiply(b, rows_multiply(f, factors)),
+        rows_multiply(c, rows_multiply(g, factors)),
+        rows_multiply(d, rows_multiply(h, factors)),
+    )
+
+
+@inner
+def weigh_whole_row(row, scale, scaled, key_scales, value_scales, code_factor, rounds, part, width):
+    """Products of one query and a block's 64 keys turned into the weights of its values, in place.
+
+    row: address of fp32 [64]. scale: of scores. scaled: whether a token has a scale for its key and one for its value,
+    at the addresses key_scales and value_scales, both times code_factor. rounds: whether weights are rounded as
+    `kv_pairs.round_row` does. part: address of fp32 [width]: the sums so far, ..., the largest score, the sum of
+    exponentials; brought to the largest score.
+    """
+    state = carray(float32_pointer(part), (width,))
+    factors = rows_splat(scale)
+    numbers = load_four(row)
+    if scaled:
+        numbers = _times(numbers, key_scales, rows_splat(code_factor))
+    a, b, c, d = numbers
+    a, b, c, d = (
+        rows_multiply(a, factors),
+        rows_multiply(b, factors),
+        rows_multiply(c, factors),
+        rows_multiply(d, factors),
+    )
+    largest = rows_maximum(rows_max(rows_max(rows_max(a, b), c), d))
+    if largest == _MINUS_INFINITY:
+        hide(row, 0, 0, WHOLE_TOKENS, _ZERO)
+        return
+    before = state[width - 2]
+    if not largest > before:
+        largest = before
+    above = rows_splat(largest)
+    a, b, c, d = rows_exp_below(a, above), rows_exp_below(b, above), rows_exp_below(c, above), rows_exp_below(d, above)
+    total = rows_sum(rows_add(rows_add(rows_add(a, b), c), d))
+    if largest != before:
+        share = exp_float32(before - largest) if before > _MINUS_INFINITY else _ZERO
+        scale_row(part, share, width - 16)
+        state[width - 1] *= share
+        state[width - 2] = largest
+    state[width - 1] += total
+    numbers = a, b, c, d
+    if scaled:
+        numbers = _times(numbers, value_scales, rows_splat(code_factor))
+    a, b, c, d = numbers
+    if rounds:
+        most = rows_larger(rows_larger(rows_larger(rows_larger(rows_splat(_ZERO), a), b), c), d)
+        store_rounded_four(numbers, largest_rounded(WHOLE_TOKENS), rows_largest(most), row, 4 * WHOLE_TOKENS)
+    else:
+        rows_store(row, a)
+        rows_store(row + 64, b)
+        rows_store(row + 128, c)
+        rows_store(row + 192, d)
