@@ -46,7 +46,7 @@ def product_configs(format: str, itemsize: int, *, few: bool) -> tuple[ProductCo
         # fewer instructions for a weight the more rows a warp has. Warpgroups (four warps on 64 rows) would take
         # activations from shared memory in another order of columns.
         packed = format in PACKED_FORMATS
-        sizes_of_few = ((64, 2, 4), (32, 2, 5)) if packed else ((32, 4, 4), (64, 4, 4), (32, 2, 5))
+        sizes_of_few = ((64, 2, 4), (32, 2, 5)) if packed else ((32, 4, 4), (64, 4, 3), (32, 2, 5))
         return tuple(
             ProductConfig(8 if packed else 16, rows, columns, False, Threads(warps, stages))
             for rows, warps, stages in sizes_of_few

@@ -54,9 +54,9 @@ def load_codes(
     those of the word moved by a byte, so two numbers are made at a time and stay in the register that the product
     takes them from. IN_ORDER: columns ascend; otherwise they are as `in_order_of_codes` has them, which moves nothing.
 
-    codes: pointer to bytes, aligned to words. row, column: where the block starts, multiples of 16 and of the columns of
-    four steps. rows, columns: of the matrix. Past the padded matrix, values are finite and have no meaning: activations
-    are zero there.
+    codes: pointer to bytes, aligned to words. row, column: where the block starts, multiples of 16 and of the columns
+    of four steps. rows, columns: of the matrix. Past the padded matrix, values are finite and have no meaning:
+    activations are zero there.
     """
     BITS: tl.constexpr = bits_of(FORMAT)
     TILES: tl.constexpr = ROWS // 16
@@ -98,8 +98,8 @@ def in_order_of_codes(x, FORMAT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl
 @triton.jit
 def _halves(pairs, ELEMENT: tl.constexpr):
     """Words as the two numbers that their halves are, along another last dimension, the lower one first."""
-    HALF: tl.constexpr = tl.bfloat16 if ELEMENT == tl.bfloat16 else tl.float16
-    if _INTERPRETED and ELEMENT == tl.bfloat16:
+    HALF: tl.constexpr = tl.bfloat16 if tl.bfloat16 == ELEMENT else tl.float16
+    if _INTERPRETED and tl.bfloat16 == ELEMENT:
         # The interpreter has no arithmetic of bf16, and widens its denormals wrongly.
         numbers = tl.join(pairs << 16, pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
@@ -115,7 +115,7 @@ def _values_of_pairs(pairs, FORMAT: tl.constexpr, ELEMENT: tl.constexpr):
     more; bf16 has room for seven bits of int8, whose eighth is in what is subtracted. Bits of e2m1 and e4m3 are moved
     to where the number has them, a product makes up for the other exponent bias, and denormals come out by themselves.
     """
-    BF16: tl.constexpr = ELEMENT == tl.bfloat16
+    BF16: tl.constexpr = tl.bfloat16 == ELEMENT
     if FORMAT == "int4":
         numbers = _halves((pairs & 0xF000F) | (0x43004300 if BF16 else 0x64006400), ELEMENT)
         values = numbers - tl.full([], 136.0 if BF16 else 1032.0, numbers.dtype)
