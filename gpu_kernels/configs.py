@@ -46,7 +46,7 @@ def product_configs(format: str, itemsize: int, *, few: bool) -> tuple[ProductCo
         # fewer instructions for a weight the more rows a warp has. Warpgroups (four warps on 64 rows) would take
         # activations from shared memory in another order of columns.
         packed = format in PACKED_FORMATS
-        sizes_of_few = ((64, 2, 4), (32, 2, 5)) if packed else ((32, 4, 4), (64, 4, 3), (32, 2, 5))
+        sizes_of_few = ((64, 2, 4), (32, 2, 5)) if packed else ((32, 4, 4), (64, 4, 3), (32, 2, 4))
         return tuple(
             ProductConfig(8 if packed else 16, rows, columns, False, Threads(warps, stages))
             for rows, warps, stages in sizes_of_few
@@ -61,6 +61,11 @@ def product_configs(format: str, itemsize: int, *, few: bool) -> tuple[ProductCo
     elif format == "mxfp4":
         # Its values come out of a table: with gates, other tiles spill on sm_80 to 89.
         sizes = ((64, 128, 8, 3),)
+    elif format == "int8":
+        # Others spill a few registers on sm_80 to 89, here and in int4.
+        sizes = ((64, 64, 4, 3), (128, 64, 8, 3))
+    elif format == "int4":
+        sizes = ((64, 64, 4, 3), (64, 128, 8, 3))
     else:
         sizes = ((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 3))
     return tuple(
