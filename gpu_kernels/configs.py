@@ -14,7 +14,7 @@ class ProductConfig:
     """How a (grouped) matrix product with weights is cut up.
 
     Attributes:
-        tokens: rows of activations in a tile, at least 16.
+        tokens: rows of activations in a tile: at least 16, of packed formats that do not scale weights at least 8.
         rows: weight rows in a tile, a multiple of 16 that divides 128 or is 128.
         columns: columns multiplied at a time.
         scale_weights: see `weights_kernel.multiply_add`.
@@ -38,16 +38,18 @@ def product_configs(format: str, itemsize: int, *, few: bool) -> tuple[ProductCo
     Args:
         format: of the weights.
         itemsize: bytes of an activation.
-        few: tiles of 16 tokens.
+        few: tiles of 8 or 16 tokens.
     """
     if few:
         columns = _columns_of_few(format, itemsize)
-        sizes_of_few: tuple[tuple[int, int, int], ...] = ((32, 4, 4), (64, 4, 4), (32, 2, 5))
-        if format in ("int4", "mxfp4") and itemsize == 2:
-            # A step along the columns has few bytes of a row; measured on an H100: 1.1 to 1.2 times as fast.
-            sizes_of_few = ((128, 4, 4), *sizes_of_few)
+        # Weights of packed formats are a product's first operand, and each warp takes 16 rows or more of its own: with
+        # fewer instructions for a weight the more rows a warp has. Warpgroups (four warps on 64 rows) would take
+        # activations from shared memory in another order of columns.
+        packed = format in PACKED_FORMATS
+        sizes_of_few = ((64, 2, 4), (32, 2, 5)) if packed else ((32, 4, 4), (64, 4, 3), (32, 2, 4))
         return tuple(
-            ProductConfig(16, rows, columns, False, Threads(warps, stages)) for rows, warps, stages in sizes_of_few
+            ProductConfig(8 if packed else 16, rows, columns, False, Threads(warps, stages))
+            for rows, warps, stages in sizes_of_few
         )
     columns = 32 if itemsize == 4 and format != "int8" else 64
     # (tokens, rows, warps, stages). Sums of blocks before they are scaled take registers as the sums themselves do.
@@ -59,6 +61,11 @@ def product_configs(format: str, itemsize: int, *, few: bool) -> tuple[ProductCo
     elif format == "mxfp4":
         # Its values come out of a table: with gates, other tiles spill on sm_80 to 89.
         sizes = ((64, 128, 8, 3),)
+    elif format == "int8":
+        # Others spill a few registers on sm_80 to 89, here and in int4.
+        sizes = ((64, 64, 4, 3), (128, 64, 8, 3))
+    elif format == "int4":
+        sizes = ((64, 64, 4, 3), (64, 128, 8, 3))
     else:
         sizes = ((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 3))
     return tuple(
@@ -71,20 +78,21 @@ def _columns_of_few(format: str, itemsize: int) -> int:
     """The columns of one scale, or of one tile where these are no limit."""
     if format in ("int4", "mxfp4"):
         return 32
-    if format in ("int8", "fp32"):
+    if format in ("int8", "fp8_e4m3", "fp32"):
         return 64
     return 128 if itemsize == 2 else 64
 
 
-def splits_of(programs: int, steps: int, processors: int) -> int:
-    """Parts to cut the columns into so that two programs run on each processor; a power of two, at most 8.
+def splits_of(programs: int, warps: int, steps: int, processors: int) -> int:
+    """Parts to cut the columns into so that eight warps run on each processor; a power of two, at most 8.
 
     Args:
         programs: without splitting.
+        warps: of a program.
         steps: iterations along the columns; each part has at least four.
         processors: of the device.
     """
     splits = 1
-    while splits < 8 and programs * splits < 2 * processors and steps // (splits * 2) >= 4:
+    while splits < 8 and programs * warps * splits < 8 * processors and steps // (splits * 2) >= 4:
         splits *= 2
     return splits

@@ -193,7 +193,8 @@ def _cut(device: torch.device, groups: PairGroups, config: ProductConfig, rows: 
     if config.tokens > 16:
         return Cut(config)
     programs = groups.tile_count * -(-rows // config.rows)
-    return Cut(config, splits_of(programs, -(-columns // config.columns), processors(device)))
+    steps = -(-columns // config.columns)
+    return Cut(config, splits_of(programs, config.threads.warps, steps, processors(device)))
 
 
 def _check(x: torch.Tensor, ids: torch.Tensor | None, table: torch.Tensor, layout: BundleLayout, columns: int) -> None:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from gpu_kernels.gates_kernel import activate, gated
 from gpu_kernels.rounding_kernel import rounded
-from gpu_kernels.weights_kernel import multiply_add
+from gpu_kernels.weights_kernel import multiply_add, no_sums, tokens_first
 
 
 @triton.jit
@@ -72,8 +72,8 @@ def grouped_linear_kernel(
     inputs = x + (pair // pairs_of_row).to(tl.int64)[:, None] * columns
     weights_1, scales_1 = _part(bundle, first_weights, FORMAT), _part(bundle, first_scales, "")
     weights_2, scales_2 = _part(bundle, second_weights, FORMAT), _part(bundle, second_scales, "")
-    sums_1 = tl.zeros([TOKENS, ROWS], tl.float32)
-    sums_2 = tl.zeros([TOKENS, ROWS], tl.float32)
+    sums_1 = no_sums(FORMAT, SCALE_WEIGHTS, TOKENS, ROWS)
+    sums_2 = no_sums(FORMAT, SCALE_WEIGHTS, TOKENS, ROWS)
     for step in range(split * part, tl.minimum(split * part + part, steps)):
         column = step * COLUMNS
         k = column + tl.arange(0, COLUMNS)[None, :]
@@ -88,6 +88,8 @@ def grouped_linear_kernel(
                 SCALE_WEIGHTS, ROWS, COLUMNS,
             )  # fmt: skip
 
+    sums_1 = tokens_first(sums_1, FORMAT, SCALE_WEIGHTS)
+    sums_2 = tokens_first(sums_2, FORMAT, SCALE_WEIGHTS)
     n = row + tl.arange(0, ROWS)
     if BIAS:
         once = (split == 0).to(tl.float32)

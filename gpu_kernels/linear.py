@@ -11,7 +11,7 @@ from gpu_kernels.launch import dot_type, launch, processors
 from gpu_kernels.linear_kernel import packed_linear_kernel
 
 FEW_TOKENS = 16
-"""Up to here one tile holds all tokens, and the time is that of reading the weights."""
+"""Up to here one or two tiles hold all tokens, and the time is that of reading the weights."""
 
 
 def packed_linear(
@@ -41,7 +41,8 @@ def packed_linear(
     grid = (-(-tokens // config.tokens), -(-rows // config.rows))
     splits = 1
     if tokens <= FEW_TOKENS:
-        splits = splits_of(grid[0] * grid[1], -(-columns // config.columns), processors(x.device))
+        steps = -(-columns // config.columns)
+        splits = splits_of(grid[0] * grid[1], config.threads.warps, steps, processors(x.device))
     dtype = x.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, tokens, rows, dtype=dtype, device=x.device)
     launch(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.rounding_kernel import rounded
-from gpu_kernels.weights_kernel import multiply_add
+from gpu_kernels.weights_kernel import multiply_add, no_sums, tokens_first
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -28,7 +28,7 @@ def packed_linear_kernel(
     inputs = x + token.to(tl.int64)[:, None] * x_stride
     steps = (columns + COLUMNS - 1) // COLUMNS
     part = (steps + SPLITS - 1) // SPLITS
-    sums = tl.zeros([TOKENS, ROWS], tl.float32)
+    sums = no_sums(FORMAT, SCALE_WEIGHTS, TOKENS, ROWS)
     for step in range(split * part, tl.minimum(split * part + part, steps)):
         column = step * COLUMNS
         k = column + tl.arange(0, COLUMNS)[None, :]
@@ -37,6 +37,7 @@ def packed_linear_kernel(
             sums, block, codes, scales, row, column, rows, columns, FORMAT, x.dtype.element_ty, DOT, SCALE_WEIGHTS,
             ROWS, COLUMNS,
         )  # fmt: skip
+    sums = tokens_first(sums, FORMAT, SCALE_WEIGHTS)
     n = row + tl.arange(0, ROWS)
     if BIAS:
         sums += (split == 0).to(tl.float32) * tl.load(bias + n, mask=n < rows, other=0.0)[None, :]

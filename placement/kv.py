@@ -20,6 +20,9 @@ SETTINGS = KvSettings()
 KV_CHOICES = ("auto", "bf16", "fp16", "fp32", "fp8", "int8", "int4")
 """What `kv=` may be."""
 
+LEAST_BLOCKS = 4
+"""Of the largest of a model: with room for fewer in an accelerator's memory, none lie there unasked."""
+
 _MASK_COPIES = 3
 _FP32_COPIES = 5
 

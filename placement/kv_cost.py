@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
+from placement.dense_cost import attention_s
 from placement.hardware_profile import HardwareProfile
 from placement.kv import SETTINGS, KvPlan, block_nbytes, landmarks_nbytes
 from placement.kv_sparsity import KvSparsity
@@ -30,6 +32,62 @@ def in_blocks(spec: ModelSpec, kv: KvPlan | None) -> ModelSpec:
         for layer, shape in zip(spec.layers, spec.kv_shapes, strict=True)
     )
     return replace(spec, layers=layers)
+
+
+def with_blocks_in_vram(
+    prediction: Prediction, spec: ModelSpec, profile: HardwareProfile, workload: Workload, kv: KvPlan | None
+) -> Prediction:
+    """A prediction whose decode attends to the newest blocks on the accelerator while the CPU attends to the others.
+
+    Layers' dense weights are in VRAM; queries and results cross as they do without blocks there. Prompts are left as
+    they are.
+    """
+    if kv is None or not kv.vram_tokens:
+        return prediction
+    seconds, one = blocks_in_vram(spec, profile, workload, kv), prediction.decode
+    scale = 1 - seconds.saved / one.terms.total_s
+    changed = replace(
+        one,
+        terms=replace(one.terms, attention_s=one.terms.attention_s - seconds.saved),
+        low_s=one.low_s * scale,
+        high_s=one.high_s * scale,
+        cpu_busy_s=one.cpu_busy_s - seconds.cpu_relieved,
+        gpu_busy_s=one.gpu_busy_s + seconds.gpu,
+    )
+    return replace(prediction, decode=changed)
+
+
+class BlocksInVram(NamedTuple):
+    """Seconds of a decode pass's attention with blocks in VRAM.
+
+    Attributes:
+        saved: beside attention by the CPU alone.
+        cpu_relieved: of the CPU's that others do.
+        gpu: of the accelerator.
+    """
+
+    saved: float
+    cpu_relieved: float
+    gpu: float
+
+
+def blocks_in_vram(spec: ModelSpec, profile: HardwareProfile, workload: Workload, kv: KvPlan) -> BlocksInVram:
+    """What the newest blocks in VRAM change of a decode pass; a layer is done when both devices are."""
+    assert profile.gpu is not None
+    work = decode_pass(workload)
+    above = min(float(kv.vram_tokens), work.cached_tokens)
+    saved = relieved = on_gpu = 0.0
+    for layer, shape in zip(in_blocks(spec, kv).layers, spec.kv_shapes, strict=True):
+        if shape is None:
+            continue
+        alone_s = attention_s(layer, profile.cpu, work)
+        gpu_s = attention_s(layer, profile.gpu, replace(work, cached_tokens=above))
+        rest = replace(work, cached_tokens=work.cached_tokens - above)
+        cpu_s = attention_s(layer, profile.cpu, rest) if above < work.cached_tokens else 0.0
+        saved += alone_s - max(gpu_s, cpu_s)
+        relieved += alone_s - cpu_s
+        on_gpu += gpu_s
+    return BlocksInVram(saved, relieved, on_gpu)
 
 
 def with_sparsity(prediction: Prediction, spec: ModelSpec, workload: Workload, kv: KvPlan | None) -> Prediction:

@@ -18,8 +18,18 @@ from placement.dense_cost import attention_s, layer_cost, linears_s, pass_cost
 from placement.expert_cost import IntArray, expert_cost
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
-from placement.kv import KvChoice, KvPlan, landmarks_nbytes, minimum_nbytes
-from placement.kv_cost import in_blocks, with_reads, with_sparsity
+from placement.kv import (
+    LEAST_BLOCKS,
+    KvChoice,
+    KvPlan,
+    landmarks_nbytes,
+    largest_block_nbytes,
+    layout_format,
+    minimum_nbytes,
+    whole_above_nbytes,
+    with_blocks_above,
+)
+from placement.kv_cost import blocks_in_vram, in_blocks, with_blocks_in_vram, with_reads, with_sparsity
 from placement.kv_settings import PIECES_NBYTES
 from placement.layer_kinds import layer_kinds
 from placement.memory_use import ram_use, vram_use
@@ -73,7 +83,8 @@ def make_tiered_plan(
             `make_plan` does.
         routing: what is known of the experts' popularity.
         kv: what the user wants of the KV cache. None or no wish: in one piece, in VRAM and RAM, where that fits. Else,
-            as in the runtime, in blocks in RAM and on disk, to which the CPU attends.
+            as in the runtime, in blocks in RAM and on disk, to which the CPU attends, and of `kv.vram_nbytes` (without
+            `kv`: None) in VRAM: where the dense weights of all layers are, before experts.
 
     Raises:
         PlanInfeasibleError: the budgets are too small; with the RAM that would do beside this VRAM.
@@ -81,11 +92,14 @@ def make_tiered_plan(
     """
     routing = Routing() if routing is None else routing
     if profile.gpu is None or vram_budget_nbytes <= 0:
-        return make_plan(spec, workload, ram_budget_nbytes, profile, routing, kv)
+        below = None if kv is None else replace(kv, vram_nbytes=0)
+        return make_plan(spec, workload, ram_budget_nbytes, profile, routing, below)
     request = _Request(spec, profile, workload, routing, ram_budget_nbytes, vram_budget_nbytes)
-    choice = KvChoice() if kv is None else kv
+    choice = KvChoice(vram_nbytes=None) if kv is None else kv
+    if choice.sparsity is not None:
+        choice = replace(choice, vram_nbytes=0)
     pageable = any(shape is not None for shape in spec.kv_shapes)
-    if pageable and choice != KvChoice():
+    if pageable and choice not in (KvChoice(), KvChoice(vram_nbytes=None)):
         return _fastest_within(replace(request, kv=choice))
     try:
         return _fastest_within(request)
@@ -101,7 +115,7 @@ def make_tiered_plan(
 
 @dataclass(frozen=True)
 class _Request:
-    """What a plan is asked for; `kv` of a cache in blocks, None for one in one piece."""
+    """What a plan is asked for; `kv` of a cache in blocks, None for one in one piece; `blocks_nbytes` are in VRAM."""
 
     spec: ModelSpec
     profile: HardwareProfile
@@ -110,6 +124,23 @@ class _Request:
     ram_nbytes: int
     vram_nbytes: int
     kv: KvChoice | None = None
+    blocks_nbytes: int = 0
+
+    def above(self, homes: Homes) -> tuple[int, ...]:
+        """Bytes of VRAM to try for blocks: what was asked for, else as many as there is room for, and none."""
+        if self.kv is None or self.kv.vram_nbytes == 0:
+            return (0,)
+        if len(homes.dense_in_vram) < len(self.spec.layers):
+            # What is new would have to go up before it is attended to there.
+            return (0,) if self.kv.vram_nbytes is None else ()
+        format = layout_format(self.kv.format, self.spec.dtype)
+        block = largest_block_nbytes(self.spec, format)
+        whole = whole_above_nbytes(self.spec, self.workload, format)
+        if self.kv.vram_nbytes is not None:
+            return (min(self.kv.vram_nbytes, whole) // block * block,)
+        room = self.vram_nbytes - self.pieces_nbytes - vram_use(self.spec, self.workload, homes).total_nbytes
+        fitting = min(room, whole) // block * block
+        return (0, fitting) if fitting >= LEAST_BLOCKS * block else (0,)
 
     @property
     def least_slots_nbytes(self) -> int:
@@ -125,7 +156,10 @@ class _Request:
         if self.kv is None:
             return None
         room = self.ram_nbytes - self._ram(homes, self._known_nbytes).total_nbytes - self.least_slots_nbytes
-        return blocks_within(self.spec, self.workload, self.kv, room)
+        below = blocks_within(self.spec, self.workload, self.kv, room)
+        if not self.blocks_nbytes:
+            return below
+        return with_blocks_above(self.spec, self.workload, below, self.blocks_nbytes)
 
     def ram(self, homes: Homes, cache: KvPlan | None) -> RamUse:
         """Host memory with that cache."""
@@ -138,6 +172,12 @@ class _Request:
         least = minimum_nbytes(self.spec, self.workload.batch, cache.format, above=self.kv.vram_nbytes != 0)
         paged = self._known_nbytes + min(least, cache.ram_nbytes)
         return self._ram(homes, paged).total_nbytes + self.least_slots_nbytes
+
+    def saved_s(self, cache: KvPlan | None) -> float:
+        """Seconds of the whole workload that blocks in VRAM save."""
+        if cache is None or not cache.vram_tokens:
+            return 0.0
+        return self.workload.new_tokens * blocks_in_vram(self.spec, self.profile, self.workload, cache).saved
 
     @property
     def _known_nbytes(self) -> int:
@@ -152,24 +192,33 @@ def _fastest_within(asked: _Request) -> Plan:
     """See `make_tiered_plan`."""
     spec, vram_nbytes = asked.spec, asked.vram_nbytes - asked.pieces_nbytes
     search = _Search(in_blocks(spec, asked.cache(_NOTHING)), asked.profile, asked.workload, asked.routing)
-    best: tuple[float, Homes] | None = None
+    best: tuple[float, Homes, _Request] | None = None
     least = None
     for choice in search.choices:
         if asked.kv is not None and any(choice.kv):
             continue
         fixed = search.homes(choice)
-        if vram_use(spec, asked.workload, fixed).total_nbytes > vram_nbytes:
-            continue
-        cache = asked.cache(fixed)
-        needed = asked.needed_nbytes(fixed, cache)
-        least = needed if least is None else min(least, needed)
-        if needed > asked.ram_nbytes:
-            continue
-        used = asked.ram(fixed, cache).total_nbytes
-        ram_slots = min(spec.expert_count, (asked.ram_nbytes - used) // spec.bundle_nbytes)
-        for seconds, homes in search.best_slots(choice, fixed, ram_slots, vram_nbytes):
-            if best is None or seconds < best[0]:
-                best = seconds, homes
+        for blocks_nbytes in asked.above(fixed):
+            tried, rest_nbytes = replace(asked, blocks_nbytes=blocks_nbytes), vram_nbytes - blocks_nbytes
+            if vram_use(spec, asked.workload, fixed).total_nbytes > rest_nbytes:
+                continue
+            cache = tried.cache(fixed)
+            needed = tried.needed_nbytes(fixed, cache)
+            least = needed if least is None else min(least, needed)
+            if needed > asked.ram_nbytes:
+                continue
+            used = tried.ram(fixed, cache).total_nbytes
+            ram_slots = min(spec.expert_count, (asked.ram_nbytes - used) // spec.bundle_nbytes)
+            saved_s = tried.saved_s(cache)
+            for seconds, homes in search.best_slots(choice, fixed, ram_slots, rest_nbytes):
+                if best is None or seconds - saved_s < best[0]:
+                    best = seconds - saved_s, homes, tried
+    if best is None and least is None and asked.kv is not None and asked.kv.vram_nbytes:
+        raise PlanInfeasibleError(
+            f"kv_vram={asked.kv.vram_nbytes} leaves no room in {asked.vram_nbytes:,} bytes of VRAM for the dense "
+            f"layers of {spec.name}, without which no blocks lie there",
+            0,
+        )
     if best is None:
         minimum = asked.needed_nbytes(_NOTHING, asked.cache(_NOTHING)) if least is None else least
         raise PlanInfeasibleError(
@@ -177,7 +226,7 @@ def _fastest_within(asked: _Request) -> Plan:
             f"the budget is {asked.ram_nbytes:,}",
             minimum,
         )
-    return _plan(asked, best[1])
+    return _plan(best[2], best[1])
 
 
 class _Search:
@@ -324,11 +373,13 @@ def _plan(asked: _Request, homes: Homes) -> Plan:
     on_gpu = None
     if homes.uses_vram:
         vram = vram_use(spec, workload, homes)
-        vram = replace(vram, activation_nbytes=vram.activation_nbytes + asked.pieces_nbytes)
+        activations = vram.activation_nbytes + asked.pieces_nbytes
+        vram = replace(vram, activation_nbytes=activations, kv_nbytes=vram.kv_nbytes + asked.blocks_nbytes)
         on_gpu = VramPlan(
             homes.dense_in_vram, homes.kv_in_vram, homes.head_in_vram, homes.vram_slots, vram, asked.vram_nbytes
         )
     found = predict(in_blocks(spec, cache), asked.profile, homes, workload, asked.routing)
+    found = with_blocks_in_vram(found, spec, asked.profile, workload, cache)
     found = with_reads(with_sparsity(found, spec, workload, cache), spec, asked.profile, workload, cache)
     return replace(
         base,

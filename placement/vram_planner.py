@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from placement.homes import Homes
-from placement.kv import largest_block_nbytes, whole_above_nbytes, with_blocks_above
+from placement.kv import LEAST_BLOCKS, largest_block_nbytes, whole_above_nbytes, with_blocks_above
 from placement.memory_use import STAGING_SLOTS, kv_moved_nbytes
 from placement.model_spec import ModelSpec
 from placement.plan import Plan, RamUse, Tier, VramPlan, VramUse
@@ -105,7 +105,7 @@ def _with_blocks(spec: ModelSpec, plan: Plan, budget_nbytes: int, beside: _Besid
         dense = made.vram.use.dense_nbytes
         room = budget_nbytes - dense - made.vram.use.activation_nbytes - _least_slots_nbytes(plan) if dense else 0
         nbytes = min(room, whole) // block * block
-        if nbytes < 4 * block:
+        if nbytes < LEAST_BLOCKS * block:
             return made
     else:
         nbytes = min(wanted, whole) // block * block

@@ -156,7 +156,8 @@ def _plan_ahead(ahead: Ahead, asked: Asked) -> None:
     rig = make_rig(ahead, asked.ram, store_root(asked.nvme))
     kv = kv_choice(asked.kv, asked.kv_ram, asked.kv_sparsity)
     if kv != KvChoice():
-        rig = replace(rig, kv=kv)
+        # As `offload.load` has it without `kv_vram=`: as many of the newest blocks in VRAM as there is room for.
+        rig = replace(rig, kv=replace(kv, vram_nbytes=None))
     routing = read_routing(spec, asked.skew, asked.trace)
     workload = Workload(tokens, asked.batch, asked.chunk_tokens, asked.prompt)
     plan_ahead(spec, rig, workload, ahead, routing, asked.simulate, as_json=asked.as_json)

@@ -33,6 +33,17 @@ def test_it_runs_and_gates(tmp_path: Path) -> None:
     copied = {row["way"]: row["GB_copied"] for row in models if row["experts_in_vram"] == 0.5 and "GB_copied" in row}
     assert copied["misses on the CPU"] == 0 < copied["misses copied, LRU"]
     assert [len(rows) for title, rows in report.tables.items() if title.startswith("Experts")] == [2, 2]
+    many = report.tables["Experts, many tokens"]
+    for row in many:
+        assert all(row[name] > 0 for name in row if name.startswith(("TFLOP", "share", "ms")))
+        assert row["tokens_of_an_expert"] == 70 * gpu.QUICK.top_k / gpu.QUICK.experts
+        # The same time of the same torch's products, whatever the format.
+        assert row["TFLOP_per_s_torch_by_expert"] == many[0]["TFLOP_per_s_torch_by_expert"]
+        ours = row["share_of_torch_same_shapes"] * row["TFLOP_per_s_torch_by_expert"]
+        assert ours == pytest.approx(row["TFLOP_per_s"])
+    assert [target.name for target in report.targets if "same shapes" in target.name] == [
+        f"{format}, 70 tokens: share of torch's bf16 rate on the same shapes" for format in gpu.QUICK.formats
+    ]
     assert len(report.tables["Attention to KV blocks, one new token"]) == 2
     assert len(report.targets) >= 6
 

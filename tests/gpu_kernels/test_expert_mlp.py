@@ -60,6 +60,18 @@ def test_few_tokens(format: str, dtype: torch.dtype, device: torch.device) -> No
     assert_experts(slots, x, ids, rows, "silu", rounded=False)
 
 
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4", "mxfp4", "fp8_e4m3"])
+@pytest.mark.parametrize("tokens", [*range(1, 10), 16])
+def test_every_number_of_few_tokens(format: str, tokens: int, device: torch.device) -> None:
+    """All of them go to expert 1, so it has one tile or two; expert 3 has no tokens, and 0 no slot."""
+    layout = BundleLayout(hidden=72, intermediate=40, format=format)
+    slots = fill_slots(layout, 4, device, absent=(0,))
+    ids = torch.stack([torch.ones(tokens, dtype=torch.int64), 2 * torch.arange(tokens) % 4], 1).contiguous().to(device)
+    assert ids.numel() <= module.FEW_PAIRS
+    x = inputs(tokens, layout.hidden, torch.bfloat16).to(device)
+    assert_experts(slots, x, ids, expert_mlp(x, ids, slots.table, layout, "silu"), "silu", rounded=False)
+
+
 @pytest.mark.parametrize("format", EXPERT_FORMATS)
 def test_many_tokens(format: str, device: torch.device) -> None:
     dtype = dtypes_of(format)[0]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from formats.pack import pack_matrix
+from formats.pack import pack_matrix, unpack_matrix
 from formats.packed import PACKED_FORMATS, MatrixLayout
 from gpu_kernels import linear as module
 from gpu_kernels.linear import FEW_TOKENS, packed_linear
@@ -52,6 +52,30 @@ def assert_linear(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_few_tokens(format: str, dtype: torch.dtype, device: torch.device) -> None:
     assert_linear(3, 72, 136, format, dtype, device, bias=True)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_code_at_every_place_is_exact(format: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Tokens of one 1 and else 0 read single weights; with scales of 1 these are their codes' values."""
+    layout = MatrixLayout(40, 72, format)
+    codes = np.random.default_rng(3).permutation(np.arange(layout.codes_nbytes) % 256).astype(np.uint8)
+    if format == "fp8_e4m3":
+        codes[(codes & 127) == 127] = 0  # NaN, which nothing is packed to
+    one = {"bf16": np.uint16(0x3F80), "e8m0": np.uint8(127), "fp32": np.float32(1.0)}[layout.packed.scale]
+    scales = np.full(layout.scales_nbytes // layout.packed.scale_nbytes, one).view(np.uint8)
+    expected = torch.from_numpy(unpack_matrix(codes, scales, layout)).T
+    on_device = guarded(codes, device), guarded(scales, device)
+    for tokens in torch.eye(layout.columns, dtype=dtype, device=device).split(FEW_TOKENS):
+        found = packed_linear(tokens, *on_device, layout)
+        places = tokens.argmax(1).cpu()
+        assert torch.equal(found.cpu().float(), expected[places])
+
+
+@pytest.mark.parametrize("tokens", range(1, FEW_TOKENS + 1))
+def test_every_number_of_few_tokens(tokens: int, device: torch.device) -> None:
+    for format in FORMATS:
+        assert_linear(tokens, 40, 72, format, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -11,16 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from placement.dense_cost import attention_s
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
-from placement.kv import KvChoice, KvShape
+from placement.kv import KvChoice, KvShape, largest_block_nbytes
+from placement.kv_cost import in_blocks
 from placement.kv_settings import PIECES_NBYTES
-from placement.memory_use import ram_use, vram_use
+from placement.memory_use import ram_use, vram_beside_weights, vram_use
 from placement.model_spec import ModelSpec
+from placement.passes import decode_pass
 from placement.plan import Plan
 from placement.planner import READ_CHUNK_NBYTES, READER_THREADS, PlanInfeasibleError, make_plan
 from placement.predict import Routing, expected_s
 from placement.tier_planner import fastest, make_tiered_plan
+from placement.vram_planner import with_vram
 from placement.workload import Workload
 from tests.placement.machines import machine, machines, model
 
@@ -197,6 +201,80 @@ def test_a_cache_that_was_wished_for_lies_in_blocks_below_the_accelerator() -> N
         make_tiered_plan(PAGED, machine(), LONG, minimum - 1, 1 << 34, kv=kv)
     assert caught.value.minimum_ram_nbytes == minimum
     assert make_tiered_plan(SMALL, machine(), WORK, 1 << 34, 1 << 34, kv=kv).kv is None, "none of its layers is paged"
+
+
+def test_the_newest_blocks_lie_in_vram_where_there_is_room() -> None:
+    below = make_tiered_plan(PAGED, machine(), LONG, 1 << 34, 1 << 34, kv=KvChoice("int8"))
+    plan = make_tiered_plan(PAGED, machine(), LONG, 1 << 34, 1 << 34, kv=KvChoice("int8", vram_nbytes=None))
+    assert plan.kv is not None and plan.vram is not None and plan.prediction is not None
+    assert below.kv is not None and below.vram is not None and below.prediction is not None
+    assert (plan.kv.vram_tokens, plan.kv.format, plan.vram.kv_layers) == (LONG.context_tokens, "int8", ())
+    assert plan.vram.use.kv_nbytes == plan.kv.vram_nbytes >= LONG.context_tokens * plan.kv.nbytes_per_token
+    assert plan.vram.use.activation_nbytes == below.vram.use.activation_nbytes
+    assert plan.ram.kv_nbytes < below.ram.kv_nbytes
+    one, other = plan.prediction.decode, below.prediction.decode
+    assert one.terms.attention_s < other.terms.attention_s
+    rest_s = [value.terms.total_s - value.terms.attention_s for value in (one, other)]
+    assert rest_s[0] == pytest.approx(rest_s[1])
+    assert one.gpu_busy_s > other.gpu_busy_s and one.cpu_busy_s < other.cpu_busy_s
+    assert plan.prediction.prefill.terms.attention_s == below.prediction.prefill.terms.attention_s
+
+
+def test_blocks_in_vram_are_as_many_as_the_runtime_puts_there() -> None:
+    """There is room for a part of the cache only."""
+    work = replace(LONG, context_tokens=1 << 20, prompt_tokens=1 << 19, prefill_chunk_tokens=256)
+    kv = KvChoice("int8", vram_nbytes=None)
+    plan = make_tiered_plan(PAGED, machine(), work, 1 << 34, 1 << 30, kv=kv)
+    assert plan.kv is not None and plan.vram is not None and plan.prediction is not None
+    assert 0 < plan.kv.vram_tokens < work.context_tokens
+    beside = vram_beside_weights(PAGED, work) + PIECES_NBYTES
+    run = with_vram(
+        PAGED, make_plan(PAGED, work, 1 << 34, kv=kv), 1 << 30, runs_attention=True, other_nbytes=beside,
+        kv_vram_nbytes=None,
+    )  # fmt: skip
+    assert run.kv is not None
+    # The runtime has the embedding there too.
+    less = PAGED.dense_nbytes - sum(layer.dense_nbytes for layer in PAGED.layers) + largest_block_nbytes(PAGED, "int8")
+    assert 0 <= plan.kv.vram_nbytes - run.kv.vram_nbytes <= less
+    assert 0 <= plan.kv.vram_tokens - run.kv.vram_tokens <= less // plan.kv.nbytes_per_token + 256
+
+
+@pytest.mark.parametrize("nbytes", [1 << 24, 1 << 25])
+def test_blocks_take_what_was_asked_for(nbytes: int) -> None:
+    plan = make_tiered_plan(PAGED, machine(), LONG, 1 << 34, 1 << 34, kv=KvChoice("bf16", vram_nbytes=nbytes))
+    assert plan.kv is not None and plan.vram is not None
+    block = largest_block_nbytes(PAGED, "bf16")
+    assert nbytes - block < plan.vram.use.kv_nbytes == plan.kv.vram_nbytes <= nbytes
+    assert plan.kv.vram_tokens > 0
+    with pytest.raises(PlanInfeasibleError, match="leaves no room"):
+        make_tiered_plan(PAGED, machine(), LONG, 1 << 34, nbytes, kv=KvChoice("bf16", vram_nbytes=nbytes))
+
+
+def test_decode_attends_on_both_devices_at_once() -> None:
+    """The time of attention is that of the slower of both, worked out by hand."""
+    kv = KvChoice("bf16", vram_nbytes=1 << 24)
+    plan = make_tiered_plan(PAGED, machine(), LONG, 1 << 34, 1 << 34, kv=kv)
+    assert plan.kv is not None and plan.prediction is not None
+    layer, work, gpu = in_blocks(PAGED, plan.kv).layers[0], decode_pass(LONG), machine().gpu
+    assert gpu is not None
+    there = replace(work, cached_tokens=float(plan.kv.vram_tokens))
+    others = replace(work, cached_tokens=work.cached_tokens - plan.kv.vram_tokens)
+    slower = max(attention_s(layer, gpu, there), attention_s(layer, machine().cpu, others))
+    assert plan.prediction.decode.terms.attention_s == pytest.approx(3 * slower)
+
+
+@given(st.integers(28, 34), st.integers(28, 34), st.integers(1, 1 << 30), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_more_memory_for_blocks_is_never_slower(ram: int, vram: int, more: int, in_ram: bool) -> None:
+    kv = KvChoice("int8", vram_nbytes=None)
+    try:
+        plan = make_tiered_plan(PAGED, machine(), LONG, 1 << ram, 1 << vram, kv=kv)
+    except PlanInfeasibleError:
+        return
+    budgets = ((1 << ram) + more, 1 << vram) if in_ram else (1 << ram, (1 << vram) + more)
+    assert plan.vram is None or plan.vram.use.total_nbytes <= 1 << vram
+    assert plan.peak_ram_nbytes <= 1 << ram
+    assert request_s(make_tiered_plan(PAGED, machine(), LONG, *budgets, kv=kv)) <= request_s(plan) * (1 + 1e-9)
 
 
 def test_a_cache_that_fits_nowhere_whole_lies_in_blocks_and_on_disk() -> None:
