@@ -62,8 +62,6 @@ OUTPUT_NUMBERS = {"fp32": SUMS, "bf16": OUT_BF16, "fp16": OUT_FP16}
 TILES_PER_BLOCK = COLUMN_BLOCK // TILE_ROWS
 _TILES_PER_SCALE = BLOCK_ROWS // TILE_ROWS
 
-# How far ahead to ask for codes: about the bytes that arrive in the latency of memory.
-_PREFETCH_BYTES = 4096
 # Tokens whose activations pass a chunk's tiles one tile after the other: they should stay in the second-level cache.
 _TOKENS_TOGETHER = 64
 
@@ -81,7 +79,7 @@ def _columns(code, count, codes, scales, blocks, inputs, sums, offset, rows):
     tile = packed_zero(count)
     nbytes = codes_nbytes(code)
     for block in range(blocks):
-        prefetch_codes(code, count, codes + block * nbytes + _PREFETCH_BYTES)
+        prefetch_codes(code, count, codes + block * nbytes)
         tile = packed_block(code, tile, codes, scales, inputs, block)
     packed_store(code, tile, sums, offset, rows)
 
@@ -125,7 +123,7 @@ def _widened_tile(code, codes, scales, blocks, inputs, sums, offset, rows, token
         count = min(_WIDENED_BLOCKS, blocks - first)
         last = first + count == blocks
         for block in range(count):
-            prefetch_codes(code, _FOUR, codes + (first + block) * codes_nbytes(code) + _PREFETCH_BYTES)
+            prefetch_codes(code, _FOUR, codes + (first + block) * codes_nbytes(code))
             packed_widen(code, codes, scales, widened + block * widened_nbytes(code), first + block)
         for token in range(0, tokens - 3, 4):
             x, out, keep = inputs + 8 * token, sums + 8 * token, kept + 4 * TILE_ROWS * token
