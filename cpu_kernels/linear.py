@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cpu_kernels.compiling.compiler import direct
-from cpu_kernels.linear_kernel import linear_task, run_linear
+from cpu_kernels.linear_kernel import linear_task, run_linear, run_products
 from cpu_kernels.tensors import describe, elements_of
 from cpu_kernels.threads import Pool
 
@@ -60,9 +62,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, poo
 
 
 class Products:
-    """Products of one row with several weights, each with the bits of `linear`, into memory that stays.
+    """Products of one row with several weights, each with the bits of `linear`, in fp32, into memory that stays.
 
     For many small ones in a row, of which all else that `linear` does is most.
+
+    Attributes:
+        dtype: of weights and rows.
+        columns: K.
+        found: fp32 [weights, most N], each row filled as far as its weight has rows; the last call's.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
@@ -90,29 +97,30 @@ class Products:
         # Of a parameter whose data somebody replaces, what was there stays.
         self._kept = [weight.detach() for weight in weights]
         self._out = torch.zeros(len(weights), max(map(len, weights)), dtype=self.dtype, device="cpu")
-        self._places = [
-            (weight.data_ptr(), len(weight), line.data_ptr())
-            for weight, line in zip(self._kept, self._out, strict=True)
-        ]
-        self._run, self._task = direct(run_linear), _task(self.dtype)
+        self._places = np.array(
+            [
+                (weight.data_ptr(), len(weight), line.data_ptr())
+                for weight, line in zip(self._kept, self._out, strict=True)
+            ],
+            np.int64,
+        )
+        self._widened = self._out if self.dtype is torch.float32 else self._out.float()
+        self.found: npt.NDArray[np.float32] = self._widened.numpy()
+        self._run, self._task = direct(run_products), _task(self.dtype)
 
-    def of(self, x: torch.Tensor, pool: Pool) -> torch.Tensor:
-        """The products.
+    def compute(self, x: torch.Tensor, pool: Pool) -> None:
+        """Fill `found` with the products.
 
         Args:
             x: K elements of the weights' dtype, contiguous, on the CPU.
             pool: the threads.
-
-        Returns:
-            [weights, most N] of the same dtype, each row filled as far as its weight has rows; overwritten by the next
-            call.
 
         Raises:
             ValueError: `x` is not so.
         """
         if x.dtype is not self.dtype or x.numel() != self.columns or not (x.is_cpu and x.is_contiguous()):
             raise ValueError(f"Products: expected {self.columns} contiguous {self.dtype}, found {describe(x)}")
-        (launcher, state), address, nbytes = pool.launcher, x.data_ptr(), self.dtype.itemsize
-        for weight, rows, out in self._places:
-            self._run(launcher, state, self._task, nbytes, address, 1, weight, 0, rows, self.columns, out)
-        return self._out
+        launcher, state = pool.launcher
+        self._run(launcher, state, self._task, self.dtype.itemsize, x.data_ptr(), self._places, self.columns)
+        if self._widened is not self._out:
+            self._widened.copy_(self._out)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -116,3 +117,14 @@ def run_linear(
         job[JOB_FIELDS + tokens + token] = sums + 4 * token * rows
         job[JOB_FIELDS + 2 * tokens + token] = out + token * rows * element_bytes
     launch(launcher, state, task, job, (rows + per_chunk - 1) // per_chunk)
+
+
+@entry("void(int64, int64, int64, int64, int64, int64[:, ::1], int64)")
+def run_products(
+    launcher: int, state: int, task: int, element_bytes: int, x: int, places: Any, columns: int
+) -> None:  # fmt: skip
+    """`run_linear` of one token with several weights; places are int64 [weights, 3]: address, rows, and where to."""
+    for index in range(len(places)):
+        run_linear(
+            launcher, state, task, element_bytes, x, 1, places[index, 0], 0, places[index, 1], columns, places[index, 2]
+        )

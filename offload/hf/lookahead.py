@@ -66,7 +66,10 @@ class _Hook(TapeHook):
         self._layer = layer
         self._counts = [layers[index].count for index in range(layer, last + 1)]
         self._next = [routers[index] for index in range(layer + 1, last + 1)]
-        self._products = _products_of(self._next, self._counts[1:])
+        # The layer's own too: cheaper than to take them from the tape's logits, with weights that have just been read.
+        self._products = _products_of(routers[layer : last + 1], self._counts)
+        found = [] if self._products is None else self._products.found
+        self._lines = [line[:count] for line, count in zip(found, self._counts, strict=False)]
         self._prefetcher = prefetcher
 
     def __call__(self, _router: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -96,8 +99,8 @@ class _Hook(TapeHook):
     def _ask(self, args: tuple[Any, ...], logits: torch.Tensor) -> tuple[Any, Sequence[Any]] | None:
         products, hidden, counts = self._products, args[0], self._counts
         if products is not None and hidden.dtype is products.dtype and hidden.is_contiguous() and hidden.is_cpu:
-            found = products.of(hidden, kernel_pool()).float().numpy()
-            return _logits_of(logits), [line[:count] for line, count in zip(found, counts[1:], strict=True)]
+            products.compute(hidden, kernel_pool())
+            return self._lines[0], self._lines[1:]
         with torch.no_grad():
             ahead = [_by_forward(router, count, args) for router, count in zip(self._next, counts[1:], strict=True)]
         return None if any(one is None for one in ahead) else (_logits_of(logits), ahead)
@@ -125,12 +128,12 @@ def _products_of(routers: Sequence[torch.nn.Module], counts: Sequence[int]) -> P
         probe = probe.to(products.dtype)
         with torch.no_grad():
             expected = [_by_forward(router, count, (probe,)) for router, count in zip(routers, counts, strict=True)]
-        found = products.of(probe, kernel_pool()).float().numpy()
+        products.compute(probe, kernel_pool())
     except Exception:  # noqa: BLE001 - whatever a router of another form raises
         return None
     same = all(
         right is not None and np.allclose(right, line[: len(right)], rtol=0.02, atol=0.02 * float(np.abs(line).max()))
-        for right, line in zip(expected, found, strict=True)
+        for right, line in zip(expected, products.found, strict=True)
     )
     return products if same else None
 
