@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
@@ -68,8 +69,9 @@ class _Hook(TapeHook):
         self._next = [routers[index] for index in range(layer + 1, last + 1)]
         # The layer's own too: cheaper than to take them from the tape's logits, with weights that have just been read.
         self._products = _products_of(routers[layer : last + 1], self._counts)
-        found = [] if self._products is None else self._products.found
-        self._lines = [line[:count] for line, count in zip(found, self._counts, strict=False)]
+        self._lines: list[npt.NDArray[np.float32]] = []
+        if self._products is not None:
+            self._lines = [line[:count] for line, count in zip(self._products.found, self._counts, strict=True)]
         self._prefetcher = prefetcher
 
     def __call__(self, _router: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
