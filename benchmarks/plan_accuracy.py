@@ -199,7 +199,7 @@ def report_of(
     report.notes.append(f"Profile: {profile.provenance.machine}, {profile.provenance.date}.")
     report.notes.append(
         f"Each turn is predicted from a probe of {_PROBE_S:g} seconds before it, of memory, arithmetic and the disk; "
-        "errors are medians of a run's turns. The three speeds before prompts and before decode are the medians of "
+        "errors are medians of a run's turns. The four speeds before prompts and before decode are the medians of "
         "what the probes found, over the profile's; predicted speeds are those at these medians."
     )
     report.notes += profile.provenance.notes
@@ -307,10 +307,15 @@ def _options(cell: Cell, prepared: PreparedCheckpoint, profile: HardwareProfile,
 
 
 def _median(turns: Sequence[Turn]) -> Speeds:
-    return Speeds(*(statistics.median(getattr(one.speeds, part) for one in turns) for part in _PARTS))
+    return Speeds(*(statistics.median(_speed(one.speeds, part) for one in turns) for part in _PARTS))
 
 
-_PARTS = ("memory", "arithmetic", "disk")
+_PARTS = ("memory", "arithmetic", "disk", "bursts")
+
+
+def _speed(speeds: Speeds, part: str) -> float:
+    found: float | None = getattr(speeds, part)
+    return speeds.disk if found is None else found
 
 
 def row_of(
@@ -367,7 +372,7 @@ def row_of(
 
 
 def _told(speeds: Speeds) -> str:
-    return " ".join(f"{getattr(speeds, part):.2f}" for part in _PARTS)
+    return " ".join(f"{_speed(speeds, part):.2f}" for part in _PARTS)
 
 
 def _shares(one: PassPrediction) -> str:

@@ -135,13 +135,18 @@ class Disk:
         between = ((1 - at) * a + at * b for a, b in ((few.reads, many.reads), (few.kernels, many.kernels)))
         return Overlap(max(1, round(tokens)), *between)
 
-    def times(self, factor: float) -> Disk:
-        """The disk with reads `factor` times as fast."""
-        points, bursts, short = (
-            tuple(DiskPoint(p.block_nbytes, p.in_flight, factor * p.bytes_per_s) for p in some)
-            for some in (self.points, self.bursts, self.short_bursts)
+    def burst_bytes_per_s(self, block_nbytes: int) -> float:
+        """Speed of BURST_READS reads after the disk was idle; of a profile without bursts, of reads that go on."""
+        return _between(self.bursts, block_nbytes) if self.bursts else self.bytes_per_s(block_nbytes, BURST_READS)
+
+    def times(self, factor: float, bursts: float | None = None) -> Disk:
+        """The disk with reads `factor` times as fast, and bursts of them `bursts` times (None: as much)."""
+        of_bursts = factor if bursts is None else bursts
+        points, first, short = (
+            tuple(DiskPoint(p.block_nbytes, p.in_flight, share * p.bytes_per_s) for p in some)
+            for some, share in ((self.points, factor), (self.bursts, of_bursts), (self.short_bursts, of_bursts))
         )
-        return replace(self, points=points, bursts=bursts, short_bursts=short, latency_s=self.latency_s / factor)
+        return replace(self, points=points, bursts=first, short_bursts=short, latency_s=self.latency_s / of_bursts)
 
 
 def _between(points: Sequence[DiskPoint], block_nbytes: int) -> float:

@@ -21,12 +21,14 @@ class Speeds:
     Attributes:
         memory: of what waits for memory, as products of few tokens do.
         arithmetic: of what waits for the processor, as products of many tokens do.
-        disk: of reads.
+        disk: of reads that go on.
+        bursts: of a layer's reads, before which there are none; None: as `disk`.
     """
 
     memory: float = 1.0
     arithmetic: float = 1.0
     disk: float = 1.0
+    bursts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -315,7 +317,7 @@ class HardwareProfile:
 
     def with_speeds(self, speeds: Speeds) -> HardwareProfile:
         """The profile at other speeds of the host's parts, as a probe just found them."""
-        disk = None if self.disk is None else self.disk.times(speeds.disk)
+        disk = None if self.disk is None else self.disk.times(speeds.disk, speeds.bursts)
         return replace(self, cpu=self.cpu.with_speeds(speeds), disk=disk)
 
     def without_gpu(self) -> HardwareProfile:

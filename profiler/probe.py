@@ -1,9 +1,10 @@
 """How fast the machine is right now, over what its profile says: about a second, before a run or a measurement.
 
 Shared machines change by a third within seconds: other tenants take memory's bandwidth, the sibling threads of the
-cores, or the disk. The probe repeats three of the profile's own measurements: experts of one token, which stream
-weights from memory, experts of many tokens, which compute, and reads. Of many tokens several points of the profile's
-curve are repeated: each has an error of its own, which would be taken for the machine's speed.
+cores, or the disk. The probe repeats some of the profile's own measurements: experts of one token, which stream
+weights from memory, experts of many tokens, which compute, reads that go on, and bursts of them. Of many tokens several
+points of the profile's curve are repeated: each has an error of its own, which would be taken for the machine's speed.
+Of bursts the mean counts: reads that come late now and then hold up a layer, but not reads that go on beside them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ PROBE_S = 1.0
 _FEW, _MANY = 1, (32, 128)
 """Tokens of an expert: those of the curve's points from so many to so many."""
 _TURNS = 3
+_BURSTS = 4
+"""Of a turn."""
 
 
 def probe(
@@ -47,6 +50,7 @@ def probe(
     products = {tokens: subjects.experts(format, several(tokens), tokens) for tokens in (_FEW, *many)}
     repeats: dict[int, list[float]] = {tokens: [] for tokens in products}
     disk: list[float] = []
+    burst_s: list[float] = []
     for product in products.values():
         product.run()
     for _ in range(_TURNS):
@@ -60,13 +64,17 @@ def probe(
             seconds_of_reads = subjects.read(block_nbytes, in_flight, GOING_ON_READS)
             speed = GOING_ON_READS * block_nbytes / seconds_of_reads
             disk.append(speed / profile.disk.bytes_per_s(block_nbytes, in_flight))
+            burst_s += [subjects.read(block_nbytes, in_flight, BURST_READS) for _ in range(_BURSTS)]
     memory, *arithmetic = (
         product.calls
         * curve.seconds(product.weights, tokens, 1, product.entries, product.items)
         / statistics.median(repeats[tokens])
         for tokens, product in products.items()
     )
-    return Speeds(memory, statistics.geometric_mean(arithmetic), statistics.median(disk) if disk else 1.0)
+    if profile.disk is None or not disk:
+        return Speeds(memory, statistics.geometric_mean(arithmetic))
+    bursts = BURST_READS * block_nbytes / statistics.mean(burst_s) / profile.disk.burst_bytes_per_s(block_nbytes)
+    return Speeds(memory, statistics.geometric_mean(arithmetic), statistics.median(disk), bursts)
 
 
 def _repeats(product: Product, seconds: float) -> list[float]:

@@ -116,3 +116,12 @@ def test_both_at_once_are_played_out(kernels: float, more: float, kernels_s: flo
     found = float(overlap.seconds(np.array(kernels_s), np.array(reads_s)))
     assert found == pytest.approx(now, abs=1e-6)
     assert max(kernels_s, reads_s) * (1 - 1e-9) <= found <= (kernels_s + reads_s) * (1 + 1e-9) + 1e-9
+
+
+def test_bursts_may_be_slower_by_more_than_reads_that_go_on() -> None:
+    known = replace(DISK, bursts=(DiskPoint(1 << 20, 4, 1e9),), short_bursts=(DiskPoint(1 << 20, 4, 5e8),))
+    slower = known.times(0.5, 0.25)
+    assert slower.bytes_per_s(1 << 20, 4) == 0.5 * known.bytes_per_s(1 << 20, 4)
+    assert slower.burst_bytes_per_s(1 << 20) == 0.25 * known.burst_bytes_per_s(1 << 20) == 2.5e8
+    assert known.times(0.5) == known.times(0.5, 0.5)
+    assert replace(DISK, bursts=()).burst_bytes_per_s(1 << 20) == DISK.bytes_per_s(1 << 20, 8)

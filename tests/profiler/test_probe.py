@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from placement.disk import BURST_READS, DiskPoint
 from placement.hardware_profile import Speeds
 from profiler import probe as probing
 from profiler.probe import probe
@@ -19,7 +20,10 @@ class Slower(Known):
 
     def __init__(self, speeds: Speeds) -> None:
         super().__init__()
-        self.now, self.was, self.clock, self.asleep = speeds, machine(gpu=False), 0.0, True
+        self.now, self.clock, self.asleep = speeds, 0.0, True
+        known = machine(gpu=False)
+        assert known.disk is not None
+        self.was = replace(known, disk=replace(known.disk, bursts=(DiskPoint(1 << 20, 4, 4e8),)))
 
     def experts(self, format: str, count: int, tokens: int, *, narrow: bool = False) -> Product:
         weights = count * 10**6
@@ -33,21 +37,26 @@ class Slower(Known):
 
     def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
         assert self.was.disk is not None
-        seconds = blocks * block_nbytes / self.was.disk.times(self.now.disk).bytes_per_s(block_nbytes, in_flight)
+        disk = self.was.disk.times(self.now.disk, self.now.bursts)
+        burst = blocks == BURST_READS
+        speed = disk.burst_bytes_per_s(block_nbytes) if burst else disk.bytes_per_s(block_nbytes, in_flight)
+        seconds = blocks * block_nbytes / speed
         woken_s, self.asleep = 0.01 if self.asleep else 0.0, False
         return seconds + woken_s
 
 
-@pytest.mark.parametrize("speeds", [Speeds(), Speeds(0.5, 0.8, 0.25), Speeds(1.5, 1.1, 3.0)])
+@pytest.mark.parametrize("speeds", [Speeds(), Speeds(0.5, 0.8, 0.25, 0.2), Speeds(1.5, 1.1, 3.0, 1.5)])
 def test_speeds_come_back(speeds: Speeds, monkeypatch: pytest.MonkeyPatch) -> None:
     subjects = Slower(speeds)
     monkeypatch.setattr(probing, "perf_counter", lambda: subjects.clock)
     found = probe(subjects, subjects.was, "bf16", 1 << 20)
-    assert (found.memory, found.arithmetic, found.disk) == pytest.approx(
-        (speeds.memory, speeds.arithmetic, speeds.disk)
+    bursts = 1.0 if speeds.bursts is None else speeds.bursts
+    assert (found.memory, found.arithmetic, found.disk, found.bursts) == pytest.approx(
+        (speeds.memory, speeds.arithmetic, speeds.disk, bursts)
     )
     assert subjects.clock == pytest.approx(2 / 3, abs=0.1), "reads take the rest of the second"
-    assert probe(subjects, subjects.was, "bf16").disk == 1.0
+    without = probe(subjects, subjects.was, "bf16")
+    assert (without.disk, without.bursts) == (1.0, None)
 
 
 def test_an_error_of_one_point_is_not_taken_for_the_machines_speed(monkeypatch: pytest.MonkeyPatch) -> None:
