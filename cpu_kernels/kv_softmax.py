@@ -145,6 +145,23 @@ def scale_row(row, factor, count):
 
 
 @inner
+def add_exponentials(part, width, largest, total):
+    """Add a block's exponentials to what a row has so far, which is brought to the larger of both largest scores.
+
+    part: address of fp32 [width]: sums of values, ..., the largest score, the sum of exponentials. largest: at least
+    that score. total: of exponentials below `largest`.
+    """
+    state = carray(float32_pointer(part), (width,))
+    before = state[width - 2]
+    if largest != before:
+        share = exp_float32(before - largest) if before > _MINUS_INFINITY else np.float32(0)
+        scale_row(part, share, width - 16)
+        state[width - 1] *= share
+        state[width - 2] = largest
+    state[width - 1] += total
+
+
+@inner
 def cap_row(row, cap, count):
     """Row[i] = cap tanh(row[i] / cap), within 2e-7 cap."""
     values = carray(float32_pointer(row), (count,))

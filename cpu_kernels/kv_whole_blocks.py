@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpu_kernels.activation_kernel import exp_float32
 from cpu_kernels.jit import carray, inner
 from cpu_kernels.kv_pairs import largest_rounded, store_rounded_four
 from cpu_kernels.kv_softmax import (
+    add_exponentials,
     hide,
     load_four,
     rows_add,
@@ -21,7 +21,6 @@ from cpu_kernels.kv_softmax import (
     rows_maximum,
     rows_store,
     rows_sum,
-    scale_row,
 )
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_multiply, rows_splat
 from cpu_kernels.simd import float32_pointer
@@ -53,7 +52,6 @@ def weigh_whole_row(row, scale, scaled, key_scales, value_scales, code_factor, r
     `kv_pairs.round_row` does. part: address of fp32 [width]: the sums so far, ..., the largest score, the sum of
     exponentials; brought to the largest score.
     """
-    state = carray(float32_pointer(part), (width,))
     factors = rows_splat(scale)
     numbers = load_four(row)
     if scaled:
@@ -69,18 +67,13 @@ def weigh_whole_row(row, scale, scaled, key_scales, value_scales, code_factor, r
     if largest == _MINUS_INFINITY:
         hide(row, 0, 0, WHOLE_TOKENS, _ZERO)
         return
-    before = state[width - 2]
+    before = carray(float32_pointer(part), (width,))[width - 2]
     if not largest > before:
         largest = before
     above = rows_splat(largest)
     a, b, c, d = rows_exp_below(a, above), rows_exp_below(b, above), rows_exp_below(c, above), rows_exp_below(d, above)
     total = rows_sum(rows_add(rows_add(rows_add(a, b), c), d))
-    if largest != before:
-        share = exp_float32(before - largest) if before > _MINUS_INFINITY else _ZERO
-        scale_row(part, share, width - 16)
-        state[width - 1] *= share
-        state[width - 2] = largest
-    state[width - 1] += total
+    add_exponentials(part, width, largest, total)
     numbers = a, b, c, d
     if scaled:
         numbers = _times(numbers, value_scales, rows_splat(code_factor))

@@ -18,12 +18,12 @@ from cpu_kernels.activation_kernel import exp_float32
 from cpu_kernels.cache_lines import ask_for
 from cpu_kernels.jit import call_at, carray, inner, task_address
 from cpu_kernels.kv_softmax import (
+    add_exponentials,
     cap_row,
     exponentials_and_sum,
     hide,
     hide_invalid,
     largest_of_row,
-    scale_row,
     scale_row_largest,
     sum_of_row,
 )
@@ -106,7 +106,6 @@ def _range_of_row(job, chunk, row, first_position, tokens):
 def _weigh_row(job, scores, lanes, low, high, valid, part):
     """Scores of a row turned into weights; the row's part is brought to their largest."""
     width = job[PART_NBYTES] // 4
-    state = carray(float32_pointer(part), (width,))
     capped = block.float32_at(job.ctypes.data + 8 * SOFTCAP)
     largest = scale_row_largest(scores, block.float32_at(job.ctypes.data + 8 * SCALE), lanes)
     some_hidden = low > 0 or high < lanes
@@ -120,7 +119,7 @@ def _weigh_row(job, scores, lanes, low, high, valid, part):
     if largest == _MINUS_INFINITY:
         hide(scores, 0, 0, lanes, _ZERO)
         return
-    before = state[width - 2]
+    before = carray(float32_pointer(part), (width,))[width - 2]
     if not largest > before:
         largest = before
     total = exponentials_and_sum(scores, largest, lanes)
@@ -129,12 +128,7 @@ def _weigh_row(job, scores, lanes, low, high, valid, part):
         if job[VALID]:
             hide_invalid(scores, low, high, valid, _ZERO)
         total = sum_of_row(scores, lanes)
-    if largest != before:
-        share = exp_float32(before - largest) if before > _MINUS_INFINITY else _ZERO
-        scale_row(part, share, width - 16)
-        state[width - 1] *= share
-        state[width - 2] = largest
-    state[width - 1] += total
+    add_exponentials(part, width, largest, total)
 
 
 @inner
