@@ -101,6 +101,7 @@ def torch_seconds(products: ExpertProducts, device: torch.device, rounds: int) -
         grouped(0)
         found = graph_s(grouped)
     except (AttributeError, RuntimeError, NotImplementedError) as error:
+        # torch or the card has none; the report says so beside the others.
         why = str(error).splitlines()[0]
     return TorchSeconds(
         graph_s(lambda _: torch.mm(x, whole)), graph_s(by_expert), seconds_of(by_expert, device, rounds).median,

@@ -218,9 +218,7 @@ def _targets(report: Report, errors: Sequence[dict[str, float]]) -> None:
     report.target("peak RSS: predicted above measured, at least", min(peaks), "at least", 0.0)
 
 
-def _tell_disturbed(
-    report: Report, disturbed: Sequence[bool], pairs: Sequence[tuple[Row, dict[str, float]]]
-) -> None:  # fmt: skip
+def _tell_disturbed(report: Report, disturbed: Sequence[bool], pairs: Sequence[tuple[Row, dict[str, float]]]) -> None:
     """A note of runs beside which other processes ran. They are in all figures."""
     quiet = [errors for (_, errors), one in zip(pairs, disturbed, strict=True) if not one]
     if not quiet or len(quiet) == len(pairs):

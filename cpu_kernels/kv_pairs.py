@@ -82,13 +82,16 @@ def round_row(row, count, limit, largest, out, nbytes):
 
 
 @inner
-def store_rounded_four(rows, limit, largest, out, nbytes):
+def store_rounded_four(rows, out, nbytes):
     """`round_row` of 64 weights in four vectors."""
+    a, b, c, d = rows
+    limit = largest_rounded(64)
+    largest = rows_largest(rows_larger(rows_larger(rows_larger(rows_larger(rows_splat(_ZERO), a), b), c), d))
     factor = _rounding(limit, largest)
-    store_rounded(out, rows[0], factor)
-    store_rounded(out + 32, rows[1], factor)
-    store_rounded(out + 64, rows[2], factor)
-    store_rounded(out + 96, rows[3], factor)
+    store_rounded(out, a, factor)
+    store_rounded(out + 32, b, factor)
+    store_rounded(out + 64, c, factor)
+    store_rounded(out + 96, d, factor)
     _store_scale(out, nbytes, limit, largest)
 
 

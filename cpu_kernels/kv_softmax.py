@@ -129,6 +129,14 @@ def load_four(address):
 
 
 @inner
+def multiply_four(rows, others):
+    """Products of four vectors with four others."""
+    a, b, c, d = rows
+    e, f, g, h = others
+    return rows_multiply(a, e), rows_multiply(b, f), rows_multiply(c, g), rows_multiply(d, h)
+
+
+@inner
 def multiply_row(row, factors, factor, count):
     """Row[i] *= factors[i] factor: fp32 at two addresses, count a multiple of 16."""
     both = rows_splat(factor)
@@ -142,6 +150,13 @@ def scale_row(row, factor, count):
     factors = rows_splat(factor)
     for i in range(0, 4 * count, 64):
         rows_store(row + i, rows_multiply(rows_load(row + i), factors))
+
+
+@inner
+def largest_so_far(part, width, largest):
+    """The larger of a block's largest score and of a row's before; of a NaN, the row's."""
+    before = carray(float32_pointer(part), (width,))[width - 2]
+    return largest if largest > before else before
 
 
 @inner

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpu_kernels.jit import carray, inner
-from cpu_kernels.kv_pairs import largest_rounded, store_rounded_four
+from cpu_kernels.jit import inner
+from cpu_kernels.kv_pairs import store_rounded_four
 from cpu_kernels.kv_softmax import (
     add_exponentials,
     hide,
+    largest_so_far,
     load_four,
+    multiply_four,
     rows_add,
     rows_exp_below,
     rows_max,
@@ -22,8 +24,7 @@ from cpu_kernels.kv_softmax import (
     rows_store,
     rows_sum,
 )
-from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_multiply, rows_splat
-from cpu_kernels.simd import float32_pointer
+from cpu_kernels.packing_simd import rows_splat
 
 WHOLE_TOKENS = 64
 _MINUS_INFINITY = np.float32(-np.inf)
@@ -33,14 +34,7 @@ _ZERO = np.float32(0)
 @inner
 def _times(rows, address, factors):
     """Each of four vectors times the numbers at an address, which are multiplied by factors first."""
-    a, b, c, d = rows
-    e, f, g, h = load_four(address)
-    return (
-        rows_multiply(a, rows_multiply(e, factors)),
-        rows_multiply(b, rows_multiply(f, factors)),
-        rows_multiply(c, rows_multiply(g, factors)),
-        rows_multiply(d, rows_multiply(h, factors)),
-    )
+    return multiply_four(rows, multiply_four(load_four(address), (factors, factors, factors, factors)))
 
 
 @inner
@@ -56,20 +50,12 @@ def weigh_whole_row(row, scale, scaled, key_scales, value_scales, code_factor, r
     numbers = load_four(row)
     if scaled:
         numbers = _times(numbers, key_scales, rows_splat(code_factor))
-    a, b, c, d = numbers
-    a, b, c, d = (
-        rows_multiply(a, factors),
-        rows_multiply(b, factors),
-        rows_multiply(c, factors),
-        rows_multiply(d, factors),
-    )
+    a, b, c, d = multiply_four(numbers, (factors, factors, factors, factors))
     largest = rows_maximum(rows_max(rows_max(rows_max(a, b), c), d))
     if largest == _MINUS_INFINITY:
         hide(row, 0, 0, WHOLE_TOKENS, _ZERO)
         return
-    before = carray(float32_pointer(part), (width,))[width - 2]
-    if not largest > before:
-        largest = before
+    largest = largest_so_far(part, width, largest)
     above = rows_splat(largest)
     a, b, c, d = rows_exp_below(a, above), rows_exp_below(b, above), rows_exp_below(c, above), rows_exp_below(d, above)
     total = rows_sum(rows_add(rows_add(rows_add(a, b), c), d))
@@ -79,8 +65,7 @@ def weigh_whole_row(row, scale, scaled, key_scales, value_scales, code_factor, r
         numbers = _times(numbers, value_scales, rows_splat(code_factor))
     a, b, c, d = numbers
     if rounds:
-        most = rows_larger(rows_larger(rows_larger(rows_larger(rows_splat(_ZERO), a), b), c), d)
-        store_rounded_four(numbers, largest_rounded(WHOLE_TOKENS), rows_largest(most), row, 4 * WHOLE_TOKENS)
+        store_rounded_four(numbers, row, 4 * WHOLE_TOKENS)
     else:
         rows_store(row, a)
         rows_store(row + 64, b)

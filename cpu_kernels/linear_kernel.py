@@ -120,9 +120,7 @@ def run_linear(
 
 
 @entry("void(int64, int64, int64, int64, int64, int64[:, ::1], int64)")
-def run_products(
-    launcher: int, state: int, task: int, element_bytes: int, x: int, places: Any, columns: int
-) -> None:  # fmt: skip
+def run_products(launcher: int, state: int, task: int, element_bytes: int, x: int, places: Any, columns: int) -> None:
     """`run_linear` of one token with several weights; places are int64 [weights, 3]: address, rows, and where to."""
     for index in range(len(places)):
         run_linear(

@@ -28,7 +28,7 @@ from cpu_kernels.kv_pairs import (
 )
 from cpu_kernels.kv_panels import dot_panels, expand_rows, multiply_panels, row_nbytes
 from cpu_kernels.kv_simd import FP8_FACTOR, KvCode
-from cpu_kernels.kv_softmax import load_four, multiply_row, rows_add, rows_store, rows_sum
+from cpu_kernels.kv_softmax import load_four, multiply_four, multiply_row, rows_add, rows_store, rows_sum
 from cpu_kernels.packing_simd import rows_larger, rows_largest, rows_load, rows_multiply, rows_splat, rows_type
 from cpu_kernels.simd import float32_pointer, int64_pointer
 
@@ -122,7 +122,7 @@ def code_factor(code):
 
 @inner
 def ready_queries(job, queries, rows, out):
-    """Address of queries as `key_scores` takes them; out: address of as much memory."""
+    """Address of queries as `key_products` takes them; out: address of as much memory."""
     if not job[ROUNDS_WEIGHTS]:
         return queries
     round_rows(queries, job[KEY_WIDTH], rows, out, job[QUERY_NBYTES])
@@ -257,27 +257,15 @@ def _four_bf16(address):
 
 
 @inner
-def _four_products(a, b):
-    return (
-        rows_multiply(a[0], b[0]),
-        rows_multiply(a[1], b[1]),
-        rows_multiply(a[2], b[2]),
-        rows_multiply(a[3], b[3]),
-    )
-
-
-@inner
 def _scale_and_round_whole(weights, rows, nbytes, scales, zeros, scaled, out, out_nbytes, add):
     """`_scale_and_round` of 64 numbers, in registers."""
     wide_scales, wide_zeros = _four_bf16(scales), _four_bf16(zeros)
-    limit, zero = largest_rounded(64), rows_splat(np.float32(0))
+    zero = rows_splat(np.float32(0))
     for row in range(rows):
-        numbers, target = load_four(weights + row * nbytes), scaled + row * nbytes
-        a, b, c, d = _four_products(numbers, wide_scales)
-        largest = rows_largest(rows_larger(rows_larger(rows_larger(rows_larger(zero, a), b), c), d))
-        store_rounded_four((a, b, c, d), limit, largest, target, nbytes)
-        e, f, g, h = _four_products(numbers, wide_zeros)
-        shift = rows_splat(rows_sum(rows_add(rows_add(rows_add(rows_add(zero, e), f), g), h)))
+        numbers = load_four(weights + row * nbytes)
+        store_rounded_four(multiply_four(numbers, wide_scales), scaled + row * nbytes, nbytes)
+        a, b, c, d = multiply_four(numbers, wide_zeros)
+        shift = rows_splat(rows_sum(rows_add(rows_add(rows_add(rows_add(zero, a), b), c), d)))
         for i in range(0, 128, 64):
             at = out + row * out_nbytes + i
             rows_store(at, rows_add(rows_load(at), shift) if add else shift)
@@ -388,7 +376,7 @@ def _expand_by_channel(code, job, codes, scales, zeros, columns, split, tokens, 
 
 @cache
 def int4_scores_function() -> int:
-    """Address of `key_scores` for int4: void(job, head, tokens, queries, rows, out, scratch, ahead), all int64."""
+    """Address of `key_products` for int4: void(job, head, tokens, queries, rows, out, scratch, ahead), all int64."""
     code = KvCode("int4")
 
     def scores(job, head, tokens, queries, rows, out, scratch, ahead):

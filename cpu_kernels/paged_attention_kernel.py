@@ -24,6 +24,7 @@ from cpu_kernels.kv_softmax import (
     hide,
     hide_invalid,
     largest_of_row,
+    largest_so_far,
     scale_row_largest,
     sum_of_row,
 )
@@ -119,9 +120,7 @@ def _weigh_row(job, scores, lanes, low, high, valid, part):
     if largest == _MINUS_INFINITY:
         hide(scores, 0, 0, lanes, _ZERO)
         return
-    before = carray(float32_pointer(part), (width,))[width - 2]
-    if not largest > before:
-        largest = before
+    largest = largest_so_far(part, width, largest)
     total = exponentials_and_sum(scores, largest, lanes)
     if some_hidden or job[VALID]:
         hide(scores, low, high, lanes, _ZERO)

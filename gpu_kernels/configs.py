@@ -62,7 +62,7 @@ def product_configs(format: str, itemsize: int, *, few: bool) -> tuple[ProductCo
     elif format == "fp8_e4m3":
         sizes = ((64, 64, 8, 3),)
     elif format == "mxfp4":
-        # Its values come out of a table: with gates, other tiles spill on sm_80 to 89.
+        # With gates, of other tiles it is not known that they do not spill on sm_80 to 89.
         sizes = ((64, 128, 8, 3),)
     elif format == "int8":
         # Others spill a few registers on sm_80 to 89, here and in int4.

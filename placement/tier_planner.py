@@ -308,10 +308,8 @@ class _Search:
         if experts is None:
             return total
         need = self.routing.demand(experts, phase.work)
-        linear_s, attending_s = (
-            linears_s(layer.linears, profile.cpu, phase.work.rows),
-            attention_s(layer, profile.cpu, phase.work),
-        )
+        linear_s = linears_s(layer.linears, profile.cpu, phase.work.rows)
+        attending_s = attention_s(layer, profile.cpu, phase.work)
         for (on_gpu, cached), times in places.items():
             around_s = (0.0 if on_gpu else linear_s) + (0.0 if cached else attending_s)
             cost = expert_cost(

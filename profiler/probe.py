@@ -43,8 +43,8 @@ def probe(
         in_flight: reads at once.
         seconds: that it may take, about.
     """
-    reads = block_nbytes > 0 and profile.disk is not None
-    share_s = seconds / _TURNS / (3 if reads else 2)
+    known = profile.disk if block_nbytes > 0 else None
+    share_s = seconds / _TURNS / (2 if known is None else 3)
     curve = profile.cpu.expert(format)
     many = [tokens for tokens in curve.tokens if _MANY[0] <= tokens <= _MANY[1]] or [_MANY[0]]
     products = {tokens: subjects.experts(format, several(tokens), tokens) for tokens in (_FEW, *many)}
@@ -56,14 +56,14 @@ def probe(
     for _ in range(_TURNS):
         for tokens, product in products.items():
             repeats[tokens] += _repeats(product, share_s if tokens == _FEW else share_s / len(many))
-        if reads and profile.disk is not None:
+        if known is not None:
             # A disk that nobody read from for a moment begins slowly, which in the profile, where reads follow reads,
             # and in a run is what the first of a layer's take more.
             subjects.read(block_nbytes, in_flight, BURST_READS)
             # As many as the profile's points have, which begin and end as slowly.
             seconds_of_reads = subjects.read(block_nbytes, in_flight, GOING_ON_READS)
             speed = GOING_ON_READS * block_nbytes / seconds_of_reads
-            disk.append(speed / profile.disk.bytes_per_s(block_nbytes, in_flight))
+            disk.append(speed / known.bytes_per_s(block_nbytes, in_flight))
             burst_s += [subjects.read(block_nbytes, in_flight, BURST_READS) for _ in range(_BURSTS)]
     memory, *arithmetic = (
         product.calls
@@ -71,9 +71,9 @@ def probe(
         / statistics.median(repeats[tokens])
         for tokens, product in products.items()
     )
-    if profile.disk is None or not disk:
+    if known is None:
         return Speeds(memory, statistics.geometric_mean(arithmetic))
-    bursts = BURST_READS * block_nbytes / statistics.mean(burst_s) / profile.disk.burst_bytes_per_s(block_nbytes)
+    bursts = BURST_READS * block_nbytes / statistics.mean(burst_s) / known.burst_bytes_per_s(block_nbytes)
     return Speeds(memory, statistics.geometric_mean(arithmetic), statistics.median(disk), bursts)
 
 

@@ -128,9 +128,7 @@ def _block_points(format: str) -> tuple[AttentionPoint, ...]:
     )
 
 
-def _one_token(
-    subjects: Subjects, format: str, new_tokens: int, cached_tokens: int, *, narrow: bool
-) -> Attention:  # fmt: skip
+def _one_token(subjects: Subjects, format: str, new_tokens: int, cached_tokens: int, *, narrow: bool) -> Attention:
     """Attention to blocks as `Found.time_attention` asks for it: of one new token."""
     assert new_tokens == 1, "there is no other"
     return subjects.block_attention(format, cached_tokens, narrow=narrow)

@@ -10,7 +10,8 @@ import numpy as np
 from prefetch.jit import entry, inner
 from prefetch.predictors.logistic_kernel import choose, learn
 
-# What is known of each expert of a layer to come.
+# What is known of each expert of a layer to come. The bias moves no probability, since all log-odds are shifted alike;
+# it makes Newton's steps those of the other inputs less their means.
 BIAS, ROUTER, TRANSITION, PREVIOUS, POPULAR, EXPECTED, INPUTS = range(7)
 
 # Rows of the counts that `score` adds to: correct among the k most probable, by predictor, those among the 2 k most
