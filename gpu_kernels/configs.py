@@ -54,10 +54,13 @@ def product_configs(format: str, itemsize: int, *, few: bool) -> tuple[ProductCo
             ProductConfig(8 if packed else 16, rows, columns, False, Threads(warps, stages))
             for rows, warps, stages in sizes_of_few
         )
-    columns = 32 if itemsize == 4 and format != "int8" else 64
+    columns = 32 if itemsize == 4 else 64
     # (tokens, rows, warps, stages). Sums of blocks before they are scaled take registers as the sums themselves do.
     sizes: tuple[tuple[int, int, int, int], ...]
-    if itemsize == 4:
+    if itemsize == 4 and format in PACKED_FORMATS:
+        # Larger ones spill on some cards.
+        sizes = ((32, 32, 4, 2),) if format == "int8" else ((32, 64, 8, 2),)
+    elif itemsize == 4:
         sizes = ((32, 64, 8, 2), (64, 64, 8, 2))
     elif format == "fp8_e4m3":
         sizes = ((64, 64, 8, 3),)
@@ -71,15 +74,17 @@ def product_configs(format: str, itemsize: int, *, few: bool) -> tuple[ProductCo
         sizes = ((64, 64, 4, 3), (64, 128, 8, 3))
     else:
         sizes = ((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 3))
+    # A scale of int8 is one of 64 columns, more than registers hold of fp32's blocks beside the scaled ones.
+    scale_weights = format in PACKED_FORMATS and not (format == "int8" and itemsize == 4)
     return tuple(
-        ProductConfig(tokens, rows, columns, format in PACKED_FORMATS, Threads(warps, stages))
+        ProductConfig(tokens, rows, columns, scale_weights, Threads(warps, stages))
         for tokens, rows, warps, stages in sizes
     )
 
 
 def _columns_of_few(format: str, itemsize: int) -> int:
-    """The columns of one scale, or of one tile where these are no limit."""
-    if format in ("int4", "mxfp4"):
+    """The columns of one scale, or of one tile where these are no limit; fewer where blocks of fp32 would spill."""
+    if format in ("int4", "mxfp4") or (format in PACKED_FORMATS and itemsize == 4):
         return 32
     if format in ("int8", "fp8_e4m3", "fp32"):
         return 64

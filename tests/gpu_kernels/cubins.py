@@ -118,46 +118,60 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def _experts(recorder: Recorder, every_config: bool) -> None:
     for format in EXPERT_FORMATS:
-        dtype = DTYPE_OF_FORMAT.get(format, torch.bfloat16)
         layout = BundleLayout(2048, 768, format)
-        for tokens in (1, 512):
-            recorder.label = f"{format}, {tokens} tokens"
-            x, ids, table = (
-                _meta(tokens, 2048, dtype=dtype),
-                _meta(tokens, 8, dtype=torch.int64),
-                _meta(128, dtype=torch.int64),
-            )
-            configs = product_configs(format, x.element_size(), few=tokens == 1)
-            for config in configs if every_config else configs[:1]:
-                rows = expert_mlp.expert_mlp(x, ids, table, layout, "silu", config)
-            combine.combine(rows, _meta(tokens, 8, dtype=torch.float32), _meta(tokens, 2048, dtype=dtype))
+        for dtype in _activations_of(format):
+            for tokens in (1, 512):
+                recorder.label = f"{format}, {dtype}, {tokens} tokens"
+                x, ids, table = (
+                    _meta(tokens, 2048, dtype=dtype),
+                    _meta(tokens, 8, dtype=torch.int64),
+                    _meta(128, dtype=torch.int64),
+                )
+                configs = product_configs(format, x.element_size(), few=tokens == 1)
+                for config in configs if every_config else configs[:1]:
+                    rows = expert_mlp.expert_mlp(x, ids, table, layout, "silu", config)
+                combine.combine(rows, _meta(tokens, 8, dtype=torch.float32), _meta(tokens, 2048, dtype=dtype))
     recorder.label = "splits"
     table = _meta(128, dtype=torch.int64)
     expert_mlp.expert_mlp(
         _meta(1, 2048), _meta(1, 2, dtype=torch.int64), table, BundleLayout(2048, 768, "int4"), "silu"
     )
-    recorder.label = "gpt-oss"
-    layout = BundleLayout(2880, 2880, "mxfp4", has_bias=True)
-    x, table = _meta(1, 2880), _meta(32, dtype=torch.int64)
-    expert_mlp.expert_mlp(x, _meta(1, 4, dtype=torch.int64), table, layout, "gpt_oss")
-    recorder.label = "without a gate"
-    layout = BundleLayout(2048, 768, "int8", has_gate=False)
-    expert_mlp.expert_mlp(_meta(1, 2048), _meta(1, 4, dtype=torch.int64), table, layout, "relu2")
+    for tokens in (1, 512):
+        recorder.label = f"gpt-oss, {tokens} tokens"
+        layout = BundleLayout(2880, 2880, "mxfp4", has_bias=True)
+        x, table = _meta(tokens, 2880), _meta(32, dtype=torch.int64)
+        expert_mlp.expert_mlp(x, _meta(tokens, 4, dtype=torch.int64), table, layout, "gpt_oss")
+        recorder.label = f"without a gate, {tokens} tokens"
+        layout = BundleLayout(2048, 768, "int8", has_gate=False)
+        expert_mlp.expert_mlp(_meta(tokens, 2048), _meta(tokens, 4, dtype=torch.int64), table, layout, "relu2")
+        recorder.label = f"a gate of the model's own, {tokens} tokens"
+        layout, x, ids = BundleLayout(2048, 768, "bf16"), _meta(tokens, 2048), _meta(tokens, 8, dtype=torch.int64)
+        config = expert_mlp.default_config(x, ids, layout)
+        groups = grouping.group_pairs(ids, table, config.tokens)
+        expert_mlp.expert_up(x, groups, table, layout, config)
     recorder.label = "one split"
     expert_mlp.expert_mlp(
         _meta(8, 2048), _meta(8, 8, dtype=torch.int64), table, BundleLayout(2048, 768, "int4"), "gelu"
     )
 
 
+def _activations_of(format: str) -> tuple[torch.dtype, ...]:
+    """What kernels take beside weights of a format; that of elements is their own."""
+    if format in DTYPE_OF_FORMAT:
+        return (DTYPE_OF_FORMAT[format],)
+    return torch.bfloat16, torch.float16, torch.float32
+
+
 def _linears(recorder: Recorder, every_config: bool) -> None:
     for format in PACKED_FORMATS:
         layout = MatrixLayout(4096, 2048, format)
         codes, scales = _meta(layout.codes_nbytes, dtype=torch.uint8), _meta(layout.scales_nbytes, dtype=torch.uint8)
-        for tokens in (1, 512):
-            recorder.label = f"linear {format}, {tokens} tokens"
-            configs = product_configs(format, 2, few=tokens == 1)
-            for config in configs if every_config else configs[:1]:
-                linear.packed_linear(_meta(tokens, 2048), codes, scales, layout, None, config)
+        for dtype in _activations_of(format):
+            for tokens in (1, 512):
+                recorder.label = f"linear {format}, {dtype}, {tokens} tokens"
+                configs = product_configs(format, dtype.itemsize, few=tokens == 1)
+                for config in configs if every_config else configs[:1]:
+                    linear.packed_linear(_meta(tokens, 2048, dtype=dtype), codes, scales, layout, None, config)
 
 
 def _attention(recorder: Recorder) -> None:

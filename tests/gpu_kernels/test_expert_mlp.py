@@ -44,7 +44,9 @@ def assert_experts(
 
 
 def dtypes_of(format: str) -> tuple[torch.dtype, ...]:
-    return (DTYPE_OF_FORMAT[format],) if format in DTYPE_OF_FORMAT else (torch.bfloat16, torch.float32)
+    if format in DTYPE_OF_FORMAT:
+        return (DTYPE_OF_FORMAT[format],)
+    return torch.bfloat16, torch.float16, torch.float32
 
 
 CASES = [(format, dtype) for format in EXPERT_FORMATS for dtype in dtypes_of(format)]
@@ -72,14 +74,24 @@ def test_every_number_of_few_tokens(format: str, tokens: int, device: torch.devi
     assert_experts(slots, x, ids, expert_mlp(x, ids, slots.table, layout, "silu"), "silu", rounded=False)
 
 
-@pytest.mark.parametrize("format", EXPERT_FORMATS)
-def test_many_tokens(format: str, device: torch.device) -> None:
-    dtype = dtypes_of(format)[0]
+@pytest.mark.parametrize(("format", "dtype"), CASES, ids=str)
+def test_many_tokens(format: str, dtype: torch.dtype, device: torch.device) -> None:
     layout = BundleLayout(**EDGES, format=format)
     slots = fill_slots(layout, 3, device)
     x, ids = inputs(65, layout.hidden, dtype).to(device), routing(65, 3, 2, seed=2).to(device)
     assert ids.numel() > module.FEW_PAIRS
-    assert_experts(slots, x, ids, expert_mlp(x, ids, slots.table, layout, "silu"), "silu", rounded=True)
+    rounded = module.default_config(x, ids, layout).scale_weights
+    assert_experts(slots, x, ids, expert_mlp(x, ids, slots.table, layout, "silu"), "silu", rounded=rounded)
+
+
+@pytest.mark.parametrize(
+    ("format", "has_gate", "activation"), [("mxfp4", True, "gpt_oss"), ("bf16", True, "gelu"), ("int8", False, "relu2")]
+)
+def test_many_tokens_with_biases(format: str, has_gate: bool, activation: str, device: torch.device) -> None:
+    layout = BundleLayout(hidden=72, intermediate=40, format=format, has_gate=has_gate, has_bias=True)
+    slots = fill_slots(layout, 3, device, absent=(1,))
+    x, ids = inputs(65, layout.hidden, torch.bfloat16).to(device), routing(65, 3, 2, seed=3).to(device)
+    assert_experts(slots, x, ids, expert_mlp(x, ids, slots.table, layout, activation), activation, rounded=True)
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "mxfp4"])
@@ -126,11 +138,12 @@ def test_splits_of_every_gate(device: torch.device, monkeypatch: pytest.MonkeyPa
 def test_every_config(format: str, few: bool, device: torch.device) -> None:
     layout = BundleLayout(hidden=72, intermediate=40, format=format)
     slots = fill_slots(layout, 2, device)
-    dtype = DTYPE_OF_FORMAT.get(format, torch.bfloat16)
-    x, ids = inputs(19, layout.hidden, dtype).to(device), torch.zeros(19, 1, dtype=torch.int64, device=device)
-    for config in product_configs(format, x.element_size(), few=few):
-        rows = expert_mlp(x, ids, slots.table, layout, "silu", config)
-        assert_experts(slots, x, ids, rows, "silu", rounded=config.scale_weights)
+    ids = torch.zeros(19, 1, dtype=torch.int64, device=device)
+    for dtype in dtypes_of(format):
+        x = inputs(19, layout.hidden, dtype).to(device)
+        for config in product_configs(format, x.element_size(), few=few):
+            rows = expert_mlp(x, ids, slots.table, layout, "silu", config)
+            assert_experts(slots, x, ids, rows, "silu", rounded=config.scale_weights)
 
 
 def test_one_tile_holds_pairs_of_one_expert_only(device: torch.device) -> None:

@@ -9,6 +9,7 @@ import torch
 from formats.pack import pack_matrix, unpack_matrix
 from formats.packed import PACKED_FORMATS, MatrixLayout
 from gpu_kernels import linear as module
+from gpu_kernels.configs import product_configs
 from gpu_kernels.linear import FEW_TOKENS, packed_linear
 from gpu_kernels.linear_reference import packed_linear_reference
 from tests.assertions import assert_close
@@ -35,7 +36,8 @@ def assert_linear(
     storage = torch.full((tokens, columns + 8), torch.nan, dtype=dtype)
     x = storage[:, :columns].copy_(torch.randn(tokens, columns, generator=generator))
     offset = torch.randn(rows, generator=generator) if bias else None
-    expected = packed_linear_reference(x, codes, scales, layout, offset, rounded=tokens > FEW_TOKENS)
+    config = product_configs(format, dtype.itemsize, few=tokens <= FEW_TOKENS)[0]
+    expected = packed_linear_reference(x, codes, scales, layout, offset, rounded=config.scale_weights)
     on_device = storage.to(device)[:, :columns]
     found = packed_linear(
         on_device,
@@ -79,8 +81,9 @@ def test_every_number_of_few_tokens(tokens: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_many_tokens(format: str, device: torch.device) -> None:
-    assert_linear(FEW_TOKENS + 49, 72, 136, format, torch.bfloat16, device, bias=format == "int4")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_many_tokens(format: str, dtype: torch.dtype, device: torch.device) -> None:
+    assert_linear(FEW_TOKENS + 49, 72, 136, format, dtype, device, bias=format == "int4")
 
 
 @pytest.mark.parametrize("format", FORMATS)
