@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from profiler.subjects import Subjects
 
 DEVICE = "cuda"
-"""The first of several: a plan is for one."""
+"""Torch's current one of several: a plan is for one."""
 
 
 def with_accelerator(

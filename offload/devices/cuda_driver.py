@@ -208,20 +208,14 @@ class TorchCudaDriver(CudaDriver):
         torch.cuda.synchronize(self.device)
 
 
-def cuda_index(name: str) -> int | None:
-    """N of "cuda:N", 0 of "cuda", None of anything else."""
-    match = _NAME.fullmatch(name)
-    return None if match is None else int(match["index"] or 0)
-
-
 def open_cuda(name: str) -> CudaDriver:
-    """The driver of "cuda" or "cuda:N".
+    """The driver of "cuda:N", or of torch's current device for "cuda".
 
     Raises:
         DeviceError: torch has no CUDA, or the machine no such device; says which.
     """
-    index = cuda_index(name)
-    if index is None:
+    match = _NAME.fullmatch(name)
+    if match is None:
         raise DeviceError(f'device={name!r}: expected "cuda" or "cuda:N"')
     if torch.version.cuda is None:
         raise DeviceError(
@@ -233,6 +227,7 @@ def open_cuda(name: str) -> CudaDriver:
             f"device={name!r}: torch finds no CUDA device; check that `nvidia-smi` lists one and that "
             "CUDA_VISIBLE_DEVICES does not hide it"
         )
+    index = torch.cuda.current_device() if match["index"] is None else int(match["index"])
     count = torch.cuda.device_count()
     if index >= count:
         raise DeviceError(f'device={name!r}: this machine has {count} CUDA devices, "cuda:0" to "cuda:{count - 1}"')

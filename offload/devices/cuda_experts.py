@@ -9,7 +9,7 @@ import torch
 
 from gpu_kernels.combine import combine
 from gpu_kernels.expert_mlp import default_config, expert_down, expert_mlp, expert_up
-from gpu_kernels.grouping import group_pairs
+from gpu_kernels.grouping import FEW_PAIRS, group_pairs
 from offload.devices.base import ExpertBatch, ExpertSums, Work
 from offload.devices.cuda_driver import CudaDriver
 from offload.moe.gate import apply_gate
@@ -52,11 +52,13 @@ class CudaWork(Work):
 
 
 _MOST_WARM_PAIRS = 32
+_PROMPT_PAIRS = FEW_PAIRS + 1
+"""Of prompts, whose kernels differ by no number beyond."""
 
 
 def warm_up(driver: CudaDriver, layers: Sequence[ExpertsLayer], most_pairs: int) -> None:
-    """Run each kind of experts with every number of pairs that decode steps have, on zeros: kernels that differ by it
-    are compiled then, or found in Triton's cache, and not while somebody waits for a token.
+    """Run each kind of experts with every number of pairs that decode steps have, and as prompts do, on zeros: kernels
+    that differ by it are compiled then, or found in Triton's cache, and not while somebody waits for a token.
 
     Args:
         driver: of the device.
@@ -66,7 +68,7 @@ def warm_up(driver: CudaDriver, layers: Sequence[ExpertsLayer], most_pairs: int)
     for layer in {(layer.layout, layer.dtype, layer.activation): layer for layer in layers}.values():
         bundle = driver.allocate(layer.layout.nbytes).zero_()
         hidden = torch.zeros(1, layer.layout.hidden, dtype=layer.dtype)
-        for pairs in range(1, min(most_pairs, _MOST_WARM_PAIRS) + 1):
+        for pairs in (*range(1, min(most_pairs, _MOST_WARM_PAIRS) + 1), _PROMPT_PAIRS):
             numbers = np.arange(pairs, dtype=np.int64)
             addresses = np.full(pairs, bundle.data_ptr(), np.intp)
             batch = ExpertBatch(addresses, np.arange(pairs + 1, dtype=np.int64), np.zeros(pairs, np.int64), numbers)

@@ -36,14 +36,15 @@ class CudaGraph(StepGraph):
 
     def _find_bell(self) -> CudaStream:
         """Whichever way of writing a word the driver takes."""
-        word = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        try:
-            bell = self._make_bell(functions=False)
-            bell.write_value(word.data_ptr(), 1)
-            bell.wait_value(word.data_ptr(), 1)
-        except DeviceError:
-            return self._make_bell(functions=True)
-        self._side.synchronize()
+        with torch.cuda.device(self._device):
+            word = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+            try:
+                bell = self._make_bell(functions=False)
+                bell.write_value(word.data_ptr(), 1)
+                bell.wait_value(word.data_ptr(), 1)
+            except DeviceError:
+                return self._make_bell(functions=True)
+            self._side.synchronize()
         return bell
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -90,6 +91,8 @@ class CudaGraph(StepGraph):
         try:
             with (
                 torch.cuda.device(self._device),
+                # A capture that fails leaves its stream current.
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
                 torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"),
             ):
                 step()

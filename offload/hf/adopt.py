@@ -81,7 +81,9 @@ def _guard(model: PreTrainedModel) -> None:
 
     def to(*args: Any, **kwargs: Any) -> PreTrainedModel:
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and device.type != model.device.type:
+        own = model.device
+        another = device is not None and own.index is not None and device.index not in (None, own.index)
+        if device is not None and (device.type != own.type or another):
             _refuse(
                 f"to({device})", "where its weights live is decided by the plan; load it with another budget instead"
             )
@@ -95,7 +97,9 @@ def _guard(model: PreTrainedModel) -> None:
     replacements: dict[str, Callable[..., Any]] = {"to": to, "cpu": lambda: to(torch.device("cpu"))}
     replacements |= {"half": cast(torch.float16), "bfloat16": cast(torch.bfloat16)}
     replacements |= {"float": cast(torch.float32), "double": cast(torch.float64)}
-    replacements["cuda"] = lambda device=None: to(torch.device("cuda"))
+    replacements["cuda"] = lambda device=None: to(
+        torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
+    )
     reason = "its experts are in the store and not in the model; the checkpoint that it was loaded from is unchanged"
     for name in ("save_pretrained", "push_to_hub", "state_dict", "load_state_dict"):
         replacements[name] = _refusal(name, reason)

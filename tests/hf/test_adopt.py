@@ -176,6 +176,15 @@ def test_what_cannot_mean_anything_is_refused(model: PreTrainedModel, tmp_path: 
     greedy(model, prompt(), 2)
 
 
+def test_another_gpu_is_another_device(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 1))
+    for same in (model.to("cuda"), model.to("cuda:1"), model.cuda(), model.cuda(1)):
+        assert same is model
+    for move in (lambda: model.to("cuda:0"), lambda: model.cuda(0), lambda: model.cuda(torch.device("cuda", 2))):
+        with pytest.raises(UnsupportedOperationError, match="offloaded model"):
+            move()
+
+
 def test_statistics_count_what_happened(directory: Path, store_root: Path) -> None:
     plan = offload.plan(directory, ram="1GiB", context=CONTEXT)
     tight = plan.minimum_ram_nbytes + 4 * plan.slot_nbytes

@@ -330,6 +330,8 @@ class StepGraphs:
             if isinstance(error, DoorbellError):
                 raise
             return self._give_up(str(error))
+        except torch.OutOfMemoryError:
+            return self._give_up("no memory for a captured step; give more vram=")
         output = self._decoder.plain.forward(self._decoder, **passed)
         self._output = type(output)
         self.figures.note_layer_by_layer(_PROOF)

@@ -338,6 +338,27 @@ def test_a_capture_that_lies_is_found_out(
         assert runtime.stats().graphs.replayed == runtime.stats().graphs.captured == 0
 
 
+def test_no_memory_for_a_captured_step(
+    tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a request and its answer: the step goes layer by layer, as all do from then on."""
+    directory = tiny_checkpoint(FAMILY)
+    ids = prompt()
+    expected = greedy(reference_model(directory, torch.float32), ids)
+    model = _load(directory, store_root)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with model.offload as runtime:
+        monkeypatch.setattr(runtime.accelerated.accelerator, "sum_experts", full)
+        with pytest.warns(SlowDeviceWarning, match="layer by layer: no memory for a captured step"):
+            assert torch.equal(greedy(model, ids), expected)
+        assert torch.equal(greedy(model, ids), expected)
+        runtime.check()
+        assert (runtime.stats().graphs.replayed, runtime.stats().graphs.captured) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
