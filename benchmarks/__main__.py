@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 NAMES = (
     "disk", "decode", "load", "step", "memory", "formats", "quality", "kernels", "llama_cpp", "llama_cpp_mixtral",
-    "llama_cpp_large", "overhead", "large_model", "plan_accuracy", "gpu", "gpu_kernels", "gpu_models",
+    "llama_cpp_large", "overhead", "large_model", "plan_accuracy", "gpu", "gpu_kernels", "gpu_steps", "gpu_models",
     "cache_policies", "decision_cost", "prefetch", "ablation", "kv_kernels", "decode_attention", "simulator", "kv",
     "kv_model", "kv_quality", "kv_prefix", "kv_sparsity", "compiling", "trace_hits", "replayed_steps",
 )  # fmt: skip
-_PARTS = ("gpu_kernels", "gpu_models")
+_PARTS = ("gpu_kernels", "gpu_steps", "gpu_models")
 """Of another one."""
 
 
@@ -71,6 +71,7 @@ def _benchmarks(quick: bool) -> dict[str, Callable[[Path], Report]]:
         "quality": lambda work: quality.run(work, quality.QUICK if quick else quality.FULL),
         "gpu": lambda work: gpu.run(work, gpu.QUICK if quick else gpu.FULL),
         "gpu_kernels": lambda work: gpu.run(work, gpu.QUICK if quick else gpu.FULL, ("kernels",)),
+        "gpu_steps": lambda work: gpu.run(work, gpu.QUICK if quick else gpu.FULL, ("steps",)),
         "gpu_models": lambda work: gpu.run(work, gpu.QUICK if quick else gpu.FULL, ("models",)),
         "kernels": lambda work: kernels.run(kernels.QUICK if quick else kernels.FULL),
         "overhead": lambda work: overhead.run(

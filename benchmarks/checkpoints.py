@@ -178,6 +178,29 @@ def budget_for(checkpoint: Path, resident: float, context: int) -> int:
     return fixed + max(2, round(resident * plan.expert_count)) * plan.slot_nbytes
 
 
+def vram_for(checkpoint: Path, share: float, *, device: str, ram: int | str, context: int, root: Path) -> int:
+    """The `vram=` with which a share of the experts, at least two, lies on a device beside all that has to be there.
+
+    Args:
+        checkpoint: directory.
+        share: of the experts.
+        device: "cuda:N", or "host" for an accelerator that host memory plays.
+        ram: budget of host memory.
+        context: tokens.
+        root: of stores.
+    """
+    request = make_request(
+        ram=ram, nvme=root, context=context, batch=1, prefill_chunk=1024, max_memory=None, device=device,
+        vram=str(1 << 40) if device == "host" else None,
+    )  # fmt: skip
+    prepared = prepare_checkpoint(checkpoint, request)
+    prepared.close()
+    plan = prepared.plan
+    assert plan.vram is not None
+    use = plan.vram.use
+    return use.total_nbytes - use.slot_nbytes + max(2, round(share * plan.expert_count)) * plan.slot_nbytes
+
+
 def vocabulary(checkpoint: Path) -> int:
     """Token ids run from 0 to here, exclusively."""
     return int(json.loads((checkpoint / "config.json").read_text())["vocab_size"])

@@ -1,17 +1,19 @@
-"""GPU kernels and copies: experts and attention beside what the card's memory and torch's products reach."""
+"""A GPU: its kernels beside what its memory and torch's products reach, copies, replayed steps, and whole models."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import gpu_kv, gpu_models
-from benchmarks.checkpoints import store_root
+from benchmarks import gpu_kv, gpu_models, replayed_steps
+from benchmarks.checkpoints import Shape, store_root
+from benchmarks.gpu_copies import copy_table
+from benchmarks.gpu_doorbell import doorbell_table
 from benchmarks.gpu_products import ExpertProducts, TorchSeconds, torch_seconds
-from benchmarks.gpu_timing import replayed, seconds_of
+from benchmarks.gpu_timing import accelerator, replayed, seconds_of
 from benchmarks.harness import Report, Row, Spread, say
 from formats.bundle import BundleLayout
 from formats.pack import pack_matrix
@@ -19,14 +21,16 @@ from gpu_kernels.combine import combine
 from gpu_kernels.expert_mlp import expert_mlp
 from gpu_kernels.expert_mlp_reference import expert_mlp_reference
 from gpu_kernels.launch import DTYPE_OF_FORMAT, interpreting
-from offload.devices.link import CHUNK_NBYTES
+from offload.devices.cuda import CudaDevice
+from offload.devices.cuda_driver import open_cuda
 from offload.machine_profile import measure_profile
 
 NOT_MEASURED = "no CUDA device here: not measured"
 _TOLERANCE = 2.0**-7
 _BANDWIDTH_SHARE = 0.8
 _PRODUCT_SHARE = 0.6
-_LINK_SHARE = 0.9
+_NO_BOUND = 1 << 60
+"""Of slabs for copies: the card's memory is one."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class GpuScale:
         rounds: repeats.
         models: whole models over three tiers.
         kv: attention to blocks of a KV cache.
+        narrow: a model with next to nothing to compute, whose replayed steps show what the host takes.
+        steps: of them.
     """
 
     formats: tuple[str, ...]
@@ -58,14 +64,22 @@ class GpuScale:
     rounds: int
     models: gpu_models.ModelScale
     kv: gpu_kv.KvScale
+    narrow: Shape
+    steps: replayed_steps.ReplayScale
 
 
 _FORMATS = ("bf16", "int8", "int4", "mxfp4", "fp8_e4m3")
-FULL = GpuScale(_FORMATS, 2048, 768, 128, 8, (1, 2, 4, 8), (512, 2048), 1 << 30, 20, gpu_models.FULL, gpu_kv.FULL)
-QUICK = GpuScale(("bf16", "int4"), 64, 48, 4, 2, (1,), (70,), 1 << 16, 2, gpu_models.QUICK, gpu_kv.QUICK)
+FULL = GpuScale(
+    _FORMATS, 2048, 768, 128, 8, (1, 2, 4, 8), (512, 2048), 1 << 30, 20, gpu_models.FULL, gpu_kv.FULL,
+    replayed_steps.NARROW, replayed_steps.FULL,
+)  # fmt: skip
+QUICK = GpuScale(
+    ("bf16", "int4"), 64, 48, 4, 2, (1,), (70,), 1 << 16, 2, gpu_models.QUICK, gpu_kv.QUICK,
+    replace(gpu_models.TINY, dtype="float32"), replayed_steps.QUICK,
+)  # fmt: skip
 
 
-PARTS = ("kernels", "models")
+PARTS = ("kernels", "steps", "models")
 
 
 def run(work: Path, scale: GpuScale, parts: tuple[str, ...] = PARTS) -> Report:
@@ -88,13 +102,15 @@ def run(work: Path, scale: GpuScale, parts: tuple[str, ...] = PARTS) -> Report:
         report.notes.append(f"{torch.cuda.get_device_name(device)}; random weights")
     if "kernels" in parts:
         _kernels(report, scale, device)
+    if "steps" in parts:
+        report.tables["Requests of a replayed step to the CPU"] = doorbell_table(report, device, scale.rounds)
+        replayed_steps.step_tables(report, work, scale.narrow, scale.steps)
     if "models" in parts:
         profile = None
         if device.type == "cuda":
             # What `offload profile` measures, the GPU and its link among it.
             profile, _ = measure_profile(store_root(work), quick=False, say=say)
-        name = "host" if device.type == "cpu" else "cuda:0"
-        report.tables["Models"] = gpu_models.model_table(report, scale.models, name, work, profile)
+        report.tables["Models"] = gpu_models.model_table(report, scale.models, accelerator(), work, profile)
     return report
 
 
@@ -117,7 +133,8 @@ def _kernels(report: Report, scale: GpuScale, device: torch.device) -> None:
         report, scale.kv, device, bandwidth.median, scale.rounds
     )
     if device.type == "cuda":
-        report.tables["Copies from pinned memory"] = _copies(report, scale, device)
+        copier = CudaDevice(open_cuda(accelerator()), _NO_BOUND)
+        report.tables["Copies from pinned memory"] = copy_table(report, copier, scale.copy_nbytes, scale.rounds)
 
 
 class _Layer:
@@ -252,36 +269,3 @@ def _many(
     if other.grouped is not None:
         row["TFLOP_per_s_torch_grouped"] = rate(other.grouped)
     return row
-
-
-def _copies(report: Report, scale: GpuScale, device: torch.device) -> list[Row]:
-    """One large copy, the same in pieces, and the pieces while the GPU multiplies."""
-    host = torch.empty(scale.copy_nbytes, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(scale.copy_nbytes, dtype=torch.uint8, device=device)
-    stream = torch.cuda.Stream(device)
-    square = torch.randn(4096, 4096, device=device).to(torch.bfloat16)
-
-    def whole(_: int) -> None:
-        target.copy_(host, non_blocking=True)
-
-    def pieces(_: int) -> None:
-        for at in range(0, scale.copy_nbytes, CHUNK_NBYTES):
-            target[at : at + CHUNK_NBYTES].copy_(host[at : at + CHUNK_NBYTES], non_blocking=True)
-
-    def overlapped(index: int) -> None:
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            pieces(index)
-        for _ in range(8):
-            torch.matmul(square, square)
-        torch.cuda.current_stream(device).wait_stream(stream)
-
-    rows: list[Row] = []
-    alone = 0.0
-    for name, call in (("one copy", whole), ("pieces", pieces), ("pieces beside products", overlapped)):
-        rate = scale.copy_nbytes / seconds_of(call, device, scale.rounds).median
-        alone = alone or rate
-        rows.append({"copy": name, "GB_per_s": rate / 1e9, "share_of_one_copy": rate / alone})
-        if name != "one copy":
-            report.target(f"{name}: share of the link's rate", rate / alone, "at least", _LINK_SHARE)
-    return rows

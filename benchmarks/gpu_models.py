@@ -12,11 +12,9 @@ from transformers import PreTrainedModel
 
 import offload
 from benchmarks import gpu_peers
-from benchmarks.checkpoints import Shape, ensure_checkpoint, random_tokens, store_root, vocabulary
+from benchmarks.checkpoints import Shape, ensure_checkpoint, random_tokens, store_root, vocabulary, vram_for
 from benchmarks.harness import Report, Row, say
 from offload.bench import Amount, predict_run
-from offload.preparation import prepare_checkpoint
-from offload.request import make_request
 from offload.sizes import parse_size
 from placement.hardware_profile import HardwareProfile
 
@@ -84,6 +82,11 @@ _VARIANTS = (
 )
 ACCELERATE = "accelerate"
 
+_FIGURES = (
+    "decode_tokens_per_s", "prefill_tokens_per_s", "predicted_decode", "predicted_prefill", "vram_hit_rate",
+    "GB_copied", "steps_replayed",
+)  # fmt: skip
+
 
 def model_table(
     report: Report, scale: ModelScale, device: str, work: Path, profile: HardwareProfile | None
@@ -103,7 +106,10 @@ def model_table(
         first: list[int] = []
         for share in scale.shares:
             say(f"{name}, {share:.0%} of the experts in VRAM")
-            vram = _vram_for(checkpoint, scale, share, device, work)
+            options = _options(scale, device, work)
+            vram = vram_for(
+                checkpoint, share, device=device, ram=scale.ram, context=options["context"], root=options["nvme"]
+            )
             for variant in _VARIANTS:
                 gpu_peers.release()
                 tokens, row = _measure(checkpoint, scale, vram, device, work, variant, profile)
@@ -125,8 +131,10 @@ def model_table(
     return rows
 
 
-def _row(name: str, share: float, way: str, row: Row, same: float) -> Row:
-    return {"model": name, "experts_in_vram": share, "way": way, **row, "same_tokens": same}
+def _row(name: str, share: float, way: str, found: Row, same: float) -> Row:
+    """A line of the table; what a way does not have is empty."""
+    figures = {column: found.get(column) for column in _FIGURES}
+    return {"model": name, "experts_in_vram": share, "way": way, **figures, "same_tokens": same}
 
 
 def _alike(tokens: list[int], others: list[int]) -> float:
@@ -155,20 +163,6 @@ def _compare(report: Report, rows: list[Row], device: str) -> None:
 def _options(scale: ModelScale, device: str, work: Path) -> dict[str, Any]:
     context = scale.prompt_tokens + scale.new_tokens
     return {"ram": scale.ram, "nvme": store_root(work), "context": context, "device": device}
-
-
-def _vram_for(checkpoint: Path, scale: ModelScale, share: float, device: str, work: Path) -> int:
-    vram = str(1 << 40) if device == "host" else None
-    request = make_request(
-        **_options(scale, device, work), vram=vram, batch=1, prefill_chunk=1024, max_memory=None
-    )  # fmt: skip
-    prepared = prepare_checkpoint(checkpoint, request)
-    prepared.close()
-    plan = prepared.plan
-    assert plan.vram is not None
-    use = plan.vram.use
-    slots = max(2, round(share * plan.expert_count))
-    return use.total_nbytes - use.slot_nbytes + slots * plan.slot_nbytes
 
 
 def _prompt(checkpoint: Path, scale: ModelScale) -> torch.Tensor:

@@ -10,6 +10,11 @@ import torch
 from benchmarks.harness import Spread
 
 
+def accelerator() -> str:
+    """Torch's current CUDA device, "cuda:N"; "host" where there is none: host memory plays one."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "host"
+
+
 def seconds_of(call: Callable[[int], object], device: torch.device, rounds: int) -> Spread:
     """Seconds of call(round), each round alone, after two that are not counted; on a GPU by its own clock."""
     times = []
@@ -38,7 +43,8 @@ def replayed(call: Callable[[int], object], device: torch.device, turns: int) ->
             call(turn)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # A capture that fails leaves its stream current.
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph, stream=stream):
         for turn in range(turns):
             call(turn)
     return lambda _index: graph.replay()

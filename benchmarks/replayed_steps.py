@@ -19,6 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_for
 import offload
 from benchmarks import checkpoints
 from benchmarks.equality import FP32_TOLERANCE, gate_close, relative_maximum
+from benchmarks.gpu_timing import accelerator
 from benchmarks.harness import Report, Spread, interleave, say
 from offload.hf.graphs.attention import attend_in_groups
 
@@ -52,9 +53,26 @@ QUICK = ReplayScale(steps=8, before=4, columns=256, rounds=3)
 
 
 def run(work: Path, shape: checkpoints.Shape, scale: ReplayScale) -> Report:
-    """The benchmark: all experts above, which then stay there, and half of them, with the others in host memory."""
+    """The benchmark."""
     report = Report("replayed_steps")
     _attention(report, scale)
+    step_tables(report, work, shape, scale)
+    return report
+
+
+def step_tables(report: Report, work: Path, shape: checkpoints.Shape, scale: ReplayScale) -> None:
+    """Microseconds of a layer of replayed steps, on the GPU that is here, or where host memory plays one: with all
+    experts above, which then stay there, and with half of them, the others in host memory.
+
+    Args:
+        report: takes gates, targets and the table.
+        work: directory for checkpoints and stores.
+        shape: of the model.
+        scale: how much.
+
+    Raises:
+        GateError: replayed steps give other logits, or none was replayed.
+    """
     checkpoint = checkpoints.ensure_checkpoint(shape, work)
     say("loading without graphs")
     with torch.no_grad(), _load(checkpoint, work, scale, _SHARES[-1], step_graph=False) as plain:
@@ -91,7 +109,6 @@ def run(work: Path, shape: checkpoints.Shape, scale: ReplayScale) -> Report:
         "Beside the step is what Python does once a replay has begun; where host memory plays the accelerator that "
         "comes before the operations."
     )
-    return report
 
 
 def _attention(report: Report, scale: ReplayScale) -> None:
@@ -135,13 +152,11 @@ def _load(
     checkpoint: Path, work: Path, scale: ReplayScale, share: float, *, step_graph: bool
 ) -> Iterator[PreTrainedModel]:
     context = _PROMPT_TOKENS + scale.before + scale.steps + 16
-    ram = checkpoints.budget_for(checkpoint, 1.0, context)
-    plan = offload.plan(checkpoint, ram=ram, context=context)
-    above = round(share * plan.expert_count) * plan.slot_nbytes
+    ram, root, device = checkpoints.budget_for(checkpoint, 1.0, context), checkpoints.store_root(work), accelerator()
+    vram = checkpoints.vram_for(checkpoint, share, device=device, ram=ram, context=context, root=root)
     model: Any = offload.load(
-        checkpoint, ram=ram, nvme=checkpoints.store_root(work), context=context,
-        device="cuda" if torch.cuda.is_available() else "host", vram=plan.ram.dense_nbytes + above + (2 << 20),
-        step_graph=step_graph, progress=False,
+        checkpoint, ram=ram, nvme=root, context=context, device=device, vram=vram, step_graph=step_graph,
+        progress=False,
     )  # fmt: skip
     with model.offload:
         yield model

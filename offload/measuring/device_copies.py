@@ -20,14 +20,20 @@ _PIECE_NBYTES = 256 << 20
 class DeviceCopies:
     """Copies up are the `ReadEngine`'s, in pieces on some streams, as those of experts are. Copies down to locked
     memory are a stream's, those to pageable memory torch's, into memory that is new, as outputs come back in a step.
+
+    Attributes:
+        most_nbytes: of one copy.
     """
 
-    def __init__(self, device: CudaDevice) -> None:
+    def __init__(self, device: CudaDevice, *, threads: int | None = None, chunk_nbytes: int = CHUNK_NBYTES) -> None:
         """Take memory on both sides.
 
         Args:
             device: what copies go to. Where the system locks no memory, "pinned" copies are from what it gives instead.
+            threads: that copy up; None for as many as the device's.
+            chunk_nbytes: of a piece.
         """
+        self.most_nbytes = MEMORY_NBYTES
         self._driver = device.driver
         self._above = device.allocate(MEMORY_NBYTES)
         self._below = {True: device.host().allocate(MEMORY_NBYTES), False: HostSlab(MEMORY_NBYTES)}
@@ -35,7 +41,9 @@ class DeviceCopies:
             # Pages that were never written are one page of zeros, which caches hold.
             slab.bytes()[:] = 1
         self._down = device.driver.copy_stream()
-        self._engine = ReadEngine(device.copy_reader(), threads=device.copy_threads, chunk_nbytes=CHUNK_NBYTES)
+        self._engine = ReadEngine(
+            device.copy_reader(), threads=threads or device.copy_threads, chunk_nbytes=chunk_nbytes
+        )
         self._next = 0
 
     def copy(self, nbytes: int, count: int, *, up: bool, pinned: bool) -> float:

@@ -11,12 +11,20 @@ from benchmarks import gpu
 from benchmarks.harness import GateError
 from gpu_kernels.combine import combine
 
+WAYS_TO_RING = ("stream values", "host functions") if torch.cuda.is_available() else ("recorded",)
+
 
 def test_it_runs_and_gates(tmp_path: Path) -> None:
     report = gpu.run(tmp_path, gpu.QUICK)
     assert [gate.name for gate in report.gates] == [
         *(f"{format}, {tokens} tokens" for format in gpu.QUICK.formats for tokens in (1, 70)),
         *(f"attention, {format}, tiny" for format in gpu.QUICK.kv.formats),
+        *(f"doorbell by {way}" for way in WAYS_TO_RING),
+        *(
+            f"{what}, {share} above{how}"
+            for share in ("100%", "50%")
+            for what, how in (("logits", ", replayed and not"), ("steps were replayed", ""))
+        ),
         *(
             f"tiny, {share:.0%}, {way}"
             for share in gpu.QUICK.models.shares
@@ -29,8 +37,9 @@ def test_it_runs_and_gates(tmp_path: Path) -> None:
     assert [(row["experts_in_vram"], row["way"]) for row in models] == [(s, way) for s in (1.0, 0.5) for way in ways]
     assert [bool(row.get("steps_replayed")) for row in models] == [False, True, False, False, False] * 2
     for row in models:
+        assert row.keys() == models[0].keys(), "a table has the columns of its first row"
         assert row["decode_tokens_per_s"] > 0 and row["prefill_tokens_per_s"] > 0
-    copied = {row["way"]: row["GB_copied"] for row in models if row["experts_in_vram"] == 0.5 and "GB_copied" in row}
+    copied = {row["way"]: row["GB_copied"] for row in models if row["experts_in_vram"] == 0.5}
     assert copied["misses on the CPU"] == 0 < copied["misses copied, LRU"]
     assert [len(rows) for title, rows in report.tables.items() if title.startswith("Experts")] == [2, 2]
     many = report.tables["Experts, many tokens"]
@@ -45,6 +54,8 @@ def test_it_runs_and_gates(tmp_path: Path) -> None:
         f"{format}, 70 tokens: share of torch's bf16 rate on the same shapes" for format in gpu.QUICK.formats
     ]
     assert len(report.tables["Attention to KV blocks, one new token"]) == 2
+    assert [row["way"] for row in report.tables["Requests of a replayed step to the CPU"]] == [*WAYS_TO_RING]
+    assert len([target for target in report.targets if target.name.startswith("host microseconds of a layer")]) == 2
     assert len(report.targets) >= 6
 
 
