@@ -32,7 +32,7 @@ from offload.moe.costs import ObservedCosts
 from offload.moe.layer import ExpertsLayer
 from offload.moe.step import moe_step
 from offload.moe.taped_step import taped_step
-from offload.moe.tiered_step import Accelerated, retried_step
+from offload.moe.tiered_step import Accelerated, leave_more_memory, retried_step
 from offload.observer import StepObserver
 from offload.reconciliation import MemoryUse, Reconciliation, reconcile
 from offload.recorder import TraceRecorder
@@ -387,6 +387,15 @@ class Runtime:
         reserved = plan.ram.kv_nbytes + plan.ram.activation_nbytes
         room = plan.ram_budget_nbytes - plan.ram.dense_nbytes - max(needed_nbytes, reserved)
         return min(plan.ram_slots, room // plan.slot_nbytes)
+
+    def pass_failed(self, error: BaseException | None) -> None:
+        """A forward pass ended with an error. Where an accelerator's memory ran out, the next pass has more of it: the
+        one that failed has written a part of its KV cache, and is not repeated here.
+        """
+        if self.accelerated is not None and isinstance(error, torch.OutOfMemoryError):
+            with self.lock:
+                if not self.closed:
+                    leave_more_memory(self.accelerated)
 
     def count_pass(self, tokens: int, *, decode: bool, seconds: float) -> None:
         """Note one finished forward pass of the whole model."""

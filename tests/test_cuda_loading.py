@@ -13,6 +13,7 @@ from transformers import DynamicCache
 import offload
 from offload import assembly
 from offload.devices import cuda_driver
+from offload.devices.cuda import CudaDevice
 from offload.devices.pinned import PinnedHostDevice
 from offload.errors import DoesNotFitError, InvalidArgumentError, SlowDeviceWarning, SlowKvWarning
 from offload.kv import attention
@@ -211,6 +212,47 @@ def test_out_of_memory_while_loading_leaves_nothing_pinned(
     gc.collect()
     assert not driver.pinned
     assert driver.limit_nbytes == driver.total_nbytes
+
+
+def test_out_of_memory_outside_of_experts_leaves_the_next_pass_more(
+    driver: FakeCudaDriver, tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the output layer, of a prompt and of a token; the last slab stays, whatever fails."""
+    directory = tiny_checkpoint("mixtral")
+    ids = prompt(tokens=4)
+    expected = greedy(reference_model(directory, torch.float32), ids, new_tokens=2)
+    monkeypatch.setattr(CudaDevice, "slab_nbytes", 2 * offload.plan(directory, ram="1GiB", context=40).slot_nbytes)
+    model, failing = _load(directory, store_root), [0]
+    head = model.lm_head.forward
+
+    def full(x: torch.Tensor) -> torch.Tensor:
+        failing[0] -= 1
+        if failing[0] == 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return head(x)
+
+    monkeypatch.setattr(model.lm_head, "forward", full)
+    with model.offload as runtime:
+        table = runtime.accelerated.tiers.above.table
+        slots = table.usable_slots
+        for passes in (1, 2):
+            failing[0] = passes
+            with (
+                pytest.warns(SlowDeviceWarning, match="2 expert slots were given up"),
+                pytest.raises(torch.OutOfMemoryError),
+            ):
+                greedy(model, ids, new_tokens=2)
+            assert table.usable_slots == slots - 2 * passes
+            runtime.check()
+        assert torch.equal(greedy(model, ids, new_tokens=2), expected)
+        while table.usable_slots > 2:
+            with pytest.warns(SlowDeviceWarning, match="were given up"):
+                runtime.pass_failed(torch.OutOfMemoryError("out of memory"))
+        runtime.pass_failed(torch.OutOfMemoryError("out of memory"))
+        runtime.pass_failed(ValueError("no memory"))
+        assert table.usable_slots == 2
+        assert torch.equal(greedy(model, ids, new_tokens=2), expected)
+        runtime.check()
 
 
 @pytest.mark.parametrize("module", ["compile_ahead", "_layers", "Runtime", "_store_and_model", "adopt"])

@@ -6,6 +6,7 @@ The class stays the transformers class; what changes hangs on the instance.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from time import perf_counter
@@ -50,8 +51,13 @@ def _watch_passes(model: PreTrainedModel, runtime: Runtime) -> None:
         batch, tokens, at = started.pass_
         runtime.count_pass(batch * tokens, decode=tokens == 1, seconds=perf_counter() - at)
 
+    def ended(_module: torch.nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+        if output is None:
+            runtime.pass_failed(sys.exception())
+
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True)
+    model.register_forward_hook(ended, with_kwargs=True, always_call=True)
 
 
 def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:

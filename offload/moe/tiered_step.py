@@ -94,21 +94,32 @@ def retried_step(
     try:
         return tiered_step(layer, accelerated, hidden, top_k_index, top_k_weights, watch)
     except torch.OutOfMemoryError as error:
-        above = accelerated.tiers.above
-        accelerated.tiers.end_copies()
-        given_up = above.give_up_slab()
-        if not given_up:
+        if not leave_more_memory(accelerated):
             raise DoesNotFitError(
                 f"{accelerated.accelerator.name}: no memory for {len(hidden)} tokens of {layer.name}, and the last "
-                f"slab of {above.table.usable_slots} expert slots is needed; take a shorter prompt or a smaller batch"
+                f"slab of {accelerated.tiers.above.table.usable_slots} expert slots is needed; take a shorter prompt "
+                "or a smaller batch"
             ) from error
+    return tiered_step(layer, accelerated, hidden, top_k_index, top_k_weights, watch)
+
+
+def leave_more_memory(accelerated: Accelerated) -> bool:
+    """Between steps, after the accelerator ran out of memory: give up a slab of expert slots, and say so.
+
+    Returns:
+        Whether there was one to give up.
+    """
+    above = accelerated.tiers.above
+    accelerated.tiers.end_copies()
+    given_up = above.give_up_slab()
+    if given_up:
         warnings.warn(
             f"{accelerated.accelerator.name} ran out of memory: {given_up} expert slots were given up, "
             f"{above.table.usable_slots} are left; load with a smaller vram= to leave more from the start",
             SlowDeviceWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return tiered_step(layer, accelerated, hidden, top_k_index, top_k_weights, watch)
+    return given_up > 0
 
 
 @dataclass
