@@ -18,12 +18,17 @@ from benchmarks.harness import Report, Row, Spread, say
 from formats.bundle import BundleLayout
 from formats.pack import pack_matrix
 from gpu_kernels.combine import combine
+from gpu_kernels.configs import ProductConfig
 from gpu_kernels.expert_mlp import expert_mlp
 from gpu_kernels.expert_mlp_reference import expert_mlp_reference
 from gpu_kernels.launch import DTYPE_OF_FORMAT, interpreting
+from gpu_kernels.tiles import chosen
 from offload.devices.cuda import CudaDevice
 from offload.devices.cuda_driver import open_cuda
+from offload.devices.cuda_tiles import TileTimer, choose_tiles, kinds_of
 from offload.machine_profile import measure_profile
+from offload.measuring.kernels import Gate
+from offload.moe.layer import ExpertsLayer
 
 NOT_MEASURED = "no CUDA device here: not measured"
 _TOLERANCE = 2.0**-7
@@ -150,6 +155,14 @@ class _Layer:
         self.slab = torch.empty(scale.experts, self.layout.nbytes, dtype=torch.uint8, device=device)
         for expert in range(scale.experts):
             self.slab[expert] = torch.from_numpy(self.bundles[expert % 2])
+        self.tiles: dict[bool, ProductConfig] = {}
+        if device.type == "cuda":
+            # As when a model is loaded.
+            driver = open_cuda(accelerator())
+            layer = ExpertsLayer("experts", 0, scale.experts, self.layout, self.dtype, Gate(), "silu")
+            kinds = kinds_of([layer])
+            choose_tiles(driver.device, kinds, TileTimer(driver, [layer], scale.top_k), None)
+            self.tiles = {kind.few: chosen(driver.device, kind) for kind in kinds}
         places = self.slab.data_ptr() + torch.arange(scale.experts) * self.layout.nbytes
         self.table = places.to(device)
 
@@ -218,6 +231,7 @@ def _few(report: Report, layer: _Layer, tokens: int, bandwidth: Spread, scale: G
     return {
         "format": layer.layout.format,
         "tokens": tokens,
+        "tiles": str(layer.tiles.get(True, "")),
         "us_per_step": seconds.median / 8 * 1e6,
         "GB_per_s": nbytes / seconds.median / 1e9,
         "share_of_bandwidth": share,
@@ -255,6 +269,7 @@ def _many(
     row: Row = {
         "format": layer.layout.format,
         "tokens": tokens,
+        "tiles": str(layer.tiles.get(False, "")),
         "tokens_of_an_expert": sum(counts) / products.experts,
         "ms": seconds * 1e3,
         "ms_from_python": started_s * 1e3,

@@ -1,4 +1,4 @@
-"""Tile sizes: a few for each kind of product, the first of which is taken unless tuning found a better one."""
+"""Tile sizes: a few for each kind of product, the best guess first."""
 
 from __future__ import annotations
 

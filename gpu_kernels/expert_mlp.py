@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from formats.bundle import BundleLayout
-from gpu_kernels.configs import ProductConfig, product_configs, splits_of
+from gpu_kernels.configs import ProductConfig, splits_of
 from gpu_kernels.expert_mlp_kernel import gate_splits_kernel, grouped_linear_kernel
 from gpu_kernels.grouping import FEW_PAIRS, PairGroups, group_pairs
 from gpu_kernels.launch import DTYPE_OF_FORMAT, Threads, dot_type, launch, processors
+from gpu_kernels.tiles import Kind, chosen
 
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "gpt_oss")
 PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -51,7 +52,7 @@ def expert_mlp(
         table: int64 [experts]: address of each expert's bundle (slab base + slot x slot bytes), 0 where not here.
         layout: of the bundles.
         activation: one of GATED_ACTIVATIONS, without a gate of PLAIN_ACTIVATIONS.
-        config: tile sizes; None for the first candidate of this kind of step.
+        config: tile sizes; None for what this kind of step takes on the device, see `tiles`.
 
     Returns:
         fp32 [S, T k, H].
@@ -108,8 +109,8 @@ def expert_down(
 
 
 def default_config(x: torch.Tensor, ids: torch.Tensor, layout: BundleLayout) -> ProductConfig:
-    """The first candidate for a step of these shapes."""
-    return product_configs(layout.format, x.element_size(), few=ids.numel() <= FEW_PAIRS)[0]
+    """What a step of these shapes takes on x's device."""
+    return chosen(x.device, Kind(layout, x.element_size(), few=ids.numel() <= FEW_PAIRS))
 
 
 def _into(

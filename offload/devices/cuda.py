@@ -27,10 +27,12 @@ from offload.devices.base import (
 from offload.devices.cuda_attention import CudaAttention
 from offload.devices.cuda_driver import CopyStream, CudaDriver, Moment
 from offload.devices.cuda_experts import CudaWork, sum_experts, warm_up
+from offload.devices.cuda_tiles import tune
 from offload.devices.link import CHUNK_NBYTES, Link
 from offload.devices.pinned import PinnedHostDevice, host_bytes
 from offload.errors import DoesNotFitError, UnsupportedOperationError
 from offload.moe.layer import ExpertsLayer
+from offload.request import store_root
 from offload.sizes import format_size
 from offload.step_graph.graph import StepGraph
 from offload.store.progress import Progress
@@ -172,8 +174,9 @@ class CudaDevice(KvAccelerator):
         """See `Accelerator.prepare`; what stands for a GPU in tests compiles nothing."""
         if self.driver.device.type != "cuda":
             return
-        progress.start(0, "Preparing kernels of the device: compiled the first time, then kept")
+        progress.start(0, "Preparing kernels of the device: compiled and timed the first time, then kept")
         try:
+            tune(self.driver, layers, most_pairs, store_root(None) / "tiles")
             warm_up(self.driver, layers, most_pairs)
         finally:
             progress.finish()

@@ -21,7 +21,7 @@ from offload.devices.doorbell import DoorbellServer
 from offload.devices.host import HostDevice
 from offload.devices.mailbox import Mailbox, MailboxLayout, collect, ring
 from offload.devices.pinned import PinnedSlab
-from offload.errors import DoesNotFitError, InvalidArgumentError
+from offload.errors import CaptureError, DoesNotFitError, InvalidArgumentError
 from offload.tiers.transfer import ReadEngine, ReadRequest, Urgency
 from tests.conftest import TinyCheckpoint
 from tests.hf.reference import greedy, prompt, reference_model
@@ -229,6 +229,18 @@ def test_steps_as_graphs(model_type: str, name: str, tiny_checkpoint: TinyCheckp
             return
         assert figures.reason == ""
         assert figures.replayed > figures.layer_by_layer
+
+
+def test_a_capture_that_fails_leaves_the_stream_that_was_current(name: str) -> None:
+    device = torch.device(name)
+    x = torch.ones(4, device=device)
+    graph, before = CudaGraph(device), torch.cuda.current_stream(device)
+    with pytest.raises(CaptureError):
+        graph.capture(lambda: x.sum().item())
+    assert torch.cuda.current_stream(device) == before
+    graph.capture(lambda: x.add_(1))
+    graph.replay()
+    assert x.tolist() == [2.0] * 4
 
 
 @pytest.mark.parametrize("functions", [False, True], ids=["stream values", "host functions"])
