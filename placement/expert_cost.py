@@ -18,6 +18,7 @@ from placement.disk import Disk, Overlap
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import ExpertsSpec
+from placement.outputs import groups_of
 from placement.routing import FloatArray, LayerDemand
 
 IntArray = npt.NDArray[np.int64]
@@ -115,6 +116,17 @@ def cpu_arrival_s(experts: ExpertsSpec, profile: HardwareProfile, *, decode: boo
     return profile.cpu.expert(format).call_s if measured is None else measured
 
 
+def grouping_s(experts: ExpertsSpec, profile: HardwareProfile, outputs: float) -> float:
+    """Seconds that a layer of a prompt takes more where its experts, which put out so many numbers, are computed and
+    summed group by group.
+    """
+    groups = groups_of(outputs)
+    if groups == 1:
+        return 0.0
+    format = experts.layout.format
+    return profile.cpu.overheads_in(format).grouped_output_s * outputs + (groups - 1) * profile.cpu.expert(format).call_s
+
+
 def expert_cost(
     experts: ExpertsSpec,
     profile: HardwareProfile,
@@ -153,7 +165,8 @@ def expert_cost(
     overheads = profile.cpu.overheads_in(experts.layout.format)
     read = need.distinct * np.clip(1 - in_vram - in_ram, 0.0, 1.0)
     if not decode:
-        return _with_cpu(cost, overheads.arrival_s * read)
+        outputs = need.distinct * need.tokens_per_expert * experts.layout.hidden
+        return _with_cpu(cost, overheads.arrival_s * read + grouping_s(experts, profile, outputs))
     slower_s = 0.0 if profile.disk is None else around_s * (1 / profile.disk.between - 1)
     found = in_vram + in_ram
     # Looking for experts, unless all are always found, and what the layer around takes longer where one is not.

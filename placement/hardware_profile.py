@@ -11,7 +11,7 @@ from placement.curves import TokenCurve
 from placement.disk import Disk
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 13
+PROFILE_VERSION = 14
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ class Overheads:
             and its product, in the place of the kernels' call: asking for it, a slot for it, hearing that it is there,
             waking threads. None: what a call takes.
         arrival_s: in a pass of more tokens, likewise, beside the kernels' call, while nothing else goes on.
+        grouped_output_s: for each number that experts put out in a step that sums them group by group, more than where
+            all are kept and summed at once.
     """
 
     pass_s: float
@@ -160,6 +162,7 @@ class Overheads:
     prompt_layer_s: float | None = None
     step_arrival_s: float | None = None
     arrival_s: float = 0.0
+    grouped_output_s: float = 0.0
 
     def of_layer(self, new_tokens: int) -> float:
         """Seconds in each layer, whatever its size and whatever its experts do."""
@@ -171,7 +174,7 @@ class Overheads:
         arrival = None if self.step_arrival_s is None else factor * self.step_arrival_s
         return Overheads(
             factor * self.pass_s, factor * self.layer_s, factor * self.element_s, factor * self.step_s, prompt,
-            arrival, factor * self.arrival_s,
+            arrival, factor * self.arrival_s, factor * self.grouped_output_s,
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from placement.kv import (
 )
 from placement.kv_cost import in_blocks, with_reads, with_sparsity
 from placement.model_spec import ModelSpec
+from placement.outputs import GROUP_NBYTES, PAIR_BUFFER_NBYTES
 from placement.plan import Plan, RamUse, VramPlan
 from placement.predict import Routing, predict
 from placement.prediction import Prediction
@@ -40,12 +41,6 @@ bounds it). Seen: 8 to 30 MB."""
 
 _LOADING_NBYTES = 16 << 20
 """What loading takes beside dense weights and its scratch, seen at most."""
-
-PAIR_BUFFER_NBYTES = 16 << 20
-"""The MoE step keeps at most so many bytes of expert outputs, and computes one group after the other beyond."""
-
-GROUP_NBYTES = PAIR_BUFFER_NBYTES // 4
-"""Outputs of several experts that are computed at once then; they should stay in the caches until they are added."""
 
 KV_ROOM_TOKENS = 64
 """A cache that grows in place has room for a multiple of so many tokens."""

@@ -56,8 +56,7 @@ def measure_accelerator(
         say: told what is being measured.
     """
     formats = [name for name in subjects.formats if effort.formats is None or name in effort.formats]
-    # What enters and leaves experts crosses the link, so it counts in every format.
-    experts = {name: expert_points(subjects, name, effort.tokens, experts_of_call, entries=True) for name in formats}
+    experts = {name: expert_points(subjects, name, effort.tokens, experts_of_call) for name in formats}
     linears = {name: linear_points(subjects, name, effort.tokens, _LARGE_ROWS, _SMALL_ROWS) for name in formats}
     found = Found()
     budget_s = effort.call_s / effort.rounds

@@ -5,34 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from formats.packed import PACKED_FORMATS
 from profiler.rounds import Point
 from profiler.subjects import Kernels
 
-NARROW_TOKENS = 32
+_NARROW_TOKENS, _NARROW_UNPACKED_TOKENS = 32, 48
+"""Of narrow experts. Others than packed ones may have a kernel of their own for that many tokens and more, which takes
+less for each entry than that for fewer; experts of most prompts are on either side.
+"""
 _NARROW_COUNT = 8
 
 
 def expert_points(
-    kernels: Kernels, format: str, tokens: Sequence[int], several: Callable[[int], int], *, entries: bool
+    kernels: Kernels, format: str, tokens: Sequence[int], several: Callable[[int], int]
 ) -> list[Point]:
-    """Calls of one expert with one token, of several with each number of tokens, and of narrow ones with one token, of
-    which each takes some time whatever its size.
+    """Calls of one expert with one token, of several with each number of tokens, and of narrow ones: with one token, of
+    which each takes some time whatever its size, and with several, which take much of their time for what enters and
+    leaves them; that is so told apart from what weights take.
 
     Args:
         kernels: whose experts they are.
         format: of the experts.
         tokens: of an expert.
         several: how many experts a call with so many tokens has.
-        entries: narrow experts of NARROW_TOKENS tokens as well; those take much of their time for what enters and
-            leaves them, which is so told apart from what weights take.
     """
     what = f"experts in {format}"
-    narrow = {n: partial(kernels.experts, format, _NARROW_COUNT, n, narrow=True) for n in (1, NARROW_TOKENS)}
+    wanted = _NARROW_TOKENS if format in PACKED_FORMATS else _NARROW_UNPACKED_TOKENS
+    several_tokens = next((n for n in tokens if n >= wanted), tokens[-1])
+    narrow = {n: partial(kernels.experts, format, _NARROW_COUNT, n, narrow=True) for n in (1, several_tokens)}
     return [
         Point(f"{what}, small", 1, partial(kernels.experts, format, 1, 1)),
         *(Point(f"{what}, {n} tokens", n, partial(kernels.experts, format, several(n), n)) for n in tokens),
         Point(f"{what}, narrow, one token", 1, narrow[1]),
-        *([Point(f"{what}, narrow", NARROW_TOKENS, narrow[NARROW_TOKENS])] if entries else []),
+        Point(f"{what}, narrow", several_tokens, narrow[several_tokens]),
     ]
 
 

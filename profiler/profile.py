@@ -55,10 +55,7 @@ def measure_machine(
         say: told what is being measured.
     """
     formats = [name for name in subjects.formats if effort.formats is None or name in effort.formats]
-    # Of other formats than packed ones kernels round nothing that enters or leaves them.
-    experts = {
-        name: expert_points(subjects, name, effort.tokens, several, entries=name in PACKED_FORMATS) for name in formats
-    }
+    experts = {name: expert_points(subjects, name, effort.tokens, several) for name in formats}
     linears = {name: linear_points(subjects, name, effort.tokens, _LARGE_ROWS, _SMALL_ROWS) for name in formats}
     blocks = {name: _block_points(name) for name in KV_FORMATS if name != "fp16"}
     found = Found()

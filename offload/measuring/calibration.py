@@ -35,6 +35,7 @@ from offload.measuring.from_disk import (
     median_of,
     prompt_from_disk,
 )
+from offload.measuring.grouped_sums import grouped_output_s
 from offload.measuring.models import CACHED_TOKENS, CONTEXT_TOKENS, SIZES, measure_model, random_model, run_pass
 from offload.measuring.reads import FileReads
 from offload.moe.layer import ExpertsLayer
@@ -96,7 +97,7 @@ def measure_passes(
         depths: layers of the models with narrow experts, one or two; of one, all is counted as its layers'.
     """
     now, shallow, deep, (decode, prompts) = _remainders(profile, directory, repeats, quant, speeds, depths)
-    overheads = overheads_of(shallow, deep, depths)
+    overheads = replace(overheads_of(shallow, deep, depths), grouped_output_s=grouped_output_s())
     curve, disk = profile.with_speeds(now).cpu.expert(quant or BF16.name), profile.disk
     assert disk is not None
     hidden = SIZES["hidden_size"]

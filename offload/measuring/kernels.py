@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from cpu_kernels.tape import Choice, Tape
+from cpu_kernels.wide_linear import takes_panels
 from formats.bundle import MATRICES, BundleLayout
 from formats.packed import PACKED_FORMATS
 from offload.devices.base import Device, ExpertBatch
@@ -137,8 +138,10 @@ class ExpertCalls:
         """`count` experts with `tokens` tokens each on average, as uneven as a router makes them."""
         hidden_size, intermediate = self._layout.hidden, self._layout.intermediate
         weights = 3 * hidden_size * intermediate * count
-        # Kernels of other formats round nothing, and what narrow experts take there is not of their entries.
-        entries = (hidden_size + 3 * intermediate) * count if self._layout.is_packed else 0
+        # Packed kernels round what enters and leaves, those for panels lay it out. Others do neither, and what narrow
+        # experts take there is not of their entries.
+        prepares = self._layout.is_packed or takes_panels(self._layer.dtype)
+        entries = (hidden_size + 3 * intermediate) * count if prepares else 0
         loads = uneven_loads(count, tokens)
         if tokens <= _MOST_TAPED_EXPERTS:
             return Product(weights, self._taped(loads), entries, _IN_A_ROW, count)

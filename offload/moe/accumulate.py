@@ -15,7 +15,7 @@ import torch
 from cpu_kernels.weighted_sum import add_weighted, weighted_sum
 from offload.devices.host_threads import kernel_pool
 from offload.moe.routing import Ints, Routing
-from placement.planner import GROUP_NBYTES, PAIR_BUFFER_NBYTES
+from placement.outputs import GROUP_NBYTES, PAIR_BUFFER_NBYTES
 
 _thread = threading.local()
 
@@ -91,14 +91,12 @@ class OrderedAccumulator(Accumulator):
         self.most_pairs = GROUP_NBYTES // (4 * hidden)
         self._routing = routing
         self._sum = torch.zeros(routing.weights.shape[0], hidden, dtype=torch.float32, device="cpu")
-        self._scratch = torch.empty(0, hidden, dtype=torch.float32, device="cpu")
         self._done = 0
 
     def target(self, pairs: Ints | slice) -> tuple[torch.Tensor, Ints]:
-        """A scratch buffer, used again for the next experts."""
+        """Scratch memory, used again for the next experts."""
         count = len(self._routing.rows[pairs])
-        if self._scratch.shape[0] < count:
-            self._scratch = torch.empty(count, self._sum.shape[1], dtype=torch.float32, device="cpu")
+        self._scratch = _kept_rows(count, self._sum.shape[1])
         return self._scratch, np.arange(count)
 
     def added(self, pairs: Ints | slice) -> None:

@@ -20,7 +20,7 @@ from offload.moe.accumulate import OrderedAccumulator
 from offload.moe.in_order import borrowed_in_order
 from offload.moe.routing import Ints, Routing
 from offload.tiers.accelerated import TierPair
-from placement.planner import GROUP_NBYTES
+from placement.outputs import GROUP_NBYTES
 
 COPIES_AHEAD = 2
 """So many are under way while the CPU goes on; a further one waits for the first of them."""

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 import numpy as np
 
 from placement.disk import FloatArray
-from placement.expert_cost import cpu_arrival_s, expert_entries, expert_weights
+from placement.expert_cost import cpu_arrival_s, expert_entries, expert_weights, grouping_s
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import ExpertsSpec
@@ -43,6 +43,7 @@ class ExpertCosts:
     """One kind of MoE layers on a machine."""
 
     def __init__(self, experts: ExpertsSpec, profile: HardwareProfile, homes: Homes) -> None:
+        self._experts = experts
         self._weights, self._entries = expert_weights(experts), expert_entries(experts)
         self._profile = profile
         self._homes = homes
@@ -66,6 +67,10 @@ class ExpertCosts:
             assert curve is not None, "an expert on an accelerator that is not there"
             self._seconds[key] = curve.without_call_s(self._weights, tokens, self._entries)
         return self._seconds[key]
+
+    def grouping_s(self, outputs: int) -> float:
+        """See `placement.expert_cost.grouping_s`."""
+        return grouping_s(self._experts, self._profile, outputs)
 
     def crossing_s(self, rows: int) -> float:
         """Activations of a pass to the accelerator and back."""

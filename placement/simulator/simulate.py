@@ -13,9 +13,10 @@ from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.layer_kinds import layer_kinds
 from placement.model_spec import ModelSpec
+from placement.outputs import groups_of
+from placement.model_spec import ModelSpec
 from placement.passes import Pass
 from placement.plan import Plan
-from placement.planner import PAIR_BUFFER_NBYTES
 from placement.simulator.costs import ExpertCosts
 from placement.simulator.layer import LayerWork, play, play_in_order
 from placement.simulator.machine import Machine, Span
@@ -233,7 +234,8 @@ class _Runner:
         """One MoE layer."""
         keys = step.keys
         loads = dict(zip(keys, step.loads, strict=True))
-        ordered = sum(step.loads) * self.spec.hidden_size * 4 > PAIR_BUFFER_NBYTES
+        outputs = sum(step.loads) * self.spec.hidden_size
+        ordered = groups_of(outputs) > 1
 
         def choose(in_vram: list[int], in_ram: list[int], missing: list[int]) -> set[int]:
             if ordered:
@@ -263,7 +265,8 @@ class _Runner:
             (arrival[key][0] if key in arrival else 0.0, costs.seconds(loads[key], on_gpu=key in above), key in above)
             for key in keys
         ]
-        return play_in_order(self.machine, now, experts, todo, name)
+        now = play_in_order(self.machine, now, experts, todo, name)
+        return self.machine.work(self.machine.cpu, now, costs.grouping_s(outputs), name, "sums of groups")
 
     def _work(
         self, costs: ExpertCosts, found: Found, loads: dict[int, int], rows: int, *, dense_vram: bool, decode: bool

@@ -9,7 +9,7 @@ import torch
 
 from offload.moe.accumulate import Accumulator, OrderedAccumulator, PairAccumulator, make_accumulator
 from offload.moe.routing import Routing, route
-from placement.planner import PAIR_BUFFER_NBYTES
+from placement.outputs import PAIR_BUFFER_NBYTES
 
 HIDDEN = 9
 EXPERTS = 7
