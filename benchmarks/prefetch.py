@@ -1,4 +1,7 @@
-"""The trained tiny model with widened experts, some in RAM: cache policy and reading ahead against plain LRU."""
+"""Some experts of a model in RAM: cache policy and reading ahead against plain LRU.
+
+The models are the trained tiny one with widened experts, and one that is drawn by chance with published statistics.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from transformers import AutoTokenizer, DynamicCache
 import offload
 from benchmarks.checkpoints import budget_for, store_root
 from benchmarks.disk import expert_blocks, raw_expert_bandwidth
+from benchmarks.drawn_model import DrawnModel, ensure_drawn
 from benchmarks.equality import gate_same_bits
 from benchmarks.harness import Report, Row, Spread, interleave, ratios, say
 from benchmarks.read_contention import contention
@@ -46,23 +50,27 @@ class PrefetchScale:
 
     Attributes:
         widths: how many times as wide as trained experts are, in turn.
+        drawn: the model that is drawn, and measured after them.
         shares: of the experts that fit.
         turn_tokens: decoded in a turn.
+        drawn_turn_tokens: likewise, of the model that is drawn.
         warm_tokens: decoded before; as many as the controller's trial takes.
         rounds: turns of each.
         contention_nbytes: read beside computing threads, at most all experts.
     """
 
     widths: tuple[int, ...]
+    drawn: DrawnModel
     shares: tuple[float, ...]
     turn_tokens: int
+    drawn_turn_tokens: int
     warm_tokens: int
     rounds: int
     contention_nbytes: int
 
 
-FULL = PrefetchScale((8, 4), (0.25, 0.5), 48, 96, 5, 150 << 20)
-QUICK = PrefetchScale((1,), (0.25,), 8, 8, 2, 1 << 20)
+FULL = PrefetchScale((8, 4), DrawnModel(), (0.25, 0.5), 48, 16, 96, 5, 150 << 20)
+QUICK = PrefetchScale((1,), DrawnModel(2, 8, 2, 64, 32, 2, 32, 64), (0.25,), 8, 8, 8, 2, 1 << 20)
 
 BALANCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
 """Seconds of a read over a layer's computation."""
@@ -131,23 +139,35 @@ class Run:
 def run(work: Path, scale: PrefetchScale) -> Report:
     """The benchmark."""
     report = Report("prefetch")
-    tokens = _text(scale.warm_tokens + scale.rounds * scale.turn_tokens)
+    text = _text(scale.warm_tokens + scale.rounds * scale.turn_tokens)
     for width in scale.widths:
-        checkpoint = ensure_widened(work, width)
-        bandwidth = raw_expert_bandwidth(work, checkpoint, 256 << 20)
-        rows = contention(*expert_blocks(work, checkpoint, scale.contention_nbytes), rounds=scale.rounds)
-        beside = report.tables.setdefault("Reading beside computing", [])
-        beside += [{"width": f"x{width}", **row} for row in rows]
-        for share in scale.shares:
-            say(f"decoding with experts {width} times as wide, {share:.0%} of them in RAM")
-            _measure(report, f"x{width}, {share:.0%}", share, checkpoint, work, scale, tokens, bandwidth)
+        _measure_model(report, f"x{width}", ensure_widened(work, width), work, scale, text, scale.turn_tokens)
+    walk = list(range(scale.warm_tokens + scale.rounds * scale.drawn_turn_tokens))
+    _measure_model(report, "drawn", ensure_drawn(work, scale.drawn), work, scale, walk, scale.drawn_turn_tokens)
     report.notes.append(
-        "Held-out Python source, decoded token by token with direct reads, with policies and "
-        "predictors that start anew. Experts are so many times as wide as trained and compute the same. "
-        "Figures of reads ahead, and stalls are for a token. With everything on, a controller switches reading ahead "
-        "off where passes take no less time with it."
+        "Held-out Python source, decoded token by token with direct reads, with policies and predictors that start "
+        "anew. Experts are so many times as wide as trained and compute the same. The drawn model is synthetic and "
+        f"reads a walk: {scale.drawn.name}. Figures of reads ahead, and stalls are for a token. With everything on, a "
+        "controller switches reading ahead off where passes take no less time with it."
     )
     return report
+
+
+def _measure_model(
+    report: Report,
+    name: str,
+    checkpoint: Path,
+    work: Path,
+    scale: PrefetchScale,
+    tokens: list[int],
+    turn_tokens: int,
+) -> None:
+    bandwidth = raw_expert_bandwidth(work, checkpoint, 256 << 20)
+    rows = contention(*expert_blocks(work, checkpoint, scale.contention_nbytes), rounds=scale.rounds)
+    report.tables.setdefault("Reading beside computing", []).extend({"model": name, **row} for row in rows)
+    for share in scale.shares:
+        say(f"decoding with {share:.0%} of the experts of {name} in RAM")
+        _measure(report, f"{name}, {share:.0%}", share, checkpoint, work, scale, tokens, turn_tokens, bandwidth)
 
 
 def _text(count: int) -> list[int]:
@@ -169,6 +189,7 @@ def _measure(
     work: Path,
     scale: PrefetchScale,
     tokens: list[int],
+    turn_tokens: int,
     bandwidth: float,
 ) -> None:
     with ExitStack() as stack:
@@ -177,12 +198,13 @@ def _measure(
             runs[name] = Run(name, share, checkpoint, work, tokens)
             stack.callback(runs[name].close)
         interleave({name: partial(one.decode, scale.warm_tokens) for name, one in runs.items()}, 1)
-        turns = interleave({name: partial(one.decode, scale.turn_tokens) for name, one in runs.items()}, scale.rounds)
+        turns = interleave({name: partial(one.decode, turn_tokens) for name, one in runs.items()}, scale.rounds)
         gate_same_bits(report, f"last logits, {cell}", {name: one.logits.float().numpy() for name, one in runs.items()})
         for one in runs.values():
             one.runtime.check()
         # All runs have this routing; those that are timed do not record it.
         trace = _routing(runs[PLAIN], tokens)
+        report.tables.setdefault("Routing", []).append({"cell": cell, **_locality(trace)})
         balances = _balances(trace, runs[ALL], scale.warm_tokens)
         limits = _limits(trace, runs[ALL], turns[ALL], bandwidth, scale.warm_tokens)
         skills = runs["policy, reading ahead always"].runtime.stats().skills
@@ -221,6 +243,13 @@ def _routing(one: Run, tokens: list[int]) -> RoutingTrace:
     one.decode(len(tokens))
     trace: RoutingTrace = one.runtime.trace()
     return trace
+
+
+def _locality(trace: RoutingTrace) -> Row:
+    """How much of a token's routing the token before had."""
+    chosen = trace.experts.reshape(trace.passes, trace.geometry.layers, trace.top_k)
+    again = (chosen[1:, :, :, None] == chosen[:-1, :, None, :]).any(-1).mean()
+    return {"layers": trace.geometry.layers, "experts": trace.geometry.counts[0], "of the token before": float(again)}
 
 
 def _limits(trace: RoutingTrace, one: Run, turns: list[Turn], bandwidth: float, warm_passes: int) -> dict[str, Row]:

@@ -49,6 +49,10 @@ class ForecastPolicy(ValuedPolicy):
         known[:, kernel.SINCE] = _UNSEEN_VISITS
         known[:, kernel.PROBABILITY] = _START_PROBABILITY
         self._known = known.reshape(-1)
+        ends = np.cumsum(blocks).tolist()
+        self._probabilities = [
+            known[end - size : end, kernel.PROBABILITY] for size, end in zip(blocks, ends, strict=True)
+        ]
         self._spare = np.zeros(kernel.SPARE_LINES * kernel.LANES * max(blocks), np.float32)
         self._layers = np.zeros((layers, kernel.COLUMNS + 4 * max(counts)), np.int64)
         shapes: list[tuple[int, int]] = []
@@ -77,10 +81,8 @@ class ForecastPolicy(ValuedPolicy):
     def expected(self, first_key: int) -> npt.NDArray[np.float32]:
         """float32 [experts of the layer], what the regression says."""
         layer = self._layer_of[first_key]
-        count, block = self.geometry.counts[layer], int(self._layers[layer, kernel.FIRST_BLOCK])
-        known = self._known.reshape(-1, kernel.ROWS, kernel.LANES)
-        found: npt.NDArray[np.float32] = known[block : block - (-count // kernel.LANES), kernel.PROBABILITY].reshape(-1)
-        return found[:count]
+        found: npt.NDArray[np.float32] = self._probabilities[layer].reshape(-1)
+        return found[: self.geometry.counts[layer]]
 
     def _believe(self, layer: int, probabilities: Floats) -> None:
         """The layer's next visit needs its experts with these probabilities."""
