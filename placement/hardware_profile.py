@@ -11,7 +11,7 @@ from placement.curves import TokenCurve
 from placement.disk import Disk
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 13
+PROFILE_VERSION = 14
 
 
 @dataclass(frozen=True)
