@@ -1,4 +1,4 @@
-"""Perplexity of the trained example model with every format of the KV cache, through the runtime."""
+"""What the trained example models lose with every format of the KV cache: perplexity, and what one recalls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, DynamicCache
 
 import offload
-from benchmarks.harness import Report, say
+from benchmarks.harness import Report, Row, say
+from benchmarks.kv_recall import RecallScale, recalled
 from benchmarks.quality import MODEL, WINDOW_TOKENS, held_out_windows
 from offload.runtime import Runtime
 
@@ -25,14 +26,23 @@ SAME = 1e-5
 
 @dataclass(frozen=True)
 class KvQualityScale:
-    """How much is read: windows of held-out text, and formats of the KV cache."""
+    """How much is read.
+
+    Attributes:
+        windows: of held-out text.
+        formats: of the KV cache.
+        recall: questions that are asked.
+        fillers: kinds of filler between facts.
+    """
 
     windows: int
     formats: tuple[str, ...]
+    recall: RecallScale
+    fillers: tuple[int, ...]
 
 
-FULL = KvQualityScale(32, ("fp32", "bf16", "fp8", "int8", "int4"))
-QUICK = KvQualityScale(8, ("fp32", "int8", "int4"))
+FULL = KvQualityScale(32, ("fp32", "bf16", "fp8", "int8", "int4"), RecallScale(8192, 11, 20), (4, 32))
+QUICK = KvQualityScale(8, ("fp32", "int8", "int4"), RecallScale(1024, 1, 10), (4,))
 
 
 def run(work: Path, scale: KvQualityScale) -> Report:
@@ -51,11 +61,27 @@ def run(work: Path, scale: KvQualityScale) -> Report:
         report.tables.setdefault("Perplexity, model in fp32", []).append(
             {"kv": format, "perplexity": round(found, 5), "change %": round(100 * (found / base - 1), 4)}
         )
+    _recall(report, work, scale)
     report.notes.append(
         f"{windows.shape[0] * WINDOW_TOKENS} tokens of held-out text of examples/tiny_moe in windows of "
         f"{WINDOW_TOKENS}, {CHUNK_TOKENS} tokens a pass; all but the newest 128 before them lie in packed blocks"
     )
     return report
+
+
+def _recall(report: Report, work: Path, scale: KvQualityScale) -> None:
+    for format in scale.formats:
+        row: Row = {"kv": format}
+        for fillers in scale.fillers:
+            say(f"recall in {format}, {fillers} kinds of filler")
+            found, _ = recalled(work, scale.recall, fillers, kv=format, prefix_cache=1)
+            row[f"% right, {fillers} kinds of filler"] = round(100 * found.accuracy, 2)
+        report.tables.setdefault("Recall, model in fp32", []).append(row)
+    recall = scale.recall
+    report.notes.append(
+        f"examples/tiny_recall: {recall.contexts} contexts of {recall.tokens} tokens with {recall.facts} facts each, "
+        "all of which are asked for after them"
+    )
 
 
 @torch.no_grad()

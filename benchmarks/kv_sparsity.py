@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
-import examples.tiny_recall
-import offload
 from benchmarks.harness import Report, Spread, interleave, ratios, say
+from benchmarks.kv_recall import RecallScale, recalled
 from cpu_kernels.merge_parts import merge_parts
-from examples.tiny_recall.recall import Recalled, recall_all
-from examples.tiny_recall.task import tell_facts
+from examples.tiny_recall.recall import Recalled
 from formats.kv import KvLayout
 from offload.devices.host import HostDevice
 from offload.devices.host_threads import kernel_pool
@@ -27,10 +25,8 @@ from offload.kv.sparsity.chosen import attend_to_chosen
 from offload.kv.sparsity.top_k import TopK
 from offload.kv.spill_file import SpillFile
 from offload.kv.table import BlockTable, Layouts
-from offload.runtime import Runtime
 from placement.kv import SETTINGS
 
-MODEL = Path(examples.tiny_recall.__file__).parent / "model"
 SELECTED = 0.05
 POINT = 0.01
 TOLERANCE = 1e-5
@@ -46,9 +42,7 @@ class SparsityScale:
     """How much is measured.
 
     Attributes:
-        recall_tokens: of a context that tells facts.
-        recall_contexts: how many.
-        facts: that each tells.
+        recall: questions that are asked.
         fillers: kinds of filler between them.
         sparsities: what is compared with full attention.
         contexts: tokens of the histories of one layer that are timed.
@@ -56,9 +50,7 @@ class SparsityScale:
         repeats: of each timing.
     """
 
-    recall_tokens: int
-    recall_contexts: int
-    facts: int
+    recall: RecallScale
     fillers: tuple[int, ...]
     sparsities: tuple[str, ...]
     contexts: tuple[int, ...]
@@ -67,9 +59,9 @@ class SparsityScale:
 
 
 FULL = SparsityScale(
-    8192, 11, 20, (4, 32), ("top-k:0.05", "snapkv:0.5", "h2o:0.5"), (32768, 131072), ("bf16", "int8"), 9
+    RecallScale(8192, 11, 20), (4, 32), ("top-k:0.05", "snapkv:0.5", "h2o:0.5"), (32768, 131072), ("bf16", "int8"), 9
 )
-QUICK = SparsityScale(2048, 1, 20, (4,), ("top-k:0.2", "snapkv:0.5", "h2o:0.5"), (2048,), ("bf16",), 2)
+QUICK = SparsityScale(RecallScale(2048, 1, 20), (4,), ("top-k:0.2", "snapkv:0.5", "h2o:0.5"), (2048,), ("bf16",), 2)
 
 
 def run(work: Path, scale: SparsityScale) -> Report:
@@ -81,7 +73,7 @@ def run(work: Path, scale: SparsityScale) -> Report:
             say(f"attention of one layer, {format}, {context} tokens")
             _time(report, work, format, context, scale.repeats)
     report.notes.append(
-        f"{scale.recall_contexts} contexts of {scale.recall_tokens} tokens with {scale.facts} facts each, "
+        f"{scale.recall.contexts} contexts of {scale.recall.tokens} tokens with {scale.recall.facts} facts each, "
         "examples/tiny_recall in fp32; questions come after the context and are not in it: what a method forgets "
         "before it knows the question is lost. The speed-up is that of a step's attention in one layer with random "
         "keys, the choice and one new token's append included."
@@ -95,7 +87,8 @@ def _recall(report: Report, work: Path, scale: SparsityScale) -> None:
         rows = report.tables.setdefault(f"Recall by depth, % right, {fillers} kinds of filler", [])
         for sparsity in (None, *scale.sparsities):
             say(f"recall, {fillers} kinds of filler, {sparsity or 'full'}")
-            one, mass = _recalled(work, scale, sparsity, fillers)
+            kv: dict[str, Any] = {"prefix_cache": 1} if sparsity is None else {"kv_sparsity": sparsity}
+            one, mass = recalled(work, scale.recall, fillers, **kv)
             found[fillers, sparsity] = one
             fifths = {f"fifth {part + 1}": round(100 * share, 1) for part, share in enumerate(one.by_depth(_DEPTHS))}
             share = None if mass is None else round(mass, 4)
@@ -106,20 +99,6 @@ def _recall(report: Report, work: Path, scale: SparsityScale) -> None:
     for fillers in scale.fillers:
         less = found[fillers, None].accuracy - found[fillers, best].accuracy
         report.target(f"{best}, {fillers} kinds of filler: accuracy less than full by", less, "at most", POINT)
-
-
-def _recalled(work: Path, scale: SparsityScale, sparsity: str | None, fillers: int) -> tuple[Recalled, float | None]:
-    kv: dict[str, Any] = {"prefix_cache": 1} if sparsity is None else {"kv_sparsity": sparsity}
-    model = offload.load(
-        MODEL, ram="2GiB", nvme=work / "recall-store", context=scale.recall_tokens + 64, dtype="float32",
-        progress=False, **kv,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    told = [tell_facts(scale.recall_tokens, scale.facts, generator, fillers) for _ in range(scale.recall_contexts)]
-    with cast("Runtime", model.offload) as runtime:
-        found = recall_all(model, told)
-        stats = runtime.stats().kv
-    return found, None if stats is None or stats.sparsity is None else stats.sparsity.captured_mass
 
 
 def _table(pool: BlockPool, format: str, context: int) -> BlockTable:

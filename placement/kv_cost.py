@@ -136,7 +136,7 @@ def with_reads(
     """A prediction and the reads of blocks that are on disk, every one that is attended to once a pass.
 
     Blocks are read while others of the same layer are attended: both have the shares of their speeds that the profile
-    measured, until the one that takes less is done.
+    measured, until the one that takes less is done. Decode reads what the step before read, too.
     """
     if kv is None or kv.spills_at_tokens is None or profile.disk is None:
         return prediction
@@ -159,7 +159,8 @@ def _with(
     nbytes = share * sum(cold_nbytes(kv, work) for work in works)
     shapes = [shape for shape in spec.kv_shapes if shape is not None]
     segment = SETTINGS.segment_blocks * max(block_nbytes(shape, kv.format) for shape in shapes)
-    read_s = nbytes / profile.disk.bytes_per_s(segment, _READS_IN_FLIGHT)
+    again = profile.disk.again if works[0].new_tokens == 1 else 1.0
+    read_s = nbytes / (again * profile.disk.bytes_per_s(segment, _READS_IN_FLIGHT))
     attention_s = np.array(one.terms.attention_s)
     stall_s = max(0.0, float(profile.disk.few.seconds(attention_s, np.array(read_s)) - attention_s))
     scale = 1 + stall_s / one.terms.total_s

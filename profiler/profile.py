@@ -142,6 +142,9 @@ def _read(found: Found, subjects: Subjects, effort: Effort) -> None:
             for reads in (FEW_READS, BURST_READS):
                 found.note(_burst_of(block, reads), reads * block / subjects.read(block, _IN_FLIGHT, reads))
     found.note("between", subjects.between_reads(partial(subjects.read, _MIB, _IN_FLIGHT, BURST_READS), _BETWEEN_READS))
+    block = effort.blocks[-1]
+    first_s = subjects.read(block, _IN_FLIGHT, GOING_ON_READS)
+    found.note("again", first_s / subjects.read_again(block, _IN_FLIGHT, GOING_ON_READS))
     found.note("latency", min(subjects.read(4096, 1, 1) for _ in range(8)))
 
 
@@ -183,5 +186,6 @@ def _disk(found: Found, effort: Effort, free_nbytes: int) -> Disk:
     )
     reads, kernels = (min(1.0, found.median(what)) for what in ("reads beside kernels", "kernels beside reads"))
     few = Overlap(1, reads, min(1.0, max(kernels, 1 - reads)))
-    between = min(1.0, found.median("between"))
-    return Disk(points, bursts, min(found.repeats["latency"]), few, _NO_OVERLAP, free_nbytes, between, short)
+    between, again = min(1.0, found.median("between")), max(1.0, found.median("again"))
+    latency_s = min(found.repeats["latency"])
+    return Disk(points, bursts, latency_s, few, _NO_OVERLAP, free_nbytes, between, short, again)

@@ -96,6 +96,10 @@ class Subjects(Kernels, Protocol):
         """Seconds to read that many blocks from random places of the disk."""
         ...
 
+    def read_again(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
+        """Likewise from the places of the call of `read` before, which had as many blocks of this size."""
+        ...
+
     def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
         """What `call` returns while experts of a format with so many tokens are computed, and the share of their speed
         alone that these then have.

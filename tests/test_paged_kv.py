@@ -19,7 +19,13 @@ from offload.hf.paged.layer import PagedLayer
 from offload.request import FUSED_KINDS
 from placement import kv
 from tests.conftest import TinyCheckpoint
-from tests.hf.reference import assert_logits_close, greedy, prompt, reference_model
+from tests.hf.reference import (
+    assert_logits_close,
+    assert_same_up_to_near_ties,
+    greedy,
+    prompt,
+    reference_model,
+)
 from tests.kv.tables import SETTINGS
 from tests.tiny_models import ARCHITECTURES
 
@@ -104,6 +110,25 @@ def test_fp32_equals_transformers_with_an_accelerator(
     assert found.gathered == (), found.gathered
     assert found.accelerated_steps > 0 and found.blocks_moved > 0 and found.bytes_moved > 0
     assert found.vram_nbytes > 0 and found.ram_nbytes > 0
+
+
+@pytest.mark.parametrize("three_tiers", [False, True], ids=["RAM and disk", "accelerator"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_bf16_equals_transformers_up_to_near_ties(
+    model_type: str, three_tiers: bool, tiny_checkpoint: TinyCheckpoint, load: Load
+) -> None:
+    directory = tiny_checkpoint(model_type, torch.bfloat16)
+    reference = reference_model(directory, torch.bfloat16, "grouped_mm")
+    exact = reference_model(directory, torch.float32)
+    above = {"device": "host", "vram": "2MiB", "kv_vram": "64KiB"} if three_tiers else {}
+    model, ids = load(model_type, torch.bfloat16, **above), prompt(tokens=CONTEXT - 20, seed=3)
+    found = greedy(model, ids, 16)
+    assert_same_up_to_near_ties(found, reference, exact, ids.shape[1])
+    if three_tiers:
+        stats = model.offload.stats().kv
+        assert stats.gathered == () and stats.accelerated_steps > 0 and stats.blocks_moved > 0
+    else:
+        _assert_paged(model)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])

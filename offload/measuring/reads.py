@@ -34,8 +34,8 @@ _HUGE_PAGE_NBYTES = 2 << 20
 class BlockReads(Protocol):
     """Files on the disk to be measured."""
 
-    def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
-        """Seconds to read that many blocks at random places."""
+    def read(self, block_nbytes: int, in_flight: int, blocks: int, *, again: bool = False) -> float:
+        """Seconds to read that many blocks at random places, or at those of the call before."""
         ...
 
 
@@ -53,32 +53,37 @@ class FileReads:
         self._slab: HostSlab | None = None
         # Not seeded: places that an earlier measurement read may be in a host's memory since.
         self._random = random.Random()
+        self._last: list[tuple[int, int]] = []
 
     @property
     def nbytes(self) -> int:
         """Of all files."""
         return sum(self._sizes)
 
-    def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
+    def read(self, block_nbytes: int, in_flight: int, blocks: int, *, again: bool = False) -> float:
         """Seconds to read and hash blocks at random places, large ones in pieces as the runtime reads bundles.
 
         Args:
             block_nbytes: of each, rounded up to pages; no more than the largest file has.
             in_flight: reads at once.
             blocks: how many.
+            again: at the places of the call before, which had as many blocks of this size.
 
         Raises:
             StorageError, StoreCorruptError: the disk failed, or gave other bytes than are known to be there.
             ValueError: no file is as large as a block.
         """
         size = round_up(block_nbytes, mmap.PAGESIZE)
+        if not again:
+            self._last = self._places(size, blocks)
+        assert len(self._last) == blocks, "other reads were made before"
         reader = ShardReader(self.paths, self._open)
         engine = ReadEngine(reader, threads=in_flight, chunk_nbytes=min(size, READ_CHUNK_NBYTES))
         slab = self._memory(size * blocks)
         try:
             requests = [
                 self._request(file, offset, slab.bytes()[number * size : (number + 1) * size])
-                for number, (file, offset) in enumerate(self._places(size, blocks))
+                for number, (file, offset) in enumerate(self._last)
             ]
             before = perf_counter()
             tickets = [engine.submit(request, Urgency.NOW) for request in requests]

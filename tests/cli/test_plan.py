@@ -64,6 +64,19 @@ def test_speed_after_the_whole_context_is_told(
     assert speeds[1] < speeds[0]
 
 
+def test_where_a_long_context_spills_is_told(invoke: Invoke, checkpoint: Path) -> None:
+    # Positions beyond what the model was made for are not the plan's business.
+    options = ("--ram", "1GiB", "--context", 131072, "--kv", "int8", "--kv-ram", "8MiB")
+    plan = Plan.from_json(invoke("plan", checkpoint, *options, "--json").stdout)
+    assert plan.kv is not None and plan.kv.spills_at_tokens is not None
+    assert 0 < plan.kv.spills_at_tokens < 131072
+    text = flat(invoke("plan", checkpoint, *options).stdout)
+    size = offload.sizes.format_size
+    assert f"KV cache {size(plan.kv.nbytes_per_token)} per token in int8 blocks" in text
+    spilled = f"beyond {plan.kv.spills_at_tokens} tokens on disk, {size(plan.kv.disk_nbytes)} at the full context"
+    assert spilled in text
+
+
 def test_the_prompt_chunk_is_planned(invoke: Invoke, checkpoint: Path) -> None:
     result = invoke("plan", checkpoint, "--ram", "100MiB", "--prefill-chunk", 64, "--json")
     assert Plan.from_json(result.stdout) == offload.plan(checkpoint, ram="100MiB", prefill_chunk=64)

@@ -156,6 +156,60 @@ def _save_all(directory: Path, seeds: list[int]) -> None:
         prefixes.save(_tokens(40, seed), {"seed": seed}, SIZES, _blocks(seed))
 
 
+def _save_all_and_die(directory: Path, seeds: list[int], call: str, killed_at: int) -> None:
+    """As `_save_all`, in a child that ends without a word at the so manieth call."""
+    original, count = getattr(files, call), itertools.count(1)
+
+    def dying(*arguments: Any) -> Any:
+        if next(count) == killed_at:
+            os._exit(1)
+        return original(*arguments)
+
+    setattr(files, call, dying)
+    _save_all(directory, seeds)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_writers_at_once_some_of_which_die(tmp_path: Path, seed: int) -> None:
+    """Whatever a reader finds meanwhile and afterwards is whole, and who lives writes what the dead did not."""
+    context, generator = multiprocessing.get_context("fork"), np.random.default_rng(seed)
+    seeds = list(range(8))
+    workers = [
+        context.Process(
+            target=_save_all_and_die,
+            args=(
+                tmp_path, generator.permutation(seeds).tolist(), ["pwrite", "fsync", "rename"][i % 3],
+                int(generator.integers(1, 9)) if i else 1 << 30,
+            ),
+        )
+        for i in range(5)
+    ]  # fmt: skip
+    for worker in workers:
+        worker.start()
+    prefixes = PrefixFiles(tmp_path, MIB, "model")
+    while any(worker.is_alive() for worker in workers):
+        _assert_whole(prefixes, seeds)
+    for worker in workers:
+        worker.join()
+    assert workers[0].exitcode == 0
+    assert any(worker.exitcode == 1 for worker in workers[1:])
+    assert _assert_whole(prefixes, seeds) == len(seeds)
+    prefixes.save(_tokens(20, 99), {}, SIZES, _blocks())
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def _assert_whole(prefixes: PrefixFiles, seeds: list[int]) -> int:
+    """How many of the prefixes are there, each with all of its bytes."""
+    found = 0
+    for seed in seeds:
+        if prefixes.longest(_tokens(40, seed)):
+            description, blocks = _read(prefixes, _tokens(40, seed))
+            assert description == {"seed": seed}
+            assert all(np.array_equal(one, other) for one, other in zip(blocks, _blocks(seed), strict=True))
+            found += 1
+    return found
+
+
 def test_writers_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     seeds = list(range(12))

@@ -128,6 +128,9 @@ def test_files_that_are_there_are_read_whole_and_left(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1,048,576 bytes"):
         files.read(1 << 20, 1, 1)
     files.read(8192, 1, 3)
+    last = list(files._last)
+    files.read(8192, 2, 3, again=True)
+    assert files._last == last, "the same places"
     arrived = files._memory(1).bytes()[: 3 * 8192]
     assert set(arrived.tolist()) <= set(range(256))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "small"]

@@ -70,6 +70,9 @@ class Known:
     def read(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
         return 1e-4 + blocks * block_nbytes / (in_flight * 5e8)
 
+    def read_again(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
+        return self.read(block_nbytes, in_flight, blocks) / 3
+
     def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
         return 2.0 * call(), 0.4
 
