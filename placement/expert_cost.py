@@ -165,7 +165,7 @@ def expert_cost(
     overheads = profile.cpu.overheads_in(experts.layout.format)
     read = need.distinct * np.clip(1 - in_vram - in_ram, 0.0, 1.0)
     if not decode:
-        outputs = need.distinct * need.tokens_per_expert * experts.layout.hidden
+        outputs = need.pairs * experts.layout.hidden
         return _with_cpu(cost, overheads.arrival_s * read + grouping_s(experts, profile, outputs))
     slower_s = 0.0 if profile.disk is None else around_s * (1 / profile.disk.between - 1)
     found = in_vram + in_ram

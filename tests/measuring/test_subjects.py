@@ -14,11 +14,12 @@ import torch
 from cpu_kernels.prepared_attention import PreparedAttention
 from formats.kv import KvLayout
 from offload.errors import StoreCorruptError
-from offload.measuring import block_attention, calibration, kernels, models
+from offload.measuring import block_attention, calibration, grouped_sums, kernels, models
 from offload.measuring.from_disk import DecodeFromDisk, PromptFromDisk
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls, chosen_by, uneven_loads
 from offload.measuring.reads import FileReads, Scratch
 from offload.measuring.subjects import RuntimeSubjects
+from offload.moe import accumulate
 from placement.hardware_profile import FormatCurve, Speeds
 from profiler.stream import stream_bytes_per_s
 from tests.placement.machines import machine
@@ -39,6 +40,33 @@ def test_experts_take_turns(format: str) -> None:
     product.run()
     second = calls._addresses(3)
     assert not set(first) & set(second)
+
+
+@pytest.mark.parametrize(
+    ("format", "panels", "entries"),
+    [("int8", False, 1), ("bf16", True, 1), ("bf16", False, 0)],
+)
+def test_entries_are_told_apart_where_kernels_prepare_them(
+    format: str, panels: bool, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "takes_panels", lambda dtype: panels and dtype is torch.bfloat16)
+    assert ExpertCalls(format).product(3, 5).entries == entries * 3 * (128 + 3 * 64)
+
+
+@pytest.mark.parametrize(("grouped_s", "beyond_s"), [(1.0, 0.75), (0.2, 0.0)])
+def test_sums_of_groups_are_timed_against_the_sum_of_all(
+    grouped_s: float, beyond_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accumulate, "_kept_rows", torch.ones)
+    summed: list[torch.Tensor] = []
+    add = grouped_sums._sum
+    monkeypatch.setattr(grouped_sums, "_sum", lambda *args: summed.append(add(*args)))
+    clock = iter([0.0, grouped_s] * 6 + [0.0, 0.25] * 6)
+    monkeypatch.setattr(grouped_sums, "perf_counter", lambda: next(clock))
+    assert grouped_sums.grouped_output_s() == pytest.approx(beyond_s / (256 * 8 * 2048))
+    assert len(summed) == 12
+    for one in summed:
+        torch.testing.assert_close(one, torch.ones(256, 2048), msg="every pair is summed, with its weight")
 
 
 def test_linears_compute_what_a_linear_layer_does() -> None:

@@ -16,6 +16,7 @@ from placement.expert_cost import expert_cost, expert_entries, expert_weights
 from placement.hardware_profile import FormatCurve, HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import ExpertsSpec
+from placement.outputs import groups_of
 from placement.routing import LayerDemand
 from tests.placement.machines import machine, machines
 
@@ -44,6 +45,25 @@ def test_what_experts_round_counts_where_the_curve_tells_it_apart() -> None:
     need = LayerDemand(8.0, 40.0)
     more = total(profile, need, 0.0, 1.0, 5) - total(plain, need, 0.0, 1.0, 5)
     assert more == pytest.approx(8 * 5 * entries * 1e-9)
+
+
+@pytest.mark.parametrize(("tokens", "groups"), [(512, 1), (513, 5), (768, 6)])
+def test_outputs_beyond_what_a_step_keeps_are_computed_and_summed_in_groups(tokens: int, groups: int) -> None:
+    plain = machine(gpu=False)
+    overheads = replace(plain.cpu.overheads, grouped_output_s=1e-9)
+    profile = replace(plain, cpu=replace(plain.cpu, overheads=overheads))
+    need = LayerDemand(64.0, tokens * 8.0)
+    outputs = tokens * 8 * EXPERTS.layout.hidden
+    assert groups_of(outputs) == groups
+    rates = np.array([0.0]), np.array([1.0])
+    costs = [
+        expert_cost(EXPERTS, one, HOMES, need, tokens, *rates, on_gpu=False, decode=False) for one in (plain, profile)
+    ]
+    curve = plain.cpu.expert("bf16")
+    computing = curve.seconds(64 * expert_weights(EXPERTS), need.tokens_per_expert) + (groups - 1) * curve.call_s
+    assert float(costs[0].total_s[0]) == pytest.approx(computing)
+    more = float(costs[1].total_s[0] - costs[0].total_s[0])
+    assert more == pytest.approx(outputs * 1e-9 if groups > 1 else 0.0, abs=1e-12)
 
 
 def test_nothing_in_ram_is_bound_by_the_disk() -> None:
