@@ -13,8 +13,8 @@ from benchmarks.sessions import Fed, ModelOptions
 from placement.hardware_profile import Speeds
 
 _LEAST_DECODE_S = 0.75
-FEWEST_PASSES, MOST_PASSES = 4, 48
-MOST_TURNS = 8
+FEWEST_PASSES, MOST_PASSES = 4, 36
+MOST_TURNS = 10
 _UNDISTURBED = 0.05
 """Share of the CPUs' time that others may have in a turn that counts."""
 

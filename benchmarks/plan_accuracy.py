@@ -41,7 +41,7 @@ from placement.prediction import PassPrediction
 from placement.records import from_data
 from profiler.probe import probe
 
-_PROBE_S = 0.5
+_PROBE_S = 1.0
 _ROOM = 1 << 50
 """Of RAM: for every expert."""
 _OLDEST_S = 12 * 3600.0
@@ -101,7 +101,7 @@ MANY = replace(checkpoints.FULL, layers=12)
 WIDE = replace(checkpoints.FULL, layers=8, hidden=2048, experts=32, expert_intermediate=768, heads=32)
 NARROW = replace(checkpoints.FULL, layers=12, hidden=768, experts=64, expert_intermediate=768, top_k=4, heads=12)
 WORKS = (Work(1, 64), Work(1, 384), Work(4, 96))
-FULL = AccuracyScale((MANY, WIDE, NARROW), (None, "int8", "int4"), (0.1, 0.4, 1.0), WORKS, 6, False, 660.0)
+FULL = AccuracyScale((MANY, WIDE, NARROW), (None, "int8", "int4"), (0.1, 0.4, 1.0), WORKS, 8, False, 660.0)
 QUICK = AccuracyScale((checkpoints.QUICK,), (None, "int4"), (0.5, 1.0), (Work(1, 32), Work(2, 16)), 2, True)
 
 
