@@ -123,8 +123,8 @@ def grouping_s(experts: ExpertsSpec, profile: HardwareProfile, outputs: float) -
     groups = groups_of(outputs)
     if groups == 1:
         return 0.0
-    format = experts.layout.format
-    return profile.cpu.overheads_in(format).grouped_output_s * outputs + (groups - 1) * profile.cpu.expert(format).call_s
+    format, cpu = experts.layout.format, profile.cpu
+    return cpu.overheads_in(format).grouped_output_s * outputs + (groups - 1) * cpu.expert(format).call_s
 
 
 def expert_cost(

@@ -16,9 +16,7 @@ less for each entry than that for fewer; experts of most prompts are on either s
 _NARROW_COUNT = 8
 
 
-def expert_points(
-    kernels: Kernels, format: str, tokens: Sequence[int], several: Callable[[int], int]
-) -> list[Point]:
+def expert_points(kernels: Kernels, format: str, tokens: Sequence[int], several: Callable[[int], int]) -> list[Point]:
     """Calls of one expert with one token, of several with each number of tokens, and of narrow ones: with one token, of
     which each takes some time whatever its size, and with several, which take much of their time for what enters and
     leaves them; that is so told apart from what weights take.

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 from formats.kv import KV_FORMATS
-from formats.packed import PACKED_FORMATS
 from placement.disk import BURST_READS, FEW_READS, GOING_ON_READS, Disk, DiskPoint, Overlap
 from placement.hardware_profile import Compute, HardwareProfile, Overheads, Provenance
 from profiler.effort import FULL, Effort

@@ -14,7 +14,6 @@ from placement.homes import Homes
 from placement.layer_kinds import layer_kinds
 from placement.model_spec import ModelSpec
 from placement.outputs import groups_of
-from placement.model_spec import ModelSpec
 from placement.passes import Pass
 from placement.plan import Plan
 from placement.simulator.costs import ExpertCosts
