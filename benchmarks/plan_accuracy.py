@@ -213,9 +213,10 @@ def _targets(report: Report, errors: Sequence[dict[str, float]]) -> None:
             share = [abs(one[phase]) for one in half]
             report.target(f"{phase}, {name}: mean absolute error", statistics.mean(share), "at most", 0.06)
             report.target(f"{phase}, {name}: worst error", max(share), "at most", 0.15)
-    peaks = [one["peak memory"] for one in errors]
-    report.target("peak RSS: predicted above measured, at most", max(peaks), "at most", 0.03)
-    report.target("peak RSS: predicted above measured, at least", min(peaks), "at least", 0.0)
+    peaks = [abs(one["peak memory"]) for one in errors]
+    report.target("peak RSS: worst error of what is expected", max(peaks), "at most", 0.03)
+    bounds = [one["peak bound"] for one in errors]
+    report.target("peak RSS: the plan's bound above measured", min(bounds), "at least", 0.0)
 
 
 def _tell_disturbed(report: Report, disturbed: Sequence[bool], pairs: Sequence[tuple[Row, dict[str, float]]]) -> None:
@@ -334,13 +335,14 @@ def row_of(
     told = {phase: told_at(phase, one) for phase, one in speeds.items()}
     speed = {phase: Spread.of([one.tokens_per_s for one in turns[phase]]) for phase in turns}
     hits = statistics.median(one.hit_rate for one in found.decode)
-    peak = found.before_nbytes + found.plan_nbytes
+    peak = found.before_nbytes + plan_of(cell, prepared, profile, new=FEWEST_PASSES + new).workload_peak_ram_nbytes
     # Each turn beside what its own probe predicts: the machine changes from one to the next.
     errors = {
         phase: statistics.median(told_at(phase, one.speeds).tokens_per_s / one.tokens_per_s for one in of) - 1
         for phase, of in turns.items()
     }
     errors["peak memory"] = peak / found.peak_nbytes - 1
+    errors["peak bound"] = (found.before_nbytes + found.plan_nbytes) / found.peak_nbytes - 1
     row: Row = {
         "shape": f"{cell.shape.layers}x{cell.shape.hidden}",
         "format": cell.quant or cell.shape.dtype,
@@ -363,6 +365,7 @@ def row_of(
         "peak RSS MB": found.peak_nbytes / 1e6,
         "predicted peak MB": peak / 1e6,
         "peak error": f"{errors['peak memory']:+.1%}",
+        "planned peak MB": (found.before_nbytes + found.plan_nbytes) / 1e6,
         "terms of decode, ms": _shares(told["decode"]),
         "terms of prefill, ms": _shares(told["prefill"]),
     }

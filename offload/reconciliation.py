@@ -152,11 +152,11 @@ def _speeds(plan: Plan, prefill: Statistics, decode: Statistics) -> list[Line]:
 
 
 def _peak(plan: Plan, memory: MemoryUse | None) -> Line:
-    """Of the process: the plan's own peak and what was there before."""
+    """Of the process: the peak of the plan's workload and what was there before."""
     if memory is None:
-        return Line("peak RAM of the plan, MiB", plan.peak_ram_nbytes / (1 << 20), None)
+        return Line("peak RAM of the plan, MiB", plan.workload_peak_ram_nbytes / (1 << 20), None)
     measured = memory.measured_nbytes
-    predicted = (memory.before_nbytes + plan.peak_ram_nbytes) / (1 << 20)
+    predicted = (memory.before_nbytes + plan.workload_peak_ram_nbytes) / (1 << 20)
     return Line("peak RSS, MiB", predicted, None if measured is None else measured / (1 << 20))
 
 

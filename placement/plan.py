@@ -10,7 +10,7 @@ from placement.prediction import Prediction
 from placement.records import from_json, to_json
 from placement.workload import Workload
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 Tier = Literal["vram", "ram", "nvme"]
 
@@ -161,6 +161,12 @@ class Plan:
     def peak_ram_nbytes(self) -> int:
         """Most host memory that the runtime holds, the interpreter and its libraries not counted."""
         return self.ram.total_nbytes
+
+    @property
+    def workload_peak_ram_nbytes(self) -> int:
+        """What the plan's own workload is expected to take of it; all, where nothing was predicted."""
+        expected = None if self.prediction is None else self.prediction.peak_ram_nbytes
+        return self.peak_ram_nbytes if expected is None else expected
 
     @property
     def resident_fraction(self) -> float:

@@ -39,6 +39,9 @@ _ALLOCATOR_NBYTES = 30 << 20
 """What allocators, readers and libraries keep beside what is asked of them, whatever the model (`offload.allocator`
 bounds it). Seen: 8 to 30 MB."""
 
+_EXPECTED_ALLOCATOR_NBYTES = 19 << 20
+"""Of that, in the middle: a plan must hold, an expectation is as likely above as below."""
+
 _LOADING_NBYTES = 16 << 20
 """What loading takes beside dense weights and its scratch, seen at most."""
 
@@ -62,15 +65,20 @@ class PlanInfeasibleError(ValueError):
         self.minimum_ram_nbytes = minimum_ram_nbytes
 
 
-def kv_nbytes(spec: ModelSpec, batch: int, tokens: int) -> int:
+def kv_nbytes(spec: ModelSpec, batch: int, tokens: int, repeated_tokens: int | None = None) -> int:
     """Bytes of the cache of `batch` sequences of `tokens` tokens, at its peak.
 
-    DynamicCache concatenates, and attention may repeat keys and values for every query head: for a moment one layer
-    has both. A cache that grows in place has room for some tokens more.
+    DynamicCache concatenates, and attention may repeat keys and values for every query head, of so many tokens (None:
+    of all): for a moment one layer has both. A cache that grows in place has room for some tokens more.
     """
-    tokens = -(-tokens // KV_ROOM_TOKENS) * KV_ROOM_TOKENS
+    tokens = _with_room(tokens)
+    repeated = tokens if repeated_tokens is None else _with_room(repeated_tokens)
     cached = batch * (tokens * spec.kv_nbytes_per_token + spec.kv_fixed_nbytes)
-    return cached + cached // max(spec.layer_count, 1) + batch * tokens * spec.attention_nbytes_per_token
+    return cached + cached // max(spec.layer_count, 1) + batch * repeated * spec.attention_nbytes_per_token
+
+
+def _with_room(tokens: int) -> int:
+    return -(-tokens // KV_ROOM_TOKENS) * KV_ROOM_TOKENS
 
 
 def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: bool, host: bool = True) -> int:
@@ -78,34 +86,42 @@ def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: b
 
     On the host with what its allocators keep, and the tables by which the cache policy decides.
     """
-    logits = batch * spec.vocab_size * 4 * _SAMPLING_COPIES
-    if all_logits:
-        logits += batch * tokens * spec.vocab_size * 4
     kept = 0
     if host:
         kept = (
             _ALLOCATOR_NBYTES + spec.kept_products_nbytes + tables_nbytes(tuple(layer.count for layer in spec.experts))
         )
-    return _rows_nbytes(spec, batch * tokens) + logits + kept
+    logits = _logits_nbytes(spec, batch)
+    if all_logits:
+        logits += batch * tokens * spec.vocab_size * 4
+    rows = batch * tokens
+    # Never less than a shorter pass takes.
+    shorter = min(rows, _most_kept_rows(spec))
+    return max(_rows_nbytes(spec, rows), _rows_nbytes(spec, shorter)) + logits + kept
+
+
+def _logits_nbytes(spec: ModelSpec, batch: int) -> int:
+    return batch * spec.vocab_size * 4 * _SAMPLING_COPIES
+
+
+def _most_kept_rows(spec: ModelSpec) -> int:
+    """Tokens of a pass up to which the outputs of all its pairs are kept."""
+    return PAIR_BUFFER_NBYTES // (max(layer.top_k for layer in spec.experts) * spec.hidden_size * 4)
 
 
 def _rows_nbytes(spec: ModelSpec, rows: int) -> int:
     """Bytes of a pass of so many tokens, with the outputs of its MoE step and what is between an expert's projections.
 
-    Outputs of all (token, expert) pairs, as far as that goes; beyond, of a group, and their sum. Never less than a
-    shorter pass takes.
+    Outputs of all (token, expert) pairs, as far as that goes; beyond, of a group, and their sum.
     """
-    top_k = max(layer.top_k for layer in spec.experts)
     row_nbytes = spec.hidden_size * 4
     pair_nbytes = row_nbytes + 4 * max(layer.layout.intermediate for layer in spec.experts)
     token_nbytes = spec.activation_nbytes_per_token
-    most = PAIR_BUFFER_NBYTES // (top_k * row_nbytes)
-    whole = min(rows, most) * (token_nbytes + top_k * pair_nbytes)
-    if rows <= most:
-        return whole
+    if rows <= _most_kept_rows(spec):
+        return rows * (token_nbytes + max(layer.top_k for layer in spec.experts) * pair_nbytes)
     # An expert that all tokens go to is a group of its own.
     pairs = max(rows, GROUP_NBYTES // row_nbytes)
-    return max(whole, rows * (token_nbytes + row_nbytes) + pairs * pair_nbytes)
+    return rows * (token_nbytes + row_nbytes) + pairs * pair_nbytes
 
 
 def pass_nbytes(spec: ModelSpec, batch: int, tokens: int, past_tokens: int, *, all_logits: bool) -> int:
@@ -137,6 +153,32 @@ def fixed_ram(spec: ModelSpec, workload: Workload, paged_nbytes: int | None = No
         activation_nbytes=_page_up(max(activations, loading - kv - slots_nbytes)),
         slot_nbytes=0,
     )
+
+
+def unused_ram_nbytes(spec: ModelSpec, workload: Workload, *, paged: bool) -> int:
+    """What a plan's memory for passes has beyond what its own workload takes at the peak.
+
+    A plan holds any sequence up to the context, in prompts of any length. This workload's tokens may be fewer, only its
+    prompt repeats keys and values, and a long pass, whose outputs are summed in groups, may take less than a shorter
+    one.
+
+    Args:
+        spec: the model.
+        workload: what will run.
+        paged: the KV cache lies in blocks, of which the plan has as many as the budget allows.
+    """
+    batch, context = workload.batch, workload.context_tokens
+    prompt = min(workload.prompt_tokens, context)
+    chunk = min(prompt, workload.prefill_chunk_tokens)
+    passes = {1, chunk, prompt % chunk or chunk}
+    most = min(context, workload.prefill_chunk_tokens)
+    longest = max(_rows_nbytes(spec, batch * tokens) for tokens in passes)
+    any_pass = activation_nbytes(spec, batch, most, all_logits=False, host=False) - _logits_nbytes(spec, batch)
+    unused = max(0, any_pass - longest)
+    if not paged:
+        tokens = min(context, prompt + workload.new_tokens)
+        unused += kv_nbytes(spec, batch, context) - kv_nbytes(spec, batch, tokens, prompt)
+    return unused
 
 
 def make_plan(
@@ -178,6 +220,14 @@ def make_plan(
         )
     slots = min(spec.expert_count, (ram_budget_nbytes - fixed.total_nbytes) // slot_nbytes)
     fixed = fixed_ram(spec, workload, paged_nbytes, slots * slot_nbytes)
+    prediction = None
+    if profile is not None:
+        # While weights load there are neither passes nor slots.
+        loading = fixed.dense_nbytes + spec.load_scratch_nbytes + _LOADING_NBYTES
+        passes = fixed.total_nbytes + slots * slot_nbytes - unused_ram_nbytes(spec, workload, paged=paged is not None)
+        passes -= _ALLOCATOR_NBYTES - _EXPECTED_ALLOCATOR_NBYTES
+        prediction = predicted(spec, profile, slots, workload, routing, paged)
+        prediction = replace(prediction, peak_ram_nbytes=max(loading, passes))
     return Plan(
         model=spec.name,
         model_type=spec.model_type,
@@ -200,7 +250,7 @@ def make_plan(
         kv_nbytes_per_token=spec.kv_nbytes_per_token,
         read_chunk_nbytes=READ_CHUNK_NBYTES,
         reader_threads=READER_THREADS,
-        prediction=predicted(spec, profile, slots, workload, routing, paged) if profile else None,
+        prediction=prediction,
         kv=paged,
     )
 

@@ -107,6 +107,9 @@ class Prediction:
         profile: name of the hardware profile.
         basis: where its figures come from.
         routing: what is assumed of the experts' popularity, in words.
+        peak_ram_nbytes: most host memory that the workload is expected to take, the interpreter and its libraries not
+            counted. The plan's peak, which bounds it, has room for any prompt within the context and for the most that
+            allocators keep. None: as the plan's.
     """
 
     decode: PassPrediction
@@ -114,6 +117,7 @@ class Prediction:
     profile: str
     basis: Literal["measured", "datasheet"]
     routing: str
+    peak_ram_nbytes: int | None = None
 
     def request_s(self, new_tokens: int) -> float:
         """Seconds of a prompt and its new tokens."""

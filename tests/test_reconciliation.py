@@ -84,7 +84,7 @@ def test_phases_that_were_counted_apart_have_their_terms() -> None:
 def test_the_peak_is_of_the_process_and_since_loading_began(peak: int, measured: float | None) -> None:
     memory = MemoryUse(before_nbytes=400 << 20, peak_before_nbytes=600 << 20, peak_nbytes=peak)
     found = line(reconcile(PLAN, stats(), memory), "peak RSS, MiB")
-    assert found.predicted == pytest.approx(400 + PLAN.peak_ram_nbytes / (1 << 20))
+    assert found.predicted == pytest.approx(400 + PLAN.workload_peak_ram_nbytes / (1 << 20))
     assert found.measured == measured
 
 

@@ -300,6 +300,13 @@ def _write(plan: Plan, disk: Disk, with_context_full: str, *, given: bool) -> No
         format_size(plan.ram.slot_nbytes),
     )
     add_row(uses, "peak", "ram", format_size(plan.peak_ram_nbytes), style="bold")
+    if plan.workload_peak_ram_nbytes < plan.peak_ram_nbytes:
+        add_row(
+            uses,
+            f"expected peak, {work.prompt_tokens} and {work.new_tokens} new tokens",
+            "ram",
+            format_size(plan.workload_peak_ram_nbytes),
+        )
     uses.add_section()
     add_row(uses, f"all {plan.expert_count} experts", plan.expert_home, format_size(plan.expert_nbytes))
     source = "" if given else ", nine tenths of what is available"

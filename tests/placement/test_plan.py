@@ -46,12 +46,12 @@ def test_a_plan_comes_back(model: ModelSpec, workload: Workload) -> None:
 
 @pytest.mark.parametrize("version", [0, 1, -1, None, "1", 1.0, True, [1]])
 def test_another_version_is_refused(version: Any) -> None:
-    with pytest.raises(ValueError, match="not a plan of version 3"):
+    with pytest.raises(ValueError, match="not a plan of version 4"):
         Plan.from_json(changed("version", to=version))
 
 
 def test_no_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="not a plan of version 3"):
+    with pytest.raises(ValueError, match="not a plan of version 4"):
         Plan.from_json(without("version"))
 
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
-from placement.planner import MINIMUM_SLOTS, PlanInfeasibleError, fixed_ram, kv_nbytes, make_plan, pass_nbytes
+from placement.planner import (
+    MINIMUM_SLOTS,
+    PlanInfeasibleError,
+    activation_nbytes,
+    fixed_ram,
+    kv_nbytes,
+    make_plan,
+    pass_nbytes,
+    unused_ram_nbytes,
+)
 from placement.workload import Workload
+from tests.placement import machines
 from tests.placement.specs import experts, sizes, spec, specs, workloads
 
 # Budgets around what the planner's decisions turn on, in bytes beyond the least one.
@@ -119,6 +131,58 @@ def test_a_pass_within_the_workload_needs_no_more_than_planned(
     batch = data.draw(st.integers(1, workload.batch))
     ram = fixed_ram(model, workload)
     assert pass_nbytes(model, batch, tokens, past, all_logits=False) <= ram.kv_nbytes + ram.activation_nbytes
+
+
+def rows_nbytes(model: ModelSpec, rows: int) -> int:
+    """Of a pass of so many tokens, without logits and what is kept."""
+    output, hidden = 4 * model.hidden_size, 4 * max(layer.layout.intermediate for layer in model.experts)
+    top_k = max(layer.top_k for layer in model.experts)
+    if rows <= (16 << 20) // (top_k * output):
+        return rows * (model.activation_nbytes_per_token + top_k * (output + hidden))
+    return rows * (model.activation_nbytes_per_token + output) + max(rows, (4 << 20) // output) * (output + hidden)
+
+
+@settings(deadline=None)
+@given(specs, workloads, st.integers(1, 1 << 20), st.integers(1, 1 << 20), st.booleans(), st.data())
+def test_what_a_workload_leaves_unused_none_of_its_passes_needs(
+    model: ModelSpec, workload: Workload, prompt: int, new: int, paged: bool, data: st.DataObject
+) -> None:
+    workload = replace(workload, prompt_tokens=prompt, new_tokens=new)
+    batch, context = workload.batch, workload.context_tokens
+    chunk = min(context, workload.prefill_chunk_tokens)
+    unused = unused_ram_nbytes(model, workload, paged=paged)
+    kept = activation_nbytes(model, batch, 1, all_logits=False) - rows_nbytes(model, batch)
+    for_passes = activation_nbytes(model, batch, chunk, all_logits=False) - kept
+    if not paged:
+        for_passes += kv_nbytes(model, batch, context)
+    assert 0 <= unused < for_passes
+    prompt = min(prompt, context)
+    past = data.draw(st.integers(0, (prompt - 1) // chunk)) * chunk
+    tokens = min(chunk, prompt - past)
+    last = min(context, prompt + new)
+    for reached, passed, repeated in ((past + tokens, tokens, past + tokens), (last, 1, 0)):
+        cache = 0 if paged else kv_nbytes(model, batch, reached, repeated)
+        assert cache + rows_nbytes(model, batch * passed) <= for_passes - unused
+
+
+def test_a_workload_that_uses_all_of_its_context_leaves_nothing_unused() -> None:
+    workload = Workload(1024, batch=2, prefill_chunk_tokens=64, prompt_tokens=1024)
+    assert unused_ram_nbytes(spec(), workload, paged=False) == 0
+    model = spec(attention_nbytes_per_token=4096)
+    less = replace(workload, prompt_tokens=512, new_tokens=512)
+    assert unused_ram_nbytes(model, less, paged=False) == 2 * 512 * 4096, "decode repeats no keys"
+
+
+def test_the_expected_peak_is_no_more_than_the_plans() -> None:
+    model, workload = machines.model(), Workload(4096, prompt_tokens=64, new_tokens=64)
+    plan = make_plan(model, workload, 1 << 40, machines.machine(gpu=False))
+    assert plan.prediction is not None
+    unused = unused_ram_nbytes(model, workload, paged=False)
+    assert unused > 0
+    loading = plan.ram.dense_nbytes + model.load_scratch_nbytes + (16 << 20)
+    # Allocators keep 30 MiB at most, 19 in the middle.
+    assert plan.workload_peak_ram_nbytes == max(loading, plan.peak_ram_nbytes - unused - (11 << 20))
+    assert replace(plan, prediction=None).workload_peak_ram_nbytes == plan.peak_ram_nbytes
 
 
 @settings(deadline=None)
