@@ -99,8 +99,8 @@ def run(work: Path, shape: checkpoints.Shape, scale: LlamaScale) -> Report:
     report.tables["Limits measured in this run"] = [{"limit": "memory, reading", "GB/s": read_bandwidth() / 1e9}]
     report.notes.append(
         f"llama.cpp of {SOURCE}, built for this CPU, with as many threads as there are cores. Both sides are in memory "
-        "and take turns of a second or less, one of them stopped; ratios are of turns that follow each other. Random "
-        "weights; time does not depend on them."
+        "and take short turns, each after a warm-up, while the other waits; ratios are of turns that follow each "
+        "other. Random weights; time does not depend on them."
     )
     return report
 
@@ -165,9 +165,10 @@ def _measure(
 
 
 def _turn(peer: Peer, task: str, vocab: int, scale: LlamaScale) -> float:
-    """Tokens a second of ours."""
+    """Tokens a second of ours, warmed up as llama-bench is."""
     kind, _, count = task.partition(" ")
     if kind == "prefill":
+        peer.start(checkpoints.random_tokens(int(count), vocab, seed=2))
         return int(count) / peer.start(checkpoints.random_tokens(int(count), vocab, seed=1))
     peer.start(checkpoints.random_tokens(16, vocab, seed=3))
     peer.feed(checkpoints.random_tokens(2, vocab, seed=4))
