@@ -28,6 +28,7 @@ from cpu_kernels.threads import Pool
 from cpu_kernels.wide_linear import multiplies_natively, takes_panels
 from formats.bundle import BundleLayout
 from formats.packed import PACKED_FORMATS, MatrixLayout
+from offload.devices.host import HostSlab
 from offload.devices.host_threads import kernel_pool
 
 PACKED = ("int8", "int4", "mxfp4")
@@ -97,7 +98,7 @@ def run(scale: KernelScale) -> Report:
     report = Report("kernels")
     require_memory(9 * scale.cold_nbytes, "weights for seven kernels")
     pool = kernel_pool()
-    stream = torch.ones(scale.cold_nbytes // 4)
+    stream = _repeated(torch.ones(1 << 18), scale.cold_nbytes // 4)
     with torch.no_grad():
         for rows, columns in scale.shapes:
             say(f"linear {rows} x {columns}")
@@ -114,7 +115,8 @@ def run(scale: KernelScale) -> Report:
     report.notes.append(
         f"Weights are random; few tokens go through {scale.cold_nbytes / 2**20:.0f} MiB of them in turn, from a tape, "
         "as decode does it; torch's operators, and what is compared with them, are called from Python. The stream is "
-        "torch's sum of as many bytes, in the same round. Bytes are those of weights and scales."
+        "torch's sum of as many bytes, in the same round. All of it lies in huge pages, as the runtime's slots do. "
+        "Bytes are those of weights and scales."
     )
     return report
 
@@ -210,10 +212,18 @@ def _seconds(contender: Contender, calls: int) -> float:
     return (perf_counter() - before) / calls
 
 
+def _repeated(some: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` elements, `some` again and again, in memory like that of the runtime's slots: in huge pages."""
+    memory = torch.from_numpy(HostSlab(count * some.itemsize).bytes())[: count * some.itemsize].view(some.dtype)
+    for start in range(0, count, len(some)):
+        memory[start : start + len(some)] = some[: count - start]
+    return memory
+
+
 def _random_bytes(nbytes: int) -> torch.Tensor:
     """Random bytes, fast: a megabyte of them, again and again."""
     some = torch.randint(1, 255, (1 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return some.repeat(-(-nbytes // len(some)))[:nbytes]
+    return _repeated(some, nbytes)
 
 
 def _valid_scales(count_nbytes: int, format: str) -> torch.Tensor:
@@ -293,9 +303,7 @@ def _bf16_linears(
 
     def make() -> torch.Tensor:
         some = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-        return some.repeat(-(-copies * rows * columns // len(some)))[: copies * rows * columns].view(
-            copies, rows, columns
-        )
+        return _repeated(some, copies * rows * columns).view(copies, rows, columns)
 
     weights: torch.Tensor = _kept((rows, columns, "bf16"), make)
     results: dict[str, torch.Tensor] = {}
@@ -349,9 +357,9 @@ def _torch_int4(rows: int, columns: int, scale: KernelScale, x: torch.Tensor) ->
 
     def make() -> tuple[torch.Tensor, torch.Tensor]:
         packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-        scales = torch.zeros(copies, groups, rows, 2, dtype=torch.bfloat16)
-        scales[..., 0] = 2.0**-4
-        return packed.repeat(copies, 1, 1), scales
+        scale_and_zero = torch.tensor([2.0**-4, 0.0], dtype=torch.bfloat16).repeat(groups * rows)
+        scales = _repeated(scale_and_zero, copies * len(scale_and_zero)).view(copies, groups, rows, 2)
+        return _repeated(packed.flatten(), copies * packed.numel()).view(copies, *packed.shape), scales
 
     weights, scales = _kept((rows, columns, "torch int4"), make)
     result: list[torch.Tensor] = []
@@ -377,8 +385,8 @@ def _expert(format: str, pool: Pool, scale: KernelScale, tokens: int) -> Contend
         count = copies * scale.experts
         if format not in PACKED_FORMATS:
             some = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * layout.hidden**-0.5
-            memory = some.to(torch.bfloat16).view(torch.uint8).repeat(-(-count * layout.nbytes // (2 << 20)))
-            return memory[: count * layout.nbytes].view(count, layout.nbytes).numpy()
+            memory = _repeated(some.to(torch.bfloat16).view(torch.uint8), count * layout.nbytes)
+            return memory.view(count, layout.nbytes).numpy()
         memory = _random_bytes(count * layout.nbytes).view(count, layout.nbytes)
         for name, part in layout.components.items():
             if name.endswith("scale"):

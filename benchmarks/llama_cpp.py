@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import venv
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from benchmarks import checkpoints
 from benchmarks.gguf_files import differing_tensors, ensure_gguf
 from benchmarks.harness import Report, Spread, interleave, ratios, say
-from benchmarks.machine import read_bandwidth
+from benchmarks.machine import read_bandwidth, require_memory
 from benchmarks.peers import Peer
 from benchmarks.sessions import ModelOptions
 
@@ -41,25 +44,35 @@ _EVERYTHING = 1 << 50
 
 @dataclass(frozen=True)
 class LlamaScale:
-    """How much to run: each of `rounds` turns decodes `new_tokens` and reads the prompts."""
+    """How much to run: each of `rounds` reads the prompts and `decodes` times decodes `new_tokens`."""
 
     prompts: tuple[int, ...]
     new_tokens: int
     rounds: int
+    decodes: int = 1
+
+    @property
+    def tasks(self) -> list[str]:
+        """What one round does, in order."""
+        return [*(f"prefill {count}" for count in self.prompts), *["decode"] * self.decodes]
 
 
-FULL = LlamaScale(prompts=(128, 512), new_tokens=32, rounds=3)
+FULL = LlamaScale(prompts=(128, 512), new_tokens=16, rounds=3, decodes=4)
 QUICK = LlamaScale(prompts=(32,), new_tokens=4, rounds=1)
 
 
 def run(work: Path, shape: checkpoints.Shape, scale: LlamaScale) -> Report:
-    """The benchmark; builds llama.cpp and writes its files once, needs room for 2.5 times the checkpoint."""
+    """The benchmark; builds llama.cpp and writes its files once.
+
+    Needs room on disk for 2.5 times the checkpoint, and in memory for both sides.
+    """
     report = Report("llama_cpp")
     tools = ensure_built(work)
     checkpoint = checkpoints.ensure_checkpoint(shape, work)
     source = ensure_gguf(checkpoint, work)
     wrong = differing_tensors(checkpoint, source)
     report.gate("llama.cpp's weights = the checkpoint's", not wrong, ", ".join(wrong) or "equal")
+    require_memory(2 * source.stat().st_size, "a model on each side")
     rows = report.tables.setdefault("tokens/s beside llama.cpp, everything in RAM", [])
     for quant, theirs in PAIRS:
         file = _packed(tools, source, theirs)
@@ -85,8 +98,9 @@ def run(work: Path, shape: checkpoints.Shape, scale: LlamaScale) -> Report:
             report.target(f"{quant or 'bf16'} / {theirs}, {task}", ratio.median, "at least", bound)
     report.tables["Limits measured in this run"] = [{"limit": "memory, reading", "GB/s": read_bandwidth() / 1e9}]
     report.notes.append(
-        f"llama.cpp of {SOURCE}, built for this CPU, with as many threads as there are cores; only one side is in "
-        "memory at a time. Random weights; time does not depend on them."
+        f"llama.cpp of {SOURCE}, built for this CPU, with as many threads as there are cores. Both sides are in memory "
+        "and take short turns, each after a warm-up, while the other waits; ratios are of turns that follow each "
+        "other. Random weights; time does not depend on them."
     )
     return report
 
@@ -133,32 +147,82 @@ def _packed(tools: Path, source: Path, kind: str) -> Path:
 def _measure(
     tools: Path, file: Path, options: ModelOptions, vocab: int, scale: LlamaScale
 ) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second by task and side."""
-    turns = interleave(
-        {
-            "ours": lambda: _ours(options, vocab, scale),
-            "llama.cpp": lambda: run_llama_bench(tools, file, scale),
-        },
-        scale.rounds,
-    )
-    tasks = turns["ours"][0]
-    return {task: {side: [turn[task] for turn in found] for side, found in turns.items()} for task in tasks}
-
-
-def _ours(options: ModelOptions, vocab: int, scale: LlamaScale) -> dict[str, float]:
-    """One turn, in a process of its own, so that its memory is free for the other side."""
-    speeds: dict[str, float] = {}
-    with Peer(options) as peer:
-        peer.ready()
-        peer.start(checkpoints.random_tokens(16, vocab, seed=0))
-        for count in scale.prompts:
-            seconds = min(peer.start(checkpoints.random_tokens(count, vocab, seed=seed)) for seed in (1, 2))
-            speeds[f"prefill {count}"] = count / seconds
-        peer.start(checkpoints.random_tokens(16, vocab, seed=3))
-        peer.feed(checkpoints.random_tokens(4, vocab, seed=4))
-        turns = (peer.feed(checkpoints.random_tokens(scale.new_tokens, vocab, seed=seed)) for seed in (5, 6))
-        speeds["decode"] = max(turn.tokens_per_s for turn in turns)
+    """Tokens a second by task and side, in the order of turns."""
+    tasks = scale.tasks * scale.rounds
+    to_do = iter(tasks)
+    with Peer(options) as ours:
+        ours.ready()
+        ours.start(checkpoints.random_tokens(16, vocab, seed=0))
+        with LlamaBench(tools, file, scale) as theirs:
+            turns = interleave(
+                {"llama.cpp": theirs.turn, "ours": lambda: _turn(ours, next(to_do), vocab, scale)}, len(tasks)
+            )
+    speeds: dict[str, dict[str, list[float]]] = {task: {side: [] for side in turns} for task in scale.tasks}
+    for side, values in turns.items():
+        for task, value in zip(tasks, values, strict=True):
+            speeds[task][side].append(value)
     return speeds
+
+
+def _turn(peer: Peer, task: str, vocab: int, scale: LlamaScale) -> float:
+    """Tokens a second of ours, warmed up as llama-bench is."""
+    kind, _, count = task.partition(" ")
+    if kind == "prefill":
+        peer.start(checkpoints.random_tokens(int(count), vocab, seed=2))
+        return int(count) / peer.start(checkpoints.random_tokens(int(count), vocab, seed=1))
+    peer.start(checkpoints.random_tokens(16, vocab, seed=3))
+    peer.feed(checkpoints.random_tokens(2, vocab, seed=4))
+    return peer.feed(checkpoints.random_tokens(scale.new_tokens, vocab, seed=5)).tokens_per_s
+
+
+class LlamaBench:
+    """One llama-bench that does all rounds, stopped between its turns: a model is loaded once.
+
+    It warms up before each turn. A context manager: at its end the process is gone.
+
+    Attributes:
+        process_id: of it.
+    """
+
+    def __init__(self, tools: Path, file: Path, scale: LlamaScale) -> None:
+        """Start loading; the first turn waits for it."""
+        threads = len(os.sched_getaffinity(0))
+        # All its tests of one number of threads come before those of the next: that makes rounds. It sleeps before
+        # each test, which leaves the time to stop it.
+        command = (
+            tools / "llama-bench", "-m", file, "-p", ",".join(map(str, scale.prompts)),
+            "-n", ",".join([str(scale.new_tokens)] * scale.decodes), "-t", ",".join([str(threads)] * scale.rounds),
+            "-r", 1, "--delay", 1, "-o", "jsonl",
+        )  # fmt: skip
+        self._process = subprocess.Popen(
+            [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.process_id = self._process.pid
+
+    def turn(self) -> float:
+        """Tokens a second of the next test.
+
+        Raises:
+            RuntimeError: llama-bench ended.
+        """
+        assert self._process.stdout is not None
+        self._process.send_signal(signal.SIGCONT)
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"llama-bench ended with exit code {self._process.wait()}")
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process_id, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        (speed,) = json.loads(line)["samples_ts"]
+        return float(speed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 def run_llama_bench(tools: Path, file: Path, scale: LlamaScale) -> dict[str, float]:

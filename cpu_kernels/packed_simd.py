@@ -5,7 +5,8 @@ The unit is one block: 16 rows by 64 columns of weights, times some tokens. The 
 its sums in registers. For row n, token t and each group of columns,
 
     sums[n, t] = sum over the group of (code - offset) * x_code         exact in int32, whatever the order
-    acc[n, t]  = fma(sums[n, t], weight_scale[n] * x_scale[t], acc[n, t])
+    part[n, t] = fma(sums[n, t], weight_scale[n], part[n, t])           over the groups of a block, from 0
+    acc[n, t]  = fma(part[n, t], x_scale[t], acc[n, t])
 
 so every ISA and every number of tokens gives the same bits. How a block of activations lies is stated in
 `activation_quantisation_kernel`. In fp8_e4m3 weights and activations are multiplied as fp32,
@@ -357,16 +358,21 @@ def _add_scaled_integers(
     steps = COLUMN_BLOCK // code.packed.step_columns // groups
     scale_at = COLUMN_BLOCK * CODE_NBYTES[code.activation]
     corrected = not (code.isa == "neon_dot" and code.format == "int8")
+    parts: list[Any] = [None] * len(inputs)
     for group in range(groups):
         correction_at = scale_at + (12 if groups == 1 else 4 + 4 * group)
         starts = [load(builder, row, _I32, correction_at) if corrected else ir.Constant(_I32, 0) for row in inputs]
         sums = integer_sums(builder, code, codes, inputs, starts, range(group * steps, (group + 1) * steps))
         weight_scale = _weight_scales(builder, code, scales, group)
-        for token, address in enumerate(inputs):
-            x_scale = splat(builder, load(builder, address, _F32, scale_at), TILE_ROWS)
-            scale = builder.fmul(weight_scale, x_scale)
+        for token, part in enumerate(parts):
             value = builder.sitofp(sums[token], F32_ROWS)
-            totals[token] = call(builder, "llvm.fma.v16f32", F32_ROWS, value, scale, totals[token])
+            if part is None:
+                parts[token] = builder.fmul(value, weight_scale)
+            else:
+                parts[token] = call(builder, "llvm.fma.v16f32", F32_ROWS, value, weight_scale, part)
+    for token, address in enumerate(inputs):
+        x_scale = splat(builder, load(builder, address, _F32, scale_at), TILE_ROWS)
+        totals[token] = call(builder, "llvm.fma.v16f32", F32_ROWS, parts[token], x_scale, totals[token])
     return totals
 
 

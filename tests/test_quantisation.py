@@ -160,6 +160,9 @@ def test_a_model_in_memory_is_quantised_as_its_checkpoint(tiny_checkpoint: TinyC
         model = offload.load(model_or_path, ram="1GiB", nvme=store_root, context=40, quant="int8")
         found.append((greedy(model, ids), logits(model, ids)))
         model.offload.close()
+        layers = [module for module in model.modules() if isinstance(module, QuantisedLinear)]
+        assert all(layer.codes.data_ptr() % 64 == 0 for layer in layers)
+        assert len({layer.codes.untyped_storage().data_ptr() for layer in layers}) == 1, "several slabs"
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
 

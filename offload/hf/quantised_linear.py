@@ -32,7 +32,14 @@ class QuantisedLinear(nn.Module):
     scales: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, weight: torch.Tensor | EncodedMatrix, bias: torch.Tensor | None, format: str, name: str) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor | EncodedMatrix,
+        bias: torch.Tensor | None,
+        format: str,
+        name: str,
+        memory: torch.Tensor | None = None,
+    ) -> None:
         """Pack a layer's weights.
 
         Args:
@@ -40,6 +47,7 @@ class QuantisedLinear(nn.Module):
             bias: [N] or None.
             format: a key of PACKED_FORMATS.
             name: names the layer in errors.
+            memory: uint8 [layout.nbytes], where codes and then scales go; None: new memory.
 
         Raises:
             CheckpointError: a weight is not finite.
@@ -47,8 +55,11 @@ class QuantisedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.layout = MatrixLayout(self.out_features, self.in_features, format)
-        self.register_buffer("codes", torch.empty(self.layout.codes_nbytes, dtype=torch.uint8), persistent=False)
-        self.register_buffer("scales", torch.empty(self.layout.scales_nbytes, dtype=torch.uint8), persistent=False)
+        if memory is None:
+            memory = torch.empty(self.layout.nbytes, dtype=torch.uint8)
+        codes, scales = memory.split([self.layout.codes_nbytes, self.layout.scales_nbytes])
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
         # A bias is added in fp32: rounded to the model's dtype it would be no smaller to speak of.
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone(), persistent=False)
         pack_tensor(weight, self.layout, self.codes.numpy(), self.scales.numpy(), name, kernel_pool())
