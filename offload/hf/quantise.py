@@ -137,10 +137,12 @@ def quantise_loaded(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
     Raises:
         CheckpointError: a weight is not finite.
     """
-    shapes = {name: _linear(model, name).weight.shape for name in formats}
-    memory = _memory_of([MatrixLayout(*shapes[name], format) for name, format in formats.items()])
+    linears = {name: _linear(model, name) for name in formats}
+    memory = _memory_of(
+        [MatrixLayout(linears[name].out_features, linears[name].in_features, formats[name]) for name in formats]
+    )
     for name, format in formats.items():
-        linear = _linear(model, name)
+        linear = linears.pop(name)
         _put(model, name, linear.weight, linear.bias, format, next(memory))
 
 
