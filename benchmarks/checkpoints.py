@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,14 +101,29 @@ QUICK = Shape(
 
 def ensure_checkpoint(shape: Shape, work: Path) -> Path:
     """The checkpoint of a shape under `work`; written unless it is there."""
-    directory = work / "checkpoints" / shape.name
-    if not directory.exists():
-        say(f"writing the checkpoint {directory.name}")
-        unfinished = directory.with_name(f"{directory.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_checkpoint(shape.config(), unfinished, dtype=getattr(torch, shape.dtype), seed=shape.seed)
-        for file in weight_files(unfinished):
+
+    def write(directory: Path) -> None:
+        write_checkpoint(shape.config(), directory, dtype=getattr(torch, shape.dtype), seed=shape.seed)
+        for file in weight_files(directory):
             _spread_routing(file, shape.router_skew)
+
+    return written_once(work, shape.name, write)
+
+
+def written_once(work: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """The checkpoint of a name under `work`; written unless it is there, and there only when it is whole.
+
+    Args:
+        work: directory for checkpoints.
+        name: of the checkpoint's directory.
+        write: writes it to a directory that is not there yet.
+    """
+    directory = work / "checkpoints" / name
+    if not directory.exists():
+        say(f"writing the checkpoint {name}")
+        unfinished = directory.with_name(f"{name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write(unfinished)
         unfinished.rename(directory)
     return directory
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.harness import say
+from benchmarks.checkpoints import written_once
 from benchmarks.trace_recording import MODEL
 
 _GATED_RMS = 0.596
@@ -68,13 +68,11 @@ class DrawnModel:
 
 def ensure_drawn(work: Path, model: DrawnModel) -> Path:
     """The bf16 checkpoint of a drawn model, under `work`; written unless it is there."""
-    directory = work / "checkpoints" / model.name.replace(", ", "-").replace(" ", "-")
-    if directory.exists():
-        return directory
-    say(f"writing the checkpoint {directory.name}")
-    unfinished = directory.with_name(f"{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    return written_once(work, model.name.replace(", ", "-").replace(" ", "-"), partial(_write, model))
+
+
+def _write(model: DrawnModel, directory: Path) -> None:
+    directory.mkdir(parents=True)
     config = json.loads((MODEL / "config.json").read_text())
     config |= {
         "hidden_size": model.hidden,
@@ -89,17 +87,15 @@ def ensure_drawn(work: Path, model: DrawnModel) -> Path:
         "num_hidden_layers": model.layers,
         "vocab_size": model.tokens,
     }
-    (unfinished / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config))
     chance = torch.Generator().manual_seed(0)
     names: dict[str, str] = {}
     for part in range(model.layers + 1):
         file = f"model-{part:05d}.safetensors"
         weights = _dense(model, chance) if part == model.layers else _layer(model, part, chance)
-        save_file(weights, unfinished / file, {"format": "pt"})
+        save_file(weights, directory / file, {"format": "pt"})
         names |= dict.fromkeys(weights, file)
-    (unfinished / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    unfinished.rename(directory)
-    return directory
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
 
 def _dense(model: DrawnModel, chance: torch.Generator) -> dict[str, torch.Tensor]:

@@ -214,7 +214,7 @@ def _seconds(contender: Contender, calls: int) -> float:
 
 def _repeated(some: torch.Tensor, count: int) -> torch.Tensor:
     """`count` elements, `some` again and again, in memory like that of the runtime's slots: in huge pages."""
-    memory = torch.from_numpy(HostSlab(count * some.itemsize).bytes())[: count * some.itemsize].view(some.dtype)
+    memory = HostSlab(count * some.itemsize).tensor()[: count * some.itemsize].view(some.dtype)
     for start in range(0, count, len(some)):
         memory[start : start + len(some)] = some[: count - start]
     return memory

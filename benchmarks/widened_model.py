@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.harness import say
+from benchmarks.checkpoints import written_once
 from benchmarks.trace_recording import MODEL
 
 
@@ -25,24 +26,20 @@ def ensure_widened(work: Path, times: int) -> Path:
     """
     if times < 1 or times & (times - 1):
         raise ValueError(f"times={times}: expected a power of two, by which bf16 divides without rounding")
-    directory = work / "checkpoints" / f"tiny-moe-x{times}"
-    if directory.exists():
-        return directory
-    say(f"writing the checkpoint {directory.name}")
-    unfinished = directory.with_name(f"{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(MODEL, unfinished)
+    return written_once(work, f"tiny-moe-x{times}", partial(_write, times))
+
+
+def _write(times: int, directory: Path) -> None:
+    shutil.copytree(MODEL, directory)
     config = json.loads((MODEL / "config.json").read_text())
     config["moe_intermediate_size"] *= times
-    (unfinished / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config))
     weights = load_file(MODEL / "model.safetensors")
     save_file(
         {name: _widened(name, weight, times) for name, weight in weights.items()},
-        unfinished / "model.safetensors",
+        directory / "model.safetensors",
         {"format": "pt"},
     )
-    unfinished.rename(directory)
-    return directory
 
 
 def _widened(name: str, weight: torch.Tensor, times: int) -> torch.Tensor:

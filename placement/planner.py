@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from formats.packed import round_up
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.kv import (
@@ -71,14 +72,10 @@ def kv_nbytes(spec: ModelSpec, batch: int, tokens: int, repeated_tokens: int | N
     DynamicCache concatenates, and attention may repeat keys and values for every query head, of so many tokens (None:
     of all): for a moment one layer has both. A cache that grows in place has room for some tokens more.
     """
-    tokens = _with_room(tokens)
-    repeated = tokens if repeated_tokens is None else _with_room(repeated_tokens)
+    repeated = round_up(tokens if repeated_tokens is None else repeated_tokens, KV_ROOM_TOKENS)
+    tokens = round_up(tokens, KV_ROOM_TOKENS)
     cached = batch * (tokens * spec.kv_nbytes_per_token + spec.kv_fixed_nbytes)
     return cached + cached // max(spec.layer_count, 1) + batch * repeated * spec.attention_nbytes_per_token
-
-
-def _with_room(tokens: int) -> int:
-    return -(-tokens // KV_ROOM_TOKENS) * KV_ROOM_TOKENS
 
 
 def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: bool, host: bool = True) -> int:
@@ -91,22 +88,20 @@ def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: b
         kept = (
             _ALLOCATOR_NBYTES + spec.kept_products_nbytes + tables_nbytes(tuple(layer.count for layer in spec.experts))
         )
-    logits = _logits_nbytes(spec, batch)
+    logits = batch * spec.vocab_size * 4 * _SAMPLING_COPIES
     if all_logits:
         logits += batch * tokens * spec.vocab_size * 4
-    rows = batch * tokens
-    # Never less than a shorter pass takes.
-    shorter = min(rows, _most_kept_rows(spec))
-    return max(_rows_nbytes(spec, rows), _rows_nbytes(spec, shorter)) + logits + kept
-
-
-def _logits_nbytes(spec: ModelSpec, batch: int) -> int:
-    return batch * spec.vocab_size * 4 * _SAMPLING_COPIES
+    return _most_rows_nbytes(spec, batch * tokens) + logits + kept
 
 
 def _most_kept_rows(spec: ModelSpec) -> int:
     """Tokens of a pass up to which the outputs of all its pairs are kept."""
     return PAIR_BUFFER_NBYTES // (max(layer.top_k for layer in spec.experts) * spec.hidden_size * 4)
+
+
+def _most_rows_nbytes(spec: ModelSpec, rows: int) -> int:
+    """Bytes of a pass of so many tokens at most: the longest may take less than a shorter one."""
+    return max(_rows_nbytes(spec, some) for some in (rows, min(rows, _most_kept_rows(spec))))
 
 
 def _rows_nbytes(spec: ModelSpec, rows: int) -> int:
@@ -171,9 +166,8 @@ def unused_ram_nbytes(spec: ModelSpec, workload: Workload, *, paged: bool) -> in
     prompt = min(workload.prompt_tokens, context)
     chunk = min(prompt, workload.prefill_chunk_tokens)
     passes = {1, chunk, prompt % chunk or chunk}
-    most = min(context, workload.prefill_chunk_tokens)
     longest = max(_rows_nbytes(spec, batch * tokens) for tokens in passes)
-    any_pass = activation_nbytes(spec, batch, most, all_logits=False, host=False) - _logits_nbytes(spec, batch)
+    any_pass = _most_rows_nbytes(spec, batch * min(context, workload.prefill_chunk_tokens))
     unused = max(0, any_pass - longest)
     if not paged:
         tokens = min(context, prompt + workload.new_tokens)
@@ -329,4 +323,4 @@ def predicted(
 
 
 def _page_up(nbytes: int) -> int:
-    return -(-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES
+    return round_up(nbytes, _PAGE_NBYTES)

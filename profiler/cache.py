@@ -30,14 +30,23 @@ def write_profile(directory: Path, machine: Machine, profile: HardwareProfile) -
     Raises:
         OSError: the directory cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path = profile_path(directory, machine)
-    descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=".profile-")
+    write_whole(path, profile.to_json() + "\n")
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in the place of the one before; a reader finds one or the other, whole.
+
+    Raises:
+        OSError: its directory cannot be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-")
     try:
         with os.fdopen(descriptor, "w") as file:
-            file.write(profile.to_json() + "\n")
+            file.write(text)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink()
         raise
-    return path

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +19,7 @@ from gpu_kernels.tiles import Kind, choose
 from offload.devices.cuda_driver import CudaDriver
 from offload.errors import CaptureError, DeviceError, SlowDeviceWarning
 from offload.moe.layer import ExpertsLayer
+from profiler.cache import write_whole
 
 _LEAST_GAIN = 0.05
 """Another than the first candidate is taken only if it is faster by this share: timings scatter."""
@@ -77,7 +76,7 @@ def choose_tiles(device: torch.device, kinds: Sequence[Kind], seconds: Seconds, 
         choose(device, kind, kind.candidates[names.index(kept[repr(kind)])])
     if file is not None and known != len(kept):
         with contextlib.suppress(OSError):
-            _write(file, kept)
+            write_whole(file, json.dumps(kept, indent=1))
 
 
 def _fastest(kind: Kind, seconds: Seconds) -> ProductConfig:
@@ -168,15 +167,3 @@ def _read(file: Path) -> dict[str, str]:
     if not isinstance(found, dict):
         return {}
     return {key: value for key, value in found.items() if isinstance(value, str)}
-
-
-def _write(file: Path, kept: dict[str, str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".tiles-")
-    try:
-        with os.fdopen(descriptor, "w") as out:
-            json.dump(kept, out, indent=1)
-        Path(temporary).replace(file)
-    except BaseException:
-        Path(temporary).unlink()
-        raise

@@ -57,7 +57,8 @@ def _watch_passes(model: PreTrainedModel, runtime: Runtime) -> None:
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True)
-    model.register_forward_hook(ended, with_kwargs=True, always_call=True)
+    if runtime.accelerated is not None:
+        model.register_forward_hook(ended, with_kwargs=True, always_call=True)
 
 
 def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from time import perf_counter
 
+import numpy as np
 import torch
 
 from offload.moe.accumulate import Accumulator, OrderedAccumulator, PairAccumulator
+from offload.moe.in_order import next_group
 from offload.moe.routing import Routing, route
+from profiler.timing import repeated
 
 _TOKENS, _EXPERTS, _TOP_K, _HIDDEN = 256, 32, 8, 2048
 """Together 16 MiB of outputs: the most that a step keeps."""
@@ -29,33 +30,20 @@ def grouped_output_s() -> float:
     def at_once() -> None:
         _sum(routing, PairAccumulator(routing, _HIDDEN))
 
-    grouped, whole = _seconds(in_groups), _seconds(at_once)
-    return max(0.0, statistics.median(grouped) - statistics.median(whole)) / (_TOKENS * _TOP_K * _HIDDEN)
+    grouped_s, whole_s = (
+        statistics.median(repeated(call, budget_s=0.0, fewest=_REPEATS)) for call in (in_groups, at_once)
+    )
+    return max(0.0, grouped_s - whole_s) / (_TOKENS * _TOP_K * _HIDDEN)
 
 
 def _sum(routing: Routing, accumulator: Accumulator) -> torch.Tensor:
     """As a step does with experts that are all there."""
-    first = 0
-    while first < len(routing.experts):
-        last = first + 1
-        while last < len(routing.experts) and _pairs(routing, first, last + 1) <= accumulator.most_pairs:
-            last += 1
-        _, pairs = routing.select(range(first, last))
+    numbers, sizes = range(len(routing.experts)), np.diff(routing.offsets).tolist()
+    first, there = 0, set(numbers)
+    while first < len(numbers):
+        group = next_group(numbers, first, there, sizes, accumulator.most_pairs, len(numbers))
+        _, pairs = routing.select(group)
         accumulator.target(pairs)
         accumulator.added(pairs)
-        first = last
+        first += len(group)
     return accumulator.result()
-
-
-def _pairs(routing: Routing, first: int, last: int) -> int:
-    return int(routing.offsets[last] - routing.offsets[first])
-
-
-def _seconds(call: Callable[[], None]) -> list[float]:
-    """Of repeats, after a first that does not count."""
-    found = []
-    for _ in range(_REPEATS + 1):
-        before = perf_counter()
-        call()
-        found.append(perf_counter() - before)
-    return found[1:]

@@ -49,7 +49,7 @@ def borrowed_in_order(
                 borrowed.discard(last)
                 insort(waiting, last)
             started = tier.start_loads(waiting)
-        group = _group(keys, position, borrowed, sizes, most, _MOST_WHILE_LOADING if waiting else len(keys))
+        group = next_group(keys, position, borrowed, sizes, most, _MOST_WHILE_LOADING if waiting else len(keys))
         position += len(group)
         kept = yield group
         borrowed.difference_update(group)
@@ -57,7 +57,7 @@ def borrowed_in_order(
             tier.give_back(group)
 
 
-def _group(
+def next_group(
     keys: Sequence[int], first: int, borrowed: set[int], sizes: Sequence[int] | None, most: int, count: int
 ) -> list[int]:
     """keys[first], and those after it that are borrowed too, at most `count` and of at most `most` in all."""

@@ -15,6 +15,13 @@ POISON = 0xFF
 """Decodes to NaN in every element format, in bf16 scales and in e8m0 scales."""
 
 
+def activations_of(format: str) -> tuple[torch.dtype, ...]:
+    """What kernels take beside weights of a format; that of elements is their own."""
+    if format in DTYPE_OF_FORMAT:
+        return (DTYPE_OF_FORMAT[format],)
+    return torch.bfloat16, torch.float16, torch.float32
+
+
 def random_bundle(layout: BundleLayout, seed: int) -> np.ndarray:
     """uint8 [nbytes]; padding between components is poison."""
     random = np.random.default_rng(seed)

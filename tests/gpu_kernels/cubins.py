@@ -29,6 +29,7 @@ from formats.packed import PACKED_FORMATS, MatrixLayout
 from gpu_kernels import attention, combine, expert_mlp, grouping, kv_blocks, linear, paged_attention
 from gpu_kernels.configs import product_configs
 from gpu_kernels.launch import DTYPE_OF_FORMAT, Threads
+from tests.gpu_kernels.bundles import activations_of
 
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -119,7 +120,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def _experts(recorder: Recorder, every_config: bool) -> None:
     for format in EXPERT_FORMATS:
         layout = BundleLayout(2048, 768, format)
-        for dtype in _activations_of(format):
+        for dtype in activations_of(format):
             for tokens in (1, 512):
                 recorder.label = f"{format}, {dtype}, {tokens} tokens"
                 x, ids, table = (
@@ -155,18 +156,11 @@ def _experts(recorder: Recorder, every_config: bool) -> None:
     )
 
 
-def _activations_of(format: str) -> tuple[torch.dtype, ...]:
-    """What kernels take beside weights of a format; that of elements is their own."""
-    if format in DTYPE_OF_FORMAT:
-        return (DTYPE_OF_FORMAT[format],)
-    return torch.bfloat16, torch.float16, torch.float32
-
-
 def _linears(recorder: Recorder, every_config: bool) -> None:
     for format in PACKED_FORMATS:
         layout = MatrixLayout(4096, 2048, format)
         codes, scales = _meta(layout.codes_nbytes, dtype=torch.uint8), _meta(layout.scales_nbytes, dtype=torch.uint8)
-        for dtype in _activations_of(format):
+        for dtype in activations_of(format):
             for tokens in (1, 512):
                 recorder.label = f"linear {format}, {dtype}, {tokens} tokens"
                 configs = product_configs(format, dtype.itemsize, few=tokens == 1)

@@ -13,9 +13,8 @@ from gpu_kernels.configs import product_configs
 from gpu_kernels.expert_mlp import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, expert_down, expert_mlp, expert_up
 from gpu_kernels.expert_mlp_reference import expert_mlp_reference, expert_up_reference
 from gpu_kernels.grouping import group_pairs
-from gpu_kernels.launch import DTYPE_OF_FORMAT
 from tests.assertions import assert_close
-from tests.gpu_kernels.bundles import Slots, fill_slots, tolerance_format
+from tests.gpu_kernels.bundles import Slots, activations_of, fill_slots, tolerance_format
 
 # 72 rows are four tiles of 16 and a half; 136 columns are two blocks of 64 and 8, and more than one scale of fp8.
 EDGES = {"hidden": 136, "intermediate": 72}
@@ -43,13 +42,7 @@ def assert_experts(
             assert_close(summed[pairs], expected, tolerance_format(x.dtype))
 
 
-def dtypes_of(format: str) -> tuple[torch.dtype, ...]:
-    if format in DTYPE_OF_FORMAT:
-        return (DTYPE_OF_FORMAT[format],)
-    return torch.bfloat16, torch.float16, torch.float32
-
-
-CASES = [(format, dtype) for format in EXPERT_FORMATS for dtype in dtypes_of(format)]
+CASES = [(format, dtype) for format in EXPERT_FORMATS for dtype in activations_of(format)]
 
 
 @pytest.mark.parametrize(("format", "dtype"), CASES, ids=str)
@@ -139,7 +132,7 @@ def test_every_config(format: str, few: bool, device: torch.device) -> None:
     layout = BundleLayout(hidden=72, intermediate=40, format=format)
     slots = fill_slots(layout, 2, device)
     ids = torch.zeros(19, 1, dtype=torch.int64, device=device)
-    for dtype in dtypes_of(format):
+    for dtype in activations_of(format):
         x = inputs(19, layout.hidden, dtype).to(device)
         for config in product_configs(format, x.element_size(), few=few):
             rows = expert_mlp(x, ids, slots.table, layout, "silu", config)

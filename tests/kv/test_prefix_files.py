@@ -105,18 +105,23 @@ def test_the_prefixes_used_longest_ago_go(tmp_path: Path) -> None:
         PrefixFiles(tmp_path, size, "model").save(all_tokens[4], {}, SIZES, _blocks())
 
 
+def _die(call: str, killed_at: int) -> None:
+    """Have this process end at the so manieth call, without a word."""
+    original, count = getattr(files, call), itertools.count(1)
+
+    def dying(*arguments: Any) -> Any:
+        if next(count) == killed_at:
+            os._exit(1)
+        return original(*arguments)
+
+    setattr(files, call, dying)
+
+
 def _save_and_die(prefixes: PrefixFiles, tokens: npt.NDArray[np.int64], call: str, killed_at: int) -> int:
     """Save in a child that ends at the so manieth call, without a word; its exit code."""
     pid = os.fork()
     if pid == 0:
-        original, count = getattr(files, call), itertools.count(1)
-
-        def dying(*arguments: Any) -> Any:
-            if next(count) == killed_at:
-                os._exit(1)
-            return original(*arguments)
-
-        setattr(files, call, dying)
+        _die(call, killed_at)
         prefixes.save(tokens, {}, SIZES, _blocks())
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -158,14 +163,7 @@ def _save_all(directory: Path, seeds: list[int]) -> None:
 
 def _save_all_and_die(directory: Path, seeds: list[int], call: str, killed_at: int) -> None:
     """As `_save_all`, in a child that ends without a word at the so manieth call."""
-    original, count = getattr(files, call), itertools.count(1)
-
-    def dying(*arguments: Any) -> Any:
-        if next(count) == killed_at:
-            os._exit(1)
-        return original(*arguments)
-
-    setattr(files, call, dying)
+    _die(call, killed_at)
     _save_all(directory, seeds)
 
 
