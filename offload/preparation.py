@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -22,6 +22,7 @@ from offload.checkpoint.lazy import lazy_state_dict
 from offload.checkpoint.locate import locate_checkpoint
 from offload.checkpoint.quantised import drop_quantisation, take_encoding
 from offload.errors import DoesNotFitError, InvalidArgumentError, SlowKvWarning
+from offload.format_choice import fastest_format
 from offload.hf.dense import load_dense
 from offload.hf.dense_weights import alignment_nbytes
 from offload.hf.dtypes import FORMAT_OF_DTYPE, resolve_dtype
@@ -32,6 +33,7 @@ from offload.hf.quantise import linears_to_quantise, put_back, quantise_loaded, 
 from offload.hf.skeleton import config_dtype, make_skeleton, read_config
 from offload.hf.spec import build_spec
 from offload.machine_profile import cached_profile
+from offload.quantisation import Quantisation
 from offload.request import DEFAULT_CONTEXT_TOKENS, AcceleratorRequest, Request
 from offload.sizes import format_size
 from offload.store.progress import Progress
@@ -43,7 +45,9 @@ from placement.memory_use import vram_beside_weights
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import PlanInfeasibleError, make_plan
+from placement.prediction import Prediction
 from placement.prefill_chunk import choose_chunk
+from placement.rig import Rig
 from placement.tensors import TensorSpan
 from placement.vram_planner import with_vram
 from placement.workload import Workload
@@ -182,21 +186,25 @@ def prepare_checkpoint(
         if encoding is not None:
             tensors = decoded_tensors(tensors, encoding, TAGS[compute])
         mapped = map_checkpoint(skeleton, tensors)
-        quantisation = request.quantisation
-        bundles = CheckpointBundleSource(
-            checkpoint, mapped.experts, compute, quantisation.experts or FORMAT_OF_DTYPE[compute], str(name), once=True
-        )
-        formats = linears_to_quantise(skeleton, quantisation)
-        alone = readable_alone(skeleton, formats, mapped.renamed)
         context = _context(request, skeleton)
         casts = _any_cast(mapped.experts, compute)
-        spec = build_spec(
-            skeleton, bundles.groups, name=str(name), context_tokens=context, casts=casts, formats=formats, alone=alone,
-            quantisation=quantisation, decoding_nbytes=decoding_nbytes(mapped.dense),
-        )  # fmt: skip
-        plan = _plan(spec, request, context, skeleton)
+        cast = FORMAT_OF_DTYPE[compute]
+
+        def in_formats(quantisation: Quantisation) -> _Formatted:
+            format = quantisation.experts or cast
+            bundles = CheckpointBundleSource(checkpoint, mapped.experts, compute, format, str(name), once=True)
+            formats = linears_to_quantise(skeleton, quantisation)
+            alone = readable_alone(skeleton, formats, mapped.renamed)
+            spec = build_spec(
+                skeleton, bundles.groups, name=str(name), context_tokens=context, casts=casts, formats=formats,
+                alone=alone, quantisation=quantisation, decoding_nbytes=decoding_nbytes(mapped.dense),
+            )  # fmt: skip
+            return _Formatted(spec, bundles, formats, alone)
+
+        own = None if encoding is None else encoding.packed_format
+        made, plan = _planned(request, own, in_formats, context, skeleton)
         return PreparedCheckpoint(
-            spec, plan, bundles, checkpoint, skeleton, mapped.dense, mapped.renamed, formats, alone
+            made.spec, plan, made.bundles, checkpoint, skeleton, mapped.dense, mapped.renamed, made.formats, made.alone
         )
     except BaseException:
         checkpoint.close()
@@ -217,16 +225,66 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
             "or one on meta together with checkpoint="
         )
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
-    quantisation = request.quantisation
-    bundles = ModelBundleSource(model, name, quantisation.experts)
     skeleton = make_skeleton(model.config, model.dtype)
-    formats = linears_to_quantise(skeleton, quantisation)
     context = _context(request, skeleton)
-    spec = build_spec(
-        skeleton, bundles.groups, name=name, context_tokens=context, casts=False, formats=formats, alone=[*formats],
-        quantisation=quantisation,
-    )  # fmt: skip
-    return PreparedModel(spec, _plan(spec, request, context, skeleton), bundles, model, formats)
+
+    def in_formats(quantisation: Quantisation) -> _Formatted:
+        bundles = ModelBundleSource(model, name, quantisation.experts)
+        formats = linears_to_quantise(skeleton, quantisation)
+        alone = [*formats]
+        spec = build_spec(
+            skeleton, bundles.groups, name=name, context_tokens=context, casts=False, formats=formats, alone=alone,
+            quantisation=quantisation,
+        )  # fmt: skip
+        return _Formatted(spec, bundles, formats, alone)
+
+    made, plan = _planned(request, None, in_formats, context, skeleton)
+    return PreparedModel(made.spec, plan, made.bundles, model, made.formats)
+
+
+@dataclass(frozen=True)
+class _Formatted:
+    """A model in certain formats; see `PreparedCheckpoint`."""
+
+    spec: ModelSpec
+    bundles: BundleSource
+    formats: dict[str, str]
+    alone: list[str]
+
+
+def _planned(
+    request: Request,
+    own: str | None,
+    in_formats: Callable[[Quantisation], _Formatted],
+    context: int,
+    skeleton: PreTrainedModel,
+) -> tuple[_Formatted, Plan]:
+    """The model in the formats that were asked for or, where those are left open, in the best; and its plan."""
+    choices = [in_formats(one) for one in request.quantisation.candidates(own)]
+
+    def judge(spec: ModelSpec, plan: Plan) -> Prediction | None:
+        return plan.prediction if plan.vram is None else _predicted_with_gpu(spec, plan, request)
+
+    best, plan = fastest_format(
+        [one.spec for one in choices], lambda spec: _plan(spec, request, context, skeleton), judge
+    )
+    return choices[best], plan
+
+
+def _predicted_with_gpu(spec: ModelSpec, plan: Plan, request: Request) -> Prediction | None:
+    """What the fastest plan within the same budgets is expected to do; None where no GPU was measured or asked for.
+
+    The plan that runs is made by sizes and has no prediction of its own.
+    """
+    profile = profile_for(spec, request.store_root)
+    assert plan.vram is not None and request.accelerator is not None
+    if profile is None or profile.gpu is None or request.accelerator.device == "host":
+        return None
+    rig = Rig(profile, plan.ram_budget_nbytes, plan.vram.budget_nbytes, request.kv)
+    try:
+        return rig.plan(spec, plan.workload).prediction
+    except PlanInfeasibleError as error:
+        raise DoesNotFitError(str(error), minimum_ram_bytes=error.minimum_ram_nbytes) from error
 
 
 def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedModel) -> Plan:

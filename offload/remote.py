@@ -26,12 +26,13 @@ class RemoteModel:
     """What the Hub says of a model.
 
     Attributes:
-        spec: its sizes, as loading it would find them.
+        specs: its sizes, as loading it would find them: in each of the formats that it may be in, the most precise
+            first; one where none is left open.
         commit: of the repository.
         download_nbytes: bytes of its weights.
     """
 
-    spec: ModelSpec
+    specs: tuple[ModelSpec, ...]
     commit: str
     download_nbytes: int
 
@@ -49,7 +50,7 @@ def read_remote(
 
     Args:
         repository: "owner/name" on the Hub.
-        quantisation: packed formats.
+        quantisation: packed formats, or that they are left open.
         context_tokens: longest sequence.
         dtype: in which to compute, "auto" for the checkpoint's own.
         revision: branch, tag or commit.
@@ -71,17 +72,22 @@ def read_remote(
         if encoding is not None:
             tensors = decoded_tensors(tensors, encoding, TAGS[compute])
         mapped = map_checkpoint(skeleton, tensors)
-        format = quantisation.experts or FORMAT_OF_DTYPE[compute]
-        formats = linears_to_quantise(skeleton, quantisation)
-        spec = build_spec(
-            skeleton,
-            [mapped_group(experts, format) for experts in mapped.experts],
-            name=repository,
-            context_tokens=context_tokens,
-            casts=any(TORCH_DTYPES[layer.stored_dtype] is not compute for layer in mapped.experts),
-            formats=formats,
-            alone=readable_alone(skeleton, formats, mapped.renamed),
-            quantisation=quantisation,
-            decoding_nbytes=decoding_nbytes(mapped.dense),
-        )
-        return RemoteModel(spec, remote.commit, remote.nbytes)
+
+        def in_formats(one: Quantisation) -> ModelSpec:
+            format = one.experts or FORMAT_OF_DTYPE[compute]
+            formats = linears_to_quantise(skeleton, one)
+            return build_spec(
+                skeleton,
+                [mapped_group(experts, format) for experts in mapped.experts],
+                name=repository,
+                context_tokens=context_tokens,
+                casts=any(TORCH_DTYPES[layer.stored_dtype] is not compute for layer in mapped.experts),
+                formats=formats,
+                alone=readable_alone(skeleton, formats, mapped.renamed),
+                quantisation=one,
+                decoding_nbytes=decoding_nbytes(mapped.dense),
+            )
+
+        own = None if encoding is None else encoding.packed_format
+        specs = tuple(in_formats(one) for one in quantisation.candidates(own))
+        return RemoteModel(specs, remote.commit, remote.nbytes)

@@ -55,7 +55,7 @@ def write_html(
         ("Where experts are most of the time", _homes(spec, plan, routing)),
         *_curves(sweep(rig, plan, spec, routing), plan),
     ]
-    top = _summary(plan, plan.prediction, doubling) + _speeds(plan.prediction, changes) + _memory(plan)
+    top = _summary(plan, plan.prediction, doubling) + _speeds(plan, plan.prediction, changes) + _memory(plan)
     write_page(file, f"Plan of {plan.model}", top, figures)
 
 
@@ -74,12 +74,14 @@ def _summary(plan: Plan, prediction: Prediction, doubling: tuple[Change | None, 
     return paragraphs(sentences)
 
 
-def _speeds(prediction: Prediction, changes: Sequence[Change]) -> str:
-    rows = []
+def _speeds(plan: Plan, prediction: Prediction, changes: Sequence[Change]) -> str:
+    rows: list[tuple[str, ...]] = []
     for name, one in (("decode", prediction.decode), ("prefill", prediction.prefill)):
         slow, fast = one.tokens_per_s_range
         hits = f"{one.vram_hit_rate:.0%}", f"{one.ram_hit_rate:.0%}"
         rows.append((name, f"{one.tokens_per_s:.2f}", f"{slow:.2f} to {fast:.2f}", one.binds, *hits))
+    for option in plan.format_options:
+        rows.append((f"in {option.in_words}", option.speed_in_words, "", "", "", ""))
     for change in changes:
         rows.append((f"decode, if {change.name}", f"{change.decode_tokens_per_s:.2f}", "", "", "", ""))
     head = ("", "tokens/s", "range", "bound by", "found in VRAM", "found in RAM")

@@ -10,7 +10,7 @@ from placement.prediction import Prediction
 from placement.records import from_json, to_json
 from placement.workload import Workload
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 
 Tier = Literal["vram", "ram", "nvme"]
 
@@ -91,6 +91,41 @@ class VramPlan:
 
 
 @dataclass(frozen=True)
+class FormatOption:
+    """Formats that the planner weighed because the user left them open.
+
+    Attributes:
+        experts: of the experts.
+        dense: of the decoder's other linear layers.
+        head: of the output layer.
+        decode_tokens_per_s: expected, None where the model does not fit in these formats.
+        prefill_tokens_per_s: expected, None where it does not fit.
+    """
+
+    experts: str
+    dense: str
+    head: str
+    decode_tokens_per_s: float | None = None
+    prefill_tokens_per_s: float | None = None
+
+    @property
+    def in_words(self) -> str:
+        """The formats; one where all are the same."""
+        if self.experts == self.dense == self.head:
+            return self.experts
+        if self.experts == self.dense:
+            return f"{self.experts} with the output layer in {self.head}"
+        return f"experts in {self.experts}, others in {self.dense}, output layer in {self.head}"
+
+    @property
+    def speed_in_words(self) -> str:
+        """What is expected."""
+        if self.decode_tokens_per_s is None or self.prefill_tokens_per_s is None:
+            return "does not fit"
+        return f"decode {self.decode_tokens_per_s:.2f} tokens/s, prefill {self.prefill_tokens_per_s:.2f} tokens/s"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where everything lies. The runtime executes this and nothing else; the record is plain JSON.
 
@@ -122,6 +157,7 @@ class Plan:
         vram: what lives in an accelerator's memory, None for a plan without.
         prediction: expected speed by term, None where no hardware profile was given.
         kv: a KV cache in blocks; None for one that grows in place, in the model's dtype and in RAM.
+        format_options: formats that were weighed, the most precise first; none where the user named them.
     """
 
     model: str
@@ -148,6 +184,7 @@ class Plan:
     vram: VramPlan | None = None
     prediction: Prediction | None = None
     kv: KvPlan | None = None
+    format_options: tuple[FormatOption, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.ram_slots <= self.expert_count:

@@ -210,6 +210,20 @@ def test_bad_arguments_are_refused_with_what_there_is(tmp_path: Path, quant: Any
             door(tmp_path / "nowhere", quant=quant)
 
 
+def test_what_is_left_open_may_become_the_most_precise_first() -> None:
+    assert [*make_quantisation("int8").candidates()] == [make_quantisation("int8")]
+    auto = make_quantisation("auto")
+    assert auto == Quantisation("auto", "auto", "auto")
+    assert auto.is_open
+    assert auto.candidates() == [make_quantisation(format) for format in (None, "int8", "int4")]
+    assert auto.candidates("mxfp4")[1] == Quantisation("mxfp4", "int8", "int8")
+    assert auto.candidates("fp8_e4m3")[1] == Quantisation("fp8_e4m3", "fp8_e4m3", "int8")
+    # The output layer is not packed in 4 bits by choice, so there are two ways.
+    head = make_quantisation({"experts": "int4", "lm_head": "auto"})
+    assert head.candidates() == [Quantisation("int4"), Quantisation("int4", None, "int8")]
+    assert make_quantisation(parse_quantisation("experts=auto,dense=int8")).is_open
+
+
 def test_the_spelling_of_the_command_line() -> None:
     assert parse_quantisation("int4") == "int4"
     assert parse_quantisation("experts=int4,dense=none") == {"experts": "int4", "dense": None}

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from formats.packed import PACKED_FORMATS
 from offload.errors import CheckpointError, UnsupportedModelError
 
 _ATTRIBUTE = "quantization_config"
@@ -36,6 +37,14 @@ class Encoding:
 
     method: str
     block: tuple[int, int]
+
+    @property
+    def packed_format(self) -> str | None:
+        """The packed format that keeps its values; None where none has such blocks."""
+        if self.method == "mxfp4":
+            return "mxfp4"
+        fp8 = PACKED_FORMATS["fp8_e4m3"]
+        return fp8.name if self.block == (fp8.group_rows, fp8.group) else None
 
 
 def take_encoding(config: PretrainedConfig, where: str) -> Encoding | None:

@@ -81,8 +81,8 @@ def quant_option(*, required: bool = False) -> Callable[[_Command], _Command]:
         type=Quant(),
         required=required,
         metavar="FORMAT",
-        help="Quantise: int8, int4, mxfp4 or fp8_e4m3, or by part, as experts=int4,dense=int8,lm_head=int8."
-        + ("" if required else "  [default: as the checkpoint is]"),
+        help="Quantise: int8, int4, mxfp4 or fp8_e4m3, or by part, as experts=int4,dense=int8,lm_head=int8"
+        + ("." if required else "; auto for what is predicted to be fastest.  [default: as the checkpoint is]"),
     )
 
 

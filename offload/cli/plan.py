@@ -140,7 +140,7 @@ class Asked:
 
 
 def _plan_ahead(ahead: Ahead, asked: Asked) -> None:
-    from offload.cli.plan_ahead import make_rig, plan_ahead, read_spec
+    from offload.cli.plan_ahead import make_rig, plan_ahead, read_specs
     from offload.request import DEFAULT_CONTEXT_TOKENS, kv_choice, store_root
     from offload.traces import read_routing
     from placement.kv import KvChoice
@@ -148,9 +148,9 @@ def _plan_ahead(ahead: Ahead, asked: Asked) -> None:
 
     tokens = asked.context or DEFAULT_CONTEXT_TOKENS
     if asked.remote:
-        spec = asked.read_remote(tokens).spec
+        specs = asked.read_remote(tokens).specs
     else:
-        spec = read_spec(
+        specs = read_specs(
             asked.model, asked.revision, asked.quant, asked.dtype, tokens, trust_remote_code=asked.trust_remote_code
         )
     rig = make_rig(ahead, asked.ram, store_root(asked.nvme))
@@ -158,13 +158,14 @@ def _plan_ahead(ahead: Ahead, asked: Asked) -> None:
     if kv != KvChoice():
         # As `offload.load` has it without `kv_vram=`: as many of the newest blocks in VRAM as there is room for.
         rig = replace(rig, kv=replace(kv, vram_nbytes=None))
-    routing = read_routing(spec, asked.skew, asked.trace)
+    routing = read_routing(specs[0], asked.skew, asked.trace)
     workload = Workload(tokens, asked.batch, asked.chunk_tokens, asked.prompt)
-    plan_ahead(spec, rig, workload, ahead, routing, asked.simulate, as_json=asked.as_json)
+    plan_ahead(specs, rig, workload, ahead, routing, asked.simulate, as_json=asked.as_json)
 
 
 def _plan_remote(asked: Asked) -> None:
     from offload.errors import DoesNotFitError
+    from offload.format_choice import fastest_format
     from offload.preparation import profile_for
     from offload.request import DEFAULT_CONTEXT_TOKENS, make_request
     from offload.traces import read_routing
@@ -176,17 +177,23 @@ def _plan_remote(asked: Asked) -> None:
         max_memory=None, quant=asked.quant,
     )  # fmt: skip
     found = asked.read_remote(asked.context or DEFAULT_CONTEXT_TOKENS)
-    tokens = asked.context or min(DEFAULT_CONTEXT_TOKENS, found.spec.max_context_tokens)
+    tokens = asked.context or min(DEFAULT_CONTEXT_TOKENS, found.specs[0].max_context_tokens)
     workload = Workload(tokens, asked.batch, asked.chunk_tokens, asked.prompt)
-    profile = profile_for(found.spec, request.store_root)
-    routing = read_routing(found.spec, asked.skew, asked.trace)
-    try:
-        made = make_plan(found.spec, workload, request.ram_nbytes, profile, routing)
-    except PlanInfeasibleError as error:
-        raise DoesNotFitError(str(error), minimum_ram_bytes=error.minimum_ram_nbytes) from error
+    routing = read_routing(found.specs[0], asked.skew, asked.trace)
+
+    def planned(spec: ModelSpec) -> Plan:
+        profile = profile_for(spec, request.store_root)
+        try:
+            return make_plan(spec, workload, request.ram_nbytes, profile, routing)
+        except PlanInfeasibleError as error:
+            raise DoesNotFitError(str(error), minimum_ram_bytes=error.minimum_ram_nbytes) from error
+
+    best, made = fastest_format(found.specs, planned)
+    spec = found.specs[best]
     free = _free_nbytes(request.store_root)
     state = f"none yet; written by the first run, after a download of {format_size(found.download_nbytes)}"
-    _finish(made, Disk(request.store_root, free, state, present=False), found.spec, profile, routing, asked)
+    profile = profile_for(spec, request.store_root)
+    _finish(made, Disk(request.store_root, free, state, present=False), spec, profile, routing, asked)
 
 
 def _plan(asked: Asked) -> None:
@@ -219,7 +226,9 @@ def _plan(asked: Asked) -> None:
     profile = profile_for(prepared.spec, request.store_root)
     if asked.prompt != made.workload.prompt_tokens or routing is not None:
         workload = replace(made.workload, prompt_tokens=asked.prompt)
+        options = made.format_options
         made = make_plan(prepared.spec, workload, request.ram_nbytes, profile, routing, kv=request.kv)
+        made = replace(made, format_options=options)
     disk = _look_at_disk(request.store_root, prepared.bundles.identity, made)
     _finish(made, disk, prepared.spec, profile, routing, asked)
 
@@ -319,6 +328,7 @@ def _write(plan: Plan, disk: Disk, with_context_full: str, *, given: bool) -> No
             {
                 "budget": f"{format_size(plan.ram_budget_nbytes)}{source}",
                 "minimum": f"{format_size(plan.minimum_ram_nbytes)} (--ram {plan.minimum_ram_nbytes})",
+                **{f"in {option.in_words}": option.speed_in_words for option in plan.format_options},
                 "experts in RAM": f"{plan.ram_slots} of {plan.expert_count} ({plan.resident_fraction:.0%}); "
                 f"a token uses {plan.experts_per_token}",
                 "KV cache": kv_in_words(plan),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +41,14 @@ class Ahead:
         return any(value not in (None, ()) for value in vars(self).values())
 
 
-def read_spec(
+def read_specs(
     model: str, revision: str | None, quant: Any, dtype: str, context: int, *, trust_remote_code: bool
-) -> ModelSpec:
-    """The model's record from its config: from a directory, or from the Hub's cache."""
+) -> tuple[ModelSpec, ...]:
+    """The model's records from its config, local or in the Hub's cache: one for each format that it may be in."""
     import torch
 
     from offload.checkpoint.locate import locate_checkpoint
+    from offload.checkpoint.quantised import take_encoding
     from offload.cli.libraries import quiet_transformers
     from offload.hf.config_spec import spec_of_config
     from offload.hf.dtypes import resolve_dtype
@@ -58,7 +61,12 @@ def read_spec(
     with quiet_transformers():
         config = read_config(directory, trust_remote_code=trust_remote_code)
         compute = resolve_dtype(dtype, config_dtype(config), torch.bfloat16)
-        return spec_of_config(config, model, make_quantisation(quant), dtype=compute, context_tokens=context)
+        encoding = take_encoding(copy.deepcopy(config), str(directory / "config.json"))
+        own = None if encoding is None else encoding.packed_format
+        return tuple(
+            spec_of_config(config, model, one, dtype=compute, context_tokens=context)
+            for one in make_quantisation(quant).candidates(own)
+        )
 
 
 def make_rig(ahead: Ahead, ram: int | None, root: Path) -> Rig:
@@ -113,7 +121,7 @@ def changed(rig: Rig, text: str) -> Rig:
 
 
 def plan_ahead(
-    spec: ModelSpec,
+    specs: Sequence[ModelSpec],
     rig: Rig,
     workload: Workload,
     ahead: Ahead,
@@ -122,21 +130,26 @@ def plan_ahead(
     *,
     as_json: bool,
 ) -> None:
-    """Plan, and write what came of it.
+    """Plan in the best of the formats that the model may be in, and write what came of it.
 
     Raises:
         DoesNotFitError: with the nearest thing that does.
     """
+    from offload.format_choice import fastest_format
     from offload.store.files import storage_errors
     from placement.planner import PlanInfeasibleError
     from placement.rig import cheapest_doubling, try_change
 
-    try:
-        plan = rig.plan(spec, workload, routing)
-    except PlanInfeasibleError as error:
-        raise DoesNotFitError(
-            f"{error}. {nearest(spec, rig, workload)}", minimum_ram_bytes=error.minimum_ram_nbytes
-        ) from error
+    def planned(spec: ModelSpec) -> Plan:
+        try:
+            return rig.plan(spec, workload, routing)
+        except PlanInfeasibleError as error:
+            raise DoesNotFitError(
+                f"{error}. {nearest(spec, rig, workload)}", minimum_ram_bytes=error.minimum_ram_nbytes
+            ) from error
+
+    best, plan = fastest_format(specs, planned)
+    spec = specs[best]
     changes = [try_change(text, changed(rig, text), spec, workload, routing) for text in ahead.what_if]
     simulation = None if simulate is None else simulate.run(spec, rig.profile, plan)
     doubling = None if as_json and ahead.html is None else cheapest_doubling(rig, plan, spec, routing)
@@ -192,6 +205,7 @@ def write_report(
     said = {
         "machine": f"{prediction.profile} ({prediction.basis}: a prediction, nothing was run)",
         "routing": prediction.routing,
+        **{f"in {option.in_words}": option.speed_in_words for option in plan.format_options},
         "KV cache": kv_in_words(plan),
         "on disk": f"{format_size(plan.disk_nbytes)} for all {plan.expert_count} experts",
         "twice as fast": in_words(doubling),

@@ -51,10 +51,17 @@ def _quantize(
     progress: bool | None,
 ) -> None:
     from offload.cli.libraries import quiet_transformers
+    from offload.errors import InvalidArgumentError
     from offload.preparation import prepare_checkpoint
+    from offload.quantisation import make_quantisation
     from offload.request import PREFILL_CHUNK_TOKENS, make_request
     from offload.store.convert import convert
 
+    if make_quantisation(quant).is_open:
+        raise InvalidArgumentError(
+            "--quant auto: a format is chosen for budgets, which a store does not have. Fix: name one; "
+            "`offload plan MODEL --quant auto` with --ram and other budgets says which"
+        )
     # Whether the model can run here does not matter for its store.
     request = make_request(
         ram=sys.maxsize, nvme=nvme, context=None, batch=1, prefill_chunk=PREFILL_CHUNK_TOKENS, max_memory=None,

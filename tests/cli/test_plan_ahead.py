@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def test_json_is_a_plan_within_the_budgets(invoke: Invoke) -> None:
     assert plan.prediction is not None
     assert plan.prediction.basis == "datasheet"
     assert "rank^-0.8" in plan.prediction.routing
+
+
+def test_formats_that_are_left_open_are_weighed(invoke: Invoke, tmp_path: Path) -> None:
+    asked = ("plan", MIXTRAL, "--gpu", "rtx4090", "--machine-ram", "64GiB", "--context", "4096", "--quant", "auto")
+    plan = Plan.from_json(invoke(*asked, "--json").stdout)
+    named = Plan.from_json(invoke(*asked[:-1], plan.format, "--json").stdout)
+    assert replace(plan, format_options=()) == named
+    assert [one.in_words for one in plan.format_options] == ["bf16", "int8", "int4 with the output layer in int8"]
+    fastest = max(plan.format_options, key=lambda one: one.decode_tokens_per_s or 0)
+    assert fastest.experts == plan.format == "int4"
+    result = invoke(*asked, "--html", tmp_path / "plan.html")
+    written = re.sub(r"\s+", " ", (tmp_path / "plan.html").read_text())
+    for option in plan.format_options:
+        assert option.speed_in_words in re.sub(r"\s+", " ", result.stdout)
+        assert option.speed_in_words in written
 
 
 def test_more_of_a_part_is_no_slower(invoke: Invoke) -> None:

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from offload import preparation
 from offload.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from offload.checkpoint.remote import remote_checkpoint
 from offload.errors import CheckpointError, CheckpointNotFoundError, HubUnreachableError, UnsupportedModelError
+from placement.datasheets import datasheet
 from placement.plan import Plan
 from tests.cli.conftest import Invoke, character_tokenizer
 from tests.cli.hub_server import COMMIT, Hub, running
@@ -82,6 +84,17 @@ def test_quantised_checkpoints_are_planned_as_copies_of_them(
     assert (result.exit_code, result.stderr) == (0, "")
     local = Plan.from_json(invoke("plan", directory, *budgets).stdout)
     assert replace(Plan.from_json(result.stdout), model="") == replace(local, model="")
+
+
+def test_formats_that_are_left_open_are_weighed_as_of_a_copy(
+    hub: Hub, checkpoint: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "cached_profile", lambda root, formats: datasheet(cpu="ddr5-desktop"))
+    budgets = ("--ram", "64MiB", "--context", "64", "--quant", "auto", "--json")
+    remote = Plan.from_json(invoke("plan", "owner/tiny", "--remote", *budgets).stdout)
+    local = Plan.from_json(invoke("plan", checkpoint, *budgets).stdout)
+    assert len(remote.format_options) == 3
+    assert replace(remote, model="") == replace(local, model="")
 
 
 def saved(config: PretrainedConfig, directory: Path) -> Path:

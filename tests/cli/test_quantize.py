@@ -38,3 +38,10 @@ def test_bad_formats_are_usage_errors(invoke: Invoke, checkpoint: Path) -> None:
         assert result.exit_code == 2
         assert "int8, int4, mxfp4, fp8_e4m3" in " ".join(result.stderr.split())
     assert invoke("quantize", checkpoint).exit_code == 2
+
+
+def test_a_store_is_not_for_a_budget_so_its_format_is_named(invoke: Invoke, checkpoint: Path, tmp_path: Path) -> None:
+    result = invoke("quantize", checkpoint, "--quant", "experts=auto", "--nvme", tmp_path)
+    assert result.exit_code == 2
+    assert "offload plan MODEL --quant auto" in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())

@@ -46,12 +46,12 @@ def test_a_plan_comes_back(model: ModelSpec, workload: Workload) -> None:
 
 @pytest.mark.parametrize("version", [0, 1, -1, None, "1", 1.0, True, [1]])
 def test_another_version_is_refused(version: Any) -> None:
-    with pytest.raises(ValueError, match="not a plan of version 4"):
+    with pytest.raises(ValueError, match="not a plan of version 5"):
         Plan.from_json(changed("version", to=version))
 
 
 def test_no_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="not a plan of version 4"):
+    with pytest.raises(ValueError, match="not a plan of version 5"):
         Plan.from_json(without("version"))
 
 
@@ -72,6 +72,8 @@ def test_missing_fields_and_wrong_types_are_refused(path: tuple[str, ...]) -> No
     with pytest.raises(ValueError, match=f"(?i){path[-1]}"):
         Plan.from_json(without(*path))
     for value in (None, 1.5, True, [], {}):
+        if (path, value) == (("format_options",), []):
+            continue
         with pytest.raises(ValueError):
             Plan.from_json(changed(*path, to=value))
 
