@@ -1,7 +1,7 @@
 """Predicted beside measured: decode, prefill and peak memory over a grid of shapes, formats, budgets and workloads.
 
 The profile is measured once, before; nothing is fitted to the grid. Right before each turn that is measured a probe of
-half a second finds how fast memory, arithmetic and the disk are at the moment, and the profile is scaled by what it
+a second finds how fast memory, arithmetic and the disk are at the moment, and the profile is scaled by what it
 found. Turns are many and short, because the machine changes within seconds; of a run's errors the median counts. The
 disk is probed on the run's own store: other files may lie in the memory of a virtual machine's host, or not where the
 store does. Prompts and tokens are random, so routing is nearly uniform, which is what the prediction is told. What a
@@ -199,8 +199,9 @@ def report_of(
     report.notes.append(f"Profile: {profile.provenance.machine}, {profile.provenance.date}.")
     report.notes.append(
         f"Each turn is predicted from a probe of {_PROBE_S:g} seconds before it, of memory, arithmetic and the disk; "
-        "errors are medians of a run's turns. The four speeds before prompts and before decode are the medians of "
-        "what the probes found, over the profile's; predicted speeds are those at these medians."
+        "errors are medians of a run's turns. The five speeds (memory, products of 8 tokens and of more, reads, bursts "
+        "of reads) before prompts and before decode are the medians of what the probes found, over the profile's; "
+        "predicted speeds are those at these medians."
     )
     report.notes += profile.provenance.notes
     return report
@@ -306,15 +307,7 @@ def _options(cell: Cell, prepared: PreparedCheckpoint, profile: HardwareProfile,
 
 
 def _median(turns: Sequence[Turn]) -> Speeds:
-    return Speeds(*(statistics.median(_speed(one.speeds, part) for one in turns) for part in _PARTS))
-
-
-_PARTS = ("memory", "arithmetic", "disk", "bursts")
-
-
-def _speed(speeds: Speeds, part: str) -> float:
-    found: float | None = getattr(speeds, part)
-    return speeds.disk if found is None else found
+    return Speeds.median_of([one.speeds for one in turns])
 
 
 def row_of(
@@ -373,7 +366,9 @@ def row_of(
 
 
 def _told(speeds: Speeds) -> str:
-    return " ".join(f"{_speed(speeds, part):.2f}" for part in _PARTS)
+    bursts = speeds.disk if speeds.bursts is None else speeds.bursts
+    between = speeds.memory if speeds.between is None else speeds.between
+    return " ".join(f"{one:.2f}" for one in (speeds.memory, between, speeds.arithmetic, speeds.disk, bursts))
 
 
 def _shares(one: PassPrediction) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
+
+BETWEEN_TOKENS, MANY_TOKENS = 8, 32
+"""Of products that wait for memory and for arithmetic, and of those that wait for arithmetic alone."""
 
 ROOFLINE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -80,21 +84,33 @@ class TokenCurve:
             for i in range(len(self.tokens) - 1)
         )
 
-    def with_speeds(self, memory: float, arithmetic: float) -> TokenCurve:
+    def with_speeds(self, memory: float, arithmetic: float, between: float | None = None) -> TokenCurve:
         """The curve with memory `memory` times as fast, and whatever else there is `arithmetic` times.
 
-        The fewest tokens are taken to wait for memory alone. A point of twice their seconds or more waits for products;
-        those between are in between. Calls do not wait for memory.
+        The fewest tokens are taken to wait for memory alone. Calls do not wait for it. Products of some tokens are
+        `between` times as fast, the closer to BETWEEN_TOKENS the more. Where that was not measured, a point of twice
+        the fewest tokens' seconds or more waits for arithmetic alone, and those between are in between.
         """
         fewest = self.weight_s[0]
         moved: list[float] = []
-        for seconds in self.weight_s:
-            waits = min(1.0, max(0.0, 2 - seconds / fewest))
-            found = seconds * (waits / memory + (1 - waits) / arithmetic)
+        for tokens, seconds in zip(self.tokens, self.weight_s, strict=True):
+            if between is None:
+                waits = min(1.0, max(0.0, 2 - seconds / fewest))
+                found = seconds * (waits / memory + (1 - waits) / arithmetic)
+            else:
+                found = seconds / _speed_at(tokens, memory, between, arithmetic)
             moved.append(max(found, moved[-1] if moved else 0.0))
         return TokenCurve(
             self.call_s / arithmetic, self.tokens, tuple(moved), self.entry_s / arithmetic, self.item_s / arithmetic
         )
+
+
+def _speed_at(tokens: int, few: float, between: float, many: float) -> float:
+    """Straight in the logarithm of tokens from 1 over BETWEEN_TOKENS to MANY_TOKENS."""
+    if tokens <= BETWEEN_TOKENS:
+        return few + (between - few) * math.log(tokens, BETWEEN_TOKENS)
+    share = min(1.0, math.log(tokens / BETWEEN_TOKENS, MANY_TOKENS / BETWEEN_TOKENS))
+    return between + (many - between) * share
 
 
 def roofline(bits: float, bytes_per_s: float, flops_per_s: float, call_s: float) -> TokenCurve:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from formats.packed import PACKED_FORMATS
@@ -23,12 +24,24 @@ class Speeds:
         arithmetic: of what waits for the processor, as products of many tokens do.
         disk: of reads that go on.
         bursts: of a layer's reads, before which there are none; None: as `disk`.
+        between: of products of `curves.BETWEEN_TOKENS` tokens; None: by how long these wait for memory.
     """
 
     memory: float = 1.0
     arithmetic: float = 1.0
     disk: float = 1.0
     bursts: float | None = None
+    between: float | None = None
+
+    @classmethod
+    def median_of(cls, found: Sequence[Speeds]) -> Speeds:
+        """The median of each; None where nobody found it."""
+        medians: dict[str, float] = {}
+        for part in fields(cls):
+            values = [value for one in found if (value := getattr(one, part.name)) is not None]
+            if values:
+                medians[part.name] = statistics.median(values)
+        return cls(**medians)
 
 
 @dataclass(frozen=True)
@@ -241,12 +254,13 @@ class Compute:
     def with_speeds(self, speeds: Speeds) -> Compute:
         """The device at other speeds: what waits for memory follows memory, all else arithmetic."""
         memory, arithmetic = speeds.memory, speeds.arithmetic
+        products = (memory, arithmetic, speeds.between)
         packed = self.packed_overheads
         return replace(
             self,
             memory_bytes_per_s=memory * self.memory_bytes_per_s,
-            experts=tuple(FormatCurve(one.format, one.curve.with_speeds(memory, arithmetic)) for one in self.experts),
-            linears=tuple(FormatCurve(one.format, one.curve.with_speeds(memory, arithmetic)) for one in self.linears),
+            experts=tuple(FormatCurve(one.format, one.curve.with_speeds(*products)) for one in self.experts),
+            linears=tuple(FormatCurve(one.format, one.curve.with_speeds(*products)) for one in self.linears),
             attention=self.attention.with_speeds(memory, arithmetic),
             overheads=self.overheads.times(1 / arithmetic),
             packed_overheads=None if packed is None else packed.times(1 / arithmetic),

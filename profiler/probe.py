@@ -2,8 +2,9 @@
 
 Shared machines change by a third within seconds: other tenants take memory's bandwidth, the sibling threads of the
 cores, or the disk. The probe repeats some of the profile's own measurements: experts of one token, which stream
-weights from memory, experts of many tokens, which compute, reads that go on, and bursts of them. Of many tokens several
-points of the profile's curve are repeated: each has an error of its own, which would be taken for the machine's speed.
+weights from memory, experts of some tokens, which wait for memory and compute, experts of many, which compute, reads
+that go on, and bursts of them. Of many tokens several points of the profile's curve are repeated: each has an error of
+its own, which would be taken for the machine's speed.
 Of bursts the mean counts: reads that come late now and then hold up a layer, but not reads that go on beside them.
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 import statistics
 from time import perf_counter
 
+from placement.curves import BETWEEN_TOKENS, MANY_TOKENS
 from placement.disk import BURST_READS, GOING_ON_READS
 from placement.hardware_profile import HardwareProfile, Speeds
 from profiler.profile import several
 from profiler.subjects import Product, Subjects
 
 PROBE_S = 1.0
-_FEW, _MANY = 1, (32, 128)
+_FEW, _MANY = 1, (MANY_TOKENS, 128)
 """Tokens of an expert: those of the curve's points from so many to so many."""
 _TURNS = 3
 _BURSTS = 4
@@ -44,10 +46,10 @@ def probe(
         seconds: that it may take, about.
     """
     known = profile.disk if block_nbytes > 0 else None
-    share_s = seconds / _TURNS / (2 if known is None else 3)
+    share_s = seconds / _TURNS / (3 if known is None else 4)
     curve = profile.cpu.expert(format)
     many = [tokens for tokens in curve.tokens if _MANY[0] <= tokens <= _MANY[1]] or [_MANY[0]]
-    products = {tokens: subjects.experts(format, several(tokens), tokens) for tokens in (_FEW, *many)}
+    products = {tokens: subjects.experts(format, several(tokens), tokens) for tokens in (_FEW, BETWEEN_TOKENS, *many)}
     repeats: dict[int, list[float]] = {tokens: [] for tokens in products}
     disk: list[float] = []
     burst_s: list[float] = []
@@ -55,7 +57,7 @@ def probe(
         product.run()
     for _ in range(_TURNS):
         for tokens, product in products.items():
-            repeats[tokens] += _repeats(product, share_s if tokens == _FEW else share_s / len(many))
+            repeats[tokens] += _repeats(product, share_s if tokens < MANY_TOKENS else share_s / len(many))
         if known is not None:
             # A disk that nobody read from for a moment begins slowly, which in the profile, where reads follow reads,
             # and in a run is what the first of a layer's take more.
@@ -65,16 +67,16 @@ def probe(
             speed = GOING_ON_READS * block_nbytes / seconds_of_reads
             disk.append(speed / known.bytes_per_s(block_nbytes, in_flight))
             burst_s += [subjects.read(block_nbytes, in_flight, BURST_READS) for _ in range(_BURSTS)]
-    memory, *arithmetic = (
+    memory, between, *arithmetic = (
         product.calls
         * curve.seconds(product.weights, tokens, 1, product.entries, product.items)
         / statistics.median(repeats[tokens])
         for tokens, product in products.items()
     )
     if known is None:
-        return Speeds(memory, statistics.geometric_mean(arithmetic))
+        return Speeds(memory, statistics.geometric_mean(arithmetic), between=between)
     bursts = BURST_READS * block_nbytes / statistics.mean(burst_s) / known.burst_bytes_per_s(block_nbytes)
-    return Speeds(memory, statistics.geometric_mean(arithmetic), statistics.median(disk), bursts)
+    return Speeds(memory, statistics.geometric_mean(arithmetic), statistics.median(disk), bursts, between)
 
 
 def _repeats(product: Product, seconds: float) -> list[float]:

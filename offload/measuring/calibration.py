@@ -242,7 +242,7 @@ def _remainders(
             narrow[0].measure_prompts(each)
             wide.measure_prompts_from_disk(each, call_s)
             tight.measure_decode_from_disk(each)
-        now = Speeds(statistics.median(one.memory for one in found), statistics.median(one.arithmetic for one in found))
+        now = Speeds.median_of(found)
         scaled = profile.with_speeds(now)
         from_disk = median_of(tight.decode_from_disk), median_of(wide.prompts_from_disk)
         return now, narrow[0].remainders(scaled), narrow[-1].remainders(scaled), from_disk

@@ -69,6 +69,17 @@ def test_faster_arithmetic_helps_the_rest() -> None:
     assert found.weight_s == pytest.approx((1e-10, 2e-10))
 
 
+def test_speeds_that_were_measured_between_go_over_into_each_other() -> None:
+    curve = TokenCurve(1e-5, (1, 3, 8, 16, 32, 128), (1e-10, 1.1e-10, 1.2e-10, 2e-10, 4e-10, 16e-10))
+    assert curve.with_speeds(1.0, 1.0, 1.0) == curve
+    found = curve.with_speeds(2.0, 1.25, 1.5)
+    speeds = [before / after for before, after in zip(curve.weight_s, found.weight_s, strict=True)]
+    # 3 is at 0.528 of the way from 1 to 8 in logarithms, 16 half-way from 8 to 32.
+    assert speeds == pytest.approx([2.0, 2.0 - 0.528 * 0.5, 1.5, 1.375, 1.25, 1.25], rel=1e-3)
+    # That one token was slow when the profile was measured says nothing of eight.
+    assert curve.with_speeds(2.0, 1.0, 1.0).weight_s[2:] == curve.weight_s[2:]
+
+
 def test_measurements_on_a_curve_give_the_curve() -> None:
     samples = [
         Sample(weights, tokens, CURVE.seconds(weights, tokens)) for weights in (10**5, 10**7) for tokens in (1, 4, 16)

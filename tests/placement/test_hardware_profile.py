@@ -48,6 +48,11 @@ def test_parts_at_other_speeds_scale_what_waits_for_them() -> None:
     assert slower.gpu == profile.gpu
 
 
+def test_the_median_of_speeds_is_of_each_where_it_was_found() -> None:
+    found = [Speeds(1.0, 2.0, 3.0, None, 0.5), Speeds(3.0, 1.0, 1.0, None, 0.7), Speeds(2.0, 4.0, 2.0)]
+    assert Speeds.median_of(found) == Speeds(2.0, 2.0, 2.0, None, pytest.approx(0.6))  # type: ignore[arg-type]
+
+
 def test_blocks_are_read_or_multiplied() -> None:
     speed = BlockSpeed("int8", 1e-5, 1e10, 1e11)
     assert speed.seconds(1e8, 1e8) == pytest.approx(1e-5 + 1e-2)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from placement.curves import BETWEEN_TOKENS
 from placement.disk import BURST_READS, DiskPoint
 from placement.hardware_profile import Speeds
 from profiler import probe as probing
@@ -13,6 +14,8 @@ from profiler.probe import probe
 from profiler.subjects import Product
 from tests.placement.machines import machine
 from tests.profiler.test_profile import Known
+
+NOW = Speeds(between=1.0)
 
 
 class Slower(Known):
@@ -30,7 +33,9 @@ class Slower(Known):
         seconds = self.was.cpu.expert(format).seconds(weights, tokens)
 
         def call() -> None:
-            self.clock += seconds / (self.now.memory if tokens == 1 else self.now.arithmetic)
+            at = {1: self.now.memory, BETWEEN_TOKENS: self.now.between}.get(tokens, self.now.arithmetic)
+            assert at is not None
+            self.clock += seconds / at
             self.asleep = True
 
         return Product(weights, call)
@@ -45,22 +50,22 @@ class Slower(Known):
         return seconds + woken_s
 
 
-@pytest.mark.parametrize("speeds", [Speeds(), Speeds(0.5, 0.8, 0.25, 0.2), Speeds(1.5, 1.1, 3.0, 1.5)])
+@pytest.mark.parametrize("speeds", [NOW, Speeds(0.5, 0.8, 0.25, 0.2, 0.6), Speeds(1.5, 1.1, 3.0, 1.5, 1.4)])
 def test_speeds_come_back(speeds: Speeds, monkeypatch: pytest.MonkeyPatch) -> None:
     subjects = Slower(speeds)
     monkeypatch.setattr(probing, "perf_counter", lambda: subjects.clock)
     found = probe(subjects, subjects.was, "bf16", 1 << 20)
     bursts = 1.0 if speeds.bursts is None else speeds.bursts
-    assert (found.memory, found.arithmetic, found.disk, found.bursts) == pytest.approx(
-        (speeds.memory, speeds.arithmetic, speeds.disk, bursts)
+    assert (found.memory, found.between, found.arithmetic, found.disk, found.bursts) == pytest.approx(
+        (speeds.memory, speeds.between, speeds.arithmetic, speeds.disk, bursts)
     )
-    assert subjects.clock == pytest.approx(2 / 3, abs=0.1), "reads take the rest of the second"
+    assert subjects.clock == pytest.approx(3 / 4, abs=0.1), "reads take the rest of the second"
     without = probe(subjects, subjects.was, "bf16")
     assert (without.disk, without.bursts) == (1.0, None)
 
 
 def test_an_error_of_one_point_is_not_taken_for_the_machines_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    subjects = Slower(Speeds())
+    subjects = Slower(NOW)
     monkeypatch.setattr(probing, "perf_counter", lambda: subjects.clock)
     (plain, *others) = subjects.was.cpu.experts
     points = [(tokens, plain.curve.seconds_per_weight(tokens)) for tokens in (1, 32, 64, 128)]
