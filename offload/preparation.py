@@ -353,7 +353,8 @@ def check_kv(spec: ModelSpec, request: Request) -> None:
     """See that the KV cache can be what was asked for.
 
     Raises:
-        InvalidArgumentError: `kv_ram` is too small for any context, or `kv_vram` for a block.
+        InvalidArgumentError: `kv_ram` is too small for any context, or `kv_vram` for a block, or the format has no
+            blocks for the model's heads.
     """
     choice = request.kv
     if not any(shape is not None for shape in spec.kv_shapes):
@@ -366,7 +367,13 @@ def check_kv(spec: ModelSpec, request: Request) -> None:
             )
         return
     format = layout_format(choice.format, spec.dtype)
-    least = minimum_nbytes(spec, request.batch, format, above=choice.vram_nbytes != 0)
+    try:
+        least = minimum_nbytes(spec, request.batch, format, above=choice.vram_nbytes != 0)
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f'kv="{choice.format}": {spec.name} has keys and values that make no blocks of {format}: {error}. Fix: '
+            "another format, or the cache that grows in place, which a plan has where nothing asks for blocks"
+        ) from error
     if choice.ram_nbytes is not None and choice.ram_nbytes < least:
         raise InvalidArgumentError(
             f"kv_ram={choice.ram_nbytes}: the blocks that {request.batch} sequences write to, and two segments to read "
