@@ -44,7 +44,7 @@ from placement.kv_settings import PIECES_NBYTES
 from placement.memory_use import vram_beside_weights
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
-from placement.planner import PlanInfeasibleError, make_plan
+from placement.planner import PlanInfeasibleError, make_plan, with_prediction
 from placement.prediction import Prediction
 from placement.prefill_chunk import choose_chunk
 from placement.rig import Rig
@@ -263,7 +263,7 @@ def _planned(
     choices = [in_formats(one) for one in request.quantisation.candidates(own)]
 
     def judge(spec: ModelSpec, plan: Plan) -> Prediction | None:
-        return plan.prediction if plan.vram is None else _predicted_with_gpu(spec, plan, request)
+        return _predicted_at_best(spec, plan, request) if plan.prediction is None else plan.prediction
 
     best, plan = fastest_format(
         [one.spec for one in choices], lambda spec: _plan(spec, request, context, skeleton), judge
@@ -271,14 +271,13 @@ def _planned(
     return choices[best], plan
 
 
-def _predicted_with_gpu(spec: ModelSpec, plan: Plan, request: Request) -> Prediction | None:
-    """What the fastest plan within the same budgets is expected to do; None where no GPU was measured or asked for.
-
-    The plan that runs is made by sizes and has no prediction of its own.
+def _predicted_at_best(spec: ModelSpec, plan: Plan, request: Request) -> Prediction | None:
+    """What the fastest plan within the same budgets is expected to do on a GPU through whose memory dense weights
+    stream, of which nothing is predicted; None without such a GPU and its profile.
     """
     profile = profile_for(spec, request.store_root)
-    assert plan.vram is not None and request.accelerator is not None
-    if profile is None or profile.gpu is None or request.accelerator.device == "host":
+    on_gpu = request.accelerator is not None and request.accelerator.device != "host"
+    if profile is None or profile.gpu is None or plan.vram is None or not on_gpu:
         return None
     rig = Rig(profile, plan.ram_budget_nbytes, plan.vram.budget_nbytes, request.kv)
     try:
@@ -315,7 +314,7 @@ def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedM
     if request.accelerator is None:
         return plan
     try:
-        return _with_vram(spec, plan, request.accelerator, skeleton, request.kv.vram_nbytes)
+        return _with_vram(spec, plan, request.accelerator, skeleton, request.kv.vram_nbytes, profile)
     except DoesNotFitError:
         if request.accelerator.device == "host" or plan.kv is not None:
             raise
@@ -335,7 +334,7 @@ def _with_kv_below(spec: ModelSpec, request: Request, workload: Workload, skelet
     profile, kv = profile_for(spec, request.store_root), replace(request.kv, blocks=True)
     try:
         plan = make_plan(spec, workload, request.ram_nbytes, profile, kv=kv)
-        plan = _with_vram(spec, plan, request.accelerator, skeleton, kv.vram_nbytes)
+        plan = _with_vram(spec, plan, request.accelerator, skeleton, kv.vram_nbytes, profile)
     except (PlanInfeasibleError, DoesNotFitError):
         return None
     assert plan.kv is not None
@@ -392,10 +391,11 @@ def _with_vram(
     accelerator: AcceleratorRequest,
     skeleton: PreTrainedModel,
     kv_vram_nbytes: int | None,
+    profile: HardwareProfile | None,
 ) -> Plan:
     """The plan with the accelerator's memory put to use.
 
-    Without a prediction: none has been measured of what this executes.
+    With a prediction where the profile has measured the GPU; of an accelerator that host memory plays nothing is.
     """
     on_gpu = accelerator.device != "host"
     budget = accelerator.vram_nbytes
@@ -411,12 +411,13 @@ def _with_vram(
         free, _ = open_cuda(accelerator.device).memory_nbytes()
         budget = free
     try:
-        return with_vram(
+        made = with_vram(
             spec, plan, budget, runs_attention=on_gpu, alignment_nbytes=alignment, other_nbytes=other,
             kv_vram_nbytes=kv_vram_nbytes,
         )  # fmt: skip
     except PlanInfeasibleError as error:
         raise DoesNotFitError(str(error)) from error
+    return with_prediction(spec, made, profile) if on_gpu and profile is not None else made
 
 
 def profile_for(spec: ModelSpec, root: Path) -> HardwareProfile | None:

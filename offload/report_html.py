@@ -15,7 +15,7 @@ from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.predict import Routing
 from placement.prediction import Prediction
-from placement.rig import Change, Rig, in_words, sweep
+from placement.rig import Change, Rig, in_words, loaded_in_words, sweep
 from placement.routing import residency
 
 _HOMES = (("disk", "#d0d4da"), ("RAM", "#f5b971"), ("VRAM", "#54a24b"))
@@ -55,11 +55,12 @@ def write_html(
         ("Where experts are most of the time", _homes(spec, plan, routing)),
         *_curves(sweep(rig, plan, spec, routing), plan),
     ]
-    top = _summary(plan, plan.prediction, doubling) + _speeds(plan, plan.prediction, changes) + _memory(plan)
+    loaded = None if plan.vram is None else loaded_in_words(rig, spec, plan.workload, routing)
+    top = _summary(plan, plan.prediction, doubling, loaded) + _speeds(plan, plan.prediction, changes) + _memory(plan)
     write_page(file, f"Plan of {plan.model}", top, figures)
 
 
-def _summary(plan: Plan, prediction: Prediction, doubling: tuple[Change | None, Change]) -> str:
+def _summary(plan: Plan, prediction: Prediction, doubling: tuple[Change | None, Change], loaded: str | None) -> str:
     sentences = [
         f"{plan.model_type}, experts in {plan.format}, other linear layers in {plan.dense_format}; "
         f"{plan.workload.batch} x {plan.workload.context_tokens} tokens of context, prompt of "
@@ -69,8 +70,10 @@ def _summary(plan: Plan, prediction: Prediction, doubling: tuple[Change | None, 
         f"All {plan.expert_count} experts lie on disk: {format_size(plan.disk_nbytes)}.",
     ]
     sentences.append(f"The cheapest change that doubles the speed of decode: {in_words(doubling)}.")
-    if plan.vram is not None:
-        sentences.append("A plan of VRAM by predicted seconds is not run: offload.load places by sizes.")
+    if loaded is not None:
+        sentences.append(
+            f"This plan of VRAM is the fastest by predicted seconds. offload.load places by sizes: {loaded}."
+        )
     return paragraphs(sentences)
 
 

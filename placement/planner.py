@@ -17,7 +17,7 @@ from placement.kv import (
     plan_kv,
     scratch_nbytes,
 )
-from placement.kv_cost import in_blocks, with_reads, with_sparsity
+from placement.kv_cost import in_blocks, with_blocks_in_vram, with_reads, with_sparsity
 from placement.model_spec import ModelSpec
 from placement.outputs import GROUP_NBYTES, PAIR_BUFFER_NBYTES
 from placement.plan import Plan, RamUse, VramPlan
@@ -296,6 +296,14 @@ def can_predict(profile: HardwareProfile, vram: VramPlan | None) -> bool:
     return vram is None or (profile.gpu is not None and not vram.window_layers)
 
 
+def with_prediction(spec: ModelSpec, plan: Plan, profile: HardwareProfile, routing: Routing | None = None) -> Plan:
+    """The plan with what is expected of it; as it is where that is not known, see `can_predict`."""
+    if not can_predict(profile, plan.vram):
+        return plan
+    told = predicted(spec, profile, plan.ram_slots, plan.workload, routing, plan.kv, plan.vram)
+    return replace(plan, prediction=told)
+
+
 def predicted(
     spec: ModelSpec,
     profile: HardwareProfile,
@@ -319,6 +327,8 @@ def predicted(
             vram_slots=vram.slots,
         )  # fmt: skip
     found = predict(in_blocks(spec, kv), profile, homes, workload, routing)
+    if vram is not None:
+        found = with_blocks_in_vram(found, spec, profile, workload, kv)
     return with_reads(with_sparsity(found, spec, workload, kv), spec, profile, workload, kv)
 
 

@@ -8,7 +8,7 @@ beyond.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -391,14 +391,3 @@ def _plan(asked: _Request, homes: Homes) -> Plan:
         prediction=found,
         kv=cache,
     )
-
-
-def fastest(plans: Sequence[Plan], workload: Workload) -> Plan:
-    """Of plans in several formats the one with the least expected seconds; of equals the first.
-
-    Raises:
-        ValueError: there are none, or one has no prediction.
-    """
-    if not plans or any(plan.prediction is None for plan in plans):
-        raise ValueError("choosing among plans needs a prediction of each")
-    return min(plans, key=lambda plan: plan.prediction.request_s(workload.new_tokens) if plan.prediction else 0.0)

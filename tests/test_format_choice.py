@@ -94,9 +94,7 @@ def test_of_an_accelerator_that_is_played_nothing_is_predicted(
         offload.load(tiny_checkpoint("qwen3_moe"), **arguments)
 
 
-def test_a_gpu_is_judged_by_the_plan_of_its_own_speeds(
-    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_is_judged_by_its_own_speeds(tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     desktop = datasheet(cpu="ddr5-desktop", drive="gen4", gpu="rtx4090")
     monkeypatch.setattr(preparation, "cached_profile", lambda root, formats: desktop)
     request = make_request(
@@ -105,7 +103,9 @@ def test_a_gpu_is_judged_by_the_plan_of_its_own_speeds(
     )  # fmt: skip
     plan = preparation.prepare_checkpoint(tiny_checkpoint("qwen3_moe"), request).plan
     assert plan.vram is not None
-    assert plan.prediction is None
+    assert plan.prediction is not None
+    chosen = next(one for one in plan.format_options if one.experts == plan.format)
+    assert chosen.decode_tokens_per_s == plan.prediction.decode.tokens_per_s
     assert all(one.decode_tokens_per_s for one in plan.format_options)
     on_cpu = replace(request, accelerator=None)
     below = preparation.prepare_checkpoint(tiny_checkpoint("qwen3_moe"), on_cpu).plan

@@ -157,7 +157,7 @@ def plan_ahead(
         write_plan_json(plan, simulation)
     else:
         assert doubling is not None
-        write_report(spec, plan, rig, changes, doubling)
+        write_report(spec, plan, rig, changes, doubling, routing)
         if simulation is not None:
             write_simulation(simulation, plan)
     if ahead.html is not None:
@@ -184,10 +184,15 @@ def nearest(spec: ModelSpec, rig: Rig, workload: Workload) -> str:
 
 
 def write_report(
-    spec: ModelSpec, plan: Plan, rig: Rig, changes: list[Change], doubling: tuple[Change | None, Change]
+    spec: ModelSpec,
+    plan: Plan,
+    rig: Rig,
+    changes: list[Change],
+    doubling: tuple[Change | None, Change],
+    routing: Routing | None,
 ) -> None:
     """The report on stdout."""
-    from placement.rig import in_words
+    from placement.rig import in_words, loaded_in_words
 
     prediction = plan.prediction
     assert prediction is not None
@@ -212,7 +217,7 @@ def write_report(
         **{f"what if {change.name}": f"{change.decode_tokens_per_s:.2f} tokens/s" for change in changes},
     }
     if plan.vram is not None:
-        said["note"] = "a plan of VRAM by predicted seconds is not run: `offload.load` places by sizes, see docs/gpu.md"
+        said["as loaded"] = f"`offload.load` places by sizes: {loaded_in_words(rig, spec, plan.workload, routing)}"
     title = f"{plan.model}: {plan.model_type}, experts in {plan.format}, other linear layers in {plan.dense_format}\n"
     write(title, tiers, "", terms, "", facts(said))
 

@@ -23,7 +23,7 @@ def test_a_desktop_with_a_gpu(invoke: Invoke) -> None:
     text = re.sub(r"\s+", " ", result.stdout)
     for part in (
         "rtx4090 (pcie4)", "datasheet: a prediction, nothing was run", "what if ram=+32GiB", "what if gpu=rtx5090,nvme",
-        "twice as fast", "equally popular", "is not run", "of 256", "decode", "prefill",
+        "twice as fast", "equally popular", "places by sizes: all dense layers, ", "of 256", "decode", "prefill",
     ):  # fmt: skip
         assert part in text, part
 

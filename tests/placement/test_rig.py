@@ -9,7 +9,7 @@ import pytest
 from placement.datasheets import GPUS, datasheet
 from placement.kv import KvChoice, KvShape
 from placement.kv_sparsity import KvSparsity
-from placement.rig import Rig, cheapest_doubling, sweep, try_change
+from placement.rig import Rig, cheapest_doubling, loaded_in_words, sweep, try_change
 from placement.routing import Popularity, PopularityHits, residency
 from placement.workload import Workload
 from tests.placement.machines import machine, model
@@ -40,6 +40,34 @@ def test_parts_change_what_they_name() -> None:
         before.with_part("case", "x")
     with pytest.raises(ValueError, match="needs a GPU"):
         rig().with_part("link", "pcie5")
+
+
+@pytest.mark.parametrize("name", ["rtx3060", "rtx4090"])
+def test_what_is_loaded_is_near_the_fastest_plan_and_keeps_the_budgets(name: str) -> None:
+    spec = model(layers=24, experts=64, top_k=4, hidden=2048, intermediate=1408)
+    here = replace(rig(gpu=name), ram_nbytes=24 << 30)
+    best, loaded = here.plan(spec, WORK), here.loaded(spec, WORK)
+    assert best.vram is not None and loaded.vram is not None
+    assert best.prediction is not None and loaded.prediction is not None
+    assert loaded.vram.dense_layers == tuple(range(24))
+    assert loaded.vram.use.total_nbytes <= here.vram_nbytes
+    assert loaded.peak_ram_nbytes <= here.ram_nbytes
+    assert abs(best.vram.slots - loaded.vram.slots) <= 4
+    new = WORK.new_tokens
+    assert loaded.prediction.request_s(new) == pytest.approx(best.prediction.request_s(new), rel=0.02)
+    assert "all dense layers" in loaded_in_words(here, spec, WORK, None)
+
+
+def test_of_what_streams_through_vram_nothing_is_predicted() -> None:
+    spec = model(layers=24, experts=64, top_k=4, hidden=2048, intermediate=1408)
+    dense = sum(layer.dense_nbytes for layer in spec.layers)
+    least = replace(rig(gpu="rtx3060"), ram_nbytes=24 << 30)
+    small = least.with_memory(vram=least.loaded(spec, WORK).vram.use.activation_nbytes + dense // 2)  # type: ignore[union-attr]
+    plan = small.loaded(spec, WORK)
+    assert plan.vram is not None
+    assert (plan.vram.window_layers > 0, plan.prediction) == (True, None)
+    assert "nothing is predicted" in loaded_in_words(small, spec, WORK, None)
+    assert loaded_in_words(small.with_memory(vram=1), spec, WORK, None).startswith("does not fit")
 
 
 def test_the_first_change_that_doubles() -> None:

@@ -23,7 +23,7 @@ from placement.passes import decode_pass
 from placement.plan import Plan
 from placement.planner import READ_CHUNK_NBYTES, READER_THREADS, PlanInfeasibleError, make_plan
 from placement.predict import Routing, expected_s
-from placement.tier_planner import fastest, make_tiered_plan
+from placement.tier_planner import make_tiered_plan
 from placement.vram_planner import with_vram
 from placement.workload import Workload
 from tests.placement.machines import machine, machines, model
@@ -159,13 +159,6 @@ def test_enough_vram_holds_everything() -> None:
     assert plan.vram.slots == SMALL.expert_count
     assert plan.prediction is not None
     assert plan.prediction.decode.vram_hit_rate == pytest.approx(1.0)
-
-
-def test_the_fastest_of_several_formats() -> None:
-    plans = [make_plan(model(format=format), WORK, 1 << 34, machine(gpu=False)) for format in ("bf16", "int4", "bf16")]
-    assert fastest(plans, WORK) is plans[1]
-    with pytest.raises(ValueError, match="prediction"):
-        fastest([make_plan(SMALL, WORK, 1 << 34)], WORK)
 
 
 def test_a_large_model_is_planned() -> None:
