@@ -38,6 +38,8 @@ _POLICY_ENTRIES = (
     ("prefetch.policies.selection_kernel", "select"),
 )
 
+_READER_ENTRIES = ("serve", "submit", "promote", "cancel", "wait")
+
 
 def kernels_of_model(
     dtype: torch.dtype, formats: Iterable[str], *, with_policy: bool, decodes: bool, attends: bool
@@ -53,6 +55,7 @@ def kernels_of_model(
     """
     small: list[Kernel] = [(compile_sums, ())]
     first: list[Kernel] = [(prepare_named, ("cpu_kernels.routing_kernel", "group_pairs"))]
+    first += [(prepare_named, ("cpu_kernels.read_queue_kernel", entry)) for entry in _READER_ENTRIES]
     last: list[Kernel] = []
     if with_policy:
         first += [(prepare_named, entry) for entry in _POLICY_ENTRIES]

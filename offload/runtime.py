@@ -48,6 +48,7 @@ from offload.store.store import ExpertStore
 from offload.tiers.accelerated import TierPair
 from offload.tiers.arena import Arena
 from offload.tiers.counters import TierCounters
+from offload.tiers.direct_engine import make_engine
 from offload.tiers.disk import ShardReader
 from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.transfer import ReadEngine, ReadRequest
@@ -110,7 +111,7 @@ class Runtime:
         self.device = device
         self._first_keys = [layer.first_key for layer in self.layers]
         reader = ShardReader(store.shard_paths, lambda index, direct: store.open_shard(index, direct=direct))
-        engine = ReadEngine(reader, threads=plan.reader_threads, chunk_nbytes=plan.read_chunk_nbytes, most_soon=1)
+        engine = make_engine(reader, threads=plan.reader_threads, chunk_nbytes=plan.read_chunk_nbytes, most_soon=1)
         arena = Arena(device, plan.slot_nbytes, plan.ram_slots)
         self.tier = ExpertTier(arena, policy, engine, self._locate, self._bundle_nbytes)
         self.geometry = Geometry(tuple(layer.count for layer in self.layers))

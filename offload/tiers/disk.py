@@ -10,6 +10,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from offload.errors import ClosedError, SlowReadWarning, StorageError, StoreCorruptError
 
 READ_ATTEMPTS = 4
@@ -30,7 +33,6 @@ class ShardReader:
     Attributes:
         paths: the shards.
         direct: True until a file system refuses O_DIRECT, at opening or at the first read.
-        bytes_read: bytes that arrived since the start.
         retries: reads that failed or fell short and were repeated.
     """
 
@@ -45,7 +47,8 @@ class ShardReader:
         self.paths = tuple(paths)
         self._open_shard = open_shard
         self.direct = True
-        self.bytes_read = 0
+        self._bytes_read = 0
+        self._elsewhere: list[npt.NDArray[np.int64]] = []
         self.retries = 0
         self._preadv = preadv
         self._lock = threading.Lock()
@@ -140,7 +143,24 @@ class ShardReader:
         if buffered:
             os.posix_fadvise(fd, offset, len(out), os.POSIX_FADV_DONTNEED)
         with self._lock:
-            self.bytes_read += len(out)
+            self._bytes_read += len(out)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that arrived since the start, or since it was set to 0."""
+        return self._bytes_read + sum(int(count[0]) for count in self._elsewhere)
+
+    @bytes_read.setter
+    def bytes_read(self, value: int) -> None:
+        self._bytes_read = value - sum(int(count[0]) for count in self._elsewhere)
+
+    def also_reads(self, count: npt.NDArray[np.int64]) -> None:
+        """Somebody else reads these shards: `count`, int64 [1], says how many bytes arrived there."""
+        self._elsewhere.append(count)
+
+    def direct_fd(self, shard: int) -> int:
+        """The descriptor with O_DIRECT; -1 where the file system refused that."""
+        return self._direct.get(shard, -1) if self.direct else -1
 
     def _buffered_fd(self, shard: int) -> int:
         """A descriptor without O_DIRECT."""

@@ -17,7 +17,7 @@ from offload.devices.base import Span
 from offload.tiers.arena import Arena
 from offload.tiers.counters import TierCounters
 from offload.tiers.slot_table import SlotState, SlotTable
-from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
+from offload.tiers.transfer import Completion, Engine, ReadRequest, Urgency
 from prefetch.policies.base import CachePolicy
 
 Locate = Callable[[int, Span], ReadRequest]
@@ -28,7 +28,7 @@ class ExpertTier:
     """One tier's experts. One thread at a time; reader threads only finish tickets."""
 
     def __init__(
-        self, arena: Arena, policy: CachePolicy, engine: ReadEngine, locate: Locate, bundle_nbytes: Callable[[int], int]
+        self, arena: Arena, policy: CachePolicy, engine: Engine, locate: Locate, bundle_nbytes: Callable[[int], int]
     ) -> None:
         """Make an empty tier.
 
@@ -46,7 +46,7 @@ class ExpertTier:
         self.counters = TierCounters()
         self._locate = locate
         self._bundle_nbytes = bundle_nbytes
-        self._tickets: dict[int, Ticket] = {}
+        self._tickets: dict[int, Completion] = {}
         self._all: npt.NDArray[np.int64] | None = None
         self._all_version = -1
         # Read ahead and not routed since; routed before they arrived.

@@ -234,7 +234,7 @@ def serve_chunk(queue: ReadQueue, ticket: Ticket, chunk: int, urgency: Urgency) 
         queue.note_error(ticket, error)
         whole = ticket.unread == 0 and ticket.error is None and not ticket.cancelled
     yield
-    error = _check(queue, ticket) if whole else None
+    error = check_bundle(queue.reader, ticket.request) if whole else None
     yield
     with queue.lock:
         ticket.in_flight -= 1
@@ -256,16 +256,27 @@ def _read_chunk(queue: ReadQueue, ticket: Ticket, chunk: int) -> BaseException |
     return None
 
 
-def _check(queue: ReadQueue, ticket: Ticket) -> BaseException | None:
-    """A wrong checksum is read once more: a flip on the way is healed, one on the disk is reported."""
-    request = ticket.request
+def read_whole(reader: Reader, request: ReadRequest) -> BaseException | None:
+    """Read a bundle in one piece; what went wrong."""
+    try:
+        reader.read(request.shard, request.offset, request.out)
+    except BaseException as error:  # noqa: BLE001 - carried to whoever waits for the ticket
+        return error
+    return None
+
+
+def check_bundle(reader: Reader, request: ReadRequest) -> BaseException | None:
+    """What is wrong with a bundle that arrived, if anything.
+
+    A wrong checksum is read once more: a flip on the way is healed, one on the disk is reported.
+    """
     out = request.out
     if request.checksum is None or not isinstance(out, memoryview):
         return None
     try:
         if request.wrong_part(out) is None:
             return None
-        queue.reader.read(request.shard, request.offset, out)
+        reader.read(request.shard, request.offset, out)
         wrong = request.wrong_part(out)
     except BaseException as error:  # noqa: BLE001 - carried to whoever waits for the ticket
         return error
@@ -273,6 +284,6 @@ def _check(queue: ReadQueue, ticket: Ticket) -> BaseException | None:
         return None
     start, found, expected = wrong
     return StoreCorruptError(
-        f"{request.label} in {queue.reader.paths[request.shard]} at byte {request.offset + start}: checksum "
+        f"{request.label} in {reader.paths[request.shard]} at byte {request.offset + start}: checksum "
         f"{found:016x}, expected {expected:016x}; {request.fix}"
     )

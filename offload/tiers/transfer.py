@@ -12,11 +12,103 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable
+from typing import Any, Protocol
 
 from offload.errors import ClosedError
 from offload.tiers.read_queue import Reader, ReadQueue, ReadRequest, Ticket, Urgency, serve
 
-__all__ = ["ReadEngine", "ReadRequest", "Reader", "Ticket", "Urgency"]
+__all__ = ["Completion", "Engine", "ReadEngine", "ReadRequest", "Reader", "Ticket", "Urgency"]
+
+
+class Completion(Protocol):
+    """What an engine tells of one read; see `Ticket`."""
+
+    @property
+    def finished(self) -> bool:
+        """True when no thread will write to its memory any more."""
+        ...
+
+    @property
+    def succeeded(self) -> bool:
+        """True when the bundle is there, whole and checked."""
+        ...
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why it failed."""
+        ...
+
+
+class Engine(Protocol):
+    """What a tier asks for reads; each call is explained at `ReadEngine`."""
+
+    @property
+    def reader(self) -> Reader:
+        """What it reads from."""
+        ...
+
+    @property
+    def reading_s(self) -> float:
+        """Seconds in which at least one read was in flight."""
+        ...
+
+    def submit(self, request: ReadRequest, urgency: Urgency) -> Completion:
+        """Queue one read."""
+        ...
+
+    def promote(self, ticket: Any) -> None:
+        """Serve a queued read before all that are only wanted soon."""
+        ...
+
+    def cancel(self, ticket: Any) -> None:
+        """Drop what is not being read yet."""
+        ...
+
+    def cancel_all(self) -> None:
+        """Cancel every read and return when none writes any more."""
+        ...
+
+    def wait_any(self, tickets: Iterable[Any]) -> None:
+        """Return when at least one is finished."""
+        ...
+
+    def wait_all(self, tickets: Iterable[Any]) -> None:
+        """Return when all are finished."""
+        ...
+
+    def close(self) -> None:
+        """Cancel, wait and close the shards."""
+        ...
+
+
+class HeldAtForks(Protocol):
+    """What has threads that must not read while the process is copied."""
+
+    def hold(self) -> None:
+        """Before a fork."""
+        ...
+
+    def let_go(self) -> None:
+        """After it, in the parent."""
+        ...
+
+    def restart_in_child(self) -> None:
+        """After it, in the child."""
+        ...
+
+    def close(self) -> None:
+        """At the end of the process."""
+        ...
+
+
+def check_engine(threads: int, chunk_nbytes: int) -> None:
+    """Refuse what no engine can be made with.
+
+    Raises:
+        ValueError: no thread, or chunks that are not whole pages.
+    """
+    if threads < 1 or chunk_nbytes < 4096 or chunk_nbytes % 4096:
+        raise ValueError(f"{threads} reader threads with chunks of {chunk_nbytes} bytes: need >= 1, whole pages")
 
 
 class ReadEngine:
@@ -33,14 +125,12 @@ class ReadEngine:
                 is in flight that is needed now: where one read can take the whole bandwidth, others beside it make it
                 late. None where that does not matter.
         """
-        if threads < 1 or chunk_nbytes < 4096 or chunk_nbytes % 4096:
-            raise ValueError(f"{threads} reader threads with chunks of {chunk_nbytes} bytes: need >= 1, whole pages")
+        check_engine(threads, chunk_nbytes)
         self._queue = ReadQueue(reader, chunk_nbytes, threads, most_soon)
         self._thread_count = threads
         self._finalizer = weakref.finalize(self, self._queue.close_soon)
         self._finalizer.atexit = False
-        with _engines_lock:
-            _ENGINES.add(self)
+        hold_at_forks(self)
 
     @property
     def reader(self) -> Reader:
@@ -166,9 +256,15 @@ class ReadEngine:
         queue.lock.release()
 
 
-_ENGINES: weakref.WeakSet[ReadEngine] = weakref.WeakSet()
+_ENGINES: weakref.WeakSet[HeldAtForks] = weakref.WeakSet()
 _engines_lock = threading.Lock()
-_held_for_fork: list[ReadEngine] = []
+_held_for_fork: list[HeldAtForks] = []
+
+
+def hold_at_forks(engine: HeldAtForks) -> None:
+    """Hold an engine at every fork from now on, and close it when the process ends, as long as it lives."""
+    with _engines_lock:
+        _ENGINES.add(engine)
 
 
 def _before_fork() -> None:

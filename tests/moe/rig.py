@@ -19,7 +19,7 @@ from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.transfer import ReadEngine, ReadRequest
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.lru import LruPolicy
-from tests.tiers.readers import MemoryReader
+from tests.tiers.readers import Bytes, MemoryReader
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Largest error relative to the largest output: sums in fp32, and the rounding of hidden values to the dtype.
@@ -103,8 +103,9 @@ class Rig:
         layers: int = 2,
         threads: int = 2,
         seed: int = 0,
-        engine: Callable[..., ReadEngine] = ReadEngine,
+        engine: Callable[..., Any] = ReadEngine,
         policy: Callable[[], CachePolicy] = LruPolicy,
+        reader: Callable[[Bytes], MemoryReader] = MemoryReader,
     ) -> None:
         self.kind = KINDS[kind]
         self.dtype = DTYPES[format]
@@ -112,7 +113,7 @@ class Rig:
         self.layout = BundleLayout(hidden, intermediate, format, self.kind.has_gate, self.kind.has_bias)
         generator = torch.Generator().manual_seed(seed)
         self.weights = [self._expert(generator) for _ in range(layers * count)]
-        self.reader = MemoryReader(np.concatenate([self._bundle(expert) for expert in self.weights]))
+        self.reader = reader(np.concatenate([self._bundle(expert) for expert in self.weights]))
         self.reader.before_read = lambda offset, _nbytes: self.before_read(offset // self.layout.nbytes)
         self.before_read: Callable[[int], None] = lambda _key: None
         self.engine = engine(self.reader.as_shard_reader(), threads=threads, chunk_nbytes=4096)

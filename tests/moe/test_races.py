@@ -29,6 +29,8 @@ from prefetch.policies.geometry import Geometry
 from prefetch.policies.named import make_policy
 from tests.moe.rig import Rig
 from tests.moe.tiered_rig import COPY_ALL, COPY_NONE, COPY_SOME, FixedCosts, TieredRig
+from tests.tiers.readers import MemoryReader
+from tests.tiers.scheduled_direct_engine import FileReader, ScheduledDirectEngine
 from tests.tiers.scheduled_engine import ScheduledEngine
 
 COUNT, LAYERS, TOP_K = 6, 2, 3
@@ -88,8 +90,16 @@ class Ahead:
                 self.rig.tier.start_loads([key], Urgency.SOON)
 
 
+def scheduled(reader: Any, *, chance: random.Random, **options: Any) -> Any:
+    """The engine of a reader: of what has a descriptor, the compiled queue."""
+    make: Any = ScheduledDirectEngine if isinstance(reader, FileReader) else ScheduledEngine
+    return make(reader, chance=chance, **options)
+
+
 class RaceMachine(RuleBasedStateMachine):
     """What a runtime does to its tiers."""
+
+    reader = MemoryReader
 
     @initialize(
         above=st.integers(1, 6),
@@ -102,7 +112,8 @@ class RaceMachine(RuleBasedStateMachine):
         geometry = Geometry.uniform(LAYERS, COUNT)
         self.rig = TieredRig(
             above=above, slots=slots, costs=COPY_SOME, threads=threads, count=COUNT, layers=LAYERS,
-            engine=partial(ScheduledEngine, chance=random.Random(seed)), policy=partial(make_policy, policy, geometry),
+            engine=partial(scheduled, chance=random.Random(seed)), policy=partial(make_policy, policy, geometry),
+            reader=self.reader,
         )  # fmt: skip
         self.device = WatchedDevice(self.rig)
         self.rig.accelerator._host = self.rig.accelerated.host = self.device
@@ -247,6 +258,16 @@ TestRaces = RaceMachine.TestCase
 TestRaces.settings = settings(
     max_examples=1000, stateful_step_count=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
+
+
+class DirectRaceMachine(RaceMachine):
+    """The same with the compiled queue below."""
+
+    reader = FileReader
+
+
+TestDirectRaces = DirectRaceMachine.TestCase
+TestDirectRaces.settings = settings(TestRaces.settings, max_examples=500)
 
 
 def test_the_schedule_is_the_seeds() -> None:

@@ -46,7 +46,7 @@ class TieredRig(Rig):
         *,
         above: int,
         costs: LayerCosts,
-        engine: Callable[..., ReadEngine] = ReadEngine,
+        engine: Callable[..., Any] = ReadEngine,
         policy: Callable[[], CachePolicy] = LruPolicy,
         **options: Any,
     ) -> None:

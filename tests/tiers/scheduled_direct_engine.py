@@ -1,0 +1,206 @@
+"""The compiled queue without threads: a seeded chance decides who goes on, between the steps of a compiled reader."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from cpu_kernels import read_queue_kernel as kernel
+from cpu_kernels.jit import entry
+from offload.errors import StorageError
+from offload.tiers.direct_engine import DirectEngine, DirectTicket
+from offload.tiers.disk import ShardReader
+from offload.tiers.transfer import ReadRequest, Urgency
+from tests.tiers.readers import Bytes, MemoryReader
+
+_list_in_turn, _begin, _read = kernel.list_in_turn, kernel.begin, kernel.read
+_note_read, _is_right, _leave = kernel.note_read, kernel.is_right, kernel.leave
+
+
+@entry("int64(int64)")
+def list_in_turn(state: int) -> Any:
+    return _list_in_turn(state)
+
+
+@entry("UniTuple(int64, 2)(int64, int64)")
+def begin(state: int, urgency: int) -> Any:
+    return _begin(state, urgency)
+
+
+@entry("boolean(int64, int64, int64)")
+def read(state: int, address: int, chunk: int) -> Any:
+    return _read(state, address, chunk)
+
+
+@entry("boolean(int64, int64, int64, boolean)")
+def note_read(state: int, address: int, urgency: int, arrived: bool) -> Any:
+    return _note_read(state, address, urgency, arrived)
+
+
+@entry("boolean(int64)")
+def is_right(address: int) -> Any:
+    return _is_right(address)
+
+
+@entry("int64(int64, int64, boolean)")
+def leave(state: int, address: int, right: bool) -> Any:
+    return _leave(state, address, right)
+
+
+class FileReader(MemoryReader):
+    """The same bytes in memory and behind a descriptor; where there is none, reads are Python's.
+
+    Attributes:
+        elsewhere: what others count of these shards.
+    """
+
+    def __init__(self, shard: Bytes) -> None:
+        super().__init__(shard)
+        self.fd = os.memfd_create("shard")
+        os.pwrite(self.fd, shard.tobytes(), 0)
+        self.elsewhere: list[npt.NDArray[np.int64]] = []
+
+    def direct_fd(self, shard: int) -> int:
+        assert shard == 0
+        return self.fd if self.direct else -1
+
+    def also_reads(self, count: npt.NDArray[np.int64]) -> None:
+        self.elsewhere.append(count)
+
+    def close(self) -> None:
+        super().close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+@dataclass
+class _Running:
+    """A reader thread that is not one: what it does next, and with what."""
+
+    address: int
+    chunk: int
+    urgency: int
+    next: str = "read"
+    arrived: bool = False
+    right: bool = True
+
+
+class ScheduledDirectEngine(DirectEngine):
+    """Reads go on by a few turns at every call, and as far as they must when somebody waits.
+
+    Attributes:
+        turns: taken so far.
+        interrupt_at: the turn of a wait at which whoever waits is interrupted; None for never.
+        served: (offset of the ticket, chunk), in the order in which chunks were begun.
+    """
+
+    def __init__(self, reader: FileReader, *, threads: int, chunk_nbytes: int, chance: random.Random) -> None:
+        super().__init__(cast(ShardReader, reader), threads=threads, chunk_nbytes=chunk_nbytes)
+        self.chance = chance
+        self.turns = 0
+        self.interrupt_at: int | None = None
+        self.served: list[tuple[int, int]] = []
+        self._running: list[_Running] = []
+        self._threads = threads + 1
+
+    def _start(self) -> None:
+        """No threads."""
+
+    def turn(self) -> bool:
+        """One reader goes on to where others may come between, or begins a chunk; False where nobody has work."""
+        state = self._queue.address
+        idle = len(self._running) < self._threads and list_in_turn(state) >= 0
+        choices = len(self._running) + bool(idle)
+        if not choices:
+            return False
+        self.turns += 1
+        chosen = self.chance.randrange(choices)
+        if chosen == len(self._running):
+            urgency = list_in_turn(state)
+            address, chunk = begin(state, urgency)
+            self.served.append((self._queue._kept[address].request.offset, chunk))
+            self._running.append(_Running(address, chunk, urgency))
+        elif not self._go_on(self._running[chosen]):
+            self._running.pop(chosen)
+        return True
+
+    def _go_on(self, one: _Running) -> bool:
+        state = self._queue.address
+        if one.next == "read":
+            one.arrived = self._arrives(one)
+            one.next = "note"
+        elif one.next == "note":
+            one.next = "check" if note_read(state, one.address, one.urgency, one.arrived) else "leave"
+        elif one.next == "check":
+            one.right = bool(is_right(one.address))
+            one.next = "leave"
+        elif one.next == "leave":
+            one.next = "python"
+            return bool(leave(state, one.address, one.right))
+        else:
+            self._queue.go_on_with(one.address)
+            return False
+        return True
+
+    def _arrives(self, one: _Running) -> bool:
+        """A compiled read, in the weather that the test makes for the reader."""
+        reader, request = cast(FileReader, self.reader), self._queue._kept[one.address].request
+        start = one.chunk * int(self._queue.words[kernel.CHUNK_NBYTES])
+        part = request.out[start : start + int(self._queue.words[kernel.CHUNK_NBYTES])]
+        try:
+            reader.before_read(request.offset + start, len(part))
+        except StorageError:
+            return False
+        arrived = bool(read(self._queue.address, one.address, one.chunk))
+        if arrived:
+            reader.after_read(request.offset + start, cast(memoryview, part))
+        return arrived
+
+    def some_turns(self, most: int = 6) -> None:
+        for _ in range(self.chance.randint(0, most)):
+            self.turn()
+
+    def submit(self, request: ReadRequest, urgency: Urgency) -> DirectTicket:
+        ticket = super().submit(request, urgency)
+        self.some_turns()
+        return ticket
+
+    def promote(self, ticket: Any) -> None:
+        super().promote(ticket)
+        self.some_turns()
+
+    def cancel(self, ticket: Any) -> None:
+        super().cancel(ticket)
+        self.some_turns()
+
+    def cancel_all(self) -> None:
+        self._queue.cancel_all()
+        while self._queue.unfinished:
+            assert self.turn(), "cancelled reads never end"
+
+    def wait_any(self, tickets: Iterable[Any]) -> None:
+        waiting = tuple(tickets)
+        self._until(lambda: any(ticket.finished for ticket in waiting))
+
+    def wait_all(self, tickets: Iterable[Any]) -> None:
+        waiting = tuple(tickets)
+        self._until(lambda: all(ticket.finished for ticket in waiting))
+
+    def _until(self, done: Any) -> None:
+        while not done():
+            if self.interrupt_at is not None and self.turns >= self.interrupt_at:
+                self.interrupt_at = None
+                raise KeyboardInterrupt
+            assert self.turn(), "somebody waits for what nobody reads"
+        self.some_turns()
+
+    def close(self) -> None:
+        self.cancel_all()
+        super().close()
