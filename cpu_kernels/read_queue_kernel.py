@@ -47,16 +47,15 @@ FD = 3
 OFFSET = 4
 ADDRESS = 5
 NBYTES = 6
-PARTS = 7  # with a checksum each; 0 for no check
-CHECKSUMS = 8  # address of them
-CHUNKS = 9
-_CLAIMED = 10
-_UNREAD = 11
-_IN_FLIGHT = 12
-CANCELLED = 13
-FAILURE = 14
-FINISHED = 15
-TICKET_WORDS = 16
+PARTS = 7  # with a checksum each, in the words behind the ticket's; 0 for no check
+CHUNKS = 8
+_CLAIMED = 9
+_UNREAD = 10
+_IN_FLIGHT = 11
+CANCELLED = 12
+FAILURE = 13
+FINISHED = 14
+TICKET_WORDS = 15
 
 SHORT, WRONG = 1, 2
 """Failures: bytes did not come, or are not those that they should be."""
@@ -229,7 +228,7 @@ def is_right(address):
     """Whether a bundle has the checksums that it should have."""
     ticket = _ticket(address)
     parts = ticket[PARTS]
-    expected = carray(int64_pointer(ticket[CHECKSUMS]), (parts,))
+    expected = carray(int64_pointer(address + 8 * TICKET_WORDS), (parts,))
     step = ticket[NBYTES] // max(parts, 1)
     wrong = 0
     for part in range(parts):

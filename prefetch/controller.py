@@ -16,11 +16,11 @@ _FEWEST = 4
 class Controller:
     """Compares passes with and without, by turns, and keeps what takes less time; tries the other again now and then.
 
-    A trial is pairs of neighbouring epochs, one each way, whose order alternates (on, off, off, on, ...); what decides is
-    the mean logarithm of the pairs' ratios without the highest and the lowest quarter. A machine that others use too
+    A trial is pairs of neighbouring epochs, one each way, whose order alternates (on, off, off, on, ...). What decides
+    is the mean logarithm of the pairs' ratios without the highest and the lowest quarter. A machine that others use too
     is faster now and slower then by more than there is to gain: neighbours meet the same moment, and odd pairs do not
-    count. The trial goes on from `rounds` pairs to at most `most_rounds`, until it is sure. `margin` is in favour of off:
-    what does not help costs power and wear. The winner runs for `kept` passes, then there is a new trial.
+    count. The trial goes on from `rounds` pairs to at most `most_rounds`, until it is sure. `margin` is in favour of
+    off: what does not help costs power and wear. The winner runs for `kept` passes, then there is a new trial.
     """
 
     def __init__(
