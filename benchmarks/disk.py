@@ -18,8 +18,9 @@ from offload.devices.host import HostDevice
 from offload.preparation import PreparedCheckpoint
 from offload.store import ExpertStore, convert
 from offload.tiers.arena import Arena
+from offload.tiers.direct_engine import make_engine
 from offload.tiers.disk import ShardReader
-from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
+from offload.tiers.transfer import Completion, ReadRequest, Urgency
 from placement.plan import Plan
 
 
@@ -66,7 +67,7 @@ class EngineReads:
 
     def __init__(self, store: ExpertStore, plan: Plan, in_flight: int) -> None:
         reader = ShardReader(store.shard_paths, lambda index, direct: store.open_shard(index, direct=direct))
-        self._engine = ReadEngine(reader, threads=plan.reader_threads, chunk_nbytes=plan.read_chunk_nbytes)
+        self._engine = make_engine(reader, threads=plan.reader_threads, chunk_nbytes=plan.read_chunk_nbytes)
         self._store = store
         arena = Arena(HostDevice(), plan.slot_nbytes, in_flight + 1)
         views = [arena.view(slot, plan.slot_nbytes) for slot in range(in_flight)]
@@ -74,7 +75,7 @@ class EngineReads:
             view[:] = 0
         self._slots = [memoryview(view) for view in views]  # type: ignore[arg-type]
 
-    def _submit(self, bundle: tuple[int, int], slot: memoryview) -> Ticket:
+    def _submit(self, bundle: tuple[int, int], slot: memoryview) -> Completion:
         location = self._store.location(*bundle)
         out = slot[: location.nbytes]
         request = ReadRequest(location.shard, location.offset, out, self._store.checksum(*bundle), f"bundle {bundle}")
