@@ -19,12 +19,20 @@ class Controller:
     A trial is pairs of neighbouring epochs, one each way, whose order alternates (on, off, off, on, ...). What decides
     is the mean logarithm of the pairs' ratios without the highest and the lowest quarter. A machine that others use too
     is faster now and slower then by more than there is to gain: neighbours meet the same moment, and odd pairs do not
-    count. The trial goes on from `rounds` pairs to at most `most_rounds`, until it is sure. `margin` is in favour of
-    off: what does not help costs power and wear. The winner runs for `kept` passes, then there is a new trial.
+    count. After `rounds` pairs the trial goes on until it is sure, to at most `most_rounds`; whichever leads runs for
+    `between` passes before each further pair. `margin` is in favour of off: what does not help costs power and wear.
+    The winner runs for `kept` passes, then there is a new trial.
     """
 
     def __init__(
-        self, *, epoch: int = 4, rounds: int = 11, most_rounds: int = 44, kept: int = 1024, margin: float = 0.01
+        self,
+        *,
+        epoch: int = 4,
+        rounds: int = 11,
+        most_rounds: int = 44,
+        between: int = 24,
+        kept: int = 1024,
+        margin: float = 0.01,
     ) -> None:
         """Start with a trial.
 
@@ -33,6 +41,7 @@ class Controller:
                 the other way left.
             rounds: epochs of each way in a trial, at least.
             most_rounds: and at most, no fewer.
+            between: passes between pairs from then on.
             kept: passes until the next trial.
             margin: share by which passes must be quicker with than without.
         """
@@ -42,13 +51,14 @@ class Controller:
                 "rounds and 1"
             )
         self.epoch, self.rounds, self.most_rounds, self.kept, self.margin = epoch, rounds, most_rounds, kept, margin
+        self.between = between
         self.trials = 0
         self.on = True
         self._begin()
 
     def _begin(self) -> None:
         self.trying = True
-        self._passes = 0
+        self._passes = self._resting = 0
         self._current: list[float] = []
         self._epochs: dict[bool, list[float]] = {True: [], False: []}
 
@@ -58,6 +68,11 @@ class Controller:
         if not self.trying:
             if self._passes >= self.kept:
                 self._begin()
+            return
+        if self._resting:
+            self._resting -= 1
+            if not self._resting and len(self._epochs[True]) % 2:
+                self.on = not self.on
             return
         self._current.append(seconds)
         if len(self._current) < self.epoch:
@@ -71,14 +86,16 @@ class Controller:
             self._decide([log(max(on, 1e-9) / max(off, 1e-9)) for on, off in zip(with_it, without, strict=True)])
 
     def _decide(self, ratios: Sequence[float]) -> None:
-        """End the trial if it is sure, or long enough."""
+        """Let the better one run; end the trial if it is sure, or long enough."""
         middle, error = _middle(ratios)
         lead = log(1.0 - self.margin) - middle
+        self.on = lead > 0
         if len(ratios) == self.most_rounds or (len(ratios) >= _FEWEST and abs(lead) > _SURE * error):
-            self.on = lead > 0
             self.trials += 1
             self.trying = False
             self._passes = 0
+        else:
+            self._resting = self.between
 
     def seconds(self, *, on: bool) -> float:
         """Median seconds of a pass one way, as the last or running trial found; NaN before its first epoch."""

@@ -159,8 +159,8 @@ class DirectQueue:
 
     def go_on_with(self, address: int) -> None:
         """Finish what a compiled reader could not: read again what did not come, and once more what is wrong."""
-        with self.lock:
-            ticket = self._kept[address]
+        # Without the lock: a fork that waits for this thread holds it.
+        ticket = self._kept[address]
         ticket.error = self._found_wrong(ticket)
         self._end_service(self.address, address)
 

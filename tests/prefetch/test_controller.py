@@ -72,11 +72,29 @@ def test_the_first_pass_of_an_epoch_is_not_counted() -> None:
         Controller(rounds=4, most_rounds=3)
 
 
+LONGEST = 44 * 2 * 4 + 33 * 24
+"""Passes of a trial that is never sure."""
+
+
+def test_what_leads_runs_while_a_trial_is_not_sure() -> None:
+    """Pairs that are told apart by chance only: both ways have their turns, the leader all else."""
+    chance, controller, ran = random.Random(1), Controller(rounds=4, most_rounds=8, between=10), []
+    while controller.trying:
+        ran.append(controller.on)
+        controller.note_pass((0.97 if controller.on else 1.0) * math.exp(chance.gauss(0.0, 0.5)))
+    pairs = len(controller._epochs[True])
+    assert 4 < pairs <= 8
+    assert len(ran) == pairs * 8 + (pairs - 4) * 10
+    for start in range(32, len(ran), 18):
+        assert len(set(ran[start : start + 10])) == 1, "the leader runs between pairs"
+        assert sum(ran[start + 10 : start + 18]) == 4, "then each way has its turn"
+
+
 def noisy_trial(on_s: float, seed: int) -> tuple[bool, int]:
     """What a trial decides, and after how many passes, where epochs of one way scatter by 0.13 and by much at times."""
     chance, controller, passes = random.Random(seed), Controller(), 0
     while controller.trying:
-        if passes % controller.epoch == 0:
+        if passes % 4 == 0:
             noise = chance.gauss(0.0, 0.13) * (3.0 if chance.random() < 0.05 else 1.0)
         controller.note_pass((on_s if controller.on else 1.0) * math.exp(noise))
         passes += 1
@@ -87,7 +105,7 @@ def noisy_trial(on_s: float, seed: int) -> tuple[bool, int]:
 def test_a_small_difference_is_found_in_much_noise(on_s: float, wins: bool) -> None:
     found = [noisy_trial(on_s, seed) for seed in range(60)]
     assert sum(on is wins for on, _ in found) >= 54
-    assert max(passes for _, passes in found) <= 44 * 2 * 4
+    assert max(passes for _, passes in found) <= LONGEST
 
 
 def test_a_large_difference_is_found_soon() -> None:
@@ -98,4 +116,4 @@ def test_a_large_difference_is_found_soon() -> None:
 
 def test_no_difference_is_decided_in_the_end() -> None:
     for seed in range(20):
-        assert noisy_trial(0.99, seed)[1] <= 44 * 2 * 4
+        assert noisy_trial(0.99, seed)[1] <= LONGEST

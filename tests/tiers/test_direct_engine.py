@@ -372,6 +372,32 @@ def test_a_fork_waits_for_reads_and_cancels_queued_ones_in_the_child(rig: Rig) -
         assert all(ticket.succeeded and rig.holds(out, page) for page, (ticket, out) in enumerate(tickets))
 
 
+def test_a_fork_waits_for_what_python_reads_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, hold, begun, may_go_on = rig.reader.read, rig.engine.hold, threading.Event(), threading.Event()
+
+    def wait_and_read(shard: int, offset: int, out: memoryview) -> None:
+        begun.set()
+        assert may_go_on.wait(PATIENCE_S)
+        read(shard, offset, out)
+
+    def tell_and_hold() -> None:
+        may_go_on.set()
+        hold()
+
+    monkeypatch.setattr(rig.reader, "read", wait_and_read)
+    monkeypatch.setattr(rig.engine, "hold", tell_and_hold)
+    ticket, _ = rig.submit(3, 2, wrong=1)
+    assert begun.wait(PATIENCE_S)
+
+    def child() -> None:
+        assert ticket.finished
+        _read_some(rig)
+
+    assert exit_code_of(child) == 0
+    rig.engine.wait_all([ticket])
+    assert isinstance(ticket.error, StoreCorruptError)
+
+
 def test_forks_while_another_thread_reads(rig: Rig) -> None:
     stop = threading.Event()
     failures: list[BaseException] = []
