@@ -83,7 +83,7 @@ class EngineReads:
 
     def read(self, bundles: Bundles) -> float:
         """Seconds to read all bundles, as many at a time as there are slots."""
-        pending: dict[Ticket, memoryview] = {}
+        pending: dict[Completion, memoryview] = {}
         free = list(self._slots)
         before = perf_counter()
         for bundle in bundles:
@@ -100,7 +100,7 @@ class EngineReads:
         return seconds
 
     @staticmethod
-    def _collect(ticket: Ticket, pending: dict[Ticket, memoryview]) -> memoryview:
+    def _collect(ticket: Completion, pending: dict[Completion, memoryview]) -> memoryview:
         if ticket.error is not None:
             raise ticket.error
         return pending.pop(ticket)
