@@ -22,9 +22,10 @@ import xxhash
 
 from formats.packed import round_up
 from offload.devices.host import HostSlab
+from offload.tiers.direct_engine import DirectEngine, make_engine
 from offload.tiers.disk import ShardReader
 from offload.tiers.read_queue import ReadRequest
-from offload.tiers.transfer import ReadEngine, Urgency
+from offload.tiers.transfer import Urgency
 from placement.planner import READ_CHUNK_NBYTES
 
 SCRATCH_NBYTES = 512 << 20
@@ -78,11 +79,12 @@ class FileReads:
             self._last = self._places(size, blocks)
         assert len(self._last) == blocks, "other reads were made before"
         reader = ShardReader(self.paths, self._open)
-        engine = ReadEngine(reader, threads=in_flight, chunk_nbytes=min(size, READ_CHUNK_NBYTES))
+        engine = make_engine(reader, threads=in_flight, chunk_nbytes=min(size, READ_CHUNK_NBYTES))
+        compiled = isinstance(engine, DirectEngine)
         slab = self._memory(size * blocks)
         try:
             requests = [
-                self._request(file, offset, slab.bytes()[number * size : (number + 1) * size])
+                self._request(file, offset, slab.bytes()[number * size : (number + 1) * size], compiled)
                 for number, (file, offset) in enumerate(self._last)
             ]
             before = perf_counter()
@@ -115,16 +117,20 @@ class FileReads:
     def _open(self, index: int, direct: bool) -> int:
         return os.open(self.paths[index], os.O_RDONLY | (os.O_DIRECT if direct else 0))
 
-    def _request(self, file: int, offset: int, place: npt.NDArray[np.uint8]) -> ReadRequest:
-        return _Hashed(file, offset, memoryview(place), (), str(self.paths[file]))  # type: ignore[arg-type]
+    def _request(self, file: int, offset: int, place: npt.NDArray[np.uint8], compiled: bool) -> ReadRequest:
+        label = str(self.paths[file])
+        return _Hashed(file, offset, memoryview(place), 0 if compiled else (), label)  # type: ignore[arg-type]
 
 
 class _Hashed(ReadRequest):
-    """A request that is hashed as a bundle is, though nobody knows what its bytes should be."""
+    """A request that is hashed as a bundle is, though nobody knows what its bytes should be: with a checksum, however
+    wrong, by a compiled reader, which then asks; else when a reader in Python asks.
+    """
 
     def wrong_part(self, arrived: memoryview) -> None:
         """Nothing is known to be wrong."""
-        xxhash.xxh3_64_intdigest(arrived)
+        if self.checksum == ():
+            xxhash.xxh3_64_intdigest(arrived)
 
 
 class Scratch(FileReads):
@@ -150,7 +156,7 @@ class Scratch(FileReads):
             self._directory.cleanup()
             raise
 
-    def _request(self, file: int, offset: int, place: npt.NDArray[np.uint8]) -> ReadRequest:
+    def _request(self, file: int, offset: int, place: npt.NDArray[np.uint8], compiled: bool) -> ReadRequest:
         return ReadRequest(file, offset, memoryview(place), self._checksum(offset, len(place)), "scratch")  # type: ignore[arg-type]
 
     def _checksum(self, offset: int, size: int) -> int:
