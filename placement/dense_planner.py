@@ -10,12 +10,11 @@ from dataclasses import replace
 
 from placement.hardware_profile import HardwareProfile
 from placement.kv import KvChoice
-from placement.kv_cost import with_blocks_in_vram
 from placement.kv_settings import PIECES_NBYTES
 from placement.memory_use import vram_beside_weights
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
-from placement.planner import PlanInfeasibleError, make_plan, predicted
+from placement.planner import PlanInfeasibleError, make_plan, with_prediction
 from placement.vram_planner import with_vram
 from placement.workload import Workload
 
@@ -55,6 +54,5 @@ def make_dense_plan(
             )  # fmt: skip
         except PlanInfeasibleError:
             continue
-        told = predicted(spec, profile, made.ram_slots, workload, None, made.kv, made.vram)
-        return replace(made, prediction=with_blocks_in_vram(told, spec, profile, workload, made.kv))
+        return with_prediction(spec, made, profile)
     return make_plan(spec, workload, ram_budget_nbytes, profile, kv=replace(kv, vram_nbytes=0))
