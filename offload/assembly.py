@@ -147,7 +147,7 @@ def _runtime(
         spare_ram_nbytes=available_ram_nbytes() - plan.peak_ram_nbytes,
     )  # fmt: skip
     if above is not None:
-        most_pairs = plan.workload.batch * max(experts.top_k for experts in prepared.spec.experts)
+        most_pairs = plan.workload.batch * prepared.spec.top_k
         above.prepare(layers, most_pairs, progress)
     above_policy = None if plan.vram is None else _policy(copy.deepcopy(policy), plan.vram.slots, layers)
     device = HostDevice() if above is None else above.host()
@@ -238,7 +238,7 @@ def _policy(policy: str | CachePolicy, slots: int, layers: Sequence[ExpertsLayer
     if not isinstance(policy, str):
         return policy
     geometry = Geometry(tuple(layer.count for layer in layers))
-    if policy == "auto" and slots >= geometry.total:
+    if not layers or (policy == "auto" and slots >= geometry.total):
         # Nothing leaves while the budget holds: what costs least will do.
         policy = "lru"
     return make_policy(policy, geometry)

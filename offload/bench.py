@@ -104,8 +104,7 @@ def run_bench(
 def predict_run(runtime: Runtime, amount: Amount, profile: HardwareProfile | None, routing: Routing | None) -> Plan:
     """The runtime's plan with a prediction for what was run, whatever it was loaded for.
 
-    None is made of an accelerator that the profile does not know, one that the host plays among them, nor of dense
-    weights that stream through its memory.
+    None is made of an accelerator that the profile does not know, one that the host plays among them.
     """
     # Decode is predicted half-way through the new tokens, those of warming up among them.
     workload = replace(

@@ -308,7 +308,8 @@ def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedM
     except PlanInfeasibleError as error:
         minimum = error.minimum_ram_nbytes
         raise DoesNotFitError(
-            f"{error}. Give ram={minimum} ({format_size(minimum)}) or more, or a shorter context than {context} tokens",
+            f"{error}. Give ram={minimum} ({format_size(minimum)}) or more, or a shorter context than {context} tokens"
+            f"{_or_fewer_bits(spec)}",
             minimum_ram_bytes=minimum,
         ) from error
     if request.accelerator is None:
@@ -322,6 +323,15 @@ def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedM
         if below is None:
             raise
         return below
+
+
+def _or_fewer_bits(spec: ModelSpec) -> str:
+    """Of a dense model that is not packed: what would become of its weights, which have to be in RAM."""
+    linears = [one for layer in spec.layers for one in layer.linears]
+    if spec.experts or spec.dense_format in PACKED_FORMATS or not linears:
+        return ""
+    saved = sum(one.nbytes - replace(one, format="int4").nbytes for one in linears)
+    return f', or quant="int4", with which dense weights take about {format_size(spec.dense_nbytes - saved)}'
 
 
 def _with_kv_below(spec: ModelSpec, request: Request, workload: Workload, skeleton: PreTrainedModel) -> Plan | None:

@@ -132,7 +132,8 @@ def reconcile(plan: Plan, stats: Statistics, memory: MemoryUse | None = None) ->
     notes = _notes(plan)
     if stats.decode_tokens and stats.prefill_tokens:
         notes.append("terms are told apart after `reset_stats()` and passes of one kind alone")
-    notes.append(f"read from disk: {format_size(stats.bytes_read)}")
+    if plan.expert_count:
+        notes.append(f"read from disk: {format_size(stats.bytes_read)}")
     return Reconciliation(plan.model, tuple(lines), tuple(notes))
 
 
@@ -163,7 +164,8 @@ def _peak(plan: Plan, memory: MemoryUse | None) -> Line:
 def _terms(phase: Literal["decode", "prefill"], plan: Plan, stats: Statistics) -> list[Line]:
     """Milliseconds of a token: outside MoE layers, computing experts, waiting for reads; hit rate and bytes read.
 
-    Where a tape computed whole passes nobody saw experts apart, and one line stands for both.
+    Where a tape computed whole passes nobody saw experts apart, and one line stands for both; so it does for all of a
+    dense model's.
     """
     told = None if plan.prediction is None else getattr(plan.prediction, phase)
     seconds, tokens = getattr(stats, f"{phase}_s"), getattr(stats, f"{phase}_tokens")
@@ -174,6 +176,8 @@ def _terms(phase: Literal["decode", "prefill"], plan: Plan, stats: Statistics) -
         predicted = None if told is None else 1e3 * sum(told.terms.as_dict()[name] for name in names) / told.tokens
         return Line(f"{phase}, {name}, ms a token", predicted, 1e3 * measured_s / tokens)
 
+    if not plan.expert_count:
+        return [line("dense, attention, overhead, link", seconds, *_DENSE, "link")]
     if stats.moe_steps and not stats.moe_s:
         terms = [line("all but reads", seconds - stats.read_stall_s, *_DENSE, *_EXPERTS)]
     else:
@@ -193,8 +197,7 @@ def _terms(phase: Literal["decode", "prefill"], plan: Plan, stats: Statistics) -
 
 def _notes(plan: Plan) -> list[str]:
     if plan.prediction is None and plan.vram is not None:
-        why = "dense weights stream through its memory" if plan.vram.window_layers else "no profile knows it"
-        return [f"nothing was predicted of the accelerator: {why}"]
+        return ["nothing was predicted of the accelerator: no profile knows it"]
     if plan.prediction is None:
         return ["nothing was predicted: run `offload profile` once, then load again"]
     work = plan.workload

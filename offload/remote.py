@@ -58,7 +58,7 @@ def read_remote(
 
     Raises:
         HubUnreachableError, InvalidArgumentError, CheckpointError: see `remote_checkpoint`.
-        UnsupportedModelError: not a causal language model with experts that can be offloaded.
+        UnsupportedModelError: not a causal language model, or experts that cannot be offloaded.
     """
     with remote_checkpoint(repository, revision=revision, with_code=trust_remote_code) as remote:
         config = read_config(remote.directory, trust_remote_code=trust_remote_code)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from offload.plan_words import dense_in_words, formats_in_words
 from offload.report_page import COLOURS, html_table, paragraphs, write_page
 from offload.sizes import format_size
 from placement.model_spec import ModelSpec
@@ -52,23 +53,31 @@ def write_html(
     figures = [
         ("Memory by tier", _tiers(plan)),
         ("Seconds per token, and what they are spent on", _terms(plan.prediction)),
-        ("Where experts are most of the time", _homes(spec, plan, routing)),
+        *([("Where experts are most of the time", _homes(spec, plan, routing))] if spec.experts else []),
         *_curves(sweep(rig, plan, spec, routing), plan),
     ]
-    loaded = None if plan.vram is None else loaded_in_words(rig, spec, plan.workload, routing)
-    top = _summary(plan, plan.prediction, doubling, loaded) + _speeds(plan, plan.prediction, changes) + _memory(plan)
+    # A dense model's plan is what is loaded.
+    placed = plan.vram is not None and plan.expert_count
+    loaded = loaded_in_words(rig, spec, plan.workload, routing) if placed else None
+    summary = _summary(plan, plan.prediction, doubling, loaded, len(spec.layers))
+    top = summary + _speeds(plan, plan.prediction, changes) + _memory(plan)
     write_page(file, f"Plan of {plan.model}", top, figures)
 
 
-def _summary(plan: Plan, prediction: Prediction, doubling: tuple[Change | None, Change], loaded: str | None) -> str:
+def _summary(
+    plan: Plan, prediction: Prediction, doubling: tuple[Change | None, Change], loaded: str | None, layers: int
+) -> str:
     sentences = [
-        f"{plan.model_type}, experts in {plan.format}, other linear layers in {plan.dense_format}; "
+        f"{formats_in_words(plan)}; "
         f"{plan.workload.batch} x {plan.workload.context_tokens} tokens of context, prompt of "
         f"{plan.workload.prompt_tokens}.",
         f"A prediction for {prediction.profile}, {_BASIS[prediction.basis]}; nothing was run. "
         f"Routing: {prediction.routing}.",
-        f"All {plan.expert_count} experts lie on disk: {format_size(plan.disk_nbytes)}.",
     ]
+    if plan.expert_count:
+        sentences.append(f"All {plan.expert_count} experts lie on disk: {format_size(plan.disk_nbytes)}.")
+    else:
+        sentences.append(f"Dense weights: {dense_in_words(plan, layers)}.")
     sentences.append(f"The cheapest change that doubles the speed of decode: {in_words(doubling)}.")
     if loaded is not None:
         sentences.append(

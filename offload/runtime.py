@@ -488,7 +488,12 @@ class Runtime:
 
         Args:
             name: of the trace; None for the model's.
+
+        Raises:
+            UnsupportedOperationError: a dense model, which routes nothing.
         """
+        if not self.layers:
+            raise UnsupportedOperationError(f"{self.plan.model} is a dense model: it has no routing to record")
         with self.lock:
             self.observer.recorder = TraceRecorder(self.plan.model if name is None else name, self.geometry)
 
@@ -559,7 +564,6 @@ class Runtime:
         )
 
     def __repr__(self) -> str:
-        state = (
-            "closed" if self.closed else f"{self.tier.table.usable_slots} of {self.plan.expert_count} experts in RAM"
-        )
+        held = f"{self.tier.table.usable_slots} of {self.plan.expert_count} experts in RAM"
+        state = "closed" if self.closed else held if self.layers else "a dense model"
         return f"<offload runtime of {self.plan.model}: {state}>"

@@ -192,9 +192,15 @@ class Statistics:
             )
             if self.kv.sparsity is not None:
                 kv += f", {self.kv.sparsity}"
+        experts = streamed = ""
+        if self.slots_planned:
+            experts = (
+                f", hit rate {self.hit_rate:.1%} ({self.hits} of {self.hits + self.misses}), "
+                f"read {format_size(self.bytes_read)}, waited {self.read_stall_s:.2f} s for reads{reads}"
+            )
+        if self.accelerator is not None and self.accelerator.dense_bytes_copied:
+            streamed = f", {format_size(self.accelerator.dense_bytes_copied)} of dense weights streamed"
         return (
             f"decode {self.decode_tokens_per_s:.2f} tokens/s ({self.decode_tokens}), "
-            f"prefill {self.prefill_tokens_per_s:.1f} tokens/s ({self.prefill_tokens}), "
-            f"hit rate {self.hit_rate:.1%} ({self.hits} of {self.hits + self.misses}), "
-            f"read {format_size(self.bytes_read)}, waited {self.read_stall_s:.2f} s for reads{reads}{kv}"
+            f"prefill {self.prefill_tokens_per_s:.1f} tokens/s ({self.prefill_tokens}){experts}{streamed}{kv}"
         )

@@ -44,9 +44,11 @@ def read_routing(spec: ModelSpec, skew: float | None, file: Path | None) -> Rout
     """What a user knows of a model's routing: a stated skew, or a trace; None where it is neither.
 
     Raises:
-        InvalidArgumentError: both, or the trace is another model's or too short.
+        InvalidArgumentError: both, the trace is another model's or too short, or the model is dense.
         TraceFileError, StorageError: see `read_trace`.
     """
+    if not spec.experts and (skew is not None or file is not None):
+        raise InvalidArgumentError(f"--skew and --trace: {spec.name} is a dense model, which routes nothing")
     if file is None:
         return None if skew is None else Routing.stated(skew)
     if skew is not None:

@@ -98,6 +98,15 @@ def pass_cost(spec: ModelSpec, profile: HardwareProfile, homes: Homes, work: Pas
     return head_s, _device(profile, vram=bool(homes.dense_in_vram)).overheads_in(format).pass_s
 
 
+def streamed_s(spec: ModelSpec, profile: HardwareProfile, homes: Homes) -> float:
+    """Seconds in which the link carries the dense weights that stream through the accelerator's memory in a pass."""
+    if not homes.dense_streamed:
+        return 0.0
+    if profile.to_gpu is None:
+        raise ValueError(f"{profile.name} has no accelerator")
+    return sum(profile.to_gpu.seconds(spec.layers[index].dense_nbytes) for index in homes.dense_streamed)
+
+
 def _crossing_s(spec: ModelSpec, profile: HardwareProfile, rows: int) -> float:
     """There and back: activations of a pass between the devices."""
     if profile.to_gpu is None or profile.from_gpu is None:

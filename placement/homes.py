@@ -19,6 +19,7 @@ class Homes:
         ram_slots: expert slots in RAM.
         read_chunk_nbytes: reads are cut into pieces of this size.
         reader_threads: reads in flight.
+        dense_streamed: those layers of `dense_in_vram` that are not there for good, but cross the link in every pass.
     """
 
     dense_in_vram: tuple[int, ...]
@@ -28,10 +29,13 @@ class Homes:
     ram_slots: int
     read_chunk_nbytes: int
     reader_threads: int
+    dense_streamed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not set(self.kv_in_vram) <= set(self.dense_in_vram):
             raise ValueError("a layer's KV cache is in VRAM only together with its dense weights")
+        if not set(self.dense_streamed) <= set(self.dense_in_vram):
+            raise ValueError("a layer that streams through VRAM computes there")
         if self.vram_slots < 0 or self.ram_slots < 0:
             raise ValueError("a number of slots cannot be negative")
 

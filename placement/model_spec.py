@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from formats.bundle import BundleLayout
+from formats.bundle import BUNDLE_ALIGNMENT_BYTES, BundleLayout
 from formats.elements import ELEMENT_FORMATS
 from formats.packed import MatrixLayout
 from placement.kv import KvShape
@@ -113,7 +113,7 @@ class ModelSpec:
         kv_fixed_nbytes: bytes of the cache of one sequence that do not grow (linear attention, convolution states).
         activation_nbytes_per_token: bytes of activations alive at once for one new token of a forward pass, at most.
         attention_nbytes_per_token: bytes that attention holds beside for one cached token, at most.
-        experts: one entry for each MoE layer.
+        experts: one entry for each MoE layer; empty for a dense model.
         layers: one entry for each decoder layer; empty where sizes are enough and speed is not asked for.
         head: the output layer, None where `layers` is empty.
         head_is_shared: the output layer's weights are the embedding's, and no bytes of their own.
@@ -155,5 +155,15 @@ class ModelSpec:
 
     @property
     def bundle_nbytes(self) -> int:
-        """Bytes of the largest expert: the size of a slot."""
-        return max(layer.layout.nbytes for layer in self.experts)
+        """Bytes of the largest expert: the size of a slot; of a dense model the least that a slot can have."""
+        return max((layer.layout.nbytes for layer in self.experts), default=BUNDLE_ALIGNMENT_BYTES)
+
+    @property
+    def expert_format(self) -> str:
+        """Name of the experts' format; of a dense model that in which it computes."""
+        return self.experts[0].layout.format if self.experts else self.dtype
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token is routed to in one layer, at most."""
+        return max((layer.top_k for layer in self.experts), default=0)

@@ -130,7 +130,7 @@ class Plan:
     """Where everything lies. The runtime executes this and nothing else; the record is plain JSON.
 
     Invariants: `ram.total_nbytes <= ram_budget_nbytes`; `ram.slot_nbytes == ram_slots * slot_nbytes`;
-    `1 <= ram_slots <= expert_count`.
+    `1 <= ram_slots <= expert_count`, or both are 0.
 
     Attributes:
         model: what the user called the model.
@@ -142,7 +142,7 @@ class Plan:
         dense_tier: where dense weights live.
         kv_tier: where the KV cache lives.
         expert_home: where every expert can always be found.
-        expert_count: experts of all layers.
+        expert_count: experts of all layers; 0 of a dense model, which has no store.
         expert_nbytes: bytes of all of them.
         experts_per_token: experts that one token is routed to, all layers together.
         slot_nbytes: bytes of one expert slot.
@@ -187,7 +187,7 @@ class Plan:
     format_options: tuple[FormatOption, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= self.ram_slots <= self.expert_count:
+        if not min(1, self.expert_count) <= self.ram_slots <= self.expert_count:
             raise ValueError(f"a plan of {self.ram_slots} slots for {self.expert_count} experts")
         if self.ram.slot_nbytes != self.ram_slots * self.slot_nbytes:
             raise ValueError(f"{self.ram_slots} slots of {self.slot_nbytes} bytes are not {self.ram.slot_nbytes} bytes")
@@ -207,8 +207,8 @@ class Plan:
 
     @property
     def resident_fraction(self) -> float:
-        """Share of the experts that slots can hold at once, 0 to 1."""
-        return self.ram_slots / self.expert_count
+        """Share of the experts that slots can hold at once, 0 to 1; 1 where there are none."""
+        return self.ram_slots / self.expert_count if self.expert_count else 1.0
 
     def to_json(self) -> str:
         """The plan as JSON, with its version."""

@@ -96,7 +96,7 @@ def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: b
 
 def _most_kept_rows(spec: ModelSpec) -> int:
     """Tokens of a pass up to which the outputs of all its pairs are kept."""
-    return PAIR_BUFFER_NBYTES // (max(layer.top_k for layer in spec.experts) * spec.hidden_size * 4)
+    return PAIR_BUFFER_NBYTES // (max(spec.top_k, 1) * spec.hidden_size * 4)
 
 
 def _most_rows_nbytes(spec: ModelSpec, rows: int) -> int:
@@ -110,10 +110,12 @@ def _rows_nbytes(spec: ModelSpec, rows: int) -> int:
     Outputs of all (token, expert) pairs, as far as that goes; beyond, of a group, and their sum.
     """
     row_nbytes = spec.hidden_size * 4
-    pair_nbytes = row_nbytes + 4 * max(layer.layout.intermediate for layer in spec.experts)
     token_nbytes = spec.activation_nbytes_per_token
+    if not spec.experts:
+        return rows * token_nbytes
+    pair_nbytes = row_nbytes + 4 * max(layer.layout.intermediate for layer in spec.experts)
     if rows <= _most_kept_rows(spec):
-        return rows * (token_nbytes + max(layer.top_k for layer in spec.experts) * pair_nbytes)
+        return rows * (token_nbytes + spec.top_k * pair_nbytes)
     # An expert that all tokens go to is a group of its own.
     pairs = max(rows, GROUP_NBYTES // row_nbytes)
     return rows * (token_nbytes + row_nbytes) + pairs * pair_nbytes
@@ -205,11 +207,11 @@ def make_plan(
     # What loading takes beside dense weights is free again when slots are made.
     fixed = fixed_ram(spec, workload, paged_nbytes, spec.load_scratch_nbytes + _LOADING_NBYTES)
     if ram_budget_nbytes < minimum:
+        slots_needed = f", {minimum_slots} expert slots of {slot_nbytes:,}" if minimum_slots else ""
         raise PlanInfeasibleError(
             f"{spec.name} needs at least {minimum:,} bytes of RAM: dense weights {fixed.dense_nbytes:,}, "
             f"KV cache of {workload.batch} x {workload.context_tokens} tokens {fixed.kv_nbytes:,}, "
-            f"activations {fixed.activation_nbytes:,}, {minimum_slots} expert slots of {slot_nbytes:,}; "
-            f"the budget is {ram_budget_nbytes:,}",
+            f"activations {fixed.activation_nbytes:,}{slots_needed}; the budget is {ram_budget_nbytes:,}",
             minimum,
         )
     slots = min(spec.expert_count, (ram_budget_nbytes - fixed.total_nbytes) // slot_nbytes)
@@ -225,7 +227,7 @@ def make_plan(
     return Plan(
         model=spec.name,
         model_type=spec.model_type,
-        format=spec.experts[0].layout.format,
+        format=spec.expert_format,
         dense_format=spec.dense_format,
         head_format=spec.head_format,
         workload=workload,
@@ -240,7 +242,7 @@ def make_plan(
         ram=RamUse(fixed.dense_nbytes, fixed.kv_nbytes, fixed.activation_nbytes, slots * slot_nbytes),
         ram_budget_nbytes=ram_budget_nbytes,
         minimum_ram_nbytes=minimum,
-        disk_nbytes=spec.expert_nbytes + spec.expert_count * _STORE_RECORD_NBYTES + _STORE_SLACK_NBYTES,
+        disk_nbytes=_store_nbytes(spec),
         kv_nbytes_per_token=spec.kv_nbytes_per_token,
         read_chunk_nbytes=READ_CHUNK_NBYTES,
         reader_threads=READER_THREADS,
@@ -285,15 +287,13 @@ def blocks_within(spec: ModelSpec, workload: Workload, choice: KvChoice, room_nb
         spec, workload.batch, layout_format(choice.format, spec.dtype), above=choice.vram_nbytes != 0
     )  # fmt: skip
     # The experts of one layer and token keep their slots where that leaves enough for blocks.
-    experts = max(layer.top_k for layer in spec.experts) * spec.bundle_nbytes
+    experts = spec.top_k * spec.bundle_nbytes
     return plan_kv(spec, workload, choice, max(least, room_nbytes - experts))
 
 
 def can_predict(profile: HardwareProfile, vram: VramPlan | None) -> bool:
-    """Whether `predicted` knows what it would have to: not of an accelerator that the profile has not, nor of dense
-    weights that stream through one's memory.
-    """
-    return vram is None or (profile.gpu is not None and not vram.window_layers)
+    """Whether `predicted` knows what it would have to: not of an accelerator that the profile has not."""
+    return vram is None or profile.gpu is not None
 
 
 def with_prediction(spec: ModelSpec, plan: Plan, profile: HardwareProfile, routing: Routing | None = None) -> Plan:
@@ -320,16 +320,31 @@ def predicted(
     """
     homes = Homes((), (), False, 0, ram_slots, READ_CHUNK_NBYTES, READER_THREADS)
     if not can_predict(profile, vram):
-        raise ValueError("a prediction needs a profile of the accelerator, and dense weights that stay in its memory")
+        raise ValueError("a prediction needs a profile of the accelerator")
     if vram is not None:
-        homes = replace(
-            homes, dense_in_vram=vram.dense_layers, kv_in_vram=vram.kv_layers, head_in_vram=vram.head,
-            vram_slots=vram.slots,
-        )  # fmt: skip
+        homes = _in_vram(homes, spec, vram, kv)
     found = predict(in_blocks(spec, kv), profile, homes, workload, routing)
     if vram is not None:
         found = with_blocks_in_vram(found, spec, profile, workload, kv)
     return with_reads(with_sparsity(found, spec, workload, kv), spec, profile, workload, kv)
+
+
+def _in_vram(homes: Homes, spec: ModelSpec, vram: VramPlan, kv: KvPlan | None) -> Homes:
+    """With what an accelerator has; where some layers stream, all compute there, and so does attention."""
+    homes = replace(homes, head_in_vram=vram.head, vram_slots=vram.slots)
+    if not vram.window_layers:
+        return replace(homes, dense_in_vram=vram.dense_layers, kv_in_vram=vram.kv_layers)
+    every = tuple(range(len(spec.layers)))
+    streamed = tuple(index for index in every if index not in vram.dense_layers)
+    there = every if kv is None and vram.use.kv_nbytes else ()
+    return replace(homes, dense_in_vram=every, kv_in_vram=there, dense_streamed=streamed)
+
+
+def _store_nbytes(spec: ModelSpec) -> int:
+    """What a store needs on disk; a dense model has none."""
+    if not spec.experts:
+        return 0
+    return spec.expert_nbytes + spec.expert_count * _STORE_RECORD_NBYTES + _STORE_SLACK_NBYTES
 
 
 def _page_up(nbytes: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from placement.dense_cost import DenseCost, layer_cost, pass_cost
+from placement.dense_cost import DenseCost, layer_cost, pass_cost, streamed_s
 from placement.expert_cost import ExpertCost, expert_cost
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
@@ -16,7 +16,7 @@ from placement.layer_kinds import LayerKind, layer_kinds
 from placement.model_spec import ExpertsSpec, ModelSpec
 from placement.passes import Pass, decode_pass, prefill_passes
 from placement.prediction import PassPrediction, Prediction, Terms
-from placement.routing import FloatArray, HitCurve, LayerDemand, Popularity, demand
+from placement.routing import FloatArray, HitCurve, LayerDemand, NothingToFind, Popularity, demand
 from placement.workload import Workload
 
 UNCERTAINTY = {"measured": 0.30, "datasheet": 0.35}
@@ -55,6 +55,8 @@ class Routing:
         if self.decode_hits is not None and work.new_tokens == 1 and work.rows == self.decode_rows:
             return self.decode_hits
         layers = tuple((layer.count, min(layer.top_k, layer.count)) for layer in spec.experts)
+        if not layers:
+            return NothingToFind()
         return kept_hits(layers, self.popularity, work.batch, None if work.new_tokens == 1 else work.rows)
 
     def demand(self, experts: ExpertsSpec, work: Pass) -> LayerDemand:
@@ -83,7 +85,8 @@ def predict(
     decode = _ranged(spec, profile, homes, [decode_pass(workload)], routing, workload.batch)
     prompt = min(workload.prompt_tokens, workload.context_tokens) * workload.batch
     prefill = _ranged(spec, profile, homes, prefill_passes(workload), routing, prompt)
-    return Prediction(decode, prefill, profile.name, profile.provenance.kind, routing.source)
+    source = routing.source if spec.experts else "no experts, nothing is routed"
+    return Prediction(decode, prefill, profile.name, profile.provenance.kind, source)
 
 
 def expected_s(
@@ -181,6 +184,7 @@ def _passes(spec: ModelSpec, profile: HardwareProfile, homes: Homes, works: list
 def _add_pass(
     total: _Sum, spec: ModelSpec, profile: HardwareProfile, homes: Homes, work: Pass, routing: Routing
 ) -> None:
+    before_s, link_before_s = total.terms.total_s, total.link_busy_s
     head_s, overhead_s = pass_cost(spec, profile, homes, work)
     total.terms = total.terms.plus(Terms(dense_s=head_s, overhead_s=overhead_s), work.count)
     if homes.head_in_vram:
@@ -204,6 +208,11 @@ def _add_pass(
                     decode=work.new_tokens == 1, around_s=around_s,
                 )  # fmt: skip
                 total.add_experts(experts, need.distinct, rates, kind.experts.layout.nbytes, times * work.count)
+    # Streamed layers are spread evenly and come while others compute: a pass waits for what the link then has left.
+    total.link_busy_s += work.count * streamed_s(spec, profile, homes)
+    wait_s = (total.link_busy_s - link_before_s) - (total.terms.total_s - before_s)
+    if homes.dense_streamed and wait_s > 0:
+        total.terms = total.terms.plus(Terms(link_s=wait_s))
 
 
 def _places(kind: LayerKind, homes: Homes) -> Counter[tuple[bool, bool]]:

@@ -76,6 +76,14 @@ class HitCurve(Protocol):
         ...
 
 
+class NothingToFind:
+    """The hit curve of a model without experts: nothing is ever missing."""
+
+    def rate(self, slots: FloatArray) -> FloatArray:
+        """See `HitCurve`."""
+        return np.ones_like(slots)
+
+
 def inclusion(count: int, top_k: int, skew: float) -> FloatArray:
     """Probability of each expert, by rank, to be among the `top_k` that a token is routed to; sums to top_k.
 

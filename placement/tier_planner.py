@@ -15,6 +15,7 @@ import numpy as np
 
 from placement.dense_choices import DenseChoice, Saving, dense_choices
 from placement.dense_cost import attention_s, layer_cost, linears_s, pass_cost
+from placement.dense_planner import make_dense_plan
 from placement.expert_cost import IntArray, expert_cost
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
@@ -72,7 +73,8 @@ def make_tiered_plan(
     routing: Routing | None = None,
     kv: KvChoice | None = None,
 ) -> Plan:
-    """The plan with the least expected seconds for a prompt and its new tokens.
+    """The plan with the least expected seconds for a prompt and its new tokens; of a dense model that of
+    `make_dense_plan`.
 
     Args:
         spec: with layers.
@@ -98,6 +100,8 @@ def make_tiered_plan(
     choice = KvChoice(vram_nbytes=None) if kv is None else kv
     if choice.sparsity is not None:
         choice = replace(choice, vram_nbytes=0)
+    if not spec.experts:
+        return make_dense_plan(spec, profile, workload, ram_budget_nbytes, vram_budget_nbytes, choice)
     pageable = any(shape is not None for shape in spec.kv_shapes)
     if pageable and choice not in (KvChoice(), KvChoice(vram_nbytes=None)):
         return _fastest_within(replace(request, kv=choice))

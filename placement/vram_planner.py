@@ -42,7 +42,7 @@ def with_vram(
         budget_nbytes: bytes of that memory.
         runs_attention: the accelerator computes all but the experts that are below: every dense weight has to be
             there or stream through, and a KV cache that is not in blocks has to be there. Otherwise, where not even the
-            window fits, dense weights stay in RAM.
+            window fits, dense weights stay in RAM, and of a dense model there is then nothing to put there.
         alignment_nbytes: what dense weights take beside their bytes.
         other_nbytes: what has to be there besides: activations, workspaces.
         kv_vram_nbytes: for the newest blocks of a KV cache in blocks; None for all that there is room for.
@@ -83,12 +83,13 @@ def _around(spec: ModelSpec, plan: Plan, budget_nbytes: int, beside: _Beside, bl
         resident = _resident(sizes, room)
         dense = rest + window + sum(sizes[index] for index in resident)
         return _planned(plan, budget_nbytes, resident, WINDOW_LAYERS, dense, kv, other)
-    if runs_attention:
+    if runs_attention or not plan.expert_count:
         needed = fixed + min(window, sum(sizes)) + least
+        slots = f", expert slots {least:,}" if least else ""
         raise PlanInfeasibleError(
             f"{plan.model} needs at least {needed:,} bytes of VRAM: {rest:,} for what is in no layer, KV cache "
             f"{kv + blocks_nbytes:,}, activations and workspaces {other_nbytes:,}, a window of dense layers "
-            f"{min(window, sum(sizes)):,}, expert slots {least:,}; there are {budget_nbytes:,}",
+            f"{min(window, sum(sizes)):,}{slots}; there are {budget_nbytes:,}",
             0,
         )
     return _planned(plan, budget_nbytes, (), 0, 0, 0, blocks_nbytes)
@@ -144,7 +145,7 @@ def _planned(
     plan: Plan, budget: int, dense_layers: tuple[int, ...], window: int, dense: int, kv: int, other: int
 ) -> Plan:
     slots = min(plan.expert_count, (budget - dense - kv - other) // plan.slot_nbytes)
-    if slots < 1:
+    if slots < min(1, plan.expert_count):
         raise PlanInfeasibleError(
             f"vram={budget} does not hold one expert of {plan.model}: give vram={plan.slot_nbytes} or more", 0
         )

@@ -21,6 +21,7 @@ from offload.kv.pieces import attend_in_pieces
 from placement import kv
 from placement.kv_settings import PIECES_NBYTES
 from tests.conftest import TinyCheckpoint
+from tests.dense_models import write_dense
 from tests.devices.fake_cuda import FakeCudaDriver
 from tests.hf.reference import greedy, prompt, reference_model
 from tests.kv.tables import SETTINGS
@@ -279,3 +280,18 @@ def test_two_models_on_one_card_keep_their_limits(
     assert driver.limit_nbytes == 280 << 20
     second.offload.close()
     assert driver.limit_nbytes == driver.total_nbytes
+
+
+def test_a_dense_model_streams_or_lies_above(driver: FakeCudaDriver, tmp_path: Path) -> None:
+    directory = write_dense(tmp_path / "llama", "llama", num_hidden_layers=6)
+    ids = prompt(tokens=6)
+    expected = greedy(reference_model(directory, torch.float32), ids, new_tokens=4)
+    least = _least_vram(directory, tmp_path)
+    for vram, window in ((least, 2), (None, 0)):
+        model = _load(directory, tmp_path, vram=vram)
+        with model.offload as runtime:
+            assert (runtime.plan.vram.window_layers, runtime.plan.vram.slots) == (window, 0)
+            assert torch.equal(greedy(model, ids, new_tokens=4), expected)
+            runtime.check()
+            assert (runtime.stats().accelerator.dense_bytes_copied > 0) == (window > 0)
+            assert driver.pinned

@@ -114,22 +114,6 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
         offload.load(tmp_path / "nowhere", ram="1GiB")
 
 
-def test_a_dense_model_is_refused_by_name(tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        "qwen3",
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=48,
-        vocab_size=64,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="dense"):
-        offload.load(tmp_path, ram="1GiB")
-
-
 def test_an_unknown_architecture_is_named(directory: Path, tmp_path: Path) -> None:
     shutil.copytree(directory, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -75,8 +75,8 @@ def map_checkpoint(skeleton: PreTrainedModel, tensors: Mapping[str, TensorSpan])
         tensors: the checkpoint's tensors by key; of a quantised one as `decoded_tensors` gives them.
 
     Raises:
-        UnsupportedModelError: a dense model, tensors of a quantisation that are not decoded, experts or a conversion of
-            an unknown form.
+        UnsupportedModelError: tensors of a quantisation that are not decoded, experts or a conversion of an unknown
+            form.
         CheckpointError: an expert's tensor is missing, duplicated, or not of the shape or dtype that it must have.
     """
     modules = find_experts(skeleton)

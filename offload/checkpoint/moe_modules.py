@@ -43,25 +43,28 @@ class ExpertsModule:
 
 
 def find_experts(skeleton: PreTrainedModel) -> list[ExpertsModule]:
-    """All experts modules, in the order of the model's modules.
+    """All experts modules, in the order of the model's modules; none of a dense model.
 
     Raises:
-        UnsupportedModelError: there are none, or some routed experts are not in the form that transformers dispatches.
+        UnsupportedModelError: some routed experts are not in the form that transformers dispatches.
     """
-    for path, module in skeleton.named_modules():
+    refuse_foreign_experts(skeleton)
+    return [_describe(path, module) for path, module in _decorated(skeleton)]
+
+
+def refuse_foreign_experts(model: PreTrainedModel) -> None:
+    """See that a model without experts modules has no experts.
+
+    Raises:
+        UnsupportedModelError: some routed experts are not in the form that transformers dispatches.
+    """
+    for path, module in model.named_modules():
         if _is_foreign(module):
             raise UnsupportedModelError(
-                f"{type(skeleton).__name__}, module {path!r}: expected experts that transformers dispatches "
+                f"{type(model).__name__}, module {path!r}: expected experts that transformers dispatches "
                 f"(@use_experts_implementation), found {type(module).__name__}. Fix: load this model with "
                 "transformers; its experts need an adapter that this version does not have."
             )
-    found = [_describe(path, module) for path, module in _decorated(skeleton)]
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(skeleton).__name__} (model_type {skeleton.config.model_type!r}): expected Mixture-of-Experts "
-            "layers, found a dense model. Fix: load it with transformers; there are no experts to offload."
-        )
-    return found
 
 
 def _decorated(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

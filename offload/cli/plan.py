@@ -12,6 +12,7 @@ from offload.cli.errors import exit_codes
 from offload.cli.options import Size, example, json_option, model_options, prefill_chunk_option, routing_options
 from offload.cli.output import add_row, facts, kv_in_words, table, write
 from offload.cli.simulation import Simulate, simulation_options, write_plan_json, write_simulation
+from offload.plan_words import formats_in_words
 from offload.sizes import format_size
 
 if TYPE_CHECKING:
@@ -302,12 +303,9 @@ def _write(plan: Plan, disk: Disk, with_context_full: str, *, given: bool) -> No
     )
     prompt = min(work.prefill_chunk_tokens, work.context_tokens)
     add_row(uses, f"activations, {prompt} tokens at once", "ram", format_size(plan.ram.activation_nbytes))
-    add_row(
-        uses,
-        f"{plan.ram_slots} expert slots of {format_size(plan.slot_nbytes)}",
-        "ram",
-        format_size(plan.ram.slot_nbytes),
-    )
+    if plan.expert_count:
+        slots = f"{plan.ram_slots} expert slots of {format_size(plan.slot_nbytes)}"
+        add_row(uses, slots, "ram", format_size(plan.ram.slot_nbytes))
     add_row(uses, "peak", "ram", format_size(plan.peak_ram_nbytes), style="bold")
     if plan.workload_peak_ram_nbytes < plan.peak_ram_nbytes:
         add_row(
@@ -316,12 +314,12 @@ def _write(plan: Plan, disk: Disk, with_context_full: str, *, given: bool) -> No
             "ram",
             format_size(plan.workload_peak_ram_nbytes),
         )
-    uses.add_section()
-    add_row(uses, f"all {plan.expert_count} experts", plan.expert_home, format_size(plan.expert_nbytes))
+    if plan.expert_count:
+        uses.add_section()
+        add_row(uses, f"all {plan.expert_count} experts", plan.expert_home, format_size(plan.expert_nbytes))
     source = "" if given else ", nine tenths of what is available"
     write(
-        f"{plan.model}: {plan.model_type}, experts in {plan.format}, other linear layers in {plan.dense_format}, "
-        f"output layer in {plan.head_format}\n",
+        f"{plan.model}: {formats_in_words(plan)}\n",
         uses,
         "",
         facts(
@@ -329,17 +327,29 @@ def _write(plan: Plan, disk: Disk, with_context_full: str, *, given: bool) -> No
                 "budget": f"{format_size(plan.ram_budget_nbytes)}{source}",
                 "minimum": f"{format_size(plan.minimum_ram_nbytes)} (--ram {plan.minimum_ram_nbytes})",
                 **{f"in {option.in_words}": option.speed_in_words for option in plan.format_options},
-                "experts in RAM": f"{plan.ram_slots} of {plan.expert_count} ({plan.resident_fraction:.0%}); "
-                f"a token uses {plan.experts_per_token}",
+                **_of_experts(plan),
                 "KV cache": kv_in_words(plan),
-                "disk needed": f"{format_size(plan.disk_nbytes)}; {format_size(disk.free_nbytes)} free in {disk.root}",
-                "store": disk.store,
+                **_of_store(plan, disk),
                 "expected": _expected(plan),
                 f"after {work.context_tokens} tokens": with_context_full,
                 "on top of the peak": f"interpreter and libraries, about {format_size(_own_nbytes())}",
             }
         ),
     )
+
+
+def _of_experts(plan: Plan) -> dict[str, str]:
+    if not plan.expert_count:
+        return {}
+    share = f"{plan.ram_slots} of {plan.expert_count} ({plan.resident_fraction:.0%})"
+    return {"experts in RAM": f"{share}; a token uses {plan.experts_per_token}"}
+
+
+def _of_store(plan: Plan, disk: Disk) -> dict[str, str]:
+    if not plan.expert_count:
+        return {}
+    needed = f"{format_size(plan.disk_nbytes)}; {format_size(disk.free_nbytes)} free in {disk.root}"
+    return {"disk needed": needed, "store": disk.store}
 
 
 def _expected(plan: Plan) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from offload.cli.output import add_row, facts, kv_in_words, table, write
 from offload.cli.simulation import Simulate, write_plan_json, write_simulation
 from offload.errors import DoesNotFitError, InvalidArgumentError
+from offload.plan_words import dense_in_words, formats_in_words
 from offload.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -151,6 +152,9 @@ def plan_ahead(
     best, plan = fastest_format(specs, planned)
     spec = specs[best]
     changes = [try_change(text, changed(rig, text), spec, workload, routing) for text in ahead.what_if]
+    if plan.vram is not None and plan.vram.window_layers:
+        # What streams is read by the link, which is slower than the CPU's own memory: a few new tokens may not pay.
+        changes.insert(0, try_change("the CPU computed alone", rig.with_memory(vram=0), spec, workload, routing))
     simulation = None if simulate is None else simulate.run(spec, rig.profile, plan)
     doubling = None if as_json and ahead.html is None else cheapest_doubling(rig, plan, spec, routing)
     if as_json:
@@ -196,14 +200,15 @@ def write_report(
 
     prediction = plan.prediction
     assert prediction is not None
-    tiers = table("tier", "dense", "KV cache", "activations", "expert slots", "all", "budget")
+    routed = plan.expert_count > 0
+    tiers = table("tier", "dense", "KV cache", "activations", *(["expert slots"] if routed else []), "all", "budget")
     uses: list[tuple[str, RamUse | VramUse, int, int]] = [("ram", plan.ram, plan.ram_slots, plan.ram_budget_nbytes)]
     if plan.vram is not None:
         uses.insert(0, ("vram", plan.vram.use, plan.vram.slots, plan.vram.budget_nbytes))
     for name, use, slots, budget in uses:
         sizes = [format_size(getattr(use, f"{part}_nbytes")) for part in ("dense", "kv", "activation")]
-        cells = [*sizes, f"{slots} of {plan.expert_count}: {format_size(use.slot_nbytes)}"]
-        add_row(tiers, name, *cells, format_size(use.total_nbytes), format_size(budget))
+        held = [f"{slots} of {plan.expert_count}: {format_size(use.slot_nbytes)}"] if routed else []
+        add_row(tiers, name, *sizes, *held, format_size(use.total_nbytes), format_size(budget))
     terms = table("", "tokens/s", "range", "binds", *prediction.decode.terms.as_dict(), "hits vram", "hits ram")
     for name, one in (("decode", prediction.decode), ("prefill", prediction.prefill)):
         add_row(terms, name, *_cells(one))
@@ -212,14 +217,14 @@ def write_report(
         "routing": prediction.routing,
         **{f"in {option.in_words}": option.speed_in_words for option in plan.format_options},
         "KV cache": kv_in_words(plan),
-        "on disk": f"{format_size(plan.disk_nbytes)} for all {plan.expert_count} experts",
+        **({"on disk": f"{format_size(plan.disk_nbytes)} for all {plan.expert_count} experts"} if routed else {}),
+        **({} if routed else {"dense weights": dense_in_words(plan, len(spec.layers))}),
         "twice as fast": in_words(doubling),
         **{f"what if {change.name}": f"{change.decode_tokens_per_s:.2f} tokens/s" for change in changes},
     }
-    if plan.vram is not None:
+    if plan.vram is not None and routed:
         said["as loaded"] = f"`offload.load` places by sizes: {loaded_in_words(rig, spec, plan.workload, routing)}"
-    title = f"{plan.model}: {plan.model_type}, experts in {plan.format}, other linear layers in {plan.dense_format}\n"
-    write(title, tiers, "", terms, "", facts(said))
+    write(f"{plan.model}: {formats_in_words(plan)}\n", tiers, "", terms, "", facts(said))
 
 
 def _cells(one: PassPrediction) -> list[str]:

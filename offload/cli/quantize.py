@@ -69,6 +69,12 @@ def _quantize(
     )  # fmt: skip
     with quiet_transformers():
         prepared = prepare_checkpoint(model, request, revision=revision, trust_remote_code=trust_remote_code)
+    if not prepared.bundles.groups:
+        prepared.checkpoint.close()
+        raise InvalidArgumentError(
+            f"{model} is a dense model without experts, of which no store is written: its weights are packed when it "
+            f"is loaded, as by `offload run {model} --quant ...`"
+        )
     try:
         store = convert(prepared.bundles, request.store_root, progress=progress_bar(progress))
     finally:

@@ -82,7 +82,7 @@ class Simulate:
         """Simulate a plan.
 
         Raises:
-            InvalidArgumentError: no profile, an unknown policy, or another model's trace.
+            InvalidArgumentError: no profile, no experts, an unknown policy, or another model's trace.
             StorageError: the timeline cannot be written.
         """
         from offload.store.files import storage_errors
@@ -94,6 +94,10 @@ class Simulate:
 
         if profile is None:
             raise InvalidArgumentError("a simulation needs a profile of this machine: run `offload profile` once")
+        if not spec.experts:
+            raise InvalidArgumentError(
+                f"--simulate: {spec.name} is a dense model without experts to simulate; its prediction is all there is"
+            )
         try:
             policy = make_policy(self.policy, Geometry(tuple(layer.count for layer in spec.experts)))
             trace = self._trace(spec, plan)

@@ -7,8 +7,8 @@ import copy
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from offload.checkpoint.moe_modules import refuse_foreign_experts
 from offload.checkpoint.quantised import take_encoding
-from offload.errors import UnsupportedModelError
 from offload.hf.experts_interface import experts_modules
 from offload.hf.model_source import expert_group
 from offload.hf.quantise import linears_to_quantise
@@ -33,17 +33,14 @@ def spec_of_config(
         context_tokens: longest sequence.
 
     Raises:
-        UnsupportedModelError: not a causal language model with experts that can be offloaded, or weights that are
+        UnsupportedModelError: not a causal language model, experts that cannot be offloaded, or weights that are
             quantised in a way that is not decoded.
     """
     config = copy.deepcopy(config)
     encoding = take_encoding(config, f"config.json of {name}")
     skeleton = make_skeleton(config, dtype)
+    refuse_foreign_experts(skeleton)
     groups = [expert_group(path, module, quantisation.experts) for path, module in experts_modules(skeleton)]
-    if not groups:
-        raise UnsupportedModelError(
-            f"{name}: {type(skeleton).__name__} has no routed experts that transformers' experts interface dispatches"
-        )
     formats = linears_to_quantise(skeleton, quantisation)
     return build_spec(
         skeleton, groups, name=name, context_tokens=context_tokens, casts=False, formats=formats, alone=[*formats],

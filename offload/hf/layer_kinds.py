@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 _PLAIN = (bool, int, float, str, type(None))
 _OF_THE_PLACE = "layer_idx"
+_LISTS = ("layers", "h", "blocks")
+"""What families call the list of their decoder's layers."""
 
 
 def alike_layers(skeleton: PreTrainedModel) -> dict[str, list[str]]:
@@ -34,7 +36,7 @@ def decoder_layers(skeleton: PreTrainedModel) -> list[tuple[str, torch.nn.Module
     lists = [
         (name, module)
         for name, module in skeleton.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] == "layers" and len(module) == count
+        if isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] in _LISTS and len(module) == count
     ]
     if len(lists) != 1:
         return []

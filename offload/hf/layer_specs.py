@@ -35,19 +35,23 @@ def layer_specs(
         one entry for each layer; none where the decoder's layers cannot be told from other modules.
     """
     experts = {group.module: index for index, group in enumerate(groups)}
+    text: Any = skeleton.config.get_text_config()
+    # Of families whose layers differ in heads and widths the config of the whole does not say which.
+    configs = text.per_layer_config if text.is_heterogeneous else None
     specs = []
     for number, (path, layer) in enumerate(decoder_layers(skeleton)):
         own = [index for module, index in experts.items() if module.startswith(f"{path}.")]
+        config = text if configs is None else configs[number]
         growth = kv_nbytes_per_token[number] if number < len(kv_nbytes_per_token) else 0
         specs.append(
             LayerSpec(
                 dense_nbytes=sum(nbytes for name, nbytes in dense.items() if name.startswith(f"{path}.")),
                 linears=_linears(path, layer, formats),
                 kv_nbytes_per_token=growth,
-                attention_values=_attention_values(skeleton) if growth else 0,
-                window_tokens=_window(skeleton, number),
+                attention_values=_attention_values(config) if growth else 0,
+                window_tokens=_window(config, number),
                 experts=own[0] if own else None,
-                attention_heads=skeleton.config.get_text_config().num_attention_heads if growth else 0,
+                attention_heads=config.num_attention_heads if growth else 0,
             )
         )
     return tuple(specs)
@@ -75,17 +79,15 @@ def _linears(path: str, layer: nn.Module, formats: Mapping[str, str]) -> tuple[L
     return tuple(LinearSpec(*shape, count) for shape, count in counts.items())
 
 
-def _attention_values(skeleton: PreTrainedModel) -> int:
+def _attention_values(config: Any) -> int:
     """Products of one query with a cached key, and of its weight with the value, over all heads."""
-    config: Any = skeleton.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key = getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0)
     value = getattr(config, "v_head_dim", None) or width
     return int(config.num_attention_heads * ((key or width) + value))
 
 
-def _window(skeleton: PreTrainedModel, layer: int) -> int | None:
-    config: Any = skeleton.config.get_text_config()
+def _window(config: Any, layer: int) -> int | None:
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if window is None or (types is not None and types[layer] != "sliding_attention"):

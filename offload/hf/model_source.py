@@ -11,6 +11,7 @@ import xxhash
 from transformers import PreTrainedModel
 
 from formats.bundle import MATRICES, BundleLayout
+from offload.checkpoint.moe_modules import refuse_foreign_experts
 from offload.errors import UnsupportedModelError
 from offload.hf.dtypes import DTYPE_OF_FORMAT, FORMAT_OF_DTYPE
 from offload.hf.experts_interface import experts_modules
@@ -22,7 +23,7 @@ class ModelBundleSource:
     """The experts of a transformers model with its weights loaded. Reads its parameters, changes nothing."""
 
     def __init__(self, model: PreTrainedModel, name: str, format: str | None = None) -> None:
-        """Look at the experts' shapes and digest their weights.
+        """Look at the experts' shapes and digest their weights; of a dense model all of its weights.
 
         Args:
             model: with its weights.
@@ -30,21 +31,18 @@ class ModelBundleSource:
             format: packed format of the bundles; None for the parameters' own dtype.
 
         Raises:
-            UnsupportedModelError: no experts, or experts of a kind that bundles do not hold.
+            UnsupportedModelError: experts of a kind that bundles do not hold.
         """
+        refuse_foreign_experts(model)
         self.name = name
         self._modules = dict(experts_modules(model))
-        if not self._modules:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no routed experts that transformers' experts interface dispatches"
-            )
         self.groups: Sequence[ExpertGroup] = tuple(
             expert_group(path, module, format) for path, module in self._modules.items()
         )
         digest = xxhash.xxh3_128()
         if format is not None:
             digest.update(f"packing {PACKING_VERSION}".encode())
-        for path, module in self._modules.items():
+        for path, module in (self._modules or {"": model}).items():
             for key, parameter in module.named_parameters():
                 digest.update(f"{path}.{key} {parameter.dtype} {tuple(parameter.shape)}".encode())
                 digest.update(_memory(parameter.detach().contiguous()).data)

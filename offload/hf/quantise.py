@@ -13,12 +13,16 @@ from transformers import PreTrainedModel
 from formats.packed import TILE_ROWS, MatrixLayout, round_up
 from offload.checkpoint.encoded import EncodedMatrix
 from offload.devices.host import HostSlab
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, InvalidArgumentError
+from offload.hf.experts_interface import experts_modules
 from offload.hf.quantised_linear import QuantisedLinear
 from offload.quantisation import Quantisation
 
 _ROUTING = re.compile(r"(^|\.)([a-z0-9_]*router|[a-z0-9_]*gate)(\.|$)")
 """Modules that decide or weight: `gate`, `router`, `shared_expert_gate` and what is below them, not `gate_proj`."""
+
+_READ_FROM_OUTSIDE = re.compile(r"(^|\.)dt_proj$")
+"""Layers whose weight the module around them multiplies itself (Mamba)."""
 
 _ALIGNMENT_BYTES = 64
 
@@ -28,17 +32,49 @@ def linears_to_quantise(model: PreTrainedModel, quantisation: Quantisation) -> d
 
     Routers and gates stay as they are, and so does what has fewer outputs than a tile has rows: a few bytes, which
     decide much.
+
+    Raises:
+        InvalidArgumentError: formats are asked for of parts that the model has not.
     """
     head = model.get_output_embeddings()
+    _check_parts(model, head, quantisation)
     chosen = {}
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
             continue
         format = quantisation.lm_head if module is head else quantisation.dense
-        if format is None or (module is not head and (module.out_features < TILE_ROWS or _ROUTING.search(name))):
+        if format is None or (module is not head and _stays(name, module)):
             continue
         chosen[name] = format
     return chosen
+
+
+def _stays(name: str, linear: nn.Linear) -> bool:
+    return linear.out_features < TILE_ROWS or any(kind.search(name) for kind in (_ROUTING, _READ_FROM_OUTSIDE))
+
+
+def _check_parts(model: PreTrainedModel, head: nn.Module | None, quantisation: Quantisation) -> None:
+    """A format that would change nothing is a mistake, except where one format was asked for the whole model."""
+    name = type(model).__name__
+    format, alone = quantisation.experts, not (quantisation.dense or quantisation.lm_head)
+    if format and alone and next(experts_modules(model), None) is None:
+        raise InvalidArgumentError(
+            f'quant={{"experts": "{format}"}}: {name} is a dense model without experts; give quant="{format}" or '
+            f'{{"dense": "{format}"}}'
+        )
+    matrices = [module for module in model.modules() if module is not head and _has_matrix(module)]
+    if quantisation.dense and not any(type(module) is nn.Linear for module in matrices):
+        found = ", ".join(sorted({type(module).__name__ for module in matrices})) or "none"
+        raise InvalidArgumentError(
+            f"quant: {quantisation.dense!r} for the dense layers of {name}: expected layers of torch's class Linear, "
+            f"found {found}. Fix: load it without; its output layer alone can be packed, as with "
+            'quant={"lm_head": "int8"}'
+        )
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
 
 
 def quantised_nbytes(model: PreTrainedModel, formats: Mapping[str, str]) -> dict[str, int]:
@@ -97,10 +133,18 @@ def take_out(model: PreTrainedModel, formats: Mapping[str, str], names: Iterable
         linear = _linear(model, name)
         shape = (linear.out_features, linear.in_features)
         taken.append(TakenOut(name, formats[name], shape, linear.bias is not None))
-        place = nn.Identity()
-        place._is_hf_initialized = True  # type: ignore[assignment]
-        model.set_submodule(name, place)
+        model.set_submodule(name, _place(has_bias=linear.bias is not None))
     return taken
+
+
+def _place(*, has_bias: bool) -> nn.Module:
+    """A module without parameters, whose weights, for those who initialise them from outside, are initialised."""
+    place = nn.Identity()
+    place._is_hf_initialized = True  # type: ignore[assignment]
+    done = torch.empty(0, device="meta")
+    done._is_hf_initialized = True  # type: ignore[attr-defined]
+    place.weight, place.bias = done, done if has_bias else None  # type: ignore[assignment]
+    return place
 
 
 def put_back(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from offload.hf.latents import latent_width
 from offload.hf.layer_kinds import alike_layers, one_of_each_kind
 from offload.kept_products import KEPT_NBYTES
 from placement.kv import KvShape
+
+_LOOKS_FOR_PADDING = "warn_if_padding_and_no_attention_mask"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
     alike = alike_layers(skeleton)
     try:
         (short, shapes), (long, _) = (_measure_cache(skeleton, length, alike) for length in lengths)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise UnsupportedModelError(
             f"{type(skeleton).__name__} cannot be measured without weights ({type(error).__name__}: {error})"
         ) from error
@@ -84,7 +87,7 @@ def _measure_cache(
     cache = DynamicCache(config=skeleton.config)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     # A default device that the user set would decide where meta kernels make their results.
-    with torch.no_grad(), torch.device("meta"), one_of_each_kind(skeleton, alike):
+    with torch.no_grad(), torch.device("meta"), one_of_each_kind(skeleton, alike), _unread_tokens(skeleton):
         skeleton(input_ids=ids, past_key_values=cache, use_cache=True)
     # The layer that ran for each; those that did not run may hold something all the same.
     ran = {int(name.rpartition(".")[2]): int(first.rpartition(".")[2]) for first in alike for name in alike[first]}
@@ -93,6 +96,19 @@ def _measure_cache(
     shapes = [_shape(layer, latent) for layer in cache.layers]
     places = [ran.get(index, index) for index in range(max(len(held), *ran, 0) if ran else len(held))]
     return [held[place] for place in places], tuple(shapes[place] for place in places)
+
+
+@contextmanager
+def _unread_tokens(skeleton: PreTrainedModel) -> Iterator[None]:
+    """Within the block nobody looks for padding among tokens, which on meta have no values."""
+    models = [module for module in skeleton.modules() if isinstance(module, PreTrainedModel)]
+    try:
+        for model in models:
+            model.__dict__[_LOOKS_FOR_PADDING] = lambda *_args: None
+        yield
+    finally:
+        for model in models:
+            model.__dict__.pop(_LOOKS_FOR_PADDING, None)
 
 
 def _shape(layer: Any, latent: int) -> KvShape | None:
@@ -150,7 +166,7 @@ def activation_nbytes_per_token(
     if quantised:
         nbytes += 6 * _widest(skeleton)
     if skeleton.config._attn_implementation == "eager":
-        nbytes += config.num_attention_heads * context_tokens * (2 * element + 4)
+        nbytes += getattr(config, "num_attention_heads", 0) * context_tokens * (2 * element + 4)
     return nbytes
 
 

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from offload.errors import CheckpointError, UnsupportedModelError
 
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+
 
 def read_config(directory: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     """The checkpoint's config.
@@ -47,7 +49,7 @@ def make_skeleton(config: PretrainedConfig, dtype: torch.dtype, **options: Any) 
         **options: passed to `AutoModelForCausalLM.from_config`, such as attn_implementation.
 
     Raises:
-        UnsupportedModelError: no causal language model for this config.
+        UnsupportedModelError: no causal language model for this config, or one whose config does not name its sizes.
     """
     try:
         with torch.device("meta"):
@@ -57,4 +59,18 @@ def make_skeleton(config: PretrainedConfig, dtype: torch.dtype, **options: Any) 
         raise UnsupportedModelError(
             f"transformers has no causal language model for {config.model_type!r}: {error}"
         ) from error
+    _check_sizes(model)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _check_sizes(model: PreTrainedModel) -> None:
+    try:
+        text = model.config.get_text_config()
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
+    missing = [name for name in _SIZES if not isinstance(getattr(text, name, None), int)]
+    if missing:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {model.config.model_type!r}): expected a config with "
+            f"{', '.join(_SIZES)}, found none of {', '.join(missing)}. Fix: load this model with transformers."
+        )

@@ -78,7 +78,7 @@ def build_spec(
         kv_nbytes_per_token=run.kv_nbytes_per_token,
         kv_fixed_nbytes=run.kv_fixed_nbytes,
         activation_nbytes_per_token=activation_nbytes_per_token(
-            skeleton, max(group.count for group in groups), context_tokens, quantised=bool(formats)
+            skeleton, max((group.count for group in groups), default=0), context_tokens, quantised=bool(formats)
         ),
         attention_nbytes_per_token=attention_nbytes_per_token(skeleton),
         experts=tuple(

@@ -37,7 +37,7 @@ def convert(
     shard_nbytes: int = SHARD_NBYTES,
     memory_nbytes: int | None = None,
 ) -> ExpertStore:
-    """The store of a source: the one that is there, or a new one.
+    """The store of a source: the one that is there, or a new one; of a dense model an empty one that is not written.
 
     Experts pass through at most `conversion_nbytes(source.groups)` bytes of memory. Of several processes that ask for
     the same store, one writes it and the others wait. A process killed at any point leaves no store; what it left is
@@ -60,6 +60,8 @@ def convert(
         CheckpointChangedError: the source changed while it was read; nothing is left of the store.
     """
     groups = tuple(source.groups)
+    if not groups:
+        return _nothing(source, root_directory(root, create=False))
     check_groups(groups)
     element_format = groups[0].layout.format
     key = names.store_key(source.identity, element_format)
@@ -95,8 +97,16 @@ def find_store(source: BundleSource, root: str | os.PathLike[str]) -> ExpertStor
         StoreCorruptError: the store is there, and damaged.
         StorageError, InvalidArgumentError: see `convert`.
     """
+    directory = root_directory(root, create=False)
+    if not source.groups:
+        return _nothing(source, directory)
     check_groups(tuple(source.groups))
-    return _found(source, root_directory(root, create=False), source.groups[0].layout.format)
+    return _found(source, directory, source.groups[0].layout.format)
+
+
+def _nothing(source: BundleSource, root: Path) -> ExpertStore:
+    """The store of a dense model: an empty one, of which nothing lies on disk."""
+    return ExpertStore(root, Manifest(source.identity, source.name, "", int(time.time()), (), (), ()))
 
 
 def _found(source: BundleSource, root: Path, element_format: str) -> ExpertStore | None:

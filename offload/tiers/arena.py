@@ -16,8 +16,8 @@ class Arena:
     """
 
     def __init__(self, device: Device, slot_nbytes: int, count: int) -> None:
-        if slot_nbytes <= 0 or slot_nbytes % BUNDLE_ALIGNMENT_BYTES or count <= 0:
-            raise ValueError(f"an arena of {count} slots of {slot_nbytes} bytes: slots are whole pages, at least one")
+        if slot_nbytes <= 0 or slot_nbytes % BUNDLE_ALIGNMENT_BYTES or count < 0:
+            raise ValueError(f"an arena of {count} slots of {slot_nbytes} bytes: slots are whole pages")
         self.slot_nbytes = slot_nbytes
         self.count = count
         self._slots_per_slab = max(1, device.slab_nbytes // slot_nbytes)

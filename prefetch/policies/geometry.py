@@ -14,7 +14,7 @@ class Geometry:
     """Experts by layer. Keys count through all layers, as in `placement.model_spec.ModelSpec`.
 
     Attributes:
-        counts: experts of each layer; a layer that has none has no entry.
+        counts: experts of each layer; a layer that has none has no entry, a dense model has no entries.
         reload_s: seconds to bring each expert back once it is gone, by key; None where all cost the same. Experts of
             different formats or homes differ. Only ratios matter.
     """
@@ -23,9 +23,9 @@ class Geometry:
     reload_s: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.counts or min(self.counts) < 1:
-            raise ValueError(f"layers of {self.counts} experts: need at least one layer, and one expert in each")
-        if self.reload_s is not None and (len(self.reload_s) != sum(self.counts) or min(self.reload_s) <= 0):
+        if min(self.counts, default=1) < 1:
+            raise ValueError(f"layers of {self.counts} experts: need at least one expert in each")
+        if self.reload_s is not None and (len(self.reload_s) != sum(self.counts) or min(self.reload_s, default=1) <= 0):
             raise ValueError(f"reload_s of {len(self.reload_s)} experts: need a positive time for each of {self.total}")
 
     @classmethod

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from offload.errors import UnsupportedModelError
 from offload.hf.config_spec import spec_of_config
@@ -14,6 +15,7 @@ from offload.hf.skeleton import read_config
 from offload.quantisation import Quantisation, make_quantisation
 from placement.expert_cost import expert_weights
 from placement.model_spec import ModelSpec
+from tests.dense_models import dense_config
 from tests.tiny_models import ARCHITECTURES, build_tiny, tiny_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -26,6 +28,8 @@ PUBLISHED = {
     "gpt-oss-120b": (117, 5.1),
     "glm-4.5-air": (106, 12),
     "deepseek-v3": (671, 37),
+    "llama-2-7b": (6.74, 6.74),
+    "llama-3.3-70b": (70.6, 70.6),
 }
 
 
@@ -103,9 +107,34 @@ def test_attention_has_the_configs_heads() -> None:
         assert (layer.attention_heads, layer.attention_values) == (32, 32 * 2 * 128)
 
 
-def test_a_model_without_experts_is_refused() -> None:
-    from transformers import AutoConfig
+def test_a_dense_model_has_layers_and_no_experts() -> None:
+    config = dense_config("gpt2", num_hidden_layers=2)
+    spec = spec_of_config(config, "dense", Quantisation(), dtype=torch.float32, context_tokens=48)
+    assert (spec.experts, spec.expert_count, spec.expert_nbytes, spec.top_k) == ((), 0, 0, 0)
+    model = AutoModelForCausalLM.from_config(config)
+    assert spec.dense_nbytes == sum(4 * one.numel() for one in {*model.parameters(), *model.buffers()})
+    assert [layer.dense_nbytes for layer in spec.layers] == [
+        sum(4 * one.numel() for one in (*block.parameters(), *block.buffers())) for block in model.transformer.h
+    ]
+    assert [layer.kv_nbytes_per_token for layer in spec.layers] == [2 * 48 * 4] * 2
 
-    config = AutoConfig.for_model("llama", num_hidden_layers=2, hidden_size=32, intermediate_size=32, vocab_size=32)
-    with pytest.raises(UnsupportedModelError, match="no routed experts"):
-        spec_of_config(config, "dense", Quantisation(), dtype=torch.float32, context_tokens=64)
+
+def test_heads_that_differ_from_layer_to_layer() -> None:
+    config = AutoConfig.for_model(
+        "gemma4_text", vocab_size=99, hidden_size=48, intermediate_size=72, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, global_head_dim=32, sliding_window=8, vocab_size_per_layer_input=99,
+        hidden_size_per_layer_input=8, pad_token_id=0,
+    )  # fmt: skip
+    spec = spec_of_config(config, "gemma", Quantisation(), dtype=torch.float32, context_tokens=64)
+    assert [layer.window_tokens for layer in spec.layers] == [8] * 5 + [None]
+    assert [layer.attention_values for layer in spec.layers if layer.kv_nbytes_per_token] == [4 * 2 * 16] * 5 + [
+        4 * 2 * 32
+    ]
+
+
+@pytest.mark.parametrize("model_type", ["blt", "doge"])
+def test_what_cannot_be_planned_is_refused_by_name(model_type: str) -> None:
+    more = {"is_moe": True, "num_experts": 16, "hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 4}
+    config = AutoConfig.for_model(model_type, **(more if model_type == "doge" else {}))
+    with pytest.raises(UnsupportedModelError, match=r"num_hidden_layers|DogeCDMoE"):
+        spec_of_config(config, "x", Quantisation(), dtype=torch.float32, context_tokens=64)

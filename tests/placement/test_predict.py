@@ -177,9 +177,11 @@ def test_a_plan_over_vram_is_predicted_where_it_lies() -> None:
     assert predicted(SPEC, machine(), 7, WORK, vram=vram) == predict(SPEC, machine(), homes, WORK)
     assert predicted(SPEC, machine(), 7, WORK) == predict(SPEC, CPU, replace(homes, vram_slots=0, dense_in_vram=(),
         head_in_vram=False), WORK)  # fmt: skip
-    for profile, plan in (CPU, vram), (machine(), replace(vram, window_layers=2)):
-        with pytest.raises(ValueError, match="a profile of the accelerator"):
-            predicted(SPEC, profile, 7, WORK, vram=plan)
+    with pytest.raises(ValueError, match="a profile of the accelerator"):
+        predicted(SPEC, CPU, 7, WORK, vram=vram)
+    streaming = replace(vram, dense_layers=(1, 3), window_layers=2)
+    streamed = replace(homes, dense_streamed=(0, 2))
+    assert predicted(SPEC, machine(), 7, WORK, vram=streaming) == predict(SPEC, machine(), streamed, WORK)
 
 
 def test_cache_in_ram_makes_queries_cross() -> None:

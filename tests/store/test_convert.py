@@ -14,6 +14,7 @@ from safetensors import safe_open
 from formats.bundle import BundleLayout
 from offload.errors import CheckpointChangedError, InvalidArgumentError, StoreCorruptError
 from offload.store import ExpertGroup, ExpertStore, conversion_nbytes, convert, files, find, writer
+from offload.store.convert import find_store
 from offload.store.shards import Shard, chunks, plan_shards
 from tests.store.faults import Calls
 from tests.store.sources import (
@@ -29,6 +30,14 @@ from tests.store.sources import (
 
 def converted(root: Path, source: SeededSource | None = None) -> ExpertStore:
     return convert(source or SeededSource(), root, shard_nbytes=SHARD_NBYTES)
+
+
+def test_a_dense_model_has_an_empty_store_of_which_nothing_is_written(tmp_path: Path) -> None:
+    source = SeededSource(groups=())
+    for store in (convert(source, tmp_path / "root"), find_store(source, tmp_path / "root")):
+        assert store is not None
+        assert (store.groups, store.shard_paths, store.nbytes, store.identity) == ((), (), 0, IDENTITY)
+    assert not (tmp_path / "root").exists()
 
 
 class RecordedProgress:
@@ -260,14 +269,13 @@ def test_each_step_is_durable_before_the_next(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     "source",
     [
-        SeededSource(groups=[]),
         SeededSource(groups=[ExpertGroup("experts", 0, BundleLayout(16, 8, "bf16"))]),
         SeededSource(groups=[GROUPS[0], GROUPS[0]]),
         SeededSource(groups=[GROUPS[0], ExpertGroup("other", 1, BundleLayout(16, 8, "fp32"))]),
         SeededSource(identity="../../../../../etc"),
         SeededSource(identity="abc"),
     ],
-    ids=["no-layers", "no-experts", "same-module", "two-formats", "path", "short-identity"],
+    ids=["no-experts", "same-module", "two-formats", "path", "short-identity"],
 )
 def test_sources_that_cannot_be_stored(tmp_path: Path, source: SeededSource) -> None:
     with pytest.raises(InvalidArgumentError):

@@ -81,8 +81,8 @@ def test_there_are_no_other_slots(slot: int) -> None:
             use(slot)
 
 
-@pytest.mark.parametrize(("nbytes", "count"), [(0, 1), (-PAGE, 1), (PAGE + 512, 1), (PAGE, 0), (PAGE, -1)])
-def test_slots_are_whole_pages_and_at_least_one(nbytes: int, count: int) -> None:
+@pytest.mark.parametrize(("nbytes", "count"), [(0, 1), (-PAGE, 1), (PAGE + 512, 1), (PAGE, -1)])
+def test_slots_are_whole_pages(nbytes: int, count: int) -> None:
     with pytest.raises(ValueError, match="whole pages"):
         Arena(HostDevice(), nbytes, count)
 
@@ -137,3 +137,10 @@ def test_memory_outlives_the_arena_while_a_view_is_held() -> None:
     view[:] = 5
     del arena
     assert np.array_equal(view, np.full(PAGE, 5, np.uint8))
+
+
+def test_an_arena_of_no_slots_takes_nothing() -> None:
+    arena = Arena(HostDevice(), PAGE, 0)
+    arena.discard_all()
+    with pytest.raises(IndexError):
+        arena.address(0)

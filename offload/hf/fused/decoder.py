@@ -84,7 +84,9 @@ def _angle_width(decoder: nn.Module) -> int | None:
 
 def _hands_on(decoder: nn.Module, layers: Sequence[nn.Module]) -> bool:
     """Whether the model gives each layer's output to the next as it is, and all of them the same beside."""
-    weight = next(layers[0].parameters())
+    weight = next(layers[0].parameters(), None)
+    if weight is None:
+        return False
     width = getattr(decoder.config, "hidden_size", 0)
     outputs = [torch.randn(1, 1, width, device="cpu").to(weight.dtype) for _ in range(len(layers) + 1)]
     given = [Given(output) for output in outputs[1:]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -34,7 +35,16 @@ def fuse_rotary(model: PreTrainedModel) -> int:
 @cache
 def _with_kernel(forward: Any) -> Callable[..., Any] | None:
     original = getattr(forward, "__globals__", {}).get(_NAME)
-    return None if original is None else rebind(forward, {_NAME: _fused(original)})
+    return rebind(forward, {_NAME: _fused(original)}) if _rotates_both(original) else None
+
+
+def _rotates_both(original: Any) -> bool:
+    """Whether it takes queries and keys together; others of its name take one of them, and angles in another order."""
+    try:
+        named = list(signature(original).parameters)
+    except (TypeError, ValueError):
+        return False
+    return named[:4] == ["q", "k", "cos", "sin"]
 
 
 @cache

@@ -25,6 +25,7 @@ from offload.hf.quantised_linear import QuantisedLinear
 from offload.runtime import Runtime
 from offload.step_graph.experts import GraphExperts, why_not_captured
 from offload.step_graph.figures import GraphFigures
+from offload.step_graph.no_experts import NoExperts
 
 LEAST_ROOM_TOKENS = 256
 """A graph attends to all columns of its buffers: they double from here on."""
@@ -68,7 +69,7 @@ class StepGraphs:
         self._runtime, self._accelerated = runtime, runtime.accelerated
         self._decoder: Any = model.get_decoder()
         self._device = model.device
-        self._experts: dict[int, GraphExperts] = {}
+        self._experts: dict[int, GraphExperts | NoExperts] = {}
         self._graphs: list[DecodeGraph] = []
         self._declined: weakref.WeakKeyDictionary[DynamicCache, str] = weakref.WeakKeyDictionary()
         self._told: set[str] = set()
@@ -183,7 +184,8 @@ class StepGraphs:
         """Whether all experts of one request fit into host memory at once, beside copies that are under way."""
         most = self._most_routed.get(batch)
         if most is None:
-            most = max(min(batch * experts.top_k, experts.count) for experts in self._runtime.spec.experts)
+            each = (min(batch * experts.top_k, experts.count) for experts in self._runtime.spec.experts)
+            most = max(each, default=0)
             self._most_routed[batch] = most
         return self._runtime.tier.table.usable_slots >= most
 
@@ -279,10 +281,12 @@ class StepGraphs:
         room = max(LEAST_ROOM_TOKENS, 1 << past.bit_length())
         return min(room, planned) if past < planned else room
 
-    def _experts_of(self, batch: int) -> GraphExperts:
+    def _experts_of(self, batch: int) -> GraphExperts | NoExperts:
+        layers, top_k = self._runtime.layers, self._runtime.spec.top_k
         if batch not in self._experts:
-            top_k = self._runtime.spec.experts[0].top_k
-            self._experts[batch] = GraphExperts(self._accelerated, self._runtime.layers, top_k, batch, self._device)
+            self._experts[batch] = (
+                GraphExperts(self._accelerated, layers, top_k, batch, self._device) if layers else NoExperts(batch)
+            )
         return self._experts[batch]
 
     def _do(self, graph: DecodeGraph, what: Callable[[], None]) -> None:
