@@ -101,22 +101,24 @@ class FewTokens:
             StorageError, StoreCorruptError: a block cannot be read.
         """
         pool, position, last = kernel_pool(), table.tokens - 1, self._cut[-1]
+        # What has to be read is, while the rest is attended.
+        stream = Stream(table, self.cold) if self.cold.units else None
         # Those that are read are written to where these leave nothing.
         for part in self._parts:
             lengths: Int64 = part.last_lengths
             if part is self._parts[-1] and self._last_is_here.any():
                 lengths = self._last_is_here * (table.tokens - last.first * table.settings.block_tokens)
             part.attend(query, lengths, position, pool)
-        if self.cold.units:
-            self._attend_cold(table, query)
+        if stream is not None:
+            self._attend_cold(table, query, stream)
         heads, new, _ = self._form
         shape = len(self._cut), self._rows, heads, new
         return merge_parts(
             self._out.view(*shape, -1).transpose(0, 1), self._lse.view(shape).transpose(0, 1), sinks, pool
         )
 
-    def _attend_cold(self, table: BlockTable, query: torch.Tensor) -> None:
-        stream, units = Stream(table, self.cold), self.cold.units
+    def _attend_cold(self, table: BlockTable, query: torch.Tensor, stream: Stream) -> None:
+        units = self.cold.units
         # Half of what is read ahead, so that reads go on meanwhile.
         most, done = max(1, table.settings.staging_segments // 2), 0
         while done < len(units):
