@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
@@ -47,15 +48,19 @@ def measured(step: Callable[[], object]) -> Step:
     events = [one for one in found.profiler.kineto_results.events() if one.name() == "[memory]"]
     tensors = sum(max(0, one.nbytes()) for one in events)
     peaks = []
+    # What a collection frees, and what it calls, is not the step's.
+    gc.collect()
+    gc.disable()
     tracemalloc.start()
     try:
-        for _ in range(3):
+        for _ in range(4):
             before, _ = tracemalloc.get_traced_memory()
             tracemalloc.reset_peak()
             step()
             peaks.append(tracemalloc.get_traced_memory()[1] - before)
     finally:
         tracemalloc.stop()
+        gc.enable()
     return Step(tensors, min(peaks))
 
 
