@@ -12,8 +12,11 @@ from cpu_kernels.jit import carray, entry, inner, task_address
 from cpu_kernels.launch import launch
 from cpu_kernels.simd import float32_pointer, int64_pointer
 
-# Rows are [B, rows of a sequence], parts [B, count, rows of a sequence].
-OUTS, LSES, SINKS, RESULT, COUNT, SEQUENCE_ROWS, ROWS, ROWS_OF_HEAD, COLUMNS, ROWS_PER_CHUNK, JOB_FIELDS = range(11)
+# Rows are [B, rows of a sequence]; how far parts of one and of the next sequence are apart, in rows, is told.
+(
+    OUTS, LSES, SINKS, RESULT, COUNT, SEQUENCE_ROWS, ROWS, ROWS_OF_HEAD, COLUMNS, ROWS_PER_CHUNK, SEQUENCE_STEP,
+    PART_STEP, JOB_FIELDS,
+) = range(13)  # fmt: skip
 
 _ONE_THREAD_ELEMENTS = 1 << 16
 _MINUS_INFINITY = np.float32(-np.inf)
@@ -23,8 +26,8 @@ _ZERO = np.float32(0)
 @inner
 def _merge_row(job, row):
     sequence, place = row // job[SEQUENCE_ROWS], row % job[SEQUENCE_ROWS]
-    count, columns, step = job[COUNT], job[COLUMNS], job[SEQUENCE_ROWS]
-    first = sequence * count * step + place
+    count, columns, step = job[COUNT], job[COLUMNS], job[PART_STEP]
+    first = sequence * job[SEQUENCE_STEP] + place
     lses = carray(float32_pointer(job[LSES]), (first + (count - 1) * step + 1,))
     largest, sink = _MINUS_INFINITY, _MINUS_INFINITY
     if job[SINKS]:
@@ -69,7 +72,7 @@ def merge_task() -> int:
     return task_address(task)
 
 
-@entry("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+@entry("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def run_merge(
     launcher: int,
     state: int,
@@ -83,8 +86,10 @@ def run_merge(
     heads: int,
     positions: int,
     columns: int,
+    sequence_step: int,
+    part_step: int,
 ) -> None:
-    """See `merge_parts`; addresses, and 0 for no sinks."""
+    """See `merge_parts`; addresses, and 0 for no sinks. Steps are in rows."""
     rows = batch * heads * positions
     per_chunk = max(1, min(rows, _ONE_THREAD_ELEMENTS // max(1, count * columns)))
     job = np.empty(JOB_FIELDS, np.int64)
@@ -98,4 +103,6 @@ def run_merge(
     job[ROWS_OF_HEAD] = positions
     job[COLUMNS] = columns
     job[ROWS_PER_CHUNK] = per_chunk
+    job[SEQUENCE_STEP] = sequence_step
+    job[PART_STEP] = part_step
     launch(launcher, state, task, job, (rows + per_chunk - 1) // per_chunk)

@@ -22,6 +22,7 @@ Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
 _NO_WINDOW = 1 << 60
+_CACHE_LINE_NBYTES = 64
 
 
 @cache
@@ -86,6 +87,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     valid: Bool | None = None,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
     pool: Pool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax(scale q K^T) V over lists of blocks; query heads g G to g G + G - 1 share key-value head g.
@@ -105,6 +107,7 @@ def paged_attention(
         window: how many tokens a query sees, itself included; None: all.
         softcap: c of c tanh(score / c); None: none.
         valid: bool [B, S], False for positions that no query sees (left padding); S above every position.
+        into: contiguous out and lse to write to; None for new ones.
         pool: the threads.
 
     Returns:
@@ -120,11 +123,8 @@ def paged_attention(
     if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
         raise ValueError(f"window={window}, softcap={softcap}: expected positive numbers or None")
     group = heads // layout.kv_heads
-    rows = _query_rows(query, layout, group)
-    out = torch.empty(batch, heads, positions, layout.output_width, dtype=torch.float32)
-    lse = torch.empty(batch, heads, positions, dtype=torch.float32)
+    out, lse = _results(into, (batch, heads, positions), layout)
     job = attention_job(layout, group, scale, softcap)
-    job[kernel.QUERIES] = rows.data_ptr()
     job[kernel.ADDRESSES], job[kernel.LENGTHS] = addresses.ctypes.data, lengths.ctypes.data
     job[kernel.FIRST_POSITIONS] = first_positions.ctypes.data
     job[kernel.QUERY_POSITIONS], job[kernel.POSITIONS] = query_positions.ctypes.data, positions
@@ -137,8 +137,27 @@ def paged_attention(
     lists = job, offsets, lengths, first_positions, query_positions
     counts = chunk_counter()(*lists)
     tasks = kernel.attention_task(), kernel.combine_task()
-    chunk_runner()(*pool.launcher, *tasks, counts, workspace(int(counts[3])), *lists)
+    scratch_nbytes = round_up(int(counts[3]), _CACHE_LINE_NBYTES)
+    columns = round_up(layout.key_width, 16)
+    memory = workspace(scratch_nbytes + 4 * columns * (batch * heads * positions + 1))
+    rows = torch.from_numpy(memory)[scratch_nbytes // 8 :].view(torch.float32)
+    _fill_query_rows(query, layout, group, rows)
+    job[kernel.QUERIES] = rows.data_ptr()
+    chunk_runner()(*pool.launcher, *tasks, counts, memory, *lists)
     return out, lse
+
+
+def _results(
+    into: tuple[torch.Tensor, torch.Tensor] | None, shape: tuple[int, int, int], layout: KvLayout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    whole = *shape, layout.output_width
+    if into is None:
+        return torch.empty(whole, dtype=torch.float32), torch.empty(shape, dtype=torch.float32)
+    for name, tensor, expected in (("out", into[0], whole), ("lse", into[1], shape)):
+        fits = tensor.shape == expected and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+        if not fits:
+            raise ValueError(f"{name}: expected contiguous fp32 {list(expected)} on the CPU, found {describe(tensor)}")
+    return into
 
 
 def attention_job(layout: KvLayout, group: int, scale: float, softcap: float | None = None) -> Int64:
@@ -213,15 +232,13 @@ def check_lists(
         )
 
 
-def _query_rows(query: torch.Tensor, layout: KvLayout, group: int) -> torch.Tensor:
-    """Queries as fp32 [B, Hk, T, G, width in whole panels], and room after the last for a row that is only read."""
+def _fill_query_rows(query: torch.Tensor, layout: KvLayout, group: int, rows: torch.Tensor) -> None:
+    """Write queries as fp32 [B, Hk, T, G, width in whole panels], and after the last a row that is only read."""
     batch, heads, positions, width = query.shape
     columns = round_up(width, 16)
-    split = query.view(batch, layout.kv_heads, group, positions, width).transpose(2, 3)
-    storage = torch.empty((batch * heads * positions + 1) * columns, dtype=torch.float32)
-    rows = storage[: batch * heads * positions * columns].view(batch, layout.kv_heads, positions, group, columns)
-    rows[..., :width] = split
+    used = batch * heads * positions * columns
+    own = rows[:used].view(batch, layout.kv_heads, positions, group, columns)
+    own[..., :width].copy_(query.view(batch, layout.kv_heads, group, positions, width).transpose(2, 3))
     if columns > width:
-        rows[..., width:] = 0
-    storage[-columns:] = 0
-    return rows
+        own[..., width:].zero_()
+    rows[used : used + columns].zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -234,6 +235,22 @@ def test_the_tape_has_the_bits_of_the_layers(
         assert len(played) == (CONTEXT - 180 + 1 if "decoder" in fused else 0)
         found.append(torch.stack(logits))
     assert torch.equal(*found)
+
+
+def test_the_blocks_of_a_cache_that_is_gone_are_free(load: Load) -> None:
+    """A tape that attended to it last does not hold on to it."""
+    model, cache = load("qwen3_moe", torch.bfloat16, batch=1, kv_ram="64MiB", kv="int8"), DynamicCache()
+    ids = prompt(batch=1, tokens=40)
+    with torch.no_grad():
+        for first, end in (0, 38), (38, 39), (39, 40):
+            model(ids[:, first:end], past_key_values=cache)
+    pool = model.offload.paging.pool
+    assert pool.tiers_nbytes()[1] > 0
+    del cache
+    gc.collect()
+    with pool.lock:
+        pool.release_abandoned()
+    assert pool.tiers_nbytes() == (0, 0, 0)
 
 
 def test_a_disk_that_fails_ends_in_a_typed_error_and_the_next_call_works(

@@ -7,11 +7,16 @@ from offload.devices.base import AttentionBatch, AttentionPart, AttentionWork
 from offload.devices.host_threads import kernel_pool
 
 
-def attend(batch: AttentionBatch) -> AttentionPart:
-    """On the calling thread and the kernels' workers; the query is on the CPU."""
+def attend(batch: AttentionBatch, into: AttentionPart | None = None) -> AttentionPart:
+    """On the calling thread and the kernels' workers; the query is on the CPU.
+
+    Args:
+        batch: what to attend to.
+        into: contiguous memory to write to; None for new memory.
+    """
     return paged_attention(
         batch.query, batch.offsets, batch.addresses, batch.lengths, batch.first_positions, batch.query_positions,
-        batch.layout, batch.scale, valid=batch.valid, pool=kernel_pool(),
+        batch.layout, batch.scale, valid=batch.valid, into=into, pool=kernel_pool(),
     )  # fmt: skip
 
 

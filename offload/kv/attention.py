@@ -20,9 +20,9 @@ from cpu_kernels.merge_parts import merge_parts
 from offload.devices.base import AttentionBatch, AttentionWork
 from offload.devices.host_attention import attend
 from offload.devices.host_threads import kernel_pool
-from offload.kv.one_token import attend_one
+from offload.kv.few_tokens import attend_prepared
 from offload.kv.pieces import attend_in_pieces
-from offload.kv.stream import Segment, Stream, Unit, segments, tiers_of, units_of
+from offload.kv.stream import ColdUnits, Segment, Stream, Unit, segments, tiers_of, units_of
 from offload.kv.table import BlockTable
 
 Bool = npt.NDArray[np.bool_]
@@ -54,9 +54,9 @@ def attend_in_place(
     Raises:
         StorageError, StoreCorruptError: a block cannot be read.
     """
-    if query.shape[0] == query.shape[2] == 1 and valid is None and query.is_contiguous():
+    if valid is None:
         with table.pool.use():
-            out = attend_one(table, query, scale, sinks)
+            out = attend_prepared(table, query.contiguous(), scale, sinks)
         if out is not None:
             return out
     return merge_parts(*parts_in_place(table, query, scale, valid=valid), sinks, kernel_pool())
@@ -99,7 +99,7 @@ def parts_in_place(
         tiers = tiers_of(table, cut)
         # Segment after segment, so that sequences that share one come next to each other.
         units = sorted(units_of(table, cut, tiers.apart))
-        stream = Stream(table, units)
+        stream = Stream(table, ColdUnits(table.pool, units))
         # Sequence after sequence, segment after segment: what is where changes nothing in how it is added up.
         shape = batch, len(cut), heads, new
         out = torch.empty(*shape, table.layouts.plain.output_width)
@@ -295,7 +295,7 @@ def attend_by_segments(
     with table.pool.use():
         cut = segments(table, -(-past // table.settings.block_tokens))
         tiers = tiers_of(table, cut)
-        stream = Stream(table, units_of(table, cut, tiers.apart))
+        stream = Stream(table, ColdUnits(table.pool, units_of(table, cut, tiers.apart)))
         for row in range(batch):
             own = None if valid is None else torch.from_numpy(valid[row]).to(query.device)
             q = query[row : row + 1].float()

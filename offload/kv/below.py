@@ -53,6 +53,7 @@ class Below:
         self._free = free
         self._writer = WriteBack(file, WRITER_THREADS)
         self._sealed: list[tuple[int, int, int, int]] = []
+        self._has_evicted = False
 
     def seal(self, block: int, first_token: int) -> None:
         """Let a block leave when memory is needed; lower first tokens leave first."""
@@ -77,15 +78,17 @@ class Below:
 
     def take_if_any(self, nbytes: int) -> int | None:
         """As `take`; None where no block may leave."""
-        while (address := self.slots.take(nbytes)) is None:
+        # Before the first block leaves, all memory that is free is used.
+        while (address := self.slots.take(nbytes, spare=self._has_evicted)) is None:
             if not self.leaving and not self._start_write():
-                return None
+                return self.slots.take(nbytes)
             self._evict_one()
         return address
 
     def _evict_one(self) -> None:
         records = self._records
         block = self.leaving.popleft()
+        self._has_evicted = True
         job = self.jobs[block]
         self._wait(job)
         if job.error is not None and records.refs[block] > 0:

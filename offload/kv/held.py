@@ -17,10 +17,12 @@ class Held:
     Attributes:
         blocks: int64 [sequences, room].
         columns: of it that are used.
+        version: another one whenever other blocks are referred to.
     """
 
     blocks: Int64
     columns: int
+    version: int = 0
 
     def reserve(self, columns: int) -> None:
         """Make room, twice what there was, so that growing copies each number a few times at most."""
@@ -34,18 +36,27 @@ class Held:
         """One block more for each sequence; there must be room."""
         self.blocks[:, self.columns] = column
         self.columns += 1
+        self.version += 1
+
+    def put(self, rows: Int64, column: int, blocks: Int64) -> None:
+        """Other blocks in a column of some rows."""
+        self.blocks[rows, column] = blocks
+        self.version += 1
 
     def cut(self, columns: int) -> Int64:
         """Keep the first so many columns; the blocks of the others, row after row."""
         left = np.ascontiguousarray(self.blocks[:, columns : self.columns]).reshape(-1)
         self.columns = min(self.columns, columns)
+        self.version += 1
         return left
 
     def set(self, blocks: Int64) -> None:
         """Other blocks, [sequences, columns]."""
         self.blocks, self.columns = blocks.copy(), blocks.shape[1]
+        self.version += 1
 
     def swap(self, other: Held) -> None:
         """Exchange what is referred to."""
         self.blocks, other.blocks = other.blocks, self.blocks
         self.columns, other.columns = other.columns, self.columns
+        self.version, other.version = self.version + 1, other.version + 1

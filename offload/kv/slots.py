@@ -9,6 +9,7 @@ from offload.devices.base import Device, Slab
 
 _SLAB_NBYTES = 64 << 20
 PAGE_NBYTES = 4096
+_SPARED_NBYTES = 2 << 20
 
 
 class RamSlots:
@@ -33,18 +34,21 @@ class RamSlots:
         self._cold: dict[int, list[int]] = {}
         self._warm_nbytes = 0
 
-    def take(self, nbytes: int) -> int | None:
+    def take(self, nbytes: int, *, spare: bool = False) -> int | None:
         """The address of a slot, page-aligned; None where the budget is used up.
 
         Args:
             nbytes: a multiple of the page size.
+            spare: take no memory of the last few free slots of other sizes. A slot that gives its memory back leaves
+                a hole in a huge page, which is then one of small pages; where two sizes come and go in turn, there
+                would be none left.
         """
         warm = self._warm.get(nbytes)
         if warm:
             self._warm_nbytes -= nbytes
         else:
             over = self.used_nbytes + self._warm_nbytes + nbytes - self.budget_nbytes
-            if over > 0 and not self._discard(over):
+            if over > 0 and not self._discard(over, spare=spare):
                 return None
             warm = self._cold.get(nbytes) or self._reserve(nbytes)
         self.used_nbytes += nbytes
@@ -71,10 +75,11 @@ class RamSlots:
         self._cold.clear()
         self._warm_nbytes = self.used_nbytes = 0
 
-    def _discard(self, nbytes: int) -> bool:
+    def _discard(self, nbytes: int, *, spare: bool = False) -> bool:
         """Give memory of slots that nobody uses back to the system; whether it was as much as asked."""
+        spared = min(_SPARED_NBYTES, self.budget_nbytes // 16) if spare else 0
         for size, addresses in self._warm.items():
-            while addresses and nbytes > 0:
+            while len(addresses) > spared // size and nbytes > 0:
                 address = addresses.pop()
                 start = self._starts[bisect_right(self._starts, address) - 1]
                 self._by_start[start].discard(address - start, size)

@@ -98,21 +98,36 @@ def units_of(table: BlockTable, cut: list[Segment], which: Bool) -> list[Unit]:
     ]
 
 
+class ColdUnits:
+    """Units that have to be brought together in host memory, in the order in which they will be asked for.
+
+    Attributes:
+        units: see above.
+        keys: what names each while it is staged.
+        names: all keys.
+    """
+
+    def __init__(self, pool: BlockPool, units: list[Unit]) -> None:
+        """As long as no block comes, goes or moves. The caller holds the pool's lock."""
+        self.units = units
+        self.keys = [pool.key(unit.blocks) for unit in units]
+        self.names = frozenset(self.keys)
+
+
 class Stream:
     """Brings units together in host memory in the order in which they will be asked for, from disk and from above.
 
     The caller holds the pool's lock.
     """
 
-    def __init__(self, table: BlockTable, cold: list[Unit]) -> None:
+    def __init__(self, table: BlockTable, cold: ColdUnits) -> None:
         """Begin with the first ones; what was read ahead for anything else is forgotten."""
         self._pool = table.pool
         self._follower = table.follower
-        self._units = cold
-        self._keys = [self._pool.key(unit.blocks) for unit in cold]
+        self._units, self._keys = cold.units, cold.keys
         self._next = 0
         self._done = 0
-        self._pool.staging.drop_all(but=set(self._keys))
+        self._pool.staging.drop_all(but=cold.names)
         self._fill()
 
     @contextmanager
@@ -175,7 +190,17 @@ def read_ahead(table: BlockTable | None, pool: BlockPool) -> None:
     """Begin to read a table's first units from disk, as far as there is room. The caller holds the pool's lock."""
     if table is None or table.pool is not pool:
         return
+    for unit, key in _asked_for(table):
+        if not pool.start(key, unit.blocks):
+            return
+
+
+def _asked_for(table: BlockTable) -> Iterator[tuple[Unit, bytes]]:
+    """What a table will ask for, with names."""
+    known = table.few_tokens
+    if known is not None and known.is_below and known.is_current(table):
+        yield from zip(known.cold.units, known.cold.keys, strict=True)
+        return
     cut = segments(table, table.columns)
     for unit in units_of(table, cut, tiers_of(table, cut).apart):
-        if not pool.start(pool.key(unit.blocks), unit.blocks):
-            return
+        yield unit, table.pool.key(unit.blocks)

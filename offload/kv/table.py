@@ -22,7 +22,7 @@ from offload.kv.sparsity.base import TableSparsity
 from placement.kv_settings import KvSettings
 
 if TYPE_CHECKING:
-    from offload.kv.one_token import OneToken
+    from offload.kv.few_tokens import FewTokens
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ class BlockTable:
         follower: the table that is attended after this one; its blocks are read ahead.
         sparsity: attends to a part of the table; None where all of it is attended to.
         evicted: what it has lost; None where nothing.
-        one_token: what attention of the next token may find as it was; None where nothing is kept.
+        few_tokens: what attention of the next few tokens may find as it was; None where nothing is kept.
     """
 
     def __init__(self, pool: BlockPool, layouts: Layouts, settings: KvSettings, sequences: int) -> None:
@@ -72,7 +72,7 @@ class BlockTable:
         self.follower: weakref.ref[BlockTable] | None = None
         self.sparsity: TableSparsity | None = None
         self.evicted: Evicted | None = None
-        self.one_token: OneToken | None = None
+        self.few_tokens: FewTokens | None = None
         self._writer: TokenWriter | None = None
         self._number = next(_numbers)
         self._held = Held(np.zeros((sequences, 0), np.int64), 0)
@@ -92,6 +92,11 @@ class BlockTable:
     def held_valid(self, valid: Bool | None) -> Bool | None:
         """Of a mask over all tokens [sequences, length], what belongs to those that the table holds."""
         return valid if valid is None or self.evicted is None else self.evicted.held(valid)
+
+    @property
+    def version(self) -> tuple[int, int, int, int]:
+        """Another one whenever a block of any table comes, goes or moves, or this one refers to others."""
+        return self.pool.records.version, self._held.version, self.sealed, self.columns
 
     @property
     def columns(self) -> int:
@@ -212,7 +217,7 @@ class BlockTable:
         old = self._held.blocks[rows, column].copy()
         self.pool.share(blocks)
         self.pool.release(owned)
-        self._held.blocks[rows, column] = blocks
+        self._held.put(rows, column, blocks)
         self.pool.release(old)
 
     def _own_tail(self) -> None:

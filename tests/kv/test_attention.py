@@ -13,9 +13,9 @@ import torch
 from cpu_kernels.merge_parts import merge_parts
 from formats.kv import KvLayout
 from offload.devices import host_attention
-from offload.devices.base import AttentionBatch, AttentionWork
+from offload.devices.base import AttentionBatch, AttentionPart, AttentionWork
 from offload.devices.host_threads import kernel_pool
-from offload.kv import attention
+from offload.kv import few_tokens
 from offload.kv.attention import attend_by_segments, attend_in_place, parts_in_place
 from offload.kv.staging import Staging
 from offload.kv.table import BlockTable, Layouts
@@ -127,11 +127,11 @@ def test_what_has_arrived_is_attended_together(
     settings = replace(SETTINGS, staging_segments=6)
     calls: list[int] = []
 
-    def attend(batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(batch: AttentionBatch, into: AttentionPart | None = None) -> AttentionPart:
         calls.append(len(batch.lengths))
-        return host_attention.attend(batch)
+        return host_attention.attend(batch, into)
 
-    monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(few_tokens, "attend", attend)
     outs, counts = [], []
     for together in (False, True):
         monkeypatch.setattr(Staging, "has_arrived", lambda self, key, all=together: all and self.is_started(key))
@@ -221,7 +221,7 @@ def test_token_after_token_has_the_bits_of_all_parts(tmp_path: Path, packed: str
     kept = 0
     for step in range(90):
         twin = twins[step % 2]
-        before = twin.table.one_token
+        before = twin.table.few_tokens
         if step == 40:
             twin.table.crop(7)
         elif step == 50:
@@ -231,6 +231,6 @@ def test_token_after_token_has_the_bits_of_all_parts(tmp_path: Path, packed: str
         found = attend_in_place(twin.table, query, SCALE, sinks=sinks)
         expected = merge_parts(*parts_in_place(twin.table, query, SCALE), sinks, kernel_pool())
         assert torch.equal(found, expected), step
-        kept += twin.table.one_token is before and before is not None and before.all_below
+        kept += twin.table.few_tokens is before and before is not None
     assert kept > 20 and pool.below.blocks_written > 0
     pool.close()

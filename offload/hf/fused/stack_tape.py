@@ -256,6 +256,10 @@ class StackTape:
         """Let attention of the next token, and writing its keys and values, not be the tape's but of a function."""
         self._attend, self.rooms = attend, ()
 
+    def let_go(self) -> None:
+        """Hold on to nothing of whom `attend_by` named: a cache's blocks are free when the cache goes."""
+        self._attend = None
+
     def take_rooms(self, rooms: Sequence[Room]) -> None:
         """Where each layer's keys and values go from now on, for the tape to write and attend."""
         self._attend = None

@@ -125,9 +125,15 @@ class _Paged(TapeCache):
     def __init__(self, layers: list[PagedLayer], tables: list[BlockTable], batch: int) -> None:
         self.batch, self.past = batch, tables[0].length
         self._paging, self._tables = layers[0].paging, tables
+        self._tape: StackTape | None = None
 
     def give_to(self, tape: StackTape) -> None:
+        self._tape = tape
         tape.attend_by(self._attend)
+
+    def took_one(self) -> None:
+        assert self._tape is not None
+        self._tape.let_go()
 
     def _attend(
         self, index: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float

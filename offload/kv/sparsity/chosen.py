@@ -10,7 +10,7 @@ import torch
 
 from cpu_kernels.block_selection import attend_to_lists
 from offload.devices.host_threads import kernel_pool
-from offload.kv.stream import Stream, Unit
+from offload.kv.stream import ColdUnits, Stream, Unit
 
 if TYPE_CHECKING:
     from offload.kv.attention import Part
@@ -52,7 +52,8 @@ def attend_to_chosen(table: BlockTable, query: torch.Tensor, chosen: Int64, scal
     choices = [choice for row in range(len(chosen)) for choice in _cut(table, row, chosen[row])]
     addresses = table.pool.addresses
     cold = [bool((addresses[choice.unit.blocks] == 0).any()) for choice in choices]
-    stream = Stream(table, [choice.unit for choice, is_cold in zip(choices, cold, strict=True) if is_cold])
+    units = [choice.unit for choice, is_cold in zip(choices, cold, strict=True) if is_cold]
+    stream = Stream(table, ColdUnits(table.pool, units))
     batch, heads, new, _ = query.shape
     shape = batch, 1 + max(choice.unit.segment for choice in choices), heads, new
     out, lse = torch.zeros(*shape, table.layouts.plain.output_width), torch.full(shape, -torch.inf)
