@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from cpu_kernels.chunk_runs import count_runs
 from cpu_kernels.jit import entry, inner
 from cpu_kernels.row_blocks import GROUP_ROWS
 
 # Fields of a job. "Rows" are tables of int64 with the address of one row for every pair.
 (
     EXPERTS,  # address of a table [n, 3] of int64: address of the bundle, first pair, end of pairs
+    CHUNKS,  # of all experts
+    RUN_THREADS,  # threads that share `chunk_runs`; 0: chunks are taken one at a time
     CHUNKS_PER_EXPERT,
     ROWS_PER_CHUNK,
     ROWS,  # rows of one matrix: I of gate and up, H of down
@@ -21,7 +24,7 @@ from cpu_kernels.row_blocks import GROUP_ROWS
     HIDDEN_ROWS,  # where the activation goes; 0: leave the sums as they are
     ACTIVATION,
     JOB_FIELDS,
-) = range(13)
+) = range(15)
 
 # Fields of a shape: what the jobs need of a BundleLayout.
 (
@@ -48,6 +51,7 @@ FINE, BAD_OFFSETS, BAD_TOKEN, BAD_ROW = range(4)
 # A chunk should be long against the claim of it (0.1 us) and short against a phase.
 _CHUNK_BYTES = 512 << 10
 _CHUNKS_PER_THREAD = 8
+_FEW_TOKENS = 8
 _SMALLEST_CHUNK_ROWS = 2 * GROUP_ROWS
 
 
@@ -77,6 +81,15 @@ def fill_experts(table, bundles, offsets, pairs):
 
 
 @inner
+def are_even(offsets):
+    """Whether all experts cost about the same: they have few tokens, so that reading weights is most of the work."""
+    most = 0
+    for expert in range(len(offsets) - 1):
+        most = max(most, offsets[expert + 1] - offsets[expert])
+    return most <= _FEW_TOKENS
+
+
+@inner
 def fill_rows(table, base, row_bytes, index, rows):
     """table[p] = address of row index[p]; returns whether all are rows that exist."""
     for p in range(len(index)):
@@ -94,7 +107,7 @@ def fill_consecutive(table, base, row_bytes):
 
 
 @inner
-def _fill_job(workspace, job, phase, task, active, rows, columns, matrices, element_bytes, threads):
+def _fill_job(workspace, job, phase, task, active, rows, columns, matrices, element_bytes, threads, even):
     total_bytes = active * rows * columns * matrices * element_bytes
     chunk_bytes = min(_CHUNK_BYTES, total_bytes // (threads * _CHUNKS_PER_THREAD))
     per_chunk = chunk_bytes // (columns * matrices * element_bytes)
@@ -107,14 +120,17 @@ def _fill_job(workspace, job, phase, task, active, rows, columns, matrices, elem
     workspace[job + COLUMNS] = columns
     workspace[PHASES + 3 * phase] = task
     workspace[PHASES + 3 * phase + 1] = base + 8 * job
-    workspace[PHASES + 3 * phase + 2] = active * workspace[job + CHUNKS_PER_EXPERT]
+    chunks = active * workspace[job + CHUNKS_PER_EXPERT]
+    workspace[job + CHUNKS] = chunks
+    workspace[job + RUN_THREADS] = threads if even else 0
+    workspace[PHASES + 3 * phase + 2] = count_runs(chunks, threads) if even else chunks
 
 
 @inner
-def _fill_up_job(workspace, shape, task, active, inputs, outputs, hidden, activation, threads):
+def _fill_up_job(workspace, shape, task, active, inputs, outputs, hidden, activation, threads, even):
     matrices = 1 + shape[GATED]
     rows, columns = shape[INTERMEDIATE], shape[HIDDEN]
-    _fill_job(workspace, UP_JOB, 0, task, active, rows, columns, matrices, shape[ELEMENT_BYTES], threads)
+    _fill_job(workspace, UP_JOB, 0, task, active, rows, columns, matrices, shape[ELEMENT_BYTES], threads, even)
     workspace[UP_JOB + WEIGHTS_OFFSET] = shape[UP_OFFSET]
     workspace[UP_JOB + BIAS_OFFSET] = shape[UP_BIAS_OFFSET]
     workspace[UP_JOB + HAS_GATE] = shape[GATED]
@@ -125,9 +141,9 @@ def _fill_up_job(workspace, shape, task, active, inputs, outputs, hidden, activa
 
 
 @inner
-def _fill_down_job(workspace, shape, phase, task, active, inputs, outputs, threads):
+def _fill_down_job(workspace, shape, phase, task, active, inputs, outputs, threads, even):
     rows, columns = shape[HIDDEN], shape[INTERMEDIATE]
-    _fill_job(workspace, DOWN_JOB, phase, task, active, rows, columns, 1, shape[ELEMENT_BYTES], threads)
+    _fill_job(workspace, DOWN_JOB, phase, task, active, rows, columns, 1, shape[ELEMENT_BYTES], threads, even)
     workspace[DOWN_JOB + WEIGHTS_OFFSET] = shape[DOWN_OFFSET]
     workspace[DOWN_JOB + BIAS_OFFSET] = shape[DOWN_BIAS_OFFSET]
     workspace[DOWN_JOB + HAS_GATE] = 0
@@ -169,6 +185,7 @@ def prepare(
     active = fill_experts(workspace[TABLES : TABLES + 3 * len(bundles)], bundles, offsets, pairs)
     if active < 0:
         return BAD_OFFSETS
+    even = are_even(offsets)
     tables = TABLES + 3 * len(bundles)
     base = workspace.ctypes.data
     if not fill_rows(workspace[tables : tables + pairs], x_address, x_row_bytes, tokens, x_rows):
@@ -186,10 +203,10 @@ def prepare(
         hidden_row_bytes = shape[INTERMEDIATE] * shape[ELEMENT_BYTES]
         fill_consecutive(workspace[tables + 3 * pairs : tables + 4 * pairs], hidden, hidden_row_bytes)
         between = inputs + 24 * pairs
-        _fill_up_job(workspace, shape, task, active, inputs, inputs + 16 * pairs, between, activation, threads)
-        _fill_down_job(workspace, shape, 1, task, active, between, outputs, threads)
+        _fill_up_job(workspace, shape, task, active, inputs, inputs + 16 * pairs, between, activation, threads, even)
+        _fill_down_job(workspace, shape, 1, task, active, between, outputs, threads, even)
     elif up:
-        _fill_up_job(workspace, shape, task, active, inputs, outputs, 0, 0, threads)
+        _fill_up_job(workspace, shape, task, active, inputs, outputs, 0, 0, threads, even)
     else:
-        _fill_down_job(workspace, shape, 0, task, active, inputs, outputs, threads)
+        _fill_down_job(workspace, shape, 0, task, active, inputs, outputs, threads, even)
     return FINE

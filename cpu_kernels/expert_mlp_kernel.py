@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """Kernels of `expert_mlp`: row blocks of the up and of the down projection, as tasks of a `ThreadPool`.
 
-A task takes the address of its job, a table of int64, and the number of a chunk. A chunk is a block of rows of one
-expert.
+A task takes the address of its job, a table of int64, and the number of a run of chunks (`chunk_runs`), which is one
+chunk where chunks do not cost about the same. A chunk is a block of rows of one expert.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 from functools import cache
 
 from cpu_kernels.activation_kernel import gated_row, plain_row
+from cpu_kernels.chunk_runs import chunks_of_run
 from cpu_kernels.expert_mlp_jobs import (
     ACTIVATION,
     BIAS_OFFSET,
+    CHUNKS,
     CHUNKS_PER_EXPERT,
     COLUMNS,
     EXPERTS,
@@ -23,6 +25,7 @@ from cpu_kernels.expert_mlp_jobs import (
     OUTPUT_ROWS,
     ROWS,
     ROWS_PER_CHUNK,
+    RUN_THREADS,
     WEIGHTS_OFFSET,
 )
 from cpu_kernels.jit import carray, inner, task_address
@@ -48,9 +51,8 @@ def _add_bias(elements, bias_address, output_address, count):
 
 
 @inner
-def run_chunk(elements, job_address, chunk):
+def _run_chunk(elements, job, chunk):
     """One block of rows of one expert: its dot products, biases and, for an up projection, its activation."""
-    job = carray(int64_pointer(job_address), (JOB_FIELDS,))
     expert = chunk // job[CHUNKS_PER_EXPERT]
     first = (chunk - expert * job[CHUNKS_PER_EXPERT]) * job[ROWS_PER_CHUNK]
     count = min(job[ROWS_PER_CHUNK], job[ROWS] - first)
@@ -88,11 +90,19 @@ def run_chunk(elements, job_address, chunk):
                 plain_row(elements, job[ACTIVATION], sums, target, count)
 
 
+@inner
+def _run(elements, job_address, run):
+    job = carray(int64_pointer(job_address), (JOB_FIELDS,))
+    first, end = chunks_of_run(run, job[CHUNKS], job[RUN_THREADS])
+    for chunk in range(first, end):
+        _run_chunk(elements, job, chunk)
+
+
 @cache
 def rows_task(elements: Elements) -> int:
-    """Address of the compiled task void(int64 job, int64 chunk) for these elements; compiled or loaded on first use."""
+    """Address of the compiled task void(int64 job, int64 run) for these elements; compiled or loaded on first use."""
 
-    def task(job: int, chunk: int) -> None:
-        run_chunk(elements, job, chunk)
+    def task(job: int, run: int) -> None:
+        _run(elements, job, run)
 
     return task_address(task)

@@ -6,11 +6,13 @@ from __future__ import annotations
 from cpu_kernels import activation_quantisation_kernel as quantisation
 from cpu_kernels import packed_kernel as kernel
 from cpu_kernels.activation_quantisation_kernel import block_nbytes
+from cpu_kernels.chunk_runs import count_runs
 from cpu_kernels.expert_mlp_jobs import (
     BAD_OFFSETS,
     BAD_ROW,
     BAD_TOKEN,
     FINE,
+    are_even,
     fill_consecutive,
     fill_experts,
     fill_rows,
@@ -49,10 +51,11 @@ def fill_quantisation(job, kind, element, x, x_row_bytes, rows, tokens, columns,
 
 
 @inner
-def split_tiles(job, active, tile_nbytes, granularity, threads):
-    """Enter how row tiles are split, in multiples of `granularity`; returns the number of chunks.
+def split_tiles(job, active, tile_nbytes, granularity, threads, even):
+    """Enter how row tiles are split, in multiples of `granularity`; returns how many pieces threads take.
 
-    tile_nbytes: bytes of codes of one row tile, of both matrices where there are two.
+    tile_nbytes: bytes of codes of one row tile, of both matrices where there are two. even: whether all tiles cost
+    about the same.
     """
     tiles = (job[kernel.ROWS] + TILE_ROWS - 1) // TILE_ROWS
     total = active * tiles * tile_nbytes
@@ -60,7 +63,10 @@ def split_tiles(job, active, tile_nbytes, granularity, threads):
     per_chunk = max(1, nbytes // tile_nbytes // granularity) * granularity
     job[kernel.TILES_PER_CHUNK] = per_chunk
     job[kernel.CHUNKS_PER_EXPERT] = (tiles + per_chunk - 1) // per_chunk
-    return active * job[kernel.CHUNKS_PER_EXPERT]
+    chunks = active * job[kernel.CHUNKS_PER_EXPERT]
+    job[kernel.CHUNKS] = chunks
+    job[kernel.RUN_THREADS] = threads if even else 0
+    return count_runs(chunks, threads) if even else chunks
 
 
 _I64S = ", ".join(["int64"] * 14)
@@ -123,7 +129,7 @@ def run_linear(
     job[kernel.OUTPUT] = output
     chunks = fill_quantisation(quantise, kind, element, x, x_row_bytes, 0, tokens, columns, activations)
     launch(launcher, state, tasks[0], quantise, chunks)
-    launch(launcher, state, tasks[1], job, split_tiles(job, 1, blocks * tile_bytes_of_block, 1, threads))
+    launch(launcher, state, tasks[1], job, split_tiles(job, 1, blocks * tile_bytes_of_block, 1, threads, True))
 
 
 def linear_words(tokens: int, rows: int, activations_nbytes: int, own_sums: bool) -> int:
@@ -221,6 +227,7 @@ def prepare_experts(
     active = fill_experts(workspace[_TABLES : _TABLES + 3 * experts], bundles, offsets, pairs)
     if active < 0:
         return BAD_OFFSETS
+    even = are_even(offsets)
     matrices = shape[MATRICES]
     x_columns = shape[HIDDEN] if up else shape[INTERMEDIATE]
     row_nbytes = blocks_of(x_columns) * block_nbytes(shape[KIND])
@@ -263,7 +270,7 @@ def prepare_experts(
             fill_consecutive(workspace[table + 2 * pairs : table + 3 * pairs], hidden, hidden_nbytes)
             fill_consecutive(workspace[table + 3 * pairs : table + 4 * pairs], sums, sums_nbytes)
         tile_nbytes = matrices * blocks_of(shape[HIDDEN]) * shape[CODES_NBYTES]
-        chunks = split_tiles(job, active, tile_nbytes, kernel.TILES_PER_BLOCK, threads)
+        chunks = split_tiles(job, active, tile_nbytes, kernel.TILES_PER_BLOCK, threads, even)
         _fill_phase(workspace, phase, tasks[1], _UP_JOB, chunks)
         phase += 1
     if down:
@@ -278,6 +285,6 @@ def prepare_experts(
             shape[DOWN_BIAS],
         )
         tile_nbytes = blocks_of(shape[INTERMEDIATE]) * shape[CODES_NBYTES]
-        chunks = split_tiles(job, active, tile_nbytes, 1, threads)
+        chunks = split_tiles(job, active, tile_nbytes, 1, threads, even)
         _fill_phase(workspace, phase, tasks[1], _DOWN_JOB, chunks)
     return FINE

@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs
 """Kernel of packed matrices: row tiles of one or two matrices times the quantised activations of some pairs.
 
-A chunk is a range of row tiles of one expert; a linear layer is one expert. Weights are fetched from memory once: all
+A chunk is a range of row tiles of one expert; a linear layer is one expert. Where chunks cost about the same, threads
+take `chunk_runs`. Weights are fetched from memory once: all
 tokens pass a tile of 16 rows while its codes lie in the caches, and no more tokens than whose activations fit as well.
 """
 
@@ -11,6 +12,7 @@ from functools import cache
 
 from cpu_kernels.activation_kernel import gated_row, plain_row
 from cpu_kernels.activation_quantisation_kernel import BF16, FP16, FP32, block_nbytes, quantise_block
+from cpu_kernels.chunk_runs import chunks_of_run
 from cpu_kernels.jit import carray, inner, task_address
 from cpu_kernels.packed_simd import PackedCode
 from cpu_kernels.packed_tiles import (
@@ -37,6 +39,8 @@ from formats.packed import BLOCK_ROWS, COLUMN_BLOCK, TILE_ROWS
 # Fields of a job. Tables of rows hold an int64 address for every pair.
 (
     EXPERTS,  # address of a table [n, 3] of int64: address that the next offsets count from, first pair, end of pairs
+    CHUNKS,  # of all experts
+    RUN_THREADS,  # threads that share `chunk_runs`; 0: chunks are taken one at a time
     CHUNKS_PER_EXPERT,
     TILES_PER_CHUNK,
     ROWS,  # of one matrix
@@ -54,7 +58,7 @@ from formats.packed import BLOCK_ROWS, COLUMN_BLOCK, TILE_ROWS
     OUTPUT,  # what is put out: SUMS (as they are), HIDDEN, or a number above
     ACTIVATION,
     JOB_FIELDS,
-) = range(18)
+) = range(20)
 
 SUMS, HIDDEN, OUT_BF16, OUT_FP16 = range(4)
 OUTPUT_NUMBERS = {"fp32": SUMS, "bf16": OUT_BF16, "fp16": OUT_FP16}
@@ -171,9 +175,8 @@ def _put_out(code, with_fp16, job, sums, output, first, count):
 
 
 @inner
-def run_chunk(code, with_fp16, job_address, chunk):
+def _run_chunk(code, with_fp16, job, chunk):
     """Some row tiles of one expert times its tokens: dot products, biases and what follows from them."""
-    job = carray(int64_pointer(job_address), (JOB_FIELDS,))
     expert = chunk // job[CHUNKS_PER_EXPERT]
     first_tile = (chunk - expert * job[CHUNKS_PER_EXPERT]) * job[TILES_PER_CHUNK]
     first = first_tile * TILE_ROWS
@@ -212,11 +215,19 @@ def run_chunk(code, with_fp16, job_address, chunk):
         pair += tokens
 
 
+@inner
+def _run(code, with_fp16, job_address, run):
+    job = carray(int64_pointer(job_address), (JOB_FIELDS,))
+    first, end = chunks_of_run(run, job[CHUNKS], job[RUN_THREADS])
+    for chunk in range(first, end):
+        _run_chunk(code, with_fp16, job, chunk)
+
+
 @cache
 def packed_task(code: PackedCode, with_fp16: bool) -> int:
-    """Address of the compiled task void(int64 job, int64 chunk) for a format; compiled or loaded on first use."""
+    """Address of the compiled task void(int64 job, int64 run) for a format; compiled or loaded on first use."""
 
-    def task(job: int, chunk: int) -> None:
-        run_chunk(code, with_fp16, job, chunk)
+    def task(job: int, run: int) -> None:
+        _run(code, with_fp16, job, run)
 
     return task_address(task)

@@ -10,6 +10,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from cpu_kernels.decode_attention import decode_attention
+from cpu_kernels.panel_mlp import multiplies_pairs
 from cpu_kernels.prompt_attention import prompt_attention
 from cpu_kernels.wide_linear import multiplies_natively
 from offload.devices.host_threads import kernel_pool
@@ -27,6 +28,9 @@ TELLING = ("position_bias", "cache", "softcap", "output_attentions")
 _PROMPT_TOKENS = 16
 """From so many new tokens on, laying their keys and values out for a kernel is little of its work."""
 
+_PROMPT_TOKENS_OF_PAIRS = 256
+"""Likewise for bf16 where torch multiplies by VDPBF16PS: from here on the kernel is faster (docs/performance.md)."""
+
 
 def tells_more(named: dict[str, Any]) -> bool:
     """Whether a model tells an attention function what kernels do not know."""
@@ -36,7 +40,7 @@ def tells_more(named: dict[str, Any]) -> bool:
 def prompts_are_attended(model: PreTrainedModel) -> bool:
     """Whether a kernel attends to the model's prompts, where its modules dispatch through the interface."""
     dtype, named = model.dtype, model.config.get_text_config()._attn_implementation
-    return named == IMPLEMENTATION and dtype in FORMAT_OF_DTYPE and _takes_prompts(dtype)
+    return named == IMPLEMENTATION and dtype in FORMAT_OF_DTYPE and _takes_prompts(dtype, _PROMPT_TOKENS_OF_PAIRS)
 
 
 def swap_forwards(model: PreTrainedModel, replacement: Callable[[Any], Any]) -> int:
@@ -85,7 +89,7 @@ def attend(
         if new == 1:
             if attention_mask is None and key.stride(2) == width:
                 return decode_attention(query, key, value, scale, kernel_pool()), None
-        elif _takes_prompts(query.dtype) and _is_causal(module, query, key, attention_mask, named):
+        elif _takes_prompts(query.dtype, new) and _is_causal(module, query, key, attention_mask, named):
             padding = padding_of(attention_mask, key.shape[2] - new, new)
             if padding is not None:
                 valid = None if padding.all_valid else np.ascontiguousarray(padding.valid)
@@ -108,6 +112,11 @@ def _is_causal(
     return bool(causal) and query.shape[2] == key.shape[2]
 
 
-def _takes_prompts(dtype: torch.dtype) -> bool:
-    """Torch attends to 16-bit numbers with instructions for them where there are some; the kernel widens them."""
-    return dtype is torch.float32 or not multiplies_natively(dtype)
+def _takes_prompts(dtype: torch.dtype, new: int) -> bool:
+    """Whether the kernel, which widens 16-bit numbers, attends to so many new tokens.
+
+    Torch has instructions for 16-bit numbers on some CPUs, and makes less of them in attention than in products.
+    """
+    if dtype is torch.float32 or not multiplies_natively(dtype):
+        return True
+    return dtype is torch.bfloat16 and new >= _PROMPT_TOKENS_OF_PAIRS and multiplies_pairs()
