@@ -45,9 +45,7 @@ from placement.memory_use import vram_beside_weights
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import PlanInfeasibleError, make_plan, with_prediction
-from placement.prediction import Prediction
 from placement.prefill_chunk import choose_chunk
-from placement.rig import Rig
 from placement.tensors import TensorSpan
 from placement.vram_planner import with_vram
 from placement.workload import Workload
@@ -261,29 +259,8 @@ def _planned(
 ) -> tuple[_Formatted, Plan]:
     """The model in the formats that were asked for or, where those are left open, in the best; and its plan."""
     choices = [in_formats(one) for one in request.quantisation.candidates(own)]
-
-    def judge(spec: ModelSpec, plan: Plan) -> Prediction | None:
-        return _predicted_at_best(spec, plan, request) if plan.prediction is None else plan.prediction
-
-    best, plan = fastest_format(
-        [one.spec for one in choices], lambda spec: _plan(spec, request, context, skeleton), judge
-    )
+    best, plan = fastest_format([one.spec for one in choices], lambda spec: _plan(spec, request, context, skeleton))
     return choices[best], plan
-
-
-def _predicted_at_best(spec: ModelSpec, plan: Plan, request: Request) -> Prediction | None:
-    """What the fastest plan within the same budgets is expected to do on a GPU through whose memory dense weights
-    stream, of which nothing is predicted; None without such a GPU and its profile.
-    """
-    profile = profile_for(spec, request.store_root)
-    on_gpu = request.accelerator is not None and request.accelerator.device != "host"
-    if profile is None or profile.gpu is None or plan.vram is None or not on_gpu:
-        return None
-    rig = Rig(profile, plan.ram_budget_nbytes, plan.vram.budget_nbytes, request.kv)
-    try:
-        return rig.plan(spec, plan.workload).prediction
-    except PlanInfeasibleError as error:
-        raise DoesNotFitError(str(error), minimum_ram_bytes=error.minimum_ram_nbytes) from error
 
 
 def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedModel) -> Plan:

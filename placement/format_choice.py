@@ -18,24 +18,15 @@ class NotPredictedError(ValueError):
     """There is nothing to choose formats by."""
 
 
-def plan_prediction(spec: ModelSpec, plan: Plan) -> Prediction | None:
-    """The plan's own."""
-    return plan.prediction
-
-
 def choose_format(
-    specs: Sequence[ModelSpec],
-    make: Callable[[ModelSpec], Plan],
-    infeasible: type[Exception],
-    judge: Callable[[ModelSpec, Plan], Prediction | None] = plan_prediction,
+    specs: Sequence[ModelSpec], make: Callable[[ModelSpec], Plan], infeasible: type[Exception]
 ) -> tuple[int, Plan]:
     """Plan a model in each of several formats, and take the one that is best for the plans' workload.
 
     Args:
         specs: the model in each format, the most precise first.
         make: its plan.
-        infeasible: what `make` and `judge` raise where it does not fit.
-        judge: what is predicted of a plan.
+        infeasible: what `make` raises where it does not fit.
 
     Returns:
         (index of the one that is taken, its plan, whose `format_options` says what was weighed).
@@ -49,13 +40,12 @@ def choose_format(
     for index, spec in enumerate(specs):
         try:
             plan = make(spec)
-            prediction = judge(spec, plan)
         except infeasible as error:
             refusal = error
             continue
-        if prediction is None:
+        if plan.prediction is None:
             raise NotPredictedError(f"nothing is predicted for {spec.name} in {_option(spec, None).in_words}")
-        found[index] = (plan, prediction)
+        found[index] = (plan, plan.prediction)
     if not found:
         assert refusal is not None, "no format to choose from"
         raise refusal

@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from placement.datasheets import CPUS, DRIVES, GPUS, LINKS, datasheet
 from placement.hardware_profile import HardwareProfile
 from placement.kv import KvChoice
-from placement.kv_settings import PIECES_NBYTES
-from placement.memory_use import vram_beside_weights
+from placement.loaded_planner import make_loaded_plan
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
-from placement.planner import PlanInfeasibleError, make_plan, with_prediction
+from placement.planner import PlanInfeasibleError
 from placement.predict import Routing
 from placement.tier_planner import make_tiered_plan
-from placement.vram_planner import with_vram
 from placement.workload import Workload
 
 _GIB = 1 << 30
@@ -43,18 +41,9 @@ class Rig:
         return make_tiered_plan(spec, self.profile, workload, self.ram_nbytes, self.vram_nbytes, routing, self.kv)
 
     def loaded(self, spec: ModelSpec, workload: Workload, routing: Routing | None = None) -> Plan:
-        """What `offload.load` makes of these budgets on a GPU, by sizes; without what padding takes.
-
-        Raises:
-            PlanInfeasibleError: they are too small for it.
-        """
-        below = make_plan(spec, workload, self.ram_nbytes, kv=self.kv)
-        beside = vram_beside_weights(spec, workload) + (0 if below.kv is None else PIECES_NBYTES)
-        above = None if self.kv is None else self.kv.vram_nbytes
-        made = with_vram(
-            spec, below, self.vram_nbytes, runs_attention=True, other_nbytes=beside, kv_vram_nbytes=above
-        )  # fmt: skip
-        return with_prediction(spec, made, self.profile, routing)
+        """What `offload.load` makes of these budgets on a GPU; see `make_loaded_plan`."""
+        kv = KvChoice(vram_nbytes=None) if self.kv is None else self.kv
+        return make_loaded_plan(spec, self.profile, workload, self.ram_nbytes, self.vram_nbytes, routing, kv)
 
     def with_memory(self, *, ram: int | None = None, vram: int | None = None) -> Rig:
         """The rig with other budgets."""
@@ -158,8 +147,7 @@ def loaded_in_words(rig: Rig, spec: ModelSpec, workload: Workload, routing: Rout
     streamed = len(spec.layers) - len(plan.vram.dense_layers)
     dense = f"{streamed} dense layers streaming through it" if streamed else "all dense layers"
     found = f"{dense}, {plan.vram.slots} of {plan.expert_count} experts in VRAM; "
-    if plan.prediction is None:
-        return found + "nothing is predicted of layers that stream"
+    assert plan.prediction is not None
     decode, prefill = plan.prediction.decode, plan.prediction.prefill
     return found + f"decode {decode.tokens_per_s:.2f}, prefill {prefill.tokens_per_s:.2f} tokens/s"
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from placement.dense_choices import DenseChoice, Saving, dense_choices
 from placement.dense_cost import attention_s, layer_cost, linears_s, pass_cost
-from placement.dense_planner import make_dense_plan
 from placement.expert_cost import IntArray, expert_cost
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
@@ -33,6 +32,7 @@ from placement.kv import (
 from placement.kv_cost import blocks_in_vram, in_blocks, with_blocks_in_vram, with_reads, with_sparsity
 from placement.kv_settings import PIECES_NBYTES
 from placement.layer_kinds import layer_kinds
+from placement.loaded_planner import make_loaded_plan
 from placement.memory_use import ram_use, vram_use
 from placement.model_spec import ModelSpec
 from placement.passes import Pass, decode_pass, prefill_passes
@@ -74,7 +74,7 @@ def make_tiered_plan(
     kv: KvChoice | None = None,
 ) -> Plan:
     """The plan with the least expected seconds for a prompt and its new tokens; of a dense model that of
-    `make_dense_plan`.
+    `make_loaded_plan` or, where its window does not fit, that for the CPU alone.
 
     Args:
         spec: with layers.
@@ -101,7 +101,14 @@ def make_tiered_plan(
     if choice.sparsity is not None:
         choice = replace(choice, vram_nbytes=0)
     if not spec.experts:
-        return make_dense_plan(spec, profile, workload, ram_budget_nbytes, vram_budget_nbytes, choice)
+        # There is nothing to choose between: dense weights take the VRAM as far as it goes, the others stream through.
+        try:
+            return make_loaded_plan(
+                spec, profile, workload, ram_budget_nbytes, vram_budget_nbytes, routing, choice
+            )  # fmt: skip
+        except PlanInfeasibleError:
+            below = replace(choice, vram_nbytes=0)
+            return make_plan(spec, workload, ram_budget_nbytes, profile, routing, below)
     pageable = any(shape is not None for shape in spec.kv_shapes)
     if pageable and choice not in (KvChoice(), KvChoice(vram_nbytes=None)):
         return _fastest_within(replace(request, kv=choice))

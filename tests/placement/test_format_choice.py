@@ -76,13 +76,3 @@ def test_where_nothing_fits_the_smallest_says_what_would() -> None:
 def test_without_a_prediction_there_is_nothing_to_choose_by() -> None:
     with pytest.raises(NotPredictedError, match="experts in int4"):
         choose(1 << 30, None, SPECS[1:])
-
-
-def test_the_judge_decides() -> None:
-    slow = machine(gpu=False, ram=1e9)
-
-    def judge(spec: ModelSpec, plan: Plan) -> object:
-        return make_plan(spec, WORK, 1 << 30, slow if spec is SPECS[1] else CPU).prediction
-
-    best, _ = choose_format(SPECS, lambda spec: make_plan(spec, WORK, 1 << 30), PlanInfeasibleError, judge)  # type: ignore[arg-type]
-    assert best == 0
