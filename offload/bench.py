@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from offload.devices.host_accelerator import HostAccelerator
 from offload.reconciliation import Reconciliation, reconcile_phases
 from offload.runtime import Runtime
 from offload.statistics import Statistics
@@ -114,7 +115,9 @@ def predict_run(runtime: Runtime, amount: Amount, profile: HardwareProfile | Non
         new_tokens=2 * amount.warm_tokens + amount.new_tokens,
     )
     slots, vram, told = runtime.tier.table.usable_slots, runtime.plan.vram, None
-    if profile is not None and can_predict(profile, vram):
+    above = runtime.accelerated
+    played = above is not None and isinstance(above.accelerator, HostAccelerator)
+    if profile is not None and not played and can_predict(profile, vram):
         told = predicted(runtime.spec, profile, slots, workload, routing, runtime.plan.kv, vram)
     return replace(runtime.plan, workload=workload, prediction=told)
 

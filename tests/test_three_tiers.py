@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import offload
+from offload.bench import Amount, predict_run
 from offload.errors import DeviceError, DoesNotFitError, InvalidArgumentError
+from placement.datasheets import datasheet
 from prefetch.policies.lru import LruPolicy
 from prefetch.scheduler.records import LayerCosts
 from tests.conftest import TinyCheckpoint
@@ -166,3 +168,14 @@ def test_without_cuda_nothing_is_read(device: str, tmp_path: Path) -> None:
 def test_an_accelerator_too_small_for_an_expert(tiny_checkpoint: TinyCheckpoint, store_root: Path) -> None:
     with pytest.raises(DoesNotFitError, match="does not hold one expert"):
         offload.load(tiny_checkpoint("mixtral"), ram="1GiB", nvme=store_root, device="host", vram=1)
+
+
+def test_of_an_accelerator_that_is_played_nothing_is_predicted_even_beside_a_gpu(
+    tiny_checkpoint: TinyCheckpoint, store_root: Path
+) -> None:
+    options = {"device": "host", "vram": "1MiB", "ram": "1GiB", "nvme": store_root, "context": 64}
+    model = offload.load(tiny_checkpoint("qwen3_moe"), **options)
+    amount = Amount(batch=1, prompt_tokens=8, new_tokens=4, prompts=1)
+    told = predict_run(model.offload, amount, datasheet(gpu="rtx4090"), None)
+    assert (told.workload.prompt_tokens, told.prediction) == (8, None)
+    model.offload.close()
