@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -23,3 +24,23 @@ def exit_code_of(body: Callable[[], object], *, seconds: int = 60) -> int:
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def fork_beside(work: Callable[[], object], *, children: int = 8, seconds: int = 60) -> None:
+    """Fork children that do the work, while a thread does it over and over; all must end well."""
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def work_on() -> None:
+        try:
+            while not stop.is_set():
+                work()
+        except BaseException as error:  # noqa: BLE001 - the assertion below shows it
+            failures.append(error)
+
+    thread = threading.Thread(target=work_on)
+    thread.start()
+    codes = [exit_code_of(work, seconds=seconds) for _ in range(children)]
+    stop.set()
+    thread.join(seconds)
+    assert (codes, failures) == ([0] * children, [])

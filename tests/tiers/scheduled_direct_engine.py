@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,10 +13,10 @@ import numpy.typing as npt
 from cpu_kernels import read_queue_kernel as kernel
 from cpu_kernels.jit import entry
 from offload.errors import StorageError
-from offload.tiers.direct_engine import DirectEngine, DirectTicket
+from offload.tiers.direct_engine import DirectEngine
 from offload.tiers.disk import ShardReader
-from offload.tiers.transfer import ReadRequest, Urgency
 from tests.tiers.readers import Bytes, MemoryReader
+from tests.tiers.turns import Turns
 
 _list_in_turn, _begin, _read = kernel.list_in_turn, kernel.begin, kernel.read
 _note_read, _is_right, _leave = kernel.note_read, kernel.is_right, kernel.leave
@@ -92,29 +91,21 @@ class _Running:
     right: bool = True
 
 
-class ScheduledDirectEngine(DirectEngine):
-    """Reads go on by a few turns at every call, and as far as they must when somebody waits.
+class ScheduledDirectEngine(Turns, DirectEngine):
+    """See `Turns`.
 
     Attributes:
-        turns: taken so far.
-        interrupt_at: the turn of a wait at which whoever waits is interrupted; None for never.
         served: (offset of the ticket, chunk), in the order in which chunks were begun.
     """
 
     def __init__(self, reader: FileReader, *, threads: int, chunk_nbytes: int, chance: random.Random) -> None:
         super().__init__(cast(ShardReader, reader), threads=threads, chunk_nbytes=chunk_nbytes)
         self.chance = chance
-        self.turns = 0
-        self.interrupt_at: int | None = None
         self.served: list[tuple[int, int]] = []
         self._running: list[_Running] = []
         self._threads = threads + 1
 
-    def _start(self) -> None:
-        """No threads."""
-
     def turn(self) -> bool:
-        """One reader goes on to where others may come between, or begins a chunk; False where nobody has work."""
         state = self._queue.address
         idle = len(self._running) < self._threads and list_in_turn(state) >= 0
         choices = len(self._running) + bool(idle)
@@ -163,44 +154,7 @@ class ScheduledDirectEngine(DirectEngine):
             reader.after_read(request.offset + start, cast(memoryview, part))
         return arrived
 
-    def some_turns(self, most: int = 6) -> None:
-        for _ in range(self.chance.randint(0, most)):
-            self.turn()
-
-    def submit(self, request: ReadRequest, urgency: Urgency) -> DirectTicket:
-        ticket = super().submit(request, urgency)
-        self.some_turns()
-        return ticket
-
-    def promote(self, ticket: Any) -> None:
-        super().promote(ticket)
-        self.some_turns()
-
-    def cancel(self, ticket: Any) -> None:
-        super().cancel(ticket)
-        self.some_turns()
-
     def cancel_all(self) -> None:
         self._queue.cancel_all()
         while self._queue.unfinished:
             assert self.turn(), "cancelled reads never end"
-
-    def wait_any(self, tickets: Iterable[Any]) -> None:
-        waiting = tuple(tickets)
-        self._until(lambda: any(ticket.finished for ticket in waiting))
-
-    def wait_all(self, tickets: Iterable[Any]) -> None:
-        waiting = tuple(tickets)
-        self._until(lambda: all(ticket.finished for ticket in waiting))
-
-    def _until(self, done: Any) -> None:
-        while not done():
-            if self.interrupt_at is not None and self.turns >= self.interrupt_at:
-                self.interrupt_at = None
-                raise KeyboardInterrupt
-            assert self.turn(), "somebody waits for what nobody reads"
-        self.some_turns()
-
-    def close(self) -> None:
-        self.cancel_all()
-        super().close()

@@ -19,7 +19,7 @@ from offload.errors import ClosedError, SlowReadWarning, StoreCorruptError
 from offload.tiers.direct_engine import DirectEngine, DirectTicket, make_engine
 from offload.tiers.disk import ShardReader
 from offload.tiers.transfer import ReadEngine, ReadRequest, Urgency
-from tests.tiers.children import exit_code_of
+from tests.tiers.children import exit_code_of, fork_beside
 from tests.tiers.readers import PATIENCE_S, Bytes, MemoryReader, random_bytes
 from tests.tiers.scheduled_direct_engine import FileReader, ScheduledDirectEngine, list_in_turn
 from tests.tiers.scheduled_engine import ScheduledEngine
@@ -399,20 +399,4 @@ def test_a_fork_waits_for_what_python_reads_again(rig: Rig, monkeypatch: pytest.
 
 
 def test_forks_while_another_thread_reads(rig: Rig) -> None:
-    stop = threading.Event()
-    failures: list[BaseException] = []
-
-    def read_on() -> None:
-        try:
-            while not stop.is_set():
-                _read_some(rig)
-        except BaseException as error:  # noqa: BLE001 - the test's thread raises it
-            failures.append(error)
-
-    thread = threading.Thread(target=read_on)
-    thread.start()
-    codes = [exit_code_of(lambda: _read_some(rig)) for _ in range(8)]
-    stop.set()
-    thread.join(PATIENCE_S)
-    assert codes == [0] * 8
-    assert not failures
+    fork_beside(lambda: _read_some(rig))

@@ -16,7 +16,7 @@ import pytest
 
 from offload.errors import ClosedError, StorageError, StoreCorruptError
 from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
-from tests.tiers.children import exit_code_of
+from tests.tiers.children import exit_code_of, fork_beside
 from tests.tiers.readers import PATIENCE_S, Bytes, Call, Gate, MemoryReader, random_bytes
 
 PAGE = 4096
@@ -518,23 +518,7 @@ def test_a_fork_waits_for_reads_in_progress_and_cancels_queued_ones_in_the_child
 
 def test_forks_while_another_thread_reads(make: MakeRig) -> None:
     rig = make(threads=2)
-    stop = threading.Event()
-    failures: list[BaseException] = []
-
-    def read_on() -> None:
-        try:
-            while not stop.is_set():
-                _read_some(rig)
-        except BaseException as error:  # noqa: BLE001 - the test's thread raises it
-            failures.append(error)
-
-    thread = threading.Thread(target=read_on)
-    thread.start()
-    codes = [exit_code_of(lambda: _read_some(rig)) for _ in range(8)]
-    stop.set()
-    thread.join(PATIENCE_S)
-    assert codes == [0] * 8
-    assert not failures
+    fork_beside(lambda: _read_some(rig))
 
 
 def test_a_closed_engine_survives_a_fork(make: MakeRig) -> None:
