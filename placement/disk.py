@@ -19,6 +19,10 @@ GOING_ON_READS = 48
 """Of which reads that go on are measured, at least: their start is in that speed."""
 
 
+_LEAST_SHARE = 0.1
+"""Of their speed that kernels keep beside however fast reads."""
+
+
 @dataclass(frozen=True)
 class DiskPoint:
     """One measurement: direct reads of `block_nbytes` at random places, `in_flight` at once."""
@@ -54,6 +58,13 @@ class Overlap:
     def together(self) -> float:
         """Both shares: 1 where nothing is gained by doing both at once, 2 where neither notices the other."""
         return self.reads + self.kernels
+
+    def with_reads(self, factor: float) -> Overlap:
+        """Where reads are `factor` times as fast: what they take of kernels is by the byte (checksums, copies, memory),
+        so kernels lose as many times as much, up to all of the time that reads alone would take.
+        """
+        left = self.kernels - (1 - self.kernels) * (factor - 1)
+        return replace(self, kernels=max(left, min(self.kernels, max(1 - self.reads, _LEAST_SHARE))))
 
     def seconds(self, kernels_s: FloatArray, reads_s: FloatArray) -> FloatArray:
         """Seconds of kernels and reads that begin together, from what each takes alone: the one that goes on longer
@@ -156,8 +167,9 @@ class Disk:
             for some, share in ((self.points, factor), (self.bursts, of_bursts), (self.short_bursts, of_bursts))
         )
         return replace(
-            self, points=points, bursts=first, short_bursts=short, latency_s=self.latency_s / of_bursts, again=again
-        )
+            self, points=points, bursts=first, short_bursts=short, latency_s=self.latency_s / of_bursts, again=again,
+            few=self.few.with_reads(factor), many=self.many.with_reads(factor),
+        )  # fmt: skip
 
 
 def _between(points: Sequence[DiskPoint], block_nbytes: int) -> float:

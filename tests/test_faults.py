@@ -21,12 +21,19 @@ from tests.hf.reference import greedy, prompt
 
 
 class FaultyDisk:
-    """A preadv that fails as told; everything else goes to the real one."""
+    """A preadv that fails as told; everything else goes to the real one.
+
+    Compiled readers have a descriptor that cannot be read meanwhile, so that they hand their reads to it.
+    """
 
     def __init__(self) -> None:
         self.fail_next = 0
         self.fail_always = False
         self.short_by: random.Random | None = None
+
+    @property
+    def is_faulty(self) -> bool:
+        return self.fail_always or self.fail_next > 0 or self.short_by is not None
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         if self.fail_always or self.fail_next > 0:
@@ -40,12 +47,15 @@ class FaultyDisk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> FaultyDisk:
     faulty = FaultyDisk()
-    original = ShardReader.__init__
+    original, direct_fd = ShardReader.__init__, ShardReader.direct_fd
 
     def make(self: ShardReader, *args: object, **options: object) -> None:
         original(self, *args, **{**options, "preadv": faulty.preadv})  # type: ignore[arg-type]
 
     monkeypatch.setattr(ShardReader, "__init__", make)
+    monkeypatch.setattr(
+        ShardReader, "direct_fd", lambda self, shard: -1 if faulty.is_faulty else direct_fd(self, shard)
+    )
     return faulty
 
 
