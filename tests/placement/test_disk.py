@@ -142,7 +142,8 @@ def test_bursts_may_be_slower_by_more_than_reads_that_go_on() -> None:
 @pytest.mark.parametrize(("factor", "kernels"), [(1.0, 0.8), (0.5, 0.9), (2.0, 0.6), (3.0, 0.4), (100.0, 0.3)], ids=str)
 def test_what_reads_take_of_kernels_is_by_the_byte(factor: float, kernels: float) -> None:
     found = Overlap(1, 0.7, 0.8).with_reads(factor)
-    assert (found.tokens, found.reads, found.kernels) == (1, 0.7, pytest.approx(kernels))
+    assert (found.tokens, found.reads) == (1, 0.7)
+    assert found.kernels == pytest.approx(kernels)
     faster = DISK.times(factor)
     assert (faster.few, faster.many) == (DISK.few.with_reads(factor), DISK.many.with_reads(factor))
     # Kernels that kept little when it was measured keep that.
