@@ -211,7 +211,9 @@ class LlamaBench:
         if not line:
             raise RuntimeError(f"llama-bench ended with exit code {self._process.wait()}")
         self._process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.process_id, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        # Where it had ended after this line, asking whether the signal has somebody to go to has taken that.
+        if self._process.returncode is None:
+            os.waitid(os.P_PID, self.process_id, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         (speed,) = json.loads(line)["samples_ts"]
         return float(speed)
 

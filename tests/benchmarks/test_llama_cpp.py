@@ -33,7 +33,7 @@ def test_turns_are_the_tests_of_one_process_in_order(tmp_path: Path) -> None:
 
 
 def test_between_turns_it_is_stopped_and_afterwards_gone(tmp_path: Path) -> None:
-    waits = _STAND_IN + "sys.stdin.read()\n"
+    waits = _STAND_IN + "import signal\nsignal.pause()\n"
     with LlamaBench(_tools(tmp_path, waits), tmp_path / "model.gguf", SCALE) as bench:
         bench.turn()
         process = psutil.Process(bench.process_id)
