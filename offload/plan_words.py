@@ -7,15 +7,8 @@ from placement.plan import Plan
 
 def formats_in_words(plan: Plan) -> str:
     """What a plan's model is, and in which formats its weights are."""
-    if not plan.expert_count:
-        return (
-            f"{plan.model_type}, a dense model, linear layers in {plan.dense_format}, output layer in "
-            f"{plan.head_format}"
-        )
-    return (
-        f"{plan.model_type}, experts in {plan.format}, other linear layers in {plan.dense_format}, output layer in "
-        f"{plan.head_format}"
-    )
+    routed = f"experts in {plan.format}, other linear layers" if plan.expert_count else "a dense model, linear layers"
+    return f"{plan.model_type}, {routed} in {plan.dense_format}, output layer in {plan.head_format}"
 
 
 def dense_in_words(plan: Plan, layers: int) -> str:

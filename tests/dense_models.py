@@ -8,20 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from tests.tiny_models import COMMON
+
 LAYERS = 32
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": 99,
-    "hidden_size": 48,
-    "intermediate_size": 72,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+_COMMON: dict[str, Any] = {**COMMON, "intermediate_size": 72, "num_hidden_layers": LAYERS}
 
 _SPECIFIC: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": 99,
     "hidden_size": 48,
     "num_hidden_layers": 3,
@@ -139,7 +139,7 @@ ARCHITECTURES: list[str] = list(_SPECIFIC)
 
 def tiny_config(model_type: str) -> PretrainedConfig:
     """A config whose model has about 10^5 parameters and MoE layers, and no token that ends the text."""
-    return AutoConfig.for_model(model_type, **{**_COMMON, **_SPECIFIC[model_type]})
+    return AutoConfig.for_model(model_type, **{**COMMON, **_SPECIFIC[model_type]})
 
 
 def build_tiny(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

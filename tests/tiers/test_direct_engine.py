@@ -23,6 +23,7 @@ from tests.tiers.children import exit_code_of, fork_beside
 from tests.tiers.readers import PATIENCE_S, Bytes, MemoryReader, random_bytes
 from tests.tiers.scheduled_direct_engine import FileReader, ScheduledDirectEngine, list_in_turn
 from tests.tiers.scheduled_engine import ScheduledEngine
+from tests.tiers.threads import refuse_threads
 
 PAGE = 4096
 SHARD_PAGES = 64
@@ -316,16 +317,7 @@ def test_an_engine_that_is_dropped_ends_its_threads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("started", [0, 1])
 def test_threads_that_the_system_refuses(rig: Rig, started: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = threading.Thread.start
-    left = [None] * started
-
-    def refuse(thread: threading.Thread) -> None:
-        if not left:
-            raise RuntimeError("can't start new thread")
-        left.pop()
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    refuse_threads(monkeypatch, after=started)
     if not started:
         with pytest.raises(RuntimeError, match="can't start"):
             rig.submit(0)

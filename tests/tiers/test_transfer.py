@@ -18,6 +18,7 @@ from offload.errors import ClosedError, StorageError, StoreCorruptError
 from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
 from tests.tiers.children import exit_code_of, fork_beside
 from tests.tiers.readers import PATIENCE_S, Bytes, Call, Gate, MemoryReader, random_bytes
+from tests.tiers.threads import refuse_threads
 
 PAGE = 4096
 SHARD_PAGES = 64
@@ -430,16 +431,7 @@ def test_an_engine_may_be_dropped_under_its_own_lock() -> None:
 @pytest.mark.parametrize("started", [0, 1])
 def test_threads_that_the_system_refuses(make: MakeRig, started: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = make(threads=3)
-    start = threading.Thread.start
-    left = [None] * started
-
-    def refuse(thread: threading.Thread) -> None:
-        if not left:
-            raise RuntimeError("can't start new thread")
-        left.pop()
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    refuse_threads(monkeypatch, after=started)
     if not started:
         with pytest.raises(RuntimeError, match="can't start"):
             rig.submit(0)
