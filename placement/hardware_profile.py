@@ -12,7 +12,7 @@ from placement.curves import TokenCurve
 from placement.disk import Disk
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 14
+PROFILE_VERSION = 15
 
 
 @dataclass(frozen=True)

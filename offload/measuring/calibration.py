@@ -5,8 +5,9 @@ is hooked, because that would change which of the runtime's ways a pass takes. W
 their products and attention is taken off; what is left grows with the layers, or does not. What a curve has wrong for
 every model is in the remainder, and so corrected. Their experts are narrow, so that what is looked for is a large share
 of a pass. Small models would stay in the CPU's caches, in which no model of use does: before each pass these are
-filled with something else. In prompts seconds of experts are taken off as they were in that very pass. How reads and
-kernels get on in prompts is seen in a model with wide experts.
+filled with something else, and in prompts, where experts are large in any model of use, after those of each layer: what
+follows finds nothing of its own there. In prompts seconds of experts, and of this, are taken off as they were in that
+very pass. How reads and kernels get on in prompts is seen in a model with wide experts.
 """
 
 from __future__ import annotations
@@ -124,15 +125,22 @@ def overheads_of(shallow: Remainders, deep: Remainders, depths: tuple[int, ...])
 
 
 class _TimedDevice(HostDevice):
-    """The host, which knows how long its experts took. A tape computes its own."""
+    """The host, which knows how long its experts took. A tape computes its own.
+
+    Attributes:
+        experts_s: how long.
+        after: called after experts, and counted with them.
+    """
 
     def __init__(self) -> None:
         self.experts_s = 0.0
+        self.after: Callable[[], object] = lambda: None
 
     def run_experts(self, layer: ExpertsLayer, batch: ExpertBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """See `Device.run_experts`."""
         before = perf_counter()
         super().run_experts(layer, batch, hidden, out)
+        self.after()
         self.experts_s += perf_counter() - before
 
 
@@ -162,6 +170,7 @@ class _Passes:
 
     def measure_prompts(self, repeats: int) -> None:
         """A round of prompts."""
+        self.device.after = self.forget
         for tokens, found in ((SHORT_TOKENS, self.short), (PROMPT_TOKENS, self.prompt)):
             # A model's first passes meet memory that is new to it.
             found += self._prompts(tokens, max(2, repeats // 8))[0 if found else 1 :]

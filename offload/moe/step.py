@@ -174,7 +174,7 @@ def start_borrowed(
     """Begin what `compute_borrowed` does; what is returned waits for the outputs."""
     offsets, pairs = routing.select([number for _, number in work])
     out, rows = accumulator.target(pairs)
-    addresses = np.array([tier.address(key) for key, _ in work], dtype=np.intp)
+    addresses = tier.addresses(key for key, _ in work)
     started = device.start_experts(layer, ExpertBatch(addresses, offsets, routing.tokens[pairs], rows), hidden, out)
 
     def finish() -> None:

@@ -34,11 +34,10 @@ def taped_step(
     """
 
     def compute_some(keys: list[int]) -> None:
-        for key in keys:
-            addresses[key - first_key] = tier.address(key)
+        places = [key - first_key for key in keys]
+        addresses[places] = tier.addresses(keys)
         compute()
-        for key in keys:
-            addresses[key - first_key] = 0
+        addresses[places] = 0
 
     try:
         borrowed, missing = tier.borrow([first_key + expert for expert in experts])

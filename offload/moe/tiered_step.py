@@ -186,8 +186,7 @@ class _Step:
         tier, device = (tiers.above, self.accelerated.accelerator) if above else (tiers.below, self.accelerated.host)
         offsets, pairs = self.routing.select([self.number[key] for key in keys])
         tokens = self.routing.tokens[pairs]
-        addresses = np.array([tier.address(key) for key in keys], np.intp)
-        batch = ExpertBatch(addresses, offsets, tokens, np.arange(len(tokens)))
+        batch = ExpertBatch(tier.addresses(keys), offsets, tokens, np.arange(len(tokens)))
         return device.start_experts(self.layer, batch, self.hidden if above else self.on_host, out)
 
     def _schedule(self, cached: list[int], resident: list[int], missing: list[int]) -> set[int]:

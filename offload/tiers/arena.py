@@ -25,6 +25,7 @@ class Arena:
         for first in range(0, count, self._slots_per_slab):
             slots = min(self._slots_per_slab, count - first)
             self._slabs.append(device.allocate(slots * slot_nbytes))
+        self._addresses = [slab.address + offset for slab, offset in map(self._place, range(count))]
 
     def _place(self, slot: int) -> tuple[Slab, int]:
         if not 0 <= slot < self.count:
@@ -34,8 +35,9 @@ class Arena:
 
     def address(self, slot: int) -> int:
         """Address of the slot's first byte."""
-        slab, offset = self._place(slot)
-        return slab.address + offset
+        if not 0 <= slot < self.count:
+            raise IndexError(f"slot {slot} of an arena of {self.count}")
+        return self._addresses[slot]
 
     def view(self, slot: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """The first `nbytes` bytes of a slot, uint8 [nbytes], writable, no copy."""

@@ -7,7 +7,7 @@ is interrupted, `abandon` makes the tier whole again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -72,16 +72,11 @@ class ExpertTier:
         return resident, missing
 
     def _take(self, keys: Sequence[int]) -> tuple[list[int], list[int]]:
-        resident, missing = [], []
-        for key in keys:
-            # A read ahead that failed is a miss: it is read again, and that error is carried.
-            self._settle(key, carry_error=False)
-            if self.table.state_of(key) is SlotState.READY:
-                self.table.acquire(key)
-                resident.append(key)
-            else:
-                missing.append(key)
-        return resident, missing
+        if self._tickets:
+            for key in keys:
+                # A read ahead that failed is a miss: it is read again, and that error is carried.
+                self._settle(key, carry_error=False)
+        return self.table.acquire(keys)
 
     def _note_asked(self, resident: Iterable[int], missing: Iterable[int]) -> None:
         used, late = self._ahead.intersection(resident), self._ahead.intersection(missing)
@@ -103,6 +98,10 @@ class ExpertTier:
         """Address of a borrowed expert's bundle."""
         return self.arena.address(self.slot(key))
 
+    def addresses(self, keys: Iterable[int]) -> npt.NDArray[np.intp]:
+        """Addresses of borrowed experts' bundles, intp [keys]."""
+        return np.array([self.address(key) for key in keys], np.intp)
+
     def slot(self, key: int) -> int:
         """Slot of a borrowed expert."""
         slot = self.table.slot_of(key)
@@ -116,7 +115,7 @@ class ExpertTier:
             ready = len(self.table) >= count and all(
                 self.table.state_of(key) is SlotState.READY for key in range(count)
             )
-            self._all = np.array([self.address(key) for key in range(count)], np.int64) if ready else None
+            self._all = self.addresses(range(count)).astype(np.int64, copy=False) if ready else None
             self._all_version = self.table.version
         return self._all
 
@@ -126,14 +125,13 @@ class ExpertTier:
             self.policy.on_route(keys)
         self.counters.hits += sum(map(len, layers))
 
-    def give_back(self, keys: Iterable[int]) -> None:
+    def give_back(self, keys: Collection[int]) -> None:
         """End the use of borrowed experts; they stay resident until the policy evicts them."""
-        for key in keys:
-            self.table.release(key)
+        self.table.release(keys)
 
     def discard_borrowed(self, key: int) -> None:
         """Give a borrowed expert back and evict it at once: its slot is needed sooner than it is."""
-        self.table.release(key)
+        self.table.release([key])
         self._evict(key)
 
     # --- loading ---------------------------------------------------------------------------------------------
@@ -240,11 +238,7 @@ class ExpertTier:
         """
         for key in keys:
             self._settle(key)
-        arrived = []
-        for key in keys:
-            if self.table.state_of(key) is SlotState.READY:
-                self.table.acquire(key)
-                arrived.append(key)
+        arrived, _ = self.table.acquire(keys)
         if self._late:
             self._late.difference_update(arrived)
         return arrived

@@ -7,7 +7,7 @@ step lock); readers never touch it, they finish tickets.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from enum import Enum
 
 
@@ -86,21 +86,30 @@ class SlotTable:
 
     def finish_load(self, key: int) -> None:
         """Loading → ready."""
-        self._move(key, SlotState.LOADING, SlotState.READY)
+        self._state[self._slot_in(key, SlotState.LOADING)] = SlotState.READY
         self.version += 1
         self.moved.add(key)
         self._pinned.discard(key)
 
-    def acquire(self, key: int) -> int:
-        """Ready → in use: the slot, which stays until `release`."""
-        self._move(key, SlotState.READY, SlotState.IN_USE)
-        self._pinned.add(key)
-        return self._slot[key]
+    def acquire(self, keys: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Ready → in use, whichever of `keys` are ready: (these, whose slots stay until `release`, the others)."""
+        slots, states = self._slot, self._state
+        ready, others = [], []
+        for key in keys:
+            slot = slots.get(key)
+            if slot is not None and states[slot] is SlotState.READY:
+                states[slot] = SlotState.IN_USE
+                ready.append(key)
+            else:
+                others.append(key)
+        self._pinned.update(ready)
+        return ready, others
 
-    def release(self, key: int) -> None:
-        """In use → ready."""
-        self._move(key, SlotState.IN_USE, SlotState.READY)
-        self._pinned.discard(key)
+    def release(self, keys: Collection[int]) -> None:
+        """In use → ready: all of `keys`, or none where one of them is not in use."""
+        for slot in [self._slot_in(key, SlotState.IN_USE) for key in keys]:
+            self._state[slot] = SlotState.READY
+        self._pinned.difference_update(keys)
 
     def evict(self, key: int) -> int:
         """Ready → free, or loading → free after a failed load: the slot that became free."""
@@ -169,11 +178,11 @@ class SlotTable:
                 self._state[slot] = SlotState.FREE
                 self._free.append(slot)
 
-    def _move(self, key: int, expected: SlotState, to: SlotState) -> None:
+    def _slot_in(self, key: int, expected: SlotState) -> int:
         slot = self._slot.get(key)
         if slot is None or self._state[slot] is not expected:
             raise RuntimeError(f"expert {key} is {self.state_of(key).value}, expected {expected.value}")
-        self._state[slot] = to
+        return slot
 
     def check(self) -> None:
         """Prove: resident + free + retired = total, no expert twice, no slot lost, pins match states.

@@ -74,13 +74,21 @@ class SlotTableMachine(RuleBasedStateMachine):
     def finish_load(self, key: int) -> None:
         self.move(key, self.table.finish_load, {LOADING}, READY)
 
-    @rule(key=KEYS)
-    def acquire(self, key: int) -> None:
-        self.move(key, self.table.acquire, {READY}, IN_USE)
+    @rule(keys=st.lists(KEYS, unique=True))
+    def acquire(self, keys: list[int]) -> None:
+        ready = [key for key in keys if self.states.get(key) is READY]
+        assert self.table.acquire(keys) == (ready, [key for key in keys if key not in ready])
+        self.states.update(dict.fromkeys(ready, IN_USE))
 
-    @rule(key=KEYS)
-    def release(self, key: int) -> None:
-        self.move(key, self.table.release, {IN_USE}, READY)
+    @rule(keys=st.lists(KEYS, unique=True))
+    def release(self, keys: list[int]) -> None:
+        idle = [key for key in keys if self.states.get(key) is not IN_USE]
+        if idle:
+            with pytest.raises(RuntimeError, match=f"expert {idle[0]}"):
+                self.table.release(keys)
+            return
+        self.table.release(keys)
+        self.states.update(dict.fromkeys(keys, READY))
 
     @rule(key=KEYS)
     def evict(self, key: int) -> None:
@@ -133,7 +141,7 @@ def sound_table() -> SlotTable:
     for key in (10, 11, 12):
         table.begin_load(key)
     table.finish_load(10)
-    table.acquire(10)
+    assert table.acquire([10]) == ([10], [])
     table.finish_load(11)
     table.retire()
     table.check()
