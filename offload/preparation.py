@@ -32,6 +32,7 @@ from offload.hf.model_source import ModelBundleSource
 from offload.hf.quantise import linears_to_quantise, put_back, quantise_loaded, readable_alone, take_out
 from offload.hf.skeleton import config_dtype, make_skeleton, read_config
 from offload.hf.spec import build_spec
+from offload.kv_check import check_kv
 from offload.machine_profile import cached_profile
 from offload.quantisation import Quantisation
 from offload.request import DEFAULT_CONTEXT_TOKENS, AcceleratorRequest, Request
@@ -39,7 +40,6 @@ from offload.sizes import format_size
 from offload.store.progress import Progress
 from offload.store.source import BundleSource
 from placement.hardware_profile import HardwareProfile
-from placement.kv import KvChoice, largest_block_nbytes, layout_format, minimum_nbytes
 from placement.kv_settings import PIECES_NBYTES
 from placement.memory_use import vram_beside_weights
 from placement.model_spec import ModelSpec
@@ -264,7 +264,7 @@ def _planned(
 
 
 def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedModel) -> Plan:
-    check_kv(spec, request)
+    check_kv(spec, request.kv, request.batch)
     profile = profile_for(spec, request.store_root)
 
     def planned(workload: Workload) -> Plan:
@@ -333,43 +333,6 @@ def _with_kv_below(spec: ModelSpec, request: Request, workload: Workload, skelet
         stacklevel=2,
     )
     return plan
-
-
-def check_kv(spec: ModelSpec, request: Request) -> None:
-    """See that the KV cache can be what was asked for.
-
-    Raises:
-        InvalidArgumentError: `kv_ram` is too small for any context, or `kv_vram` for a block, or the format has no
-            blocks for the model's heads.
-    """
-    choice = request.kv
-    if not any(shape is not None for shape in spec.kv_shapes):
-        if replace(choice, vram_nbytes=choice.vram_nbytes or 0) != KvChoice():
-            warnings.warn(
-                f"{spec.name}: no layer keeps keys and values of all tokens, so that kv=, kv_ram=, kv_vram= and "
-                "kv_sparsity= change nothing",
-                SlowKvWarning,
-                stacklevel=2,
-            )
-        return
-    format = layout_format(choice.format, spec.dtype)
-    try:
-        least = minimum_nbytes(spec, request.batch, format, above=choice.vram_nbytes != 0)
-    except ValueError as error:
-        raise InvalidArgumentError(
-            f'kv="{choice.format}": {spec.name} has keys and values that make no blocks of {format}: {error}. Fix: '
-            "another format, or the cache that grows in place, which a plan has where nothing asks for blocks"
-        ) from error
-    if choice.ram_nbytes is not None and choice.ram_nbytes < least:
-        raise InvalidArgumentError(
-            f"kv_ram={choice.ram_nbytes}: the blocks that {request.batch} sequences write to, and two segments to read "
-            f"into, take {least:,} bytes ({format_size(least)}); give as much or more"
-        )
-    block = largest_block_nbytes(spec, format)
-    if choice.vram_nbytes is not None and 0 < choice.vram_nbytes < block:
-        raise InvalidArgumentError(
-            f"kv_vram={choice.vram_nbytes}: a block of the KV cache takes {block:,} bytes; give as much or more, or 0"
-        )
 
 
 def _with_vram(

@@ -134,9 +134,11 @@ def plan_ahead(
     """Plan in the best of the formats that the model may be in, and write what came of it.
 
     Raises:
+        InvalidArgumentError: the KV cache cannot be what was asked for; see `check_kv`.
         DoesNotFitError: with the nearest thing that does.
     """
     from offload.format_choice import fastest_format
+    from offload.kv_check import check_kv
     from offload.store.files import storage_errors
     from placement.planner import PlanInfeasibleError
     from placement.rig import cheapest_doubling, try_change
@@ -149,6 +151,9 @@ def plan_ahead(
                 f"{error}. {nearest(spec, rig, workload)}", minimum_ram_bytes=error.minimum_ram_nbytes
             ) from error
 
+    if rig.kv is not None:
+        above = rig.kv.vram_nbytes if rig.profile.gpu is not None and rig.vram_nbytes else 0
+        check_kv(specs[0], replace(rig.kv, vram_nbytes=above), workload.batch)
     best, plan = fastest_format(specs, planned)
     spec = specs[best]
     changes = [try_change(text, changed(rig, text), spec, workload, routing) for text in ahead.what_if]

@@ -11,6 +11,7 @@ import pytest
 
 from placement.plan import Plan
 from tests.cli.conftest import Invoke
+from tests.tiny_models import tiny_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 MIXTRAL = CONFIGS / "mixtral-8x7b"
@@ -38,6 +39,26 @@ def test_a_kv_cache_in_blocks_lies_below_the_gpu(invoke: Invoke) -> None:
     assert plan.kv.ram_nbytes <= 1 << 30
     assert plan.kv.spills_at_tokens is not None
     assert "in int8 blocks" in re.sub(r"\s+", " ", invoke("plan", MIXTRAL, *long).stdout)
+
+
+@pytest.mark.parametrize("machine", [("--gpu", "rtx4090"), ("--cpu", "ddr5-desktop")])
+@pytest.mark.parametrize(
+    ("of_kv", "said"),
+    [
+        (("--kv", "int4"), 'kv="int4": layer 0 of'),
+        (("--kv", "fp8", "--kv-ram", "1KiB"), "kv_ram=1024: the blocks"),
+    ],
+)
+def test_a_kv_cache_that_cannot_be_is_refused_as_at_hand(
+    machine: tuple[str, ...], of_kv: tuple[str, ...], said: str, tmp_path: Path, invoke: Invoke
+) -> None:
+    """Latents of 16 channels make no groups of 32; a bound must hold the blocks that are written to."""
+    tiny_config("deepseek_v3").save_pretrained(tmp_path)
+    result = invoke("plan", tmp_path, *machine, *of_kv, "--context", "64")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"Error: {said}" in result.stderr
+    refused = json.loads(invoke("plan", tmp_path, *machine, *of_kv, "--context", "64", "--json").stdout)
+    assert refused["error"]["type"] == "InvalidArgumentError"
 
 
 def test_json_is_a_plan_within_the_budgets(invoke: Invoke) -> None:
