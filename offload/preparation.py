@@ -31,7 +31,7 @@ from offload.hf.layer_kinds import decoder_layers
 from offload.hf.model_source import ModelBundleSource
 from offload.hf.quantise import linears_to_quantise, put_back, quantise_loaded, readable_alone, take_out
 from offload.hf.skeleton import config_dtype, make_skeleton, read_config
-from offload.hf.spec import build_spec
+from offload.hf.spec import build_spec, measure_without_experts
 from offload.kv_check import check_kv
 from offload.machine_profile import cached_profile
 from offload.quantisation import Quantisation
@@ -187,6 +187,7 @@ def prepare_checkpoint(
         context = _context(request, skeleton)
         casts = _any_cast(mapped.experts, compute)
         cast = FORMAT_OF_DTYPE[compute]
+        run = measure_without_experts(skeleton)
 
         def in_formats(quantisation: Quantisation) -> _Formatted:
             format = quantisation.experts or cast
@@ -194,7 +195,7 @@ def prepare_checkpoint(
             formats = linears_to_quantise(skeleton, quantisation)
             alone = readable_alone(skeleton, formats, mapped.renamed)
             spec = build_spec(
-                skeleton, bundles.groups, name=str(name), context_tokens=context, casts=casts, formats=formats,
+                skeleton, bundles.groups, run, name=str(name), context_tokens=context, casts=casts, formats=formats,
                 alone=alone, quantisation=quantisation, decoding_nbytes=decoding_nbytes(mapped.dense),
             )  # fmt: skip
             return _Formatted(spec, bundles, formats, alone)
@@ -225,14 +226,15 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     skeleton = make_skeleton(model.config, model.dtype)
     context = _context(request, skeleton)
+    run = measure_without_experts(skeleton)
 
     def in_formats(quantisation: Quantisation) -> _Formatted:
         bundles = ModelBundleSource(model, name, quantisation.experts)
         formats = linears_to_quantise(skeleton, quantisation)
         alone = [*formats]
         spec = build_spec(
-            skeleton, bundles.groups, name=name, context_tokens=context, casts=False, formats=formats, alone=alone,
-            quantisation=quantisation,
+            skeleton, bundles.groups, run, name=name, context_tokens=context, casts=False, formats=formats,
+            alone=alone, quantisation=quantisation,
         )  # fmt: skip
         return _Formatted(spec, bundles, formats, alone)
 

@@ -10,7 +10,9 @@ import torch
 
 import offload
 from offload import preparation
+from offload.cli.plan_ahead import read_specs
 from offload.errors import DoesNotFitError, InvalidArgumentError
+from offload.hf import spec
 from offload.request import make_request
 from placement.datasheets import datasheet
 from tests.conftest import TinyCheckpoint
@@ -75,6 +77,25 @@ def test_a_model_in_memory_is_weighed_alike(tiny_checkpoint: TinyCheckpoint, sto
         [one.decode_tokens_per_s for one in expected.format_options]
     )
     model.offload.close()
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("way", ["checkpoint", "in memory", "config"])
+def test_the_model_is_measured_once_for_all_formats(
+    way: str, tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    measure = spec.measure_on_meta
+    monkeypatch.setattr(spec, "measure_on_meta", lambda skeleton: runs.append(skeleton) or measure(skeleton))
+    if way == "checkpoint":
+        offload.plan(tiny_checkpoint("qwen3_moe"), ram="1GiB", context=64, quant="auto")
+    elif way == "in memory":
+        made = build_tiny("qwen3_moe")
+        offload.load(made, ram="1GiB", nvme=store_root, context=64, quant="auto").offload.close()
+    else:
+        specs = read_specs(str(tiny_checkpoint("qwen3_moe")), None, "auto", "auto", 64, trust_remote_code=False)
+        assert [one.head_format for one in specs] == ["fp32", "int8", "int8"]
+    assert len(runs) == 1
 
 
 def test_without_a_profile_there_is_nothing_to_choose_by(

@@ -51,7 +51,7 @@ def read_specs(
     from offload.checkpoint.locate import locate_checkpoint
     from offload.checkpoint.quantised import take_encoding
     from offload.cli.libraries import quiet_transformers
-    from offload.hf.config_spec import spec_of_config
+    from offload.hf.config_spec import specs_of_config
     from offload.hf.dtypes import resolve_dtype
     from offload.hf.skeleton import config_dtype, read_config
     from offload.quantisation import make_quantisation
@@ -64,10 +64,8 @@ def read_specs(
         compute = resolve_dtype(dtype, config_dtype(config), torch.bfloat16)
         encoding = take_encoding(copy.deepcopy(config), str(directory / "config.json"))
         own = None if encoding is None else encoding.packed_format
-        return tuple(
-            spec_of_config(config, model, one, dtype=compute, context_tokens=context)
-            for one in make_quantisation(quant).candidates(own)
-        )
+        candidates = make_quantisation(quant).candidates(own)
+        return specs_of_config(config, model, candidates, dtype=compute, context_tokens=context)
 
 
 def make_rig(ahead: Ahead, ram: int | None, root: Path) -> Rig:
