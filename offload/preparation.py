@@ -77,7 +77,7 @@ class Prepared(Protocol):
 
 @dataclass
 class PreparedCheckpoint:
-    """A model that lies in files."""
+    """A model that lies in files; `profile` is what predicted its plan, None where nothing could."""
 
     spec: ModelSpec
     plan: Plan
@@ -88,6 +88,7 @@ class PreparedCheckpoint:
     renamed: dict[str, str]
     formats: dict[str, str]
     alone: list[str]
+    profile: HardwareProfile | None
     finishes_beside_conversion: ClassVar[bool] = True
 
     def finish(self, progress: Progress) -> PreTrainedModel:
@@ -201,10 +202,11 @@ def prepare_checkpoint(
             return _Formatted(spec, bundles, formats, alone)
 
         own = None if encoding is None else encoding.packed_format
-        made, plan = _planned(request, own, in_formats, context, skeleton)
+        made, plan, profile = _planned(request, own, in_formats, context, skeleton)
         return PreparedCheckpoint(
-            made.spec, plan, made.bundles, checkpoint, skeleton, mapped.dense, mapped.renamed, made.formats, made.alone
-        )
+            made.spec, plan, made.bundles, checkpoint, skeleton, mapped.dense, mapped.renamed, made.formats, made.alone,
+            profile,
+        )  # fmt: skip
     except BaseException:
         checkpoint.close()
         raise
@@ -238,7 +240,7 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
         )  # fmt: skip
         return _Formatted(spec, bundles, formats, alone)
 
-    made, plan = _planned(request, None, in_formats, context, skeleton)
+    made, plan, _ = _planned(request, None, in_formats, context, skeleton)
     return PreparedModel(made.spec, plan, made.bundles, model, made.formats)
 
 
@@ -258,16 +260,22 @@ def _planned(
     in_formats: Callable[[Quantisation], _Formatted],
     context: int,
     skeleton: PreTrainedModel,
-) -> tuple[_Formatted, Plan]:
-    """The model in the formats that were asked for or, where those are left open, in the best; and its plan."""
+) -> tuple[_Formatted, Plan, HardwareProfile | None]:
+    """The model in the formats that were asked for or, where those are left open, in the best; its plan; and the
+    profile that predicted it, None where nothing could.
+    """
     choices = [in_formats(one) for one in request.quantisation.candidates(own)]
-    best, plan = fastest_format([one.spec for one in choices], lambda spec: _plan(spec, request, context, skeleton))
-    return choices[best], plan
+    profile_for = profiles_for(request.store_root)
+    best, plan = fastest_format(
+        [one.spec for one in choices], lambda spec: _plan(spec, request, context, skeleton, profile_for(spec))
+    )
+    return choices[best], plan, profile_for(choices[best].spec)
 
 
-def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedModel) -> Plan:
+def _plan(
+    spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedModel, profile: HardwareProfile | None
+) -> Plan:
     check_kv(spec, request.kv, request.batch)
-    profile = profile_for(spec, request.store_root)
 
     def planned(workload: Workload) -> Plan:
         return make_plan(spec, workload, request.ram_nbytes, profile, kv=request.kv)
@@ -298,7 +306,7 @@ def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedM
     except DoesNotFitError:
         if request.accelerator.device == "host" or plan.kv is not None:
             raise
-        below = _with_kv_below(spec, request, plan.workload, skeleton)
+        below = _with_kv_below(spec, request, plan.workload, skeleton, profile)
         if below is None:
             raise
         return below
@@ -313,14 +321,20 @@ def _or_fewer_bits(spec: ModelSpec) -> str:
     return f', or quant="int4", with which dense weights take about {format_size(spec.dense_nbytes - saved)}'
 
 
-def _with_kv_below(spec: ModelSpec, request: Request, workload: Workload, skeleton: PreTrainedModel) -> Plan | None:
+def _with_kv_below(
+    spec: ModelSpec,
+    request: Request,
+    workload: Workload,
+    skeleton: PreTrainedModel,
+    profile: HardwareProfile | None,
+) -> Plan | None:
     """For a GPU whose memory does not hold the KV cache: the plan with blocks, as many as there is room for above; None
     where that does not fit either.
     """
     assert request.accelerator is not None
     if not any(shape is not None for shape in spec.kv_shapes):
         return None
-    profile, kv = profile_for(spec, request.store_root), replace(request.kv, blocks=True)
+    kv = replace(request.kv, blocks=True)
     try:
         plan = make_plan(spec, workload, request.ram_nbytes, profile, kv=kv)
         plan = _with_vram(spec, plan, request.accelerator, skeleton, kv.vram_nbytes, profile)
@@ -372,13 +386,20 @@ def _with_vram(
     return with_prediction(spec, made, profile) if on_gpu and profile is not None else made
 
 
-def profile_for(spec: ModelSpec, root: Path) -> HardwareProfile | None:
-    """The machine as it was measured with the disk of this directory of stores, where that can predict this model."""
-    if spec.head is None or not spec.layers:
-        return None
-    linears = {one.format for layer in spec.layers for one in layer.linears}
-    experts = {layer.layout.format for layer in spec.experts}
-    return cached_profile(root, {spec.head.format, *linears, *experts})
+def profiles_for(root: Path) -> Callable[[ModelSpec], HardwareProfile | None]:
+    """The machine as it was measured with the disk of this directory of stores, read once: what is returned gives it
+    for models that it can predict, and None for others.
+    """
+    measured = cached_profile(root)
+
+    def profile_for(spec: ModelSpec) -> HardwareProfile | None:
+        if measured is None or spec.head is None or not spec.layers:
+            return None
+        linears = {one.format for layer in spec.layers for one in layer.linears}
+        experts = {layer.layout.format for layer in spec.experts}
+        return measured if measured.knows({spec.head.format, *linears, *experts}) else None
+
+    return profile_for
 
 
 def _context(request: Request, skeleton: PreTrainedModel) -> int:

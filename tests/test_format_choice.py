@@ -25,7 +25,7 @@ CPU = datasheet(cpu="ddr5-desktop", drive="gen4")
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "cached_profile", lambda root, formats: CPU)
+    monkeypatch.setattr(preparation, "cached_profile", lambda root: CPU)
 
 
 @pytest.mark.usefixtures("measured")
@@ -101,7 +101,7 @@ def test_the_model_is_measured_once_for_all_formats(
 def test_without_a_profile_there_is_nothing_to_choose_by(
     tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "cached_profile", lambda root, formats: None)
+    monkeypatch.setattr(preparation, "cached_profile", lambda root: None)
     with pytest.raises(InvalidArgumentError, match=r"fp32.*run `offload profile`"):
         offload.plan(tiny_checkpoint("qwen3_moe"), ram="1GiB", context=64, quant="auto")
 
@@ -117,7 +117,7 @@ def test_of_an_accelerator_that_is_played_nothing_is_predicted(
 
 def test_a_gpu_is_judged_by_its_own_speeds(tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     desktop = datasheet(cpu="ddr5-desktop", drive="gen4", gpu="rtx4090")
-    monkeypatch.setattr(preparation, "cached_profile", lambda root, formats: desktop)
+    monkeypatch.setattr(preparation, "cached_profile", lambda root: desktop)
     request = make_request(
         ram="1GiB", nvme=None, context=64, batch=1, prefill_chunk=64, max_memory=None, device="cuda", vram="1GiB",
         quant="auto",
