@@ -78,11 +78,14 @@ def plan_command(as_json: bool, **options: Any) -> None:
     options from --gpu to --html and --skew it plans for a machine of these parts, from the model's config.json alone.
     """
     from offload.cli.plan_ahead import Ahead
+    from offload.written_files import check_place
 
     names = ("gpu", "link", "cpu", "drive", "machine_ram", "vram", "what_if", "html")
     ahead = Ahead(**{name: options.pop(name) for name in names})
     with exit_codes(as_json=as_json):
         asked = Asked(as_json=as_json, simulate=Simulate.asked(options), **options)
+        check_place(ahead.html)
+        check_place(None if asked.simulate is None else asked.simulate.timeline)
         elsewhere = ahead.asked or asked.skew is not None or asked.remote
         of_kv = asked.kv != "auto" or asked.kv_ram is not None or asked.kv_sparsity is not None
         if of_kv and asked.remote:

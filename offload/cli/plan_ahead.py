@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload.cli.output import add_row, facts, kv_in_words, table, write
 from offload.cli.simulation import Simulate, write_plan_json, write_simulation
-from offload.errors import DoesNotFitError, InvalidArgumentError
+from offload.errors import DoesNotFitError, InvalidArgumentError, UnsupportedModelError
 from offload.plan_words import dense_in_words, formats_in_words
 from offload.sizes import format_size, parse_size
 
@@ -132,12 +132,12 @@ def plan_ahead(
     """Plan in the best of the formats that the model may be in, and write what came of it.
 
     Raises:
+        UnsupportedModelError: nothing can be predicted of it.
         InvalidArgumentError: the KV cache cannot be what was asked for; see `check_kv`.
         DoesNotFitError: with the nearest thing that does.
     """
     from offload.format_choice import fastest_format
     from offload.kv_check import check_kv
-    from offload.store.files import storage_errors
     from placement.planner import PlanInfeasibleError
     from placement.rig import cheapest_doubling, try_change
 
@@ -149,6 +149,12 @@ def plan_ahead(
                 f"{error}. {nearest(spec, rig, workload)}", minimum_ram_bytes=error.minimum_ram_nbytes
             ) from error
 
+    if specs[0].head is None or not specs[0].layers:
+        raise UnsupportedModelError(
+            f"{specs[0].name} ({specs[0].model_type}): expected a decoder whose layers can be told from other modules, "
+            "found none, so that nothing can be predicted for another machine. Fix: plan it for this one, without the "
+            "options that name parts"
+        )
     if rig.kv is not None:
         above = rig.kv.vram_nbytes if rig.profile.gpu is not None and rig.vram_nbytes else 0
         check_kv(specs[0], replace(rig.kv, vram_nbytes=above), workload.batch)
@@ -171,8 +177,7 @@ def plan_ahead(
         from offload.report_html import write_html
 
         assert doubling is not None
-        with storage_errors("writing", ahead.html):
-            write_html(ahead.html, spec, plan, rig, routing, changes, doubling)
+        write_html(ahead.html, spec, plan, rig, routing, changes, doubling)
 
 
 def nearest(spec: ModelSpec, rig: Rig, workload: Workload) -> str:

@@ -130,11 +130,49 @@ def test_what_cannot_be_meant_is_named(invoke: Invoke, arguments: list[str], sai
     assert said in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "nonsense"}, "does not recognize this architecture. Fix: a version of transformers"),
+        ({"model_type": "t5"}, "no causal language model for 't5'"),
+        ({"model_type": "bert"}, "expected a decoder whose layers can be told"),
+        ({"model_type": "qwen3_moe", "num_hidden_layers": "many"}, "'num_hidden_layers' expected int, got str"),
+        ({"model_type": "qwen3_moe", "num_attention_heads": 0}, "Fix: check its sizes"),
+    ],
+    ids=str,
+)
+def test_a_config_of_no_model_is_refused_in_a_line(
+    config: dict[str, object], said: str, tmp_path: Path, invoke: Invoke
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = invoke("plan", tmp_path, "--gpu", "rtx4090")
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("bare", ["4", "0016", "65535"])
+def test_a_size_without_its_unit_is_asked_for(invoke: Invoke, bare: str) -> None:
+    result = invoke("plan", MIXTRAL, "--gpu", "rtx4090", "--machine-ram", bare)
+    assert result.exit_code == 2
+    assert f"{bare!r} has no unit" in result.stderr
+
+
 def test_a_machine_that_was_not_measured(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = invoke("plan", MIXTRAL, "--skew", "1")
     assert result.exit_code == 2
     assert "offload profile" in result.stderr
+
+
+@pytest.mark.parametrize("option", [("--html",), ("--simulate", "--skew", "1", "--timeline")])
+def test_a_report_that_has_no_place_is_refused_before_any_work(
+    option: tuple[str, ...], invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.cli.plan._plan_ahead", lambda *_: pytest.fail("planned all the same"))
+    result = invoke("plan", MIXTRAL, *DESKTOP, *option, tmp_path / "missing" / "report")
+    assert (result.exit_code, result.stdout) == (5, "")
+    assert f"there is no directory {tmp_path / 'missing'}" in result.stderr
 
 
 def test_the_report_stands_alone(invoke: Invoke, tmp_path: Path) -> None:
