@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import perf_counter
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from benchmarks.harness import Report, Row, Spread
 from cpu_kernels.threads import ThreadPool
 from formats.bundle import BundleLayout
 from offload.devices.doorbell import DoorbellServer
-from offload.devices.host import HostDevice
-from offload.devices.mailbox import Mailbox, MailboxLayout, collect, ring
+from offload.devices.mailbox import Mailbox, MailboxLayout, collect, mailbox_memory, ring
 from offload.errors import CaptureError, DeviceError
 from offload.measuring.kernels import Gate
 from offload.moe.layer import ExpertsLayer
@@ -25,7 +22,6 @@ REQUESTS = 48
 """Of a step: layers of Qwen3-30B-A3B, whose width and experts of a token these are too."""
 
 _HIDDEN, _INTERMEDIATE, _TOP_K = 2048, 64, 8
-_LINE_NBYTES = 128
 
 
 def doorbell_table(report: Report, device: torch.device, rounds: int) -> list[Row]:
@@ -58,7 +54,7 @@ def _ways(device: torch.device) -> dict[str, Callable[[], StepGraph]]:
 
 def _timed(report: Report, way: str, graph: StepGraph, device: torch.device, rounds: int) -> Row:
     layout = MailboxLayout(1, _TOP_K, _HIDDEN, torch.bfloat16)
-    box = Mailbox(layout, _memory(layout.nbytes, device))
+    box = Mailbox(layout, mailbox_memory(layout, device))
     bundle = BundleLayout(_HIDDEN, _INTERMEDIATE, "bf16")
     layers = [
         ExpertsLayer(f"layer {number}", _TOP_K * number, _TOP_K, bundle, torch.bfloat16, Gate(), "silu")
@@ -94,12 +90,3 @@ def _timed(report: Report, way: str, graph: StepGraph, device: torch.device, rou
             right = right and not sums.any()
     report.gate(f"doorbell by {way}", right, f"{REQUESTS} answers of {rounds + 2} replays are there, and are nothing")
     return {"requests": REQUESTS, "us_per_request": Spread.of(microseconds[2:])}
-
-
-def _memory(nbytes: int, device: torch.device) -> npt.NDArray[np.uint8]:
-    """uint8 [nbytes] from a line on, pinned and mapped where a GPU is to write to it."""
-    if device.type != "cuda":
-        return HostDevice().allocate(nbytes).bytes()[:nbytes]
-    with torch.cuda.device(device):
-        memory = torch.zeros(nbytes + _LINE_NBYTES, dtype=torch.uint8, pin_memory=True).numpy()
-    return memory[-memory.ctypes.data % _LINE_NBYTES :][:nbytes]

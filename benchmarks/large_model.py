@@ -31,7 +31,7 @@ from offload.hf.experts_interface import experts_modules
 from offload.hf.quantise import linears_to_quantise, put_back, take_out
 from offload.hf.quantised_linear import QuantisedLinear
 from offload.hf.skeleton import make_skeleton
-from offload.hf.spec import build_spec
+from offload.hf.spec import build_spec, measure_without_experts
 from offload.quantisation import make_quantisation
 from offload.store import BundleSource, ExpertGroup, NoProgress, Progress
 from placement.kv import KvChoice
@@ -132,8 +132,9 @@ class PreparedRandom:
         self.bundles: BundleSource = RandomBundles(shape, quantisation.experts, modules)
         self._formats = linears_to_quantise(self._skeleton, quantisation)
         self.spec: ModelSpec = build_spec(
-            self._skeleton, self.bundles.groups, name=self.bundles.name, context_tokens=context_tokens, casts=False,
-            formats=self._formats, alone=list(self._formats), quantisation=quantisation,
+            self._skeleton, self.bundles.groups, measure_without_experts(self._skeleton), name=self.bundles.name,
+            context_tokens=context_tokens, casts=False, formats=self._formats, alone=list(self._formats),
+            quantisation=quantisation,
         )  # fmt: skip
         self.plan: Plan = make_plan(self.spec, Workload(context_tokens), ram, kv=kv)
 

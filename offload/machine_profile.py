@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -38,10 +38,9 @@ def existing(root: Path) -> Path:
     return next(path for path in (root.absolute(), *root.absolute().parents) if path.is_dir())
 
 
-def cached_profile(root: Path, formats: Iterable[str] = ()) -> HardwareProfile | None:
-    """What was measured here before; None where nothing was, or not these formats."""
-    profile = read_profile(profiles_directory(), machine_with(root))
-    return profile if profile is not None and profile.knows(formats) else None
+def cached_profile(root: Path) -> HardwareProfile | None:
+    """What was measured here before; None where nothing was."""
+    return read_profile(profiles_directory(), machine_with(root))
 
 
 def measure_profile(root: Path, *, quick: bool, say: Callable[[str], None]) -> tuple[HardwareProfile, Path]:

@@ -31,7 +31,8 @@ from offload.hf.layer_kinds import decoder_layers
 from offload.hf.model_source import ModelBundleSource
 from offload.hf.quantise import linears_to_quantise, put_back, quantise_loaded, readable_alone, take_out
 from offload.hf.skeleton import config_dtype, make_skeleton, read_config
-from offload.hf.spec import build_spec
+from offload.hf.spec import build_spec, measure_without_experts
+from offload.kv_check import check_kv
 from offload.machine_profile import cached_profile
 from offload.quantisation import Quantisation
 from offload.request import DEFAULT_CONTEXT_TOKENS, AcceleratorRequest, Request
@@ -39,7 +40,6 @@ from offload.sizes import format_size
 from offload.store.progress import Progress
 from offload.store.source import BundleSource
 from placement.hardware_profile import HardwareProfile
-from placement.kv import KvChoice, largest_block_nbytes, layout_format, minimum_nbytes
 from placement.kv_settings import PIECES_NBYTES
 from placement.memory_use import vram_beside_weights
 from placement.model_spec import ModelSpec
@@ -77,7 +77,7 @@ class Prepared(Protocol):
 
 @dataclass
 class PreparedCheckpoint:
-    """A model that lies in files."""
+    """A model that lies in files; `profile` is what predicted its plan, None where nothing could."""
 
     spec: ModelSpec
     plan: Plan
@@ -88,6 +88,7 @@ class PreparedCheckpoint:
     renamed: dict[str, str]
     formats: dict[str, str]
     alone: list[str]
+    profile: HardwareProfile | None
     finishes_beside_conversion: ClassVar[bool] = True
 
     def finish(self, progress: Progress) -> PreTrainedModel:
@@ -187,6 +188,7 @@ def prepare_checkpoint(
         context = _context(request, skeleton)
         casts = _any_cast(mapped.experts, compute)
         cast = FORMAT_OF_DTYPE[compute]
+        run = measure_without_experts(skeleton)
 
         def in_formats(quantisation: Quantisation) -> _Formatted:
             format = quantisation.experts or cast
@@ -194,16 +196,17 @@ def prepare_checkpoint(
             formats = linears_to_quantise(skeleton, quantisation)
             alone = readable_alone(skeleton, formats, mapped.renamed)
             spec = build_spec(
-                skeleton, bundles.groups, name=str(name), context_tokens=context, casts=casts, formats=formats,
+                skeleton, bundles.groups, run, name=str(name), context_tokens=context, casts=casts, formats=formats,
                 alone=alone, quantisation=quantisation, decoding_nbytes=decoding_nbytes(mapped.dense),
             )  # fmt: skip
             return _Formatted(spec, bundles, formats, alone)
 
         own = None if encoding is None else encoding.packed_format
-        made, plan = _planned(request, own, in_formats, context, skeleton)
+        made, plan, profile = _planned(request, own, in_formats, context, skeleton)
         return PreparedCheckpoint(
-            made.spec, plan, made.bundles, checkpoint, skeleton, mapped.dense, mapped.renamed, made.formats, made.alone
-        )
+            made.spec, plan, made.bundles, checkpoint, skeleton, mapped.dense, mapped.renamed, made.formats, made.alone,
+            profile,
+        )  # fmt: skip
     except BaseException:
         checkpoint.close()
         raise
@@ -225,18 +228,19 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     skeleton = make_skeleton(model.config, model.dtype)
     context = _context(request, skeleton)
+    run = measure_without_experts(skeleton)
 
     def in_formats(quantisation: Quantisation) -> _Formatted:
         bundles = ModelBundleSource(model, name, quantisation.experts)
         formats = linears_to_quantise(skeleton, quantisation)
         alone = [*formats]
         spec = build_spec(
-            skeleton, bundles.groups, name=name, context_tokens=context, casts=False, formats=formats, alone=alone,
-            quantisation=quantisation,
+            skeleton, bundles.groups, run, name=name, context_tokens=context, casts=False, formats=formats,
+            alone=alone, quantisation=quantisation,
         )  # fmt: skip
         return _Formatted(spec, bundles, formats, alone)
 
-    made, plan = _planned(request, None, in_formats, context, skeleton)
+    made, plan, _ = _planned(request, None, in_formats, context, skeleton)
     return PreparedModel(made.spec, plan, made.bundles, model, made.formats)
 
 
@@ -256,16 +260,22 @@ def _planned(
     in_formats: Callable[[Quantisation], _Formatted],
     context: int,
     skeleton: PreTrainedModel,
-) -> tuple[_Formatted, Plan]:
-    """The model in the formats that were asked for or, where those are left open, in the best; and its plan."""
+) -> tuple[_Formatted, Plan, HardwareProfile | None]:
+    """The model in the formats that were asked for or, where those are left open, in the best; its plan; and the
+    profile that predicted it, None where nothing could.
+    """
     choices = [in_formats(one) for one in request.quantisation.candidates(own)]
-    best, plan = fastest_format([one.spec for one in choices], lambda spec: _plan(spec, request, context, skeleton))
-    return choices[best], plan
+    profile_for = profiles_for(request.store_root)
+    best, plan = fastest_format(
+        [one.spec for one in choices], lambda spec: _plan(spec, request, context, skeleton, profile_for(spec))
+    )
+    return choices[best], plan, profile_for(choices[best].spec)
 
 
-def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedModel) -> Plan:
-    check_kv(spec, request)
-    profile = profile_for(spec, request.store_root)
+def _plan(
+    spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedModel, profile: HardwareProfile | None
+) -> Plan:
+    check_kv(spec, request.kv, request.batch)
 
     def planned(workload: Workload) -> Plan:
         return make_plan(spec, workload, request.ram_nbytes, profile, kv=request.kv)
@@ -296,7 +306,7 @@ def _plan(spec: ModelSpec, request: Request, context: int, skeleton: PreTrainedM
     except DoesNotFitError:
         if request.accelerator.device == "host" or plan.kv is not None:
             raise
-        below = _with_kv_below(spec, request, plan.workload, skeleton)
+        below = _with_kv_below(spec, request, plan.workload, skeleton, profile)
         if below is None:
             raise
         return below
@@ -311,14 +321,20 @@ def _or_fewer_bits(spec: ModelSpec) -> str:
     return f', or quant="int4", with which dense weights take about {format_size(spec.dense_nbytes - saved)}'
 
 
-def _with_kv_below(spec: ModelSpec, request: Request, workload: Workload, skeleton: PreTrainedModel) -> Plan | None:
+def _with_kv_below(
+    spec: ModelSpec,
+    request: Request,
+    workload: Workload,
+    skeleton: PreTrainedModel,
+    profile: HardwareProfile | None,
+) -> Plan | None:
     """For a GPU whose memory does not hold the KV cache: the plan with blocks, as many as there is room for above; None
     where that does not fit either.
     """
     assert request.accelerator is not None
     if not any(shape is not None for shape in spec.kv_shapes):
         return None
-    profile, kv = profile_for(spec, request.store_root), replace(request.kv, blocks=True)
+    kv = replace(request.kv, blocks=True)
     try:
         plan = make_plan(spec, workload, request.ram_nbytes, profile, kv=kv)
         plan = _with_vram(spec, plan, request.accelerator, skeleton, kv.vram_nbytes, profile)
@@ -333,43 +349,6 @@ def _with_kv_below(spec: ModelSpec, request: Request, workload: Workload, skelet
         stacklevel=2,
     )
     return plan
-
-
-def check_kv(spec: ModelSpec, request: Request) -> None:
-    """See that the KV cache can be what was asked for.
-
-    Raises:
-        InvalidArgumentError: `kv_ram` is too small for any context, or `kv_vram` for a block, or the format has no
-            blocks for the model's heads.
-    """
-    choice = request.kv
-    if not any(shape is not None for shape in spec.kv_shapes):
-        if replace(choice, vram_nbytes=choice.vram_nbytes or 0) != KvChoice():
-            warnings.warn(
-                f"{spec.name}: no layer keeps keys and values of all tokens, so that kv=, kv_ram=, kv_vram= and "
-                "kv_sparsity= change nothing",
-                SlowKvWarning,
-                stacklevel=2,
-            )
-        return
-    format = layout_format(choice.format, spec.dtype)
-    try:
-        least = minimum_nbytes(spec, request.batch, format, above=choice.vram_nbytes != 0)
-    except ValueError as error:
-        raise InvalidArgumentError(
-            f'kv="{choice.format}": {spec.name} has keys and values that make no blocks of {format}: {error}. Fix: '
-            "another format, or the cache that grows in place, which a plan has where nothing asks for blocks"
-        ) from error
-    if choice.ram_nbytes is not None and choice.ram_nbytes < least:
-        raise InvalidArgumentError(
-            f"kv_ram={choice.ram_nbytes}: the blocks that {request.batch} sequences write to, and two segments to read "
-            f"into, take {least:,} bytes ({format_size(least)}); give as much or more"
-        )
-    block = largest_block_nbytes(spec, format)
-    if choice.vram_nbytes is not None and 0 < choice.vram_nbytes < block:
-        raise InvalidArgumentError(
-            f"kv_vram={choice.vram_nbytes}: a block of the KV cache takes {block:,} bytes; give as much or more, or 0"
-        )
 
 
 def _with_vram(
@@ -407,13 +386,20 @@ def _with_vram(
     return with_prediction(spec, made, profile) if on_gpu and profile is not None else made
 
 
-def profile_for(spec: ModelSpec, root: Path) -> HardwareProfile | None:
-    """The machine as it was measured with the disk of this directory of stores, where that can predict this model."""
-    if spec.head is None or not spec.layers:
-        return None
-    linears = {one.format for layer in spec.layers for one in layer.linears}
-    experts = {layer.layout.format for layer in spec.experts}
-    return cached_profile(root, {spec.head.format, *linears, *experts})
+def profiles_for(root: Path) -> Callable[[ModelSpec], HardwareProfile | None]:
+    """The machine as it was measured with the disk of this directory of stores, read once: what is returned gives it
+    for models that it can predict, and None for others.
+    """
+    measured = cached_profile(root)
+
+    def profile_for(spec: ModelSpec) -> HardwareProfile | None:
+        if measured is None or spec.head is None or not spec.layers:
+            return None
+        linears = {one.format for layer in spec.layers for one in layer.linears}
+        experts = {layer.layout.format for layer in spec.experts}
+        return measured if measured.knows({spec.head.format, *linears, *experts}) else None
+
+    return profile_for
 
 
 def _context(request: Request, skeleton: PreTrainedModel) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.io import to_html
 
+from offload.written_files import write_whole
+
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d")
 
 _STYLE = """
@@ -24,23 +26,23 @@ def write_page(file: Path, title: str, top: str, figures: Iterable[tuple[str, go
     """Write a page.
 
     Args:
-        file: overwritten.
+        file: replaced when the page is whole.
         title: of the page.
         top: HTML above the figures.
         figures: each with its heading.
 
     Raises:
-        OSError: the file cannot be written.
+        StorageError: the file cannot be written.
     """
     parts = [
         f"<h2>{html.escape(heading)}</h2>{_figure(figure, first=number == 0)}"
         for number, (heading, figure) in enumerate(figures)
     ]
-    file.write_text(
+    page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>{top}{''.join(parts)}</body></html>\n",
-        encoding="utf-8",
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>{top}{''.join(parts)}</body></html>\n"
     )
+    write_whole(file, page.encode())
 
 
 def paragraphs(sentences: Iterable[str]) -> str:

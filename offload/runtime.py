@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from formats.packed import round_up
-from offload.devices.base import Accelerator, Device, Span
+from offload.devices.base import Accelerator, Device
 from offload.devices.host_threads import short_waits
 from offload.devices.link import CHUNK_NBYTES
-from offload.errors import ClosedError, DoesNotFitError, UnsupportedOperationError
+from offload.errors import ClosedError, UnsupportedOperationError
+from offload.expert_places import ExpertPlaces
 from offload.fork_guard import hold_at_fork
 from offload.hf.dense_placement import DensePlacement
-from offload.kv.budget import pass_nbytes
 from offload.kv.paging import Paging
 from offload.learnt import save_learnt
 from offload.moe.costs import ObservedCosts
@@ -36,6 +33,7 @@ from offload.moe.tiered_step import Accelerated, leave_more_memory, retried_step
 from offload.observer import StepObserver
 from offload.reconciliation import MemoryUse, Reconciliation, reconcile
 from offload.recorder import TraceRecorder
+from offload.room import ForwardPass, Room
 from offload.statistics import (
     AcceleratorStatistics,
     Passes,
@@ -51,10 +49,9 @@ from offload.tiers.counters import TierCounters
 from offload.tiers.direct_engine import make_engine
 from offload.tiers.disk import ShardReader
 from offload.tiers.expert_tier import ExpertTier
-from offload.tiers.transfer import ReadEngine, ReadRequest
+from offload.tiers.transfer import ReadEngine
 from placement.model_spec import ModelSpec
 from placement.plan import Plan
-from placement.planner import KV_ROOM_TOKENS, MINIMUM_SLOTS, kv_nbytes
 from prefetch.learning import Learner
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.geometry import Geometry
@@ -70,24 +67,8 @@ Queue = Callable[[ExpertsLayer, torch.Tensor, torch.Tensor, torch.Tensor], torch
 """What a step queues for a layer while it is captured: (layer, hidden, top_k_index, top_k_weights) → [T, H]."""
 
 
-class _RoomMade(NamedTuple):
-    """For which pass there is room.
-
-    Attributes:
-        asked: sequences, new tokens, tokens of each in the cache's buffers, whether all logits.
-        cache: that it extends.
-        caches: how many are alive.
-        slots: for experts.
-    """
-
-    asked: tuple[int, int, int, bool]
-    cache: weakref.ref[object]
-    caches: int
-    slots: int
-
-
 def _do_nothing() -> None:
-    """No waits to end."""
+    """Where there is nothing to end."""
 
 
 class Runtime:
@@ -109,15 +90,18 @@ class Runtime:
         self.store = store
         self.layers = tuple(layers)
         self.device = device
-        self._first_keys = [layer.first_key for layer in self.layers]
+        self.lock = threading.RLock()
+        self._places = ExpertPlaces(self.layers, store, lambda key: self.tier.address(key))
         reader = ShardReader(store.shard_paths, lambda index, direct: store.open_shard(index, direct=direct))
         engine = make_engine(reader, threads=plan.reader_threads, chunk_nbytes=plan.read_chunk_nbytes, most_soon=1)
         arena = Arena(device, plan.slot_nbytes, plan.ram_slots)
-        self.tier = ExpertTier(arena, policy, engine, self._locate, self._bundle_nbytes)
+        self.tier = ExpertTier(arena, policy, engine, self._places.in_store, self._places.nbytes)
         self.geometry = Geometry(tuple(layer.count for layer in self.layers))
         self.observer = StepObserver()
         self._number = {layer.first_key: index for index, layer in enumerate(self.layers)}
         self.accelerated = None if accelerator is None else self._above(accelerator, accelerator_policy)
+        end_copies = _do_nothing if self.accelerated is None else self.accelerated.tiers.end_copies
+        self._room = Room(plan, spec, self.tier, self.lock, end_copies)
         self.fused: dict[str, int] = {}
         self.paging: Paging | None = None
         self.prefixes: Prefixes | None = None
@@ -128,9 +112,6 @@ class Runtime:
         self.memory: MemoryUse | None = None
         self.learners: dict[str, Learner] = {}
         self.closed = self._released = self._decoded = False
-        self.lock = threading.RLock()
-        self._caches: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
-        self._made: _RoomMade | None = None
         self._waits_shortly = False
         self._end_waits: Callable[[], object] = _do_nothing
         self.reset_stats()
@@ -143,32 +124,9 @@ class Runtime:
             accelerator.copy_reader(), threads=accelerator.copy_threads, chunk_nbytes=CHUNK_NBYTES
         )  # fmt: skip
         arena = Arena(accelerator, self.plan.slot_nbytes, slots)
-        above = ExpertTier(arena, policy or LruPolicy(), engine, self._locate_in_ram, self._bundle_nbytes)
+        above = ExpertTier(arena, policy or LruPolicy(), engine, self._places.in_ram, self._places.nbytes)
         costs = ObservedCosts(accelerator.link, accelerator.memory_bytes_per_s)
         return Accelerated(TierPair(above, self.tier), self.device, accelerator, costs)
-
-    # --- where experts are -----------------------------------------------------------------------------------
-
-    def _layer_of(self, key: int) -> tuple[int, ExpertsLayer, int]:
-        index = bisect_right(self._first_keys, key) - 1
-        layer = self.layers[index]
-        return index, layer, key - layer.first_key
-
-    def _bundle_nbytes(self, key: int) -> int:
-        return self._layer_of(key)[1].layout.nbytes
-
-    def _locate(self, key: int, out: Span) -> ReadRequest:
-        index, layer, expert = self._layer_of(key)
-        location = self.store.location(index, expert)
-        label = f"expert {expert} of {layer.name}"
-        return ReadRequest(location.shard, location.offset, out, self.store.checksum(index, expert), label)
-
-    def _locate_in_ram(self, key: int, out: Span) -> ReadRequest:
-        index, layer, expert = self._layer_of(key)
-        label = f"the copy of expert {expert} of {layer.name}"
-        # A device's own memory is not read back: what was copied there was checked when it came from disk.
-        checksum = self.store.checksum(index, expert) if isinstance(out, memoryview) else None
-        return ReadRequest(0, self.tier.address(key), out, checksum, label)
 
     # --- running ---------------------------------------------------------------------------------------------
 
@@ -277,10 +235,10 @@ class Runtime:
         above = 0 if self.accelerated is None else min(count, self.accelerated.tiers.above.table.usable_slots)
         below = range(above, count) if above + slots >= count else range(0)
         keys = [*range(above), *below]
-        progress.start(sum(map(self._bundle_nbytes, keys)), "Loading experts")
+        progress.start(sum(map(self._places.nbytes, keys)), "Loading experts")
 
         def arrived(key: int) -> None:
-            progress.advance(self._bundle_nbytes(key))
+            progress.advance(self._places.nbytes(key))
 
         try:
             with self.lock:
@@ -310,56 +268,7 @@ class Runtime:
         self._check_open()
         self.observer.prefill = tokens > 1
         self._wait_shortly(decode=tokens == 1)
-        asked = batch, tokens, round_up(past_tokens + tokens, KV_ROOM_TOKENS), all_logits
-        if self._room_is_made(asked, cache):
-            return
-        plan = self.plan
-        own = pass_nbytes(
-            self.spec,
-            self.paging,
-            batch,
-            tokens,
-            past_tokens,
-            all_logits=all_logits,
-            kv_elsewhere=self._kv_above,
-        )
-        with self.lock:
-            if cache is not None:
-                self._caches[cache] = kv_nbytes(self.spec, batch, past_tokens + tokens)
-        needed = own + self._other_caches_nbytes(cache)
-        slots, fewest = self._slots_beside(needed), min(MINIMUM_SLOTS, plan.ram_slots)
-        if slots < fewest:
-            # The caches of a request that failed may live on in cycles with the frames of its traceback.
-            gc.collect()
-            needed = own + self._other_caches_nbytes(cache)
-            slots = self._slots_beside(needed)
-        if slots < fewest:
-            minimum = plan.ram.dense_nbytes + needed + fewest * plan.slot_nbytes
-            raise DoesNotFitError(
-                f"{batch} x {past_tokens + tokens} tokens, {tokens} of them new, need {needed:,} bytes for KV cache "
-                f"and activations; the budget of {plan.ram_budget_nbytes:,} bytes does not hold that beside dense "
-                f"weights of {plan.ram.dense_nbytes:,} and {fewest} expert slots; load with ram={minimum} or more, or "
-                "take a shorter sequence or a smaller batch",
-                minimum_ram_bytes=minimum,
-            )
-        with self.lock:
-            if slots != self.tier.table.usable_slots:
-                if self.accelerated is not None:
-                    self.accelerated.tiers.end_copies()
-                self.tier.resize(slots)
-        if cache is not None and self.paging is None:
-            self._made = _RoomMade(asked, weakref.ref(cache), len(self._caches), self.tier.table.usable_slots)
-
-    def _room_is_made(self, asked: tuple[int, int, int, bool], cache: object | None) -> bool:
-        """Whether the last pass that room was made for needed the same, beside the same caches."""
-        made = self._made
-        return (
-            made is not None
-            and made.asked == asked
-            and made.cache() is cache is not None
-            and made.caches == len(self._caches)
-            and made.slots == self.tier.table.usable_slots
-        )
+        self._room.make(ForwardPass(batch, tokens, past_tokens, all_logits), cache, self.paging)
 
     def _wait_shortly(self, *, decode: bool) -> None:
         """While experts are read for one token at a time, most of a pass is waiting, and readers need the cores."""
@@ -371,23 +280,6 @@ class Runtime:
             self._end_waits()
             waits = short_waits() if wanted and not self.closed else None
             self._end_waits = _do_nothing if waits is None else weakref.finalize(self, waits.close)
-
-    @property
-    def _kv_above(self) -> bool:
-        return self.plan.kv_tier == "vram"
-
-    def _other_caches_nbytes(self, cache: object | None) -> int:
-        if self.paging is not None or self._kv_above:
-            return 0
-        with self.lock:
-            return sum(nbytes for other, nbytes in self._caches.items() if other is not cache)
-
-    def _slots_beside(self, needed_nbytes: int) -> int:
-        """Expert slots that the budget leaves beside dense weights and what a pass needs; at most those planned."""
-        plan = self.plan
-        reserved = plan.ram.kv_nbytes + plan.ram.activation_nbytes
-        room = plan.ram_budget_nbytes - plan.ram.dense_nbytes - max(needed_nbytes, reserved)
-        return min(plan.ram_slots, room // plan.slot_nbytes)
 
     def pass_failed(self, error: BaseException | None) -> None:
         """A forward pass ended with an error. Where an accelerator's memory ran out, the next pass has more of it: the

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from offload.errors import InvalidArgumentError, TraceFileError
 from offload.store.files import storage_errors
+from offload.written_files import write_whole
 from placement.model_spec import ModelSpec
 from placement.predict import Routing
 from placement.trace_routing import routing_of
@@ -35,8 +36,7 @@ def write_trace(file: Path, trace: RoutingTrace) -> int:
         StorageError: the file cannot be written.
     """
     data = codec.encode(trace)
-    with storage_errors("writing", file):
-        file.write_bytes(data)
+    write_whole(file, data)
     return len(data)
 
 

@@ -21,10 +21,9 @@ from prefetch.policies.names import POLICIES
 from tests.conftest import TinyCheckpoint
 from tests.dense_models import DENSE_FAMILIES, LAYERS, write_dense
 from tests.hf.reference import (
-    assert_logits_close,
+    PaddedBatch,
     assert_same_up_to_near_ties,
     greedy,
-    logits,
     prompt,
     reference_model,
 )
@@ -62,25 +61,16 @@ def test_tokens_equal_transformers_wherever_weights_are(
     model_type: str, dense_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     directory = dense_checkpoint(model_type)
-    reference = reference_model(directory, torch.float32)
-    ids = prompt(batch=2)
-    padded = torch.ones_like(ids)
-    padded[0, :5] = 0
-    expected = greedy(reference, ids, NEW_TOKENS)
-    expected_padded = greedy(reference, ids, NEW_TOKENS, attention_mask=padded)
-    expected_logits = logits(reference, ids)
+    expected = PaddedBatch(directory, NEW_TOKENS)
     seen, copied, kept = [], [], []
     sizes: dict[str, Any] = {"context": 40, "batch": 2}
     for share in (None, *SHARES, 1.1):
         above = {} if share is None else _streams(directory, share, **sizes)
         model = offload.load(directory, ram="1GiB", nvme=tmp_path, **sizes, **above)
         with model.offload as runtime:
-            found = logits(model, ids)
-            assert_logits_close(found, expected_logits)
-            seen.append(found)
+            seen.append(expected.checked_logits(model))
             runtime.reset_stats()
-            assert torch.equal(greedy(model, ids, NEW_TOKENS), expected), share
-            assert torch.equal(greedy(model, ids, NEW_TOKENS, attention_mask=padded), expected_padded), share
+            expected.check_tokens(model)
             runtime.check()
             stats, plan = runtime.stats(), runtime.plan
             assert (plan.expert_count, plan.ram_slots, plan.disk_nbytes, stats.moe_steps) == (0, 0, 0, 0)

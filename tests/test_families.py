@@ -11,8 +11,8 @@ import offload
 from offload.errors import DoesNotFitError
 from tests.conftest import TinyCheckpoint
 from tests.hf.reference import (
+    PaddedBatch,
     assert_as_near_to_fp32,
-    assert_logits_close,
     assert_same_up_to_near_ties,
     greedy,
     logits,
@@ -33,14 +33,7 @@ def test_fp32_equals_transformers_under_every_budget(
     model_type: str, tiny_checkpoint: TinyCheckpoint, store_root: Path
 ) -> None:
     directory = tiny_checkpoint(model_type)
-    reference = reference_model(directory, torch.float32)
-    ids = prompt(batch=2)
-    padded = torch.ones_like(ids)
-    padded[0, :5] = 0
-    expected_logits = logits(reference, ids)
-    expected = greedy(reference, ids)
-    expected_padded = greedy(reference, ids, attention_mask=padded)
-
+    expected = PaddedBatch(directory)
     minimum = _minimum_ram(directory, context=40, batch=2)
     slot = offload.plan(directory, ram=minimum, context=40, batch=2).slot_nbytes
     seen = []
@@ -49,12 +42,9 @@ def test_fp32_equals_transformers_under_every_budget(
         with model.offload as runtime:
             plan = runtime.plan
             assert plan.ram_slots == (slots if slots is not None else plan.expert_count)
-            found_logits = logits(model, ids)
-            assert_logits_close(found_logits, expected_logits)
-            assert torch.equal(greedy(model, ids), expected)
-            assert torch.equal(greedy(model, ids, attention_mask=padded), expected_padded)
+            seen.append(expected.checked_logits(model))
+            expected.check_tokens(model)
             runtime.check()
-            seen.append(found_logits)
     assert all(torch.equal(seen[0], other) for other in seen), "logits depend on the budget"
 
 

@@ -10,7 +10,9 @@ import torch
 
 import offload
 from offload import preparation
+from offload.cli.plan_ahead import read_specs
 from offload.errors import DoesNotFitError, InvalidArgumentError
+from offload.hf import spec
 from offload.request import make_request
 from placement.datasheets import datasheet
 from tests.conftest import TinyCheckpoint
@@ -23,7 +25,7 @@ CPU = datasheet(cpu="ddr5-desktop", drive="gen4")
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "cached_profile", lambda root, formats: CPU)
+    monkeypatch.setattr(preparation, "cached_profile", lambda root: CPU)
 
 
 @pytest.mark.usefixtures("measured")
@@ -77,10 +79,29 @@ def test_a_model_in_memory_is_weighed_alike(tiny_checkpoint: TinyCheckpoint, sto
     model.offload.close()
 
 
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("way", ["checkpoint", "in memory", "config"])
+def test_the_model_is_measured_once_for_all_formats(
+    way: str, tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    measure = spec.measure_on_meta
+    monkeypatch.setattr(spec, "measure_on_meta", lambda skeleton: runs.append(skeleton) or measure(skeleton))
+    if way == "checkpoint":
+        offload.plan(tiny_checkpoint("qwen3_moe"), ram="1GiB", context=64, quant="auto")
+    elif way == "in memory":
+        made = build_tiny("qwen3_moe")
+        offload.load(made, ram="1GiB", nvme=store_root, context=64, quant="auto").offload.close()
+    else:
+        specs = read_specs(str(tiny_checkpoint("qwen3_moe")), None, "auto", "auto", 64, trust_remote_code=False)
+        assert [one.head_format for one in specs] == ["fp32", "int8", "int8"]
+    assert len(runs) == 1
+
+
 def test_without_a_profile_there_is_nothing_to_choose_by(
     tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "cached_profile", lambda root, formats: None)
+    monkeypatch.setattr(preparation, "cached_profile", lambda root: None)
     with pytest.raises(InvalidArgumentError, match=r"fp32.*run `offload profile`"):
         offload.plan(tiny_checkpoint("qwen3_moe"), ram="1GiB", context=64, quant="auto")
 
@@ -96,7 +117,7 @@ def test_of_an_accelerator_that_is_played_nothing_is_predicted(
 
 def test_a_gpu_is_judged_by_its_own_speeds(tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     desktop = datasheet(cpu="ddr5-desktop", drive="gen4", gpu="rtx4090")
-    monkeypatch.setattr(preparation, "cached_profile", lambda root, formats: desktop)
+    monkeypatch.setattr(preparation, "cached_profile", lambda root: desktop)
     request = make_request(
         ram="1GiB", nvme=None, context=64, batch=1, prefill_chunk=64, max_memory=None, device="cuda", vram="1GiB",
         quant="auto",

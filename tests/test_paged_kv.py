@@ -327,7 +327,11 @@ def test_latents_that_are_no_whole_groups_are_refused_by_name(
     tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kv, "SETTINGS", replace(SETTINGS, block_tokens=64, recent_tokens=64))
-    with pytest.raises(InvalidArgumentError, match=r'kv="int4".*multiple of 16 \(32 of int4\).*Fix: another format'):
+    refusal = (
+        r'kv="int4": layer 0 of .* latents of 24 channels, of which values are the first 16.* no blocks of int4: '
+        r".*multiple of 16 \(32 of int4\).*Fix: .*: auto, bf16, fp16, fp32, fp8, int8$"
+    )
+    with pytest.raises(InvalidArgumentError, match=refusal):
         offload.load(tiny_checkpoint("deepseek_v3"), ram="1GiB", context=CONTEXT, kv="int4")
 
 

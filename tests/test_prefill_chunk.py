@@ -21,7 +21,7 @@ def test_left_padded_batches_in_chunks_give_the_tokens_of_transformers(
     tiny_checkpoint: TinyCheckpoint, store_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = datasheet(cpu="ddr5-desktop", drive="gen4")
-    monkeypatch.setattr(preparation, "cached_profile", lambda root, formats: profile)
+    monkeypatch.setattr(preparation, "cached_profile", lambda root: profile)
     directory = tiny_checkpoint("qwen3_moe")
     ram = offload.plan(directory, ram="1GiB", context=CONTEXT, batch=2, prefill_chunk=128).minimum_ram_nbytes
     with pytest.raises(offload.errors.DoesNotFitError):
@@ -42,6 +42,6 @@ def test_left_padded_batches_in_chunks_give_the_tokens_of_transformers(
 def test_without_a_profile_there_is_nothing_to_choose_by(
     tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "cached_profile", lambda root, formats: None)
+    monkeypatch.setattr(preparation, "cached_profile", lambda root: None)
     with pytest.raises(InvalidArgumentError, match="run `offload profile`, or give a number"):
         offload.plan(tiny_checkpoint("qwen3_moe"), ram="1GiB", context=CONTEXT, prefill_chunk="auto")

@@ -81,7 +81,7 @@ def _bench(
     from offload.cli.libraries import quiet_transformers
     from offload.errors import InvalidArgumentError
     from offload.loading import load
-    from offload.preparation import profile_for
+    from offload.preparation import profiles_for
     from offload.request import store_root
     from offload.traces import read_routing
     from profiler.memory import reset_peak_rss
@@ -103,7 +103,7 @@ def _bench(
         runtime = cast("Runtime", loaded.offload)
         with runtime:
             routing = read_routing(runtime.spec, skew, trace)
-            found = run_bench(loaded, amount, profile_for(runtime.spec, store_root(nvme)), routing, probe=probe)
+            found = run_bench(loaded, amount, profiles_for(store_root(nvme))(runtime.spec), routing, probe=probe)
     if as_json:
         write_json(_report(found, amount))
     else:

@@ -45,7 +45,8 @@ def exit_codes(*, as_json: bool = False) -> Iterator[None]:
         message = error.strerror if isinstance(error, StorageError) and error.strerror else str(error)
         _fail(error, message, error.exit_code, as_json=as_json)
     except OSError as error:
-        _fail(error, str(error), EXIT_STORAGE, as_json=as_json)
+        message = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        _fail(error, message, EXIT_STORAGE, as_json=as_json)
     except Exception as error:  # noqa: BLE001 - the outermost frame of a command
         _fail(error, f"{type(error).__name__}: {error}", EXIT_FAILED, as_json=as_json)
 

@@ -14,6 +14,9 @@ from offload.request import PREFILL_CHUNK_TOKENS, parse_sparsity
 from offload.sizes import parse_size
 from placement.kv import KV_CHOICES
 
+_LEAST_BARE_NBYTES = 1 << 16
+"""Numbers below are no sizes that anything could have: whoever writes one means another unit."""
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -36,7 +39,9 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes of `value`; a usage error where it is not a size."""
+        """Bytes of `value`; a usage error where it is not a size, or so few bytes that a unit was forgotten."""
+        if isinstance(value, str) and value.strip().isdecimal() and 0 < int(value) < _LEAST_BARE_NBYTES:
+            self.fail(f"{value!r} has no unit and would be bytes; write a size as 4GiB, 500MB or 65536", param, ctx)
         try:
             return parse_size(value, param.name if param and param.name else self.name)
         except InvalidArgumentError as error:

@@ -78,11 +78,14 @@ def plan_command(as_json: bool, **options: Any) -> None:
     options from --gpu to --html and --skew it plans for a machine of these parts, from the model's config.json alone.
     """
     from offload.cli.plan_ahead import Ahead
+    from offload.written_files import check_place
 
     names = ("gpu", "link", "cpu", "drive", "machine_ram", "vram", "what_if", "html")
     ahead = Ahead(**{name: options.pop(name) for name in names})
     with exit_codes(as_json=as_json):
         asked = Asked(as_json=as_json, simulate=Simulate.asked(options), **options)
+        check_place(ahead.html)
+        check_place(None if asked.simulate is None else asked.simulate.timeline)
         elsewhere = ahead.asked or asked.skew is not None or asked.remote
         of_kv = asked.kv != "auto" or asked.kv_ram is not None or asked.kv_sparsity is not None
         if of_kv and asked.remote:
@@ -167,7 +170,7 @@ def _plan_ahead(ahead: Ahead, asked: Asked) -> None:
 def _plan_remote(asked: Asked) -> None:
     from offload.errors import DoesNotFitError
     from offload.format_choice import fastest_format
-    from offload.preparation import profile_for
+    from offload.preparation import profiles_for
     from offload.request import DEFAULT_CONTEXT_TOKENS, make_request
     from offload.traces import read_routing
     from placement.planner import PlanInfeasibleError, make_plan
@@ -182,10 +185,11 @@ def _plan_remote(asked: Asked) -> None:
     workload = Workload(tokens, asked.batch, asked.chunk_tokens, asked.prompt)
     routing = read_routing(found.specs[0], asked.skew, asked.trace)
 
+    profile_for = profiles_for(request.store_root)
+
     def planned(spec: ModelSpec) -> Plan:
-        profile = profile_for(spec, request.store_root)
         try:
-            return make_plan(spec, workload, request.ram_nbytes, profile, routing)
+            return make_plan(spec, workload, request.ram_nbytes, profile_for(spec), routing)
         except PlanInfeasibleError as error:
             raise DoesNotFitError(str(error), minimum_ram_bytes=error.minimum_ram_nbytes) from error
 
@@ -193,14 +197,14 @@ def _plan_remote(asked: Asked) -> None:
     spec = found.specs[best]
     free = _free_nbytes(request.store_root)
     state = f"none yet; written by the first run, after a download of {format_size(found.download_nbytes)}"
-    profile = profile_for(spec, request.store_root)
-    _finish(made, Disk(request.store_root, free, state, present=False), spec, profile, routing, asked)
+    disk = Disk(request.store_root, free, state, present=False)
+    _finish(made, disk, spec, profile_for(spec), routing, asked)
 
 
 def _plan(asked: Asked) -> None:
     from offload.cli.libraries import quiet_transformers
     from offload.errors import CheckpointNotFoundError
-    from offload.preparation import prepare_checkpoint, profile_for
+    from offload.preparation import prepare_checkpoint
     from offload.request import make_request
     from offload.traces import read_routing
     from placement.planner import make_plan
@@ -224,7 +228,7 @@ def _plan(asked: Asked) -> None:
     prepared.checkpoint.close()
     made = prepared.plan
     routing = read_routing(prepared.spec, asked.skew, asked.trace)
-    profile = profile_for(prepared.spec, request.store_root)
+    profile = prepared.profile
     if asked.prompt != made.workload.prompt_tokens or routing is not None:
         workload = replace(made.workload, prompt_tokens=asked.prompt)
         options = made.format_options

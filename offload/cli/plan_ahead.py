@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload.cli.output import add_row, facts, kv_in_words, table, write
 from offload.cli.simulation import Simulate, write_plan_json, write_simulation
-from offload.errors import DoesNotFitError, InvalidArgumentError
+from offload.errors import DoesNotFitError, InvalidArgumentError, UnsupportedModelError
 from offload.plan_words import dense_in_words, formats_in_words
 from offload.sizes import format_size, parse_size
 
@@ -51,7 +51,7 @@ def read_specs(
     from offload.checkpoint.locate import locate_checkpoint
     from offload.checkpoint.quantised import take_encoding
     from offload.cli.libraries import quiet_transformers
-    from offload.hf.config_spec import spec_of_config
+    from offload.hf.config_spec import specs_of_config
     from offload.hf.dtypes import resolve_dtype
     from offload.hf.skeleton import config_dtype, read_config
     from offload.quantisation import make_quantisation
@@ -64,10 +64,8 @@ def read_specs(
         compute = resolve_dtype(dtype, config_dtype(config), torch.bfloat16)
         encoding = take_encoding(copy.deepcopy(config), str(directory / "config.json"))
         own = None if encoding is None else encoding.packed_format
-        return tuple(
-            spec_of_config(config, model, one, dtype=compute, context_tokens=context)
-            for one in make_quantisation(quant).candidates(own)
-        )
+        candidates = make_quantisation(quant).candidates(own)
+        return specs_of_config(config, model, candidates, dtype=compute, context_tokens=context)
 
 
 def make_rig(ahead: Ahead, ram: int | None, root: Path) -> Rig:
@@ -134,10 +132,12 @@ def plan_ahead(
     """Plan in the best of the formats that the model may be in, and write what came of it.
 
     Raises:
+        UnsupportedModelError: nothing can be predicted of it.
+        InvalidArgumentError: the KV cache cannot be what was asked for; see `check_kv`.
         DoesNotFitError: with the nearest thing that does.
     """
     from offload.format_choice import fastest_format
-    from offload.store.files import storage_errors
+    from offload.kv_check import check_kv
     from placement.planner import PlanInfeasibleError
     from placement.rig import cheapest_doubling, try_change
 
@@ -149,6 +149,15 @@ def plan_ahead(
                 f"{error}. {nearest(spec, rig, workload)}", minimum_ram_bytes=error.minimum_ram_nbytes
             ) from error
 
+    if specs[0].head is None or not specs[0].layers:
+        raise UnsupportedModelError(
+            f"{specs[0].name} ({specs[0].model_type}): expected a decoder whose layers can be told from other modules, "
+            "found none, so that nothing can be predicted for another machine. Fix: plan it for this one, without the "
+            "options that name parts"
+        )
+    if rig.kv is not None:
+        above = rig.kv.vram_nbytes if rig.profile.gpu is not None and rig.vram_nbytes else 0
+        check_kv(specs[0], replace(rig.kv, vram_nbytes=above), workload.batch)
     best, plan = fastest_format(specs, planned)
     spec = specs[best]
     changes = [try_change(text, changed(rig, text), spec, workload, routing) for text in ahead.what_if]
@@ -168,8 +177,7 @@ def plan_ahead(
         from offload.report_html import write_html
 
         assert doubling is not None
-        with storage_errors("writing", ahead.html):
-            write_html(ahead.html, spec, plan, rig, routing, changes, doubling)
+        write_html(ahead.html, spec, plan, rig, routing, changes, doubling)
 
 
 def nearest(spec: ModelSpec, rig: Rig, workload: Workload) -> str:

@@ -85,7 +85,7 @@ class Simulate:
             InvalidArgumentError: no profile, no experts, an unknown policy, or another model's trace.
             StorageError: the timeline cannot be written.
         """
-        from offload.store.files import storage_errors
+        from offload.written_files import write_whole
         from placement.simulator.machine import chrome_trace
         from placement.simulator.simulate import homes_of, simulate
         from prefetch.policies.geometry import Geometry
@@ -108,8 +108,8 @@ class Simulate:
         except (UnknownPolicyError, TraceError) as error:
             raise InvalidArgumentError(str(error)) from error
         if self.timeline is not None:
-            with storage_errors("writing", self.timeline):
-                self.timeline.write_text(json.dumps(chrome_trace(found.spans, f"{plan.model}, simulated")))
+            told = json.dumps(chrome_trace(found.spans, f"{plan.model}, simulated"))
+            write_whole(self.timeline, told.encode())
         return found
 
     def _trace(self, spec: ModelSpec, plan: Plan) -> RoutingTrace:

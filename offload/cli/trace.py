@@ -75,6 +75,9 @@ def _record(
     progress: bool | None,
     **load_options: Any,
 ) -> None:
+    from offload.written_files import check_place
+
+    check_place(output)
     text = read_prompt(prompt, prompt_file)
     import torch
 
@@ -124,8 +127,10 @@ def show_command(file: Path, html: Path | None, as_json: bool) -> None:
         from offload.errors import InvalidArgumentError
         from offload.trace_summary import summarise
         from offload.traces import read_trace
+        from offload.written_files import check_place
         from prefetch.traces.trace import TraceError
 
+        check_place(html)
         trace = read_trace(file)
         try:
             found = summarise(trace)

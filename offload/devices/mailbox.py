@@ -56,6 +56,20 @@ class MailboxLayout:
         return self.offsets()[-1]
 
 
+def mailbox_memory(layout: MailboxLayout, device: torch.device) -> npt.NDArray[np.uint8]:
+    """uint8 [layout.nbytes] of zeros from a line on; of a GPU pinned, and mapped, so that it can be written from there.
+
+    The runtime cuts its mailboxes from memory that it has locked for more than them; this is for one alone.
+    """
+    room = layout.nbytes + _LINE_NBYTES
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            memory = torch.zeros(room, dtype=torch.uint8, pin_memory=True).numpy()
+    else:
+        memory = np.zeros(room, np.uint8)
+    return memory[-memory.ctypes.data % _LINE_NBYTES :][: layout.nbytes]
+
+
 class Mailbox:
     """A mailbox in memory that the CPU and a stream both see; pinned and mapped where the stream is a GPU's.
 

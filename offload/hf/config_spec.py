@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -13,7 +14,7 @@ from offload.hf.experts_interface import experts_modules
 from offload.hf.model_source import expert_group
 from offload.hf.quantise import linears_to_quantise
 from offload.hf.skeleton import make_skeleton
-from offload.hf.spec import build_spec
+from offload.hf.spec import build_spec, measure_without_experts
 from offload.quantisation import Quantisation
 from placement.model_spec import ModelSpec
 
@@ -21,14 +22,27 @@ from placement.model_spec import ModelSpec
 def spec_of_config(
     config: PretrainedConfig, name: str, quantisation: Quantisation, *, dtype: torch.dtype, context_tokens: int
 ) -> ModelSpec:
-    """What `build_spec` makes of a checkpoint of this config.
+    """As `specs_of_config`, in one format."""
+    (spec,) = specs_of_config(config, name, (quantisation,), dtype=dtype, context_tokens=context_tokens)
+    return spec
+
+
+def specs_of_config(
+    config: PretrainedConfig,
+    name: str,
+    quantisations: Iterable[Quantisation],
+    *,
+    dtype: torch.dtype,
+    context_tokens: int,
+) -> tuple[ModelSpec, ...]:
+    """What `build_spec` makes of a checkpoint of this config, in each of some formats.
 
     Weights are taken as stored one tensor each and in the dtype that the model computes in.
 
     Args:
         config: of the model.
         name: what the user calls it.
-        quantisation: packed formats.
+        quantisations: packed formats.
         dtype: in which it computes.
         context_tokens: longest sequence.
 
@@ -40,12 +54,22 @@ def spec_of_config(
     encoding = take_encoding(config, f"config.json of {name}")
     skeleton = make_skeleton(config, dtype)
     refuse_foreign_experts(skeleton)
-    groups = [expert_group(path, module, quantisation.experts) for path, module in experts_modules(skeleton)]
-    formats = linears_to_quantise(skeleton, quantisation)
-    return build_spec(
-        skeleton, groups, name=name, context_tokens=context_tokens, casts=False, formats=formats, alone=[*formats],
-        quantisation=quantisation,
-        decoding_nbytes=_decoding_nbytes(skeleton) if encoding is not None and encoding.method == "fp8" else 0,
+    choices = [
+        (
+            one,
+            [expert_group(path, module, one.experts) for path, module in experts_modules(skeleton)],
+            linears_to_quantise(skeleton, one),
+        )
+        for one in quantisations
+    ]
+    run = measure_without_experts(skeleton)
+    decoding_nbytes = _decoding_nbytes(skeleton) if encoding is not None and encoding.method == "fp8" else 0
+    return tuple(
+        build_spec(
+            skeleton, groups, run, name=name, context_tokens=context_tokens, casts=False, formats=formats,
+            alone=[*formats], quantisation=one, decoding_nbytes=decoding_nbytes,
+        )
+        for one, groups, formats in choices
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from offload.errors import CheckpointError, UnsupportedModelError
@@ -26,10 +28,19 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> PretrainedConfig
             directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if "does not recognize this architecture" in str(error) or "trust_remote_code" in str(error):
+        if "does not recognize this architecture" in str(error):
+            raise UnsupportedModelError(
+                f"{directory / 'config.json'}: {_first_sentence(error)} Fix: a version of transformers that has it "
+                f"(this one is {transformers.__version__}), or a model that is supported"
+            ) from error
+        if "trust_remote_code" in str(error):
             raise UnsupportedModelError(f"{directory}: {error}") from error
         raise CheckpointError(
             f"{directory / 'config.json'} is not a config that transformers can read: {error}"
+        ) from error
+    except StrictDataclassError as error:
+        raise CheckpointError(
+            f"{directory / 'config.json'} is not a config that transformers can read: {' '.join(str(error).split())}"
         ) from error
     return config
 
@@ -57,10 +68,20 @@ def make_skeleton(config: PretrainedConfig, dtype: torch.dtype, **options: Any) 
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
     except ValueError as error:
         raise UnsupportedModelError(
-            f"transformers has no causal language model for {config.model_type!r}: {error}"
+            f"transformers has no causal language model for {config.model_type!r}: {_first_sentence(error)}"
+        ) from error
+    except (ArithmeticError, RuntimeError, TypeError, LookupError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"transformers makes no model of this config (model_type {config.model_type!r}): {type(error).__name__}: "
+            f"{error}. Fix: check its sizes"
         ) from error
     _check_sizes(model)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _first_sentence(error: Exception) -> str:
+    """Of a message of transformers, which goes on with lists and advice."""
+    return str(error).strip().partition("\n")[0].split(". ")[0].rstrip(".") + "."
 
 
 def _check_sizes(model: PreTrainedModel) -> None:

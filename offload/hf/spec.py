@@ -12,6 +12,7 @@ from offload.hf.experts_interface import experts_modules, remove_expert_weights,
 from offload.hf.layer_specs import head_spec, layer_specs
 from offload.hf.quantise import parameters_of, quantised_nbytes
 from offload.hf.sizes import (
+    RunSizes,
     activation_nbytes_per_token,
     attention_nbytes_per_token,
     dense_weights,
@@ -26,9 +27,25 @@ _LOADER_THREADS = 4
 """transformers reads so many tensors at once; each may need a copy while it is cast."""
 
 
+def measure_without_experts(skeleton: PreTrainedModel) -> RunSizes:
+    """Take the experts off a skeleton and measure what is left, for `build_spec` in whatever formats.
+
+    Args:
+        skeleton: on meta; afterwards its experts have no parameters and dispatch to the offload implementation.
+
+    Raises:
+        UnsupportedModelError: the model cannot run on meta.
+    """
+    for _, module in experts_modules(skeleton):
+        remove_expert_weights(module)
+    use_offload_experts(skeleton)
+    return measure_on_meta(skeleton)
+
+
 def build_spec(
     skeleton: PreTrainedModel,
     groups: Sequence[ExpertGroup],
+    run: RunSizes,
     *,
     name: str,
     context_tokens: int,
@@ -38,11 +55,12 @@ def build_spec(
     quantisation: Quantisation,
     decoding_nbytes: int = 0,
 ) -> ModelSpec:
-    """Take the experts off the skeleton and measure what is left.
+    """The record of a model in certain formats.
 
     Args:
-        skeleton: on meta; afterwards its experts have no parameters and dispatch to the offload implementation.
+        skeleton: on meta, its experts taken off.
         groups: the routed experts.
+        run: what `measure_without_experts` found of the skeleton.
         name: what the user called the model.
         context_tokens: longest sequence that will run.
         casts: True where weights are stored in another dtype than the model computes in.
@@ -52,10 +70,6 @@ def build_spec(
         decoding_nbytes: what decoding one dense tensor of a quantised checkpoint takes.
     """
     dtype: torch.dtype = skeleton.dtype
-    for _, module in experts_modules(skeleton):
-        remove_expert_weights(module)
-    use_offload_experts(skeleton)
-    run = measure_on_meta(skeleton)
     dense = dense_weights(skeleton, dtype)
     largest = max(dense.values()) * (1 + _LOADER_THREADS if casts else 1)
     originals = {name: sum(dense.pop(own, 0) for own in parameters_of(skeleton, name)) for name in formats}

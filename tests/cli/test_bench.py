@@ -21,7 +21,7 @@ def profile(monkeypatch: pytest.MonkeyPatch) -> HardwareProfile:
     """A profile that is taken for this machine's; what it says is nothing like it."""
     made = datasheet(cpu="ddr5-desktop", drive="gen4")
     made = replace(made, provenance=replace(made.provenance, kind="measured"))
-    monkeypatch.setattr("offload.preparation.cached_profile", lambda root, formats: made)
+    monkeypatch.setattr("offload.preparation.cached_profile", lambda root: made)
     return made
 
 

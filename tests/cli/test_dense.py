@@ -48,7 +48,7 @@ def test_plan(invoke: Invoke, dense: Path, tmp_path: Path) -> None:
 
 def test_a_plan_of_this_machine_is_predicted(invoke: Invoke, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = datasheet(cpu="ddr5-desktop", drive="gen4")
-    monkeypatch.setattr("offload.preparation.cached_profile", lambda root, formats: profile)
+    monkeypatch.setattr("offload.preparation.cached_profile", lambda root: profile)
     text = flat(invoke("plan", dense, "--ram", "200MiB", "--context", "64").stdout)
     assert re.search(r"expected decode [\d.]+ tokens/s .* no experts, nothing is routed", text)
     result = invoke("plan", dense, "--ram", "200MiB", "--simulate")

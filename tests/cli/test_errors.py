@@ -64,6 +64,7 @@ def test_what_would_fit_is_reported(invoke: Invoke, monkeypatch: pytest.MonkeyPa
     [
         (ZeroDivisionError("division by zero"), 1, "Error: ZeroDivisionError: division by zero\n"),
         (OSError(errno.EIO, "broken"), 5, "Error: [Errno 5] broken\n"),
+        (OSError(errno.ENOENT, "not there", "/some/where"), 5, "Error: /some/where: not there\n"),
         (KeyboardInterrupt(), 130, "Interrupted.\n"),
         (BrokenPipeError(), 141, ""),
     ],

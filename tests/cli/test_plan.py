@@ -51,7 +51,7 @@ def test_speed_after_the_whole_context_is_told(
     invoke: Invoke, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = datasheet(cpu="ddr5-desktop", drive="gen4")
-    monkeypatch.setattr("offload.preparation.cached_profile", lambda root, formats: profile)
+    monkeypatch.setattr("offload.preparation.cached_profile", lambda root: profile)
     options = ("--ram", "100MiB", "--context", 512)
     short, whole = (
         json.loads(invoke("plan", checkpoint, *options, "--prompt", prompt, "--json").stdout)["prediction"]["decode"]

@@ -11,6 +11,7 @@ import pytest
 
 from placement.plan import Plan
 from tests.cli.conftest import Invoke
+from tests.tiny_models import tiny_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 MIXTRAL = CONFIGS / "mixtral-8x7b"
@@ -38,6 +39,26 @@ def test_a_kv_cache_in_blocks_lies_below_the_gpu(invoke: Invoke) -> None:
     assert plan.kv.ram_nbytes <= 1 << 30
     assert plan.kv.spills_at_tokens is not None
     assert "in int8 blocks" in re.sub(r"\s+", " ", invoke("plan", MIXTRAL, *long).stdout)
+
+
+@pytest.mark.parametrize("machine", [("--gpu", "rtx4090"), ("--cpu", "ddr5-desktop")])
+@pytest.mark.parametrize(
+    ("of_kv", "said"),
+    [
+        (("--kv", "int4"), 'kv="int4": layer 0 of'),
+        (("--kv", "fp8", "--kv-ram", "1KiB"), "kv_ram=1024: the blocks"),
+    ],
+)
+def test_a_kv_cache_that_cannot_be_is_refused_as_at_hand(
+    machine: tuple[str, ...], of_kv: tuple[str, ...], said: str, tmp_path: Path, invoke: Invoke
+) -> None:
+    """Latents of 16 channels make no groups of 32; a bound must hold the blocks that are written to."""
+    tiny_config("deepseek_v3").save_pretrained(tmp_path)
+    result = invoke("plan", tmp_path, *machine, *of_kv, "--context", "64")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"Error: {said}" in result.stderr
+    refused = json.loads(invoke("plan", tmp_path, *machine, *of_kv, "--context", "64", "--json").stdout)
+    assert refused["error"]["type"] == "InvalidArgumentError"
 
 
 def test_json_is_a_plan_within_the_budgets(invoke: Invoke) -> None:
@@ -109,11 +130,49 @@ def test_what_cannot_be_meant_is_named(invoke: Invoke, arguments: list[str], sai
     assert said in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "nonsense"}, "does not recognize this architecture. Fix: a version of transformers"),
+        ({"model_type": "t5"}, "no causal language model for 't5'"),
+        ({"model_type": "bert"}, "expected a decoder whose layers can be told"),
+        ({"model_type": "qwen3_moe", "num_hidden_layers": "many"}, "'num_hidden_layers' expected int, got str"),
+        ({"model_type": "qwen3_moe", "num_attention_heads": 0}, "Fix: check its sizes"),
+    ],
+    ids=str,
+)
+def test_a_config_of_no_model_is_refused_in_a_line(
+    config: dict[str, object], said: str, tmp_path: Path, invoke: Invoke
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = invoke("plan", tmp_path, "--gpu", "rtx4090")
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("bare", ["4", "0016", "65535"])
+def test_a_size_without_its_unit_is_asked_for(invoke: Invoke, bare: str) -> None:
+    result = invoke("plan", MIXTRAL, "--gpu", "rtx4090", "--machine-ram", bare)
+    assert result.exit_code == 2
+    assert f"{bare!r} has no unit" in result.stderr
+
+
 def test_a_machine_that_was_not_measured(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = invoke("plan", MIXTRAL, "--skew", "1")
     assert result.exit_code == 2
     assert "offload profile" in result.stderr
+
+
+@pytest.mark.parametrize("option", [("--html",), ("--simulate", "--skew", "1", "--timeline")])
+def test_a_report_that_has_no_place_is_refused_before_any_work(
+    option: tuple[str, ...], invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.cli.plan._plan_ahead", lambda *_: pytest.fail("planned all the same"))
+    result = invoke("plan", MIXTRAL, *DESKTOP, *option, tmp_path / "missing" / "report")
+    assert (result.exit_code, result.stdout) == (5, "")
+    assert f"there is no directory {tmp_path / 'missing'}" in result.stderr
 
 
 def test_the_report_stands_alone(invoke: Invoke, tmp_path: Path) -> None:

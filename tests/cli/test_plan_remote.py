@@ -89,10 +89,14 @@ def test_quantised_checkpoints_are_planned_as_copies_of_them(
 def test_formats_that_are_left_open_are_weighed_as_of_a_copy(
     hub: Hub, checkpoint: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "cached_profile", lambda root, formats: datasheet(cpu="ddr5-desktop"))
+    """And the profile is read once for them all."""
+    read = []
+    monkeypatch.setattr(preparation, "cached_profile", lambda root: read.append(root) or datasheet(cpu="ddr5-desktop"))
     budgets = ("--ram", "64MiB", "--context", "64", "--quant", "auto", "--json")
     remote = Plan.from_json(invoke("plan", "owner/tiny", "--remote", *budgets).stdout)
+    assert len(read) == 1
     local = Plan.from_json(invoke("plan", checkpoint, *budgets).stdout)
+    assert len(read) == 2
     assert len(remote.format_options) == 3
     assert replace(remote, model="") == replace(local, model="")
 

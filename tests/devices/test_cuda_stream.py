@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload.devices.cuda_stream import CudaStream
-from offload.devices.mailbox import Mailbox, MailboxLayout, collect, ring
+from offload.devices.mailbox import Mailbox, MailboxLayout, collect, mailbox_memory, ring
 from offload.errors import DeviceError
 from tests.tiers.readers import random_bytes
 
@@ -37,8 +37,9 @@ def stream(status: int = 0) -> RecordingStream:
 
 def test_a_request_and_its_answer_in_order() -> None:
     layout = MailboxLayout(1, 2, 8, torch.float32)
-    memory = random_bytes(layout.nbytes + 128, seed=1)
-    box = Mailbox(layout, memory[-memory.ctypes.data % 128 :][: layout.nbytes])
+    memory = mailbox_memory(layout, torch.device("cpu"))
+    memory[:] = random_bytes(layout.nbytes, seed=1)
+    box = Mailbox(layout, memory)
     recorded = stream()
     hidden, ids, weights, sums = torch.zeros(1, 8), torch.zeros(1, 2).long(), torch.zeros(1, 2), torch.zeros(1, 8)
     ring(recorded, box, 4, hidden, ids, weights)

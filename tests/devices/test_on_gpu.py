@@ -19,7 +19,7 @@ from offload.devices.cuda_graph import CudaGraph
 from offload.devices.cuda_stream import CudaStream
 from offload.devices.doorbell import DoorbellServer
 from offload.devices.host import HostDevice
-from offload.devices.mailbox import Mailbox, MailboxLayout, collect, ring
+from offload.devices.mailbox import Mailbox, MailboxLayout, collect, mailbox_memory, ring
 from offload.devices.pinned import PinnedSlab
 from offload.errors import CaptureError, DoesNotFitError, InvalidArgumentError
 from offload.tiers.transfer import ReadEngine, ReadRequest, Urgency
@@ -172,8 +172,7 @@ def test_the_doorbell(captured: bool, name: str) -> None:
     rig = Rig(layers=2)
     nbytes = rig.layout.nbytes
     layout = MailboxLayout(2, 3, rig.layout.hidden, rig.dtype)
-    memory = torch.zeros(layout.nbytes + 128, dtype=torch.uint8, pin_memory=True).numpy()
-    box = Mailbox(layout, memory[-memory.ctypes.data % 128 :][: layout.nbytes])
+    box = Mailbox(layout, mailbox_memory(layout, device))
     home = HostDevice().allocate(len(rig.reader.shard))
     home.bytes()[: len(rig.reader.shard)] = rig.reader.shard
     side = torch.cuda.Stream(device)

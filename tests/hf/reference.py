@@ -46,6 +46,33 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return found.float()
 
 
+class PaddedBatch:
+    """Two sequences, also with the first tokens of one masked, and what transformers makes of them in fp32."""
+
+    def __init__(self, directory: Path, new_tokens: int = 16) -> None:
+        reference = reference_model(directory, torch.float32)
+        self._ids, self._new_tokens = prompt(batch=2), new_tokens
+        self._mask = torch.ones_like(self._ids)
+        self._mask[0, :5] = 0
+        self._logits = logits(reference, self._ids)
+        self._tokens = self._generated(reference)
+
+    def checked_logits(self, model: PreTrainedModel) -> torch.Tensor:
+        """The model's logits, which are transformers' but for the order of sums."""
+        found = logits(model, self._ids)
+        assert_logits_close(found, self._logits)
+        return found
+
+    def check_tokens(self, model: PreTrainedModel) -> None:
+        """The model's greedy tokens are transformers'."""
+        for found, expected in zip(self._generated(model), self._tokens, strict=True):
+            assert torch.equal(found, expected)
+
+    def _generated(self, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+        masked = greedy(model, self._ids, self._new_tokens, attention_mask=self._mask)
+        return greedy(model, self._ids, self._new_tokens), masked
+
+
 def assert_logits_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     bound = FP32_TOLERANCE * expected.abs().max().item()
     worst = (found - expected).abs().max().item()
