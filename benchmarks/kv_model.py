@@ -43,7 +43,9 @@ from placement.prediction import PassPrediction
 from profiler.probe import probe
 
 _FORMAT = "int8"
-_ROOM_TOKENS = 64
+_ROOM_TOKENS = 1024
+"""Beside the context: for what is decoded, and for the blocks of a second cache, which are written in 16 bits. A block on
+disk makes its whole layer slower."""
 _TURNS = 3
 """Each with a probe before it: shared machines change their speeds within seconds."""
 _BASE_TOKENS = 128
