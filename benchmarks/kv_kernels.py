@@ -18,7 +18,7 @@ from cpu_kernels.block_selection import attend_to_blocks, choose_blocks
 from cpu_kernels.key_sketch import estimate_largest_scores, sketch_blocks
 from cpu_kernels.paged_attention import paged_attention
 from cpu_kernels.paged_attention_reference import paged_attention_reference
-from cpu_kernels.prepared_attention import PreparedAttention, rows_elements
+from cpu_kernels.prepared_attention import PreparedAttention, one_list, rows_elements
 from formats.key_sketch import SketchLayout
 from formats.kv import KV_FORMATS, KvLayout
 from formats.kv_pack import pack_kv_block
@@ -128,10 +128,8 @@ class _Histories:
         """What decoding keeps from one token to the next."""
         layout, heads = self.layout, self.query.shape[1]
         return PreparedAttention(
-            layout, layout.key_width**-0.5, np.array([0, len(addresses)]), addresses,
-            np.array([len(addresses) * layout.block_tokens]), np.zeros(1, np.int64),
-            torch.empty(rows_elements(layout, 1, heads)), torch.empty(1, heads, 1, layout.output_width),
-            torch.empty(1, heads, 1),
+            one_list(layout, addresses), layout.key_width**-0.5, torch.empty(rows_elements(layout, 1, heads)),
+            torch.empty(1, heads, 1, layout.output_width), torch.empty(1, heads, 1),
         )  # fmt: skip
 
 

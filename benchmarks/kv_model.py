@@ -43,9 +43,14 @@ from placement.prediction import PassPrediction
 from profiler.probe import probe
 
 _FORMAT = "int8"
-_ROOM_TOKENS = 64
+_ROOM_TOKENS = 1024
+"""Beside the context: for what is decoded, and for the blocks of a second cache, which are written in 16 bits. A block
+on disk makes its whole layer slower."""
 _TURNS = 3
 """Each with a probe before it: shared machines change their speeds within seconds."""
+_BASE_TOKENS = 128
+"""Of random context below the steps that predictions from parts begin with, which blocks in memory hold. With none a
+step's tokens attend to few others, the same for all steps, which makes their routing alike: more experts are found."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,8 @@ def run(work: Path, shape: checkpoints.Shape, scale: KvModelScale) -> Report:
     report.notes.append(
         "Predicted by the plan: with a profile that the run measured before it loaded the model, and with that profile "
         "at the speeds that a probe finds right before each of three turns of decode. Predicted by parts: a step "
-        "without context, plus the longer of reading the cold blocks and attending, both at the speeds that this run "
-        "measured apart."
+        f"with {_BASE_TOKENS} tokens of context, plus the longer of reading the cold blocks and attending, both at the "
+        "speeds that this run measured apart after each turn."
     )
     return report
 
@@ -134,7 +139,9 @@ def _measure(
         say("decoding")
         peak_nbytes = memory_status()["VmHWM"]
         expected = _expected(prepared, profile, scale, kv)
-        turns, expected_now = [], []
+        base_cache = _long_cache(model, _BASE_TOKENS)
+        directory = Path(runtime.paging.pool.file.directory)
+        turns, expected_now, bases, parts_s = [], [], [], []
         for turn in range(_TURNS):
             # The profile's products ran on threads that wait in a loop, which those of decode from disk do not.
             runtime._wait_shortly(decode=False)
@@ -144,14 +151,15 @@ def _measure(
             reset_peak()
             turns.append(_decode(model, cache, shape, scale.new_tokens // _TURNS, 3 + turn))
             peak_nbytes = max(peak_nbytes, memory_status()["VmHWM"])
-        decode, stats = _all_of(turns), runtime.stats()
+            # Of other tokens, whose experts are as new: attention and blocks are the rest.
+            bases.append(_decode(model, base_cache, shape, scale.new_tokens // _TURNS, 3 + _TURNS + turn))
+            parts_s.append(_from_parts_s(turns[-1], bases[-1], runtime.plan, scale, directory))
+        decode, base, stats = _all_of(turns), _all_of(bases), runtime.stats()
         # Only what lies close together can be compared.
-        off_now = Spread.of(
-            [turn.median_s / one.seconds for turn, one in zip(turns, expected_now, strict=True)]
-        ).median  # fmt: skip
-        # Steps with next to no context, of other tokens, whose experts are as new: attention and blocks are the rest.
-        short = _decode(model, DynamicCache(config=model.config), shape, scale.new_tokens, 3 + _TURNS)
-        apart_s = _from_parts_s(decode, short, runtime.plan, scale, Path(runtime.paging.pool.file.directory))
+        off_now, off_parts = (
+            Spread.of([turn.median_s / one for turn, one in zip(turns, expected_s, strict=True)]).median
+            for expected_s in ([one.seconds for one in expected_now], parts_s)
+        )  # fmt: skip
         whole_s = sum(decode.seconds)
         where = {"KV in RAM GiB": stats.kv.ram_nbytes / 2**30, "KV on disk GiB": stats.kv.disk_nbytes / 2**30}
         report.tables.setdefault(f"{title}: GiB", []).append(
@@ -166,23 +174,24 @@ def _measure(
                 **where, "measured": Spread.of([1 / one for one in decode.seconds]),
                 "by the plan": expected.tokens_per_s,
                 "at the moment's speeds": Spread.of([one.tokens_per_s for one in expected_now]),
-                "from parts": 1 / apart_s,
+                "from parts": Spread.of([1 / one for one in parts_s]),
             }
         )  # fmt: skip
         report.tables.setdefault(f"{title}: a token", []).append(
             {
-                **where, "s": decode.median_s, "s for the context": decode.median_s - short.median_s,
+                **where, "s": decode.median_s, "s for the context": decode.median_s - base.median_s,
                 "KV stall share": decode.kv_stall_s / whole_s, "expert stall share": decode.expert_stall_s / whole_s,
                 "KV read GB": decode.kv_nbytes / len(decode.seconds) / 1e9, "hit rate": decode.hit_rate,
+                "hit rate of the steps that parts begin with": base.hit_rate,
             }
         )  # fmt: skip
-        bases = [("profile", expected), *(("profile at the moment's speeds", one) for one in expected_now)]
-        for basis, one in bases:
+        known = [("profile", expected), *(("profile at the moment's speeds", one) for one in expected_now)]
+        for basis, one in known:
             row = {name: 1e3 * seconds for name, seconds in one.terms.as_dict().items() if seconds}
             report.tables.setdefault("ms of a token as the plan expects them", []).append({"basis": basis, **row})
         for whose, ratio in (
             ("the plan's", decode.median_s / expected.seconds), ("the plan's at the moment's speeds", off_now),
-            ("from parts", decode.median_s / apart_s),
+            ("from parts", off_parts),
         ):  # fmt: skip
             what = f"KV in RAM {stats.kv.ram_nbytes / 2**30:.1f} GiB: predicted tokens/s, {whose}, off by"
             report.target(what, abs(ratio - 1), "at most", 0.1)
@@ -221,12 +230,12 @@ def _all_of(turns: Sequence[_Decoded]) -> _Decoded:
     )
 
 
-def _from_parts_s(decode: _Decoded, short: _Decoded, plan: Plan, scale: KvModelScale, directory: Path) -> float:
-    """A step without context, plus the longer of its cold blocks' reads and its attention."""
+def _from_parts_s(decode: _Decoded, base: _Decoded, plan: Plan, scale: KvModelScale, directory: Path) -> float:
+    """A step with next to no context, plus the longer of the cold blocks' reads and of attention to the rest."""
     assert plan.kv is not None
     attention_bytes_per_s, disk_bytes_per_s = _speeds(directory, scale)
-    attention_s = plan.kv.nbytes_per_token * scale.context / attention_bytes_per_s
-    return short.median_s + max(attention_s, decode.kv_nbytes / len(decode.seconds) / disk_bytes_per_s)
+    attention_s = plan.kv.nbytes_per_token * (scale.context - _BASE_TOKENS) / attention_bytes_per_s
+    return base.median_s + max(attention_s, decode.kv_nbytes / len(decode.seconds) / disk_bytes_per_s)
 
 
 def _long_cache(model: PreTrainedModel, tokens: int) -> DynamicCache:

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.harness import Report, Spread, interleave, ratios, say
 from benchmarks.kv_recall import RecallScale, recalled
+from cpu_kernels.chosen_attention import ChosenAttention
 from cpu_kernels.merge_parts import merge_parts
 from examples.tiny_recall.recall import Recalled
 from formats.kv import KvLayout
@@ -144,13 +145,14 @@ def _time(report: Report, work: Path, format: str, context: int, repeats: int) -
 def _gate(report: Report, title: str, table: BlockTable, query: torch.Tensor) -> None:
     """Attention through choosing, of every block, is attention to all."""
     old = table.sealed - 1
-    chosen = np.tile(np.arange(old), (1, _KV_HEADS, 1))
+    layout, heads = table.layout_of(0), query.shape[1]
+    attention = ChosenAttention(layout, 0.1, (1, heads, 1), old, old, table.settings.segment_blocks)
+    attention.chosen[:] = np.arange(old)
+    chosen = torch.empty(attention.units, 1, heads, 1, layout.output_width), torch.empty(attention.units, 1, heads, 1)
     with table.pool.use():
-        parts = [
-            attend_to_chosen(table, query, chosen, 0.1, None),
-            parts_in_place(table, query, 0.1, columns=(old, table.columns), ahead=False),
-        ]
-    out, lse = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        attend_to_chosen(table, query, attention, None, *chosen)
+        newest = parts_in_place(table, query, 0.1, columns=(old, table.columns), ahead=False)
+    out, lse = (torch.cat([part.transpose(0, 1), last], 1) for part, last in zip(chosen, newest, strict=True))
     found = merge_parts(out, lse, None, kernel_pool())
     off = float((found - attend_in_place(table, query, 0.1)).abs().max())
     tolerance = ROUNDED_TOLERANCE if (table.layouts.packed or table.layouts.plain).has_pairs else TOLERANCE

@@ -59,7 +59,7 @@ def sketch_blocks(keys: torch.Tensor, layout: SketchLayout) -> torch.Tensor:
 
 
 def estimate_largest_scores(
-    query: torch.Tensor, sketches: torch.Tensor, layout: SketchLayout, pool: Pool
+    query: torch.Tensor, sketches: torch.Tensor, layout: SketchLayout, pool: Pool, into: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The largest score, before scaling, that any query of a key-value head is estimated to have in each block.
 
@@ -71,6 +71,7 @@ def estimate_largest_scores(
         sketches: uint8 [B, Hk, C, layout.nbytes], Hk a divisor of Hq, the sketches of a head contiguous.
         layout: of them.
         pool: the threads.
+        into: contiguous fp32 [B, Hk, C] to write to; None for new memory.
 
     Returns:
         fp32 [B, Hk, C].
@@ -97,7 +98,9 @@ def estimate_largest_scores(
     split = query.reshape(heads, -1, layout.width)
     rows = torch.zeros(heads, split.shape[1], layout.columns)
     rows[..., : layout.width] = split
-    out = torch.empty(batch, kv_heads, blocks)
+    out = torch.empty(batch, kv_heads, blocks) if into is None else into
+    if out.shape != (batch, kv_heads, blocks) or out.dtype is not torch.float32 or not out.is_contiguous():
+        raise ValueError(f"into: expected contiguous fp32 {[batch, kv_heads, blocks]}, found {describe(out)}")
     job = np.zeros(kernel.JOB_FIELDS, np.int64)
     job[kernel.QUERIES], job[kernel.ROWS], job[kernel.COLUMNS] = rows.data_ptr(), rows.shape[1], layout.columns
     job[kernel.SKETCHES], job[kernel.HEAD_STRIDE] = sketches.data_ptr(), sketches.stride(1)

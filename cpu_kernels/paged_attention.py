@@ -87,6 +87,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     valid: Bool | None = None,
+    rows: Int64 | None = None,
     into: tuple[torch.Tensor, torch.Tensor] | None = None,
     pool: Pool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,8 +97,8 @@ def paged_attention(
     The bits do not depend on the number of threads, nor on the other sequences.
 
     Args:
-        query: [B, Hq, T, D] on the CPU, bf16, fp16 or fp32; D = layout.key_width.
-        offsets: int64 [B + 1]; sequence b's blocks are addresses[offsets[b] : offsets[b + 1]].
+        query: [B, Hq, T, D] on the CPU, bf16, fp16 or fp32; D = layout.key_width. With `rows` [sequences, Hq, T, D].
+        offsets: int64 [B + 1]; list b's blocks are addresses[offsets[b] : offsets[b + 1]].
         addresses: int64, of blocks, in the order of their tokens.
         lengths: int64 [B], tokens of each list; all but the last block are full. What follows them may be anything.
         first_positions: int64 [B], the position of each list's first token.
@@ -106,7 +107,9 @@ def paged_attention(
         scale: of the scores.
         window: how many tokens a query sees, itself included; None: all.
         softcap: c of c tanh(score / c); None: none.
-        valid: bool [B, S], False for positions that no query sees (left padding); S above every position.
+        valid: bool [B, S], False for positions that no query sees (left padding); S above every position. With `rows`
+            [sequences, S]. Rows lie any bytes apart and are read in place.
+        rows: int64 [B], the sequence whose query, and row of `valid`, each list has; None: one of its own.
         into: contiguous out and lse to write to; None for new ones.
         pool: the threads.
 
@@ -118,8 +121,11 @@ def paged_attention(
         ValueError: a shape, dtype, device or number that does not fit.
     """
     _check_query(query, layout)
-    batch, heads, positions, _ = query.shape
-    check_lists(batch, positions, offsets, addresses, lengths, first_positions, query_positions, layout, valid)
+    sequences, heads, positions, _ = query.shape
+    batch = sequences if rows is None else len(rows)
+    check_lists(batch, positions, offsets, addresses, lengths, first_positions, query_positions, layout)
+    check_rows(rows, batch, sequences)
+    check_valid(valid, sequences, int((first_positions + lengths).max(initial=0)))
     if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
         raise ValueError(f"window={window}, softcap={softcap}: expected positive numbers or None")
     group = heads // layout.kv_heads
@@ -131,7 +137,9 @@ def paged_attention(
     if window is not None:
         job[kernel.WINDOW] = window
     if valid is not None:
-        job[kernel.VALID], job[kernel.VALID_COLUMNS] = valid.ctypes.data, valid.shape[1]
+        job[kernel.VALID], job[kernel.VALID_STRIDE] = valid.ctypes.data, valid.strides[0]
+    if rows is not None:
+        job[kernel.LIST_ROWS] = rows.ctypes.data
     job[kernel.OUT], job[kernel.LSE] = out.data_ptr(), lse.data_ptr()
     job[kernel.THREADS] = pool.threads
     lists = job, offsets, lengths, first_positions, query_positions
@@ -139,10 +147,10 @@ def paged_attention(
     tasks = kernel.attention_task(), kernel.combine_task()
     scratch_nbytes = round_up(int(counts[3]), _CACHE_LINE_NBYTES)
     columns = round_up(layout.key_width, 16)
-    memory = workspace(scratch_nbytes + 4 * columns * (batch * heads * positions + 1))
-    rows = torch.from_numpy(memory)[scratch_nbytes // 8 :].view(torch.float32)
-    _fill_query_rows(query, layout, group, rows)
-    job[kernel.QUERIES] = rows.data_ptr()
+    memory = workspace(scratch_nbytes + 4 * columns * (sequences * heads * positions + 1))
+    queries = torch.from_numpy(memory)[scratch_nbytes // 8 :].view(torch.float32)
+    _fill_query_rows(query, layout, group, queries)
+    job[kernel.QUERIES] = queries.data_ptr()
     chunk_runner()(*pool.launcher, *tasks, counts, memory, *lists)
     return out, lse
 
@@ -201,7 +209,6 @@ def check_lists(
     first_positions: Int64,
     query_positions: Int64,
     layout: KvLayout,
-    valid: Bool | None,
 ) -> None:
     """See that lists of blocks are as `paged_attention` takes them.
 
@@ -223,12 +230,36 @@ def check_lists(
             f"lengths={lengths.tolist()}: lists of {np.diff(offsets).tolist()} blocks of {layout.block_tokens} tokens, "
             f"{len(addresses)} in all, do not hold them"
         )
+
+
+def check_rows(rows: Int64 | None, batch: int, sequences: int) -> None:
+    """See that `batch` lists are of sequences that there are.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if rows is None:
+        return
+    fits = rows.dtype == np.int64 and rows.shape == (batch,) and rows.flags.c_contiguous
+    if not fits or (batch and (rows.min() < 0 or rows.max() >= sequences)):
+        raise ValueError(
+            f"rows: expected contiguous int64 [{batch}] below {sequences}, found {rows.dtype} {rows.shape}"
+        )
+
+
+def check_valid(valid: Bool | None, sequences: int, tokens: int) -> None:
+    """See that a mask tells of so many tokens of as many sequences, one byte after the other.
+
+    Raises:
+        ValueError: it does not.
+    """
     if valid is None:
         return
-    most = int((first_positions + lengths).max())
-    if valid.dtype != np.bool_ or valid.shape[0] != batch or valid.shape[1] < most or not valid.flags.c_contiguous:
+    fits = valid.dtype == np.bool_ and valid.ndim == 2 and valid.shape[0] == sequences and valid.shape[1] >= tokens
+    if not fits or (valid.shape[1] > 1 and valid.strides[1] != 1):
         raise ValueError(
-            f"valid: expected contiguous bool [{batch}, {most} or more], found {valid.dtype} {valid.shape}"
+            f"valid: expected bool [{sequences}, {tokens} or more] of contiguous rows, found {valid.dtype} "
+            f"{valid.shape} with strides {valid.strides}"
         )
 
 

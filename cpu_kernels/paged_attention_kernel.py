@@ -65,8 +65,10 @@ from cpu_kernels.simd import float32_pointer, int64_pointer
     POSITIONS,  # T
     KV_HEADS,
     WINDOW,
-    VALID,  # address of bytes [B, VALID_COLUMNS], or 0
-    VALID_COLUMNS,
+    VALID,  # address of bytes [sequences, ...], or 0
+    VALID_STRIDE,  # bytes between its rows
+    LIST_ROWS,  # address of int64 [B]: which row of queries and of VALID each list of blocks has; 0: its own
+    LIST_PLACES,  # address of int64 [B]: where in OUT and LSE it writes to; 0: at its number
     SCALE,  # as its bits, like the next
     SOFTCAP,
     PARTS,  # address of rows of PART_NBYTES, fp32: weighted sum, ..., largest score, sum of exponentials
@@ -77,7 +79,7 @@ from cpu_kernels.simd import float32_pointer, int64_pointer
     THREADS,  # of the pool; it decides how many heads of a run go together
     GROUPS,  # address of int64 [groups][GROUP_FIELDS]
     JOB_FIELDS,
-) = range(LAYOUT_FIELDS, LAYOUT_FIELDS + 22)
+) = range(LAYOUT_FIELDS, LAYOUT_FIELDS + 24)
 
 # A chunk: where it is, which of its sequence's blocks, and its first row's part.
 (SEQUENCE, HEAD, FIRST_ROW, ROWS, FIRST_BLOCK, BLOCKS, FIRST_TOKEN, PART, CHUNK_FIELDS) = range(9)
@@ -91,6 +93,12 @@ TILE_ROWS = 64
 IN_PLACE_ROWS = 8
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO = np.float32(0)
+
+
+@inner
+def _told_of_list(address, number):
+    """What a table of int64 says of a list of blocks; its number where there is no table."""
+    return carray(int64_pointer(address + 8 * number), (1,))[0] if address else number
 
 
 @inner
@@ -136,7 +144,8 @@ def _weigh_rows(job, chunk, token, tokens, scores):
     sequence = chunk[SEQUENCE]
     score_nbytes = 4 * job[BLOCK_TOKENS]
     first = carray(int64_pointer(job[FIRST_POSITIONS] + 8 * sequence), (1,))[0] + token
-    valid = carray(int8_pointer(job[VALID] + sequence * job[VALID_COLUMNS] + first), (tokens,))
+    mask_row = _told_of_list(job[LIST_ROWS], sequence)
+    valid = carray(int8_pointer(job[VALID] + mask_row * job[VALID_STRIDE] + first), (tokens,))
     for row in range(chunk[ROWS]):
         low, high = _range_of_row(job, chunk, row, first, tokens)
         at = scores + row * score_nbytes
@@ -164,7 +173,7 @@ def _weigh_whole_rows(job, head, rows, scores, parts, scaled):
 @inner
 def _seen_by_all(job, chunk):
     """The tokens of a sequence's list that all rows of a chunk see whole blocks of: [low, high)."""
-    if job[BLOCK_TOKENS] != WHOLE_TOKENS or job[VALID] or block.float32_at(job.ctypes.data + 8 * SOFTCAP) > _ZERO:
+    if job[BLOCK_TOKENS] != WHOLE_TOKENS or block.float32_at(job.ctypes.data + 8 * SOFTCAP) > _ZERO:
         return 0, 0
     first = carray(int64_pointer(job[FIRST_POSITIONS] + 8 * chunk[SEQUENCE]), (1,))[0]
     length = carray(int64_pointer(job[LENGTHS] + 8 * chunk[SEQUENCE]), (1,))[0]
@@ -172,7 +181,21 @@ def _seen_by_all(job, chunk):
     for row in range(chunk[ROWS]):
         row_low, row_high = _range_of_row(job, chunk, row, first, length)
         low, high = max(low, row_low), min(high, row_high)
+    if job[VALID]:
+        low = max(low, _last_padding(job, chunk, first, high) + 1)
     return low, high
+
+
+@inner
+def _last_padding(job, chunk, first, high):
+    """The last token of a chunk, before `high` of its list, that is padding; the one before the chunk for none."""
+    mask_row = _told_of_list(job[LIST_ROWS], chunk[SEQUENCE])
+    valid = carray(int8_pointer(job[VALID] + mask_row * job[VALID_STRIDE] + first), (high,))
+    start = chunk[FIRST_TOKEN]
+    token = min(start + chunk[BLOCKS] * job[BLOCK_TOKENS], high) - 1
+    while token >= start and valid[token] != 0:
+        token -= 1
+    return token
 
 
 @inner
@@ -278,7 +301,8 @@ def _run_group(job_address, number):
     memory = np.empty((2 * rows + 1) * block_tokens + extra + 16, np.float32)
     scores = (memory.ctypes.data + 63) // 64 * 64
     scratch = scores + 4 * (2 * rows + 1) * block_tokens
-    head_row = (chunk[SEQUENCE] * job[KV_HEADS] + chunk[HEAD]) * job[POSITIONS] * job[GROUP]
+    query_row = _told_of_list(job[LIST_ROWS], chunk[SEQUENCE])
+    head_row = (query_row * job[KV_HEADS] + chunk[HEAD]) * job[POSITIONS] * job[GROUP]
     queries, query_step = job[QUERIES] + (head_row + chunk[FIRST_ROW]) * job[QUERY_NBYTES], rows * job[QUERY_NBYTES]
     if in_place:
         # Rows of consecutive heads follow each other where chunks have all rows of a head, as those of a group do.
@@ -316,9 +340,10 @@ def _combine_tile(job_address, number):
     chunks = carray(int64_pointer(job[CHUNKS] + 8 * CHUNK_FIELDS * end[END_CHUNK]), (runs, CHUNK_FIELDS))
     width, columns = job[PART_NBYTES] // 4, job[OUTPUT_WIDTH]
     group, positions = job[GROUP], job[POSITIONS]
+    first_head = (_told_of_list(job[LIST_PLACES], chunks[0, SEQUENCE]) * job[KV_HEADS] + chunks[0, HEAD]) * group
     for row in range(chunks[0, ROWS]):
         place = chunks[0, FIRST_ROW] + row
-        query_head = (chunks[0, SEQUENCE] * job[KV_HEADS] + chunks[0, HEAD]) * group + place % group
+        query_head = first_head + place % group
         index = query_head * positions + place // group
         out = carray(float32_pointer(job[OUT] + 4 * columns * index), (columns,))
         largest = _MINUS_INFINITY

@@ -138,7 +138,6 @@ def expert_cost(
     *,
     on_gpu: bool,
     decode: bool = True,
-    around_s: float = 0.0,
 ) -> ExpertCost:
     """The cost of one MoE layer.
 
@@ -152,8 +151,6 @@ def expert_cost(
         in_ram: likewise in RAM; the others are read.
         on_gpu: the layer around runs on the accelerator, so its activations are there.
         decode: the pass has one token of each sequence.
-        around_s: of the linear layers and the attention around on the CPU, which take longer where experts were read
-            before.
     """
     speeds = _speeds(experts, profile, need, rows, on_gpu=on_gpu, decode=decode)
     distinct = round(need.distinct)
@@ -167,11 +164,17 @@ def expert_cost(
     if not decode:
         outputs = need.pairs * experts.layout.hidden
         return _with_cpu(cost, overheads.arrival_s * read + grouping_s(experts, profile, outputs))
-    slower_s = 0.0 if profile.disk is None else around_s * (1 / profile.disk.between - 1)
-    found = in_vram + in_ram
-    # Looking for experts, unless all are always found, and what the layer around takes longer where one is not.
-    missed = 1 - np.clip(found, 0.0, 1.0) ** need.distinct
-    return _with_cpu(cost, np.where(found < 1.0, overheads.step_s + slower_s * missed, 0.0))
+    # Looking for experts, unless all are always found.
+    return _with_cpu(cost, np.where(in_vram + in_ram < 1.0, overheads.step_s, 0.0))
+
+
+def longer_after_reads(profile: HardwareProfile, need: LayerDemand, found: FloatArray) -> FloatArray:
+    """How much longer linear layers and attention on the CPU take in decode where an expert was read before, as a share
+    of their time; by share of experts found.
+    """
+    if profile.disk is None:
+        return np.zeros(len(found))
+    return (1 / profile.disk.between - 1) * (1 - np.clip(found, 0.0, 1.0) ** need.distinct)
 
 
 def _with_cpu(cost: ExpertCost, seconds: FloatArray) -> ExpertCost:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from placement.dense_cost import DenseCost, layer_cost, pass_cost, streamed_s
-from placement.expert_cost import ExpertCost, expert_cost
+from placement.expert_cost import ExpertCost, expert_cost, longer_after_reads
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.kept_hits import kept_hits
@@ -198,15 +198,20 @@ def _add_pass(
     for kind in layer_kinds(spec):
         for (vram, kv), times in _places(kind, homes).items():
             cost = layer_cost(spec, kind.layer, profile, work, dense_vram=vram, kv_vram=kv)
-            total.add_dense(cost, times * work.count)
-            if kind.experts is not None:
-                need = routing.demand(kind.experts, work)
+            if kind.experts is None:
+                total.add_dense(cost, times * work.count)
+            else:
+                need, decode = routing.demand(kind.experts, work), work.new_tokens == 1
                 # What the CPU computes of the layer beside its experts, it computes between two layers' reads.
-                around_s = (0.0 if vram else cost.dense_s) + (0.0 if kv else cost.attention_s)
-                experts = expert_cost(
-                    kind.experts, profile, homes, need, work.rows, in_vram, in_ram, on_gpu=vram,
-                    decode=work.new_tokens == 1, around_s=around_s,
+                longer = 1 + float(longer_after_reads(profile, need, in_vram + in_ram)[0]) if decode else 1.0
+                cost = replace(
+                    cost, dense_s=cost.dense_s * (1.0 if vram else longer),
+                    attention_s=cost.attention_s * (1.0 if kv else longer),
                 )  # fmt: skip
+                total.add_dense(cost, times * work.count)
+                experts = expert_cost(
+                    kind.experts, profile, homes, need, work.rows, in_vram, in_ram, on_gpu=vram, decode=decode
+                )
                 total.add_experts(experts, need.distinct, rates, kind.experts.layout.nbytes, times * work.count)
     # Streamed layers are spread evenly and come while others compute: a pass waits for what the link then has left.
     total.link_busy_s += work.count * streamed_s(spec, profile, homes)

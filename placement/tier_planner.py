@@ -15,7 +15,7 @@ import numpy as np
 
 from placement.dense_choices import DenseChoice, Saving, dense_choices
 from placement.dense_cost import attention_s, layer_cost, linears_s, pass_cost
-from placement.expert_cost import IntArray, expert_cost
+from placement.expert_cost import IntArray, expert_cost, longer_after_reads
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.kv import (
@@ -313,7 +313,7 @@ class _Search:
         self, phase: _Phase, kind: int, places: dict[tuple[bool, bool], int], in_vram: FloatArray, in_ram: FloatArray,
         profile: HardwareProfile,
     ) -> FloatArray:  # fmt: skip
-        """Routed experts of all layers of a kind."""
+        """Routed experts of all layers of a kind, and what the layers around take longer for their reads."""
         layer, experts = self.kinds[kind].layer, self.kinds[kind].experts
         total = np.zeros(len(in_vram))
         if experts is None:
@@ -321,13 +321,14 @@ class _Search:
         need = self.routing.demand(experts, phase.work)
         linear_s = linears_s(layer.linears, profile.cpu, phase.work.rows)
         attending_s = attention_s(layer, profile.cpu, phase.work)
+        decode = phase.work.new_tokens == 1
+        longer = longer_after_reads(profile, need, in_vram + in_ram) if decode else total
         for (on_gpu, cached), times in places.items():
             around_s = (0.0 if on_gpu else linear_s) + (0.0 if cached else attending_s)
             cost = expert_cost(
-                experts, profile, _NOTHING, need, phase.work.rows, in_vram, in_ram, on_gpu=on_gpu,
-                decode=phase.work.new_tokens == 1, around_s=around_s,
-            )  # fmt: skip
-            total += times * cost.total_s
+                experts, profile, _NOTHING, need, phase.work.rows, in_vram, in_ram, on_gpu=on_gpu, decode=decode
+            )
+            total = total + times * (cost.total_s + around_s * longer)
         return total
 
     def _layer_s(self, phase: int, kind: int, vram: bool, kv: bool) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cpu_kernels.prepared_attention import BlockLists, PreparedAttention
 from formats.kv import KvLayout
 from offload.devices.link import Link
 from offload.moe.layer import ExpertsLayer
@@ -247,6 +248,17 @@ class KvAccelerator(Accelerator):
     @abstractmethod
     def start_attention(self, batch: AttentionBatch) -> AttentionWork:
         """May return before the part is there; blocks stay as they are until `finish`."""
+
+    def prepare_attention(
+        self, lists: BlockLists, scale: float, queries: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> PreparedAttention | None:
+        """Attention to the same blocks of its memory from one step to the next, by the CPU's kernels in its place;
+        arguments as of `PreparedAttention`. None where it has kernels of its own.
+
+        Raises:
+            ValueError: a block that is not in this device's memory.
+        """
+        return None
 
     @abstractmethod
     def read_blocks(

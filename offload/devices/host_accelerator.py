@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.kv_blocks import pack_block, read_tokens, write_tokens
+from cpu_kernels.prepared_attention import BlockLists, PreparedAttention
 from formats.kv import KvLayout
 from offload.devices.base import AttentionBatch, AttentionWork, Device, ExpertBatch, ExpertSums, KvAccelerator, Slab
 from offload.devices.host import HostDevice
@@ -88,6 +89,17 @@ class HostAccelerator(KvAccelerator):
         """
         self._check(batch.addresses, batch.layout.nbytes, "a KV block")
         return Attended(attend(batch))
+
+    def prepare_attention(
+        self, lists: BlockLists, scale: float, queries: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> PreparedAttention:
+        """The CPU's kernels are its own.
+
+        Raises:
+            ValueError: a block that is not in this device's memory.
+        """
+        self._check(lists.addresses, lists.layout.nbytes, "a KV block")
+        return PreparedAttention(lists, scale, queries, out, lse)
 
     def read_blocks(
         self, addresses: npt.NDArray[np.int64], tokens: int, layout: KvLayout

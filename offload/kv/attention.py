@@ -54,12 +54,23 @@ def attend_in_place(
     Raises:
         StorageError, StoreCorruptError: a block cannot be read.
     """
-    if valid is None:
-        with table.pool.use():
-            out = attend_prepared(table, query.contiguous(), scale, sinks)
-        if out is not None:
-            return out
-    return merge_parts(*parts_in_place(table, query, scale, valid=valid), sinks, kernel_pool())
+    with table.pool.use():
+        parts = parts_of_few(table, query, scale, valid)
+        # Parts lie in memory that all tables share.
+        return merge_parts(*parts, sinks, kernel_pool())
+
+
+def parts_of_few(
+    table: BlockTable, query: torch.Tensor, scale: float, valid: Bool | None, step: int | None = None
+) -> Part:
+    """`parts_in_place` of a few new tokens, in memory that holds them until the pool's lock, which the caller holds, is
+    given back.
+
+    Raises:
+        StorageError, StoreCorruptError: a block cannot be read.
+    """
+    parts = attend_prepared(table, query.contiguous(), scale, valid, step=step)
+    return parts_in_place(table, query, scale, valid=valid, step=step) if parts is None else parts
 
 
 def parts_in_place(

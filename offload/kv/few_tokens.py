@@ -2,19 +2,19 @@
 
 Nearly every step of decode is such a one. What attention has to find out about a table, which costs more than attention
 to a few thousand tokens, is kept until a block of any table comes, goes or moves, and so is the memory that attention
-writes to: a step allocates nothing that grows with the history.
+writes to; masks are read in place: a step allocates nothing that grows with the history.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_kernels.merge_parts import merge_parts
-from cpu_kernels.prepared_attention import PreparedAttention, rows_elements
+from cpu_kernels.prepared_attention import BlockLists, PreparedAttention, rows_elements
 from offload.devices.base import AttentionBatch
 from offload.devices.host_attention import attend
 from offload.devices.host_threads import kernel_pool
@@ -30,15 +30,19 @@ Int64 = npt.NDArray[np.int64]
 class FewTokens:
     """What is kept of a table.
 
-    A segment of a sequence is a list of blocks; lists are numbered segment after segment, those of all sequences in
-    turn. Those in memory are prepared; others, which come to another place with every step, are attended as they come.
+    A segment of a sequence is a list of blocks. Those in memory, the host's and one that host memory plays, are
+    prepared; others, which come to another place with every step, are attended as they come.
 
     Attributes:
-        is_below: whether all blocks are in host memory or on disk, without which nothing is kept.
+        holds: whether a step can be made of it; False where blocks are in the memory of an accelerator with kernels of
+            its own, of which nothing is kept.
         cold: lists that have to be read.
     """
 
-    def __init__(self, table: BlockTable, heads: int, new: int, scale: float) -> None:
+    def __init__(
+        self, table: BlockTable, heads: int, new: int, scale: float, *, first: int = 0, step: int | None = None,
+        before: int = 0,
+    ) -> None:  # fmt: skip
         """Look at a table. The caller holds the pool's lock.
 
         Args:
@@ -46,161 +50,171 @@ class FewTokens:
             heads: of queries.
             new: tokens of each sequence.
             scale: of the scores.
+            first: column from which on is attended.
+            step: columns of a segment; None for those of the settings.
+            before: parts of each sequence that are another's, before its own.
         """
-        cut, rows = segments(table, table.columns), table.sequences
+        cut, rows = segments(table, table.columns, first, step), table.sequences
         tiers = tiers_of(table, cut)
-        self._form = heads, new, scale
+        self._form = heads, new, scale, first, step, before
         self._version = table.version
-        self.is_below = not bool(table.pool.is_above[table.all_blocks(table.columns)].any())
-        self.cold = ColdUnits(table.pool, [])
-        self._parts: list[PreparedAttention] = []
-        self._some: torch.Tensor | None = None
-        if not self.is_below:
-            return
-        self._cut, self._rows = cut, rows
-        scratch, self._out, self._lse = _scratch(table, len(cut) * rows, heads, new)
+        self.holds = True
+        self._cut, self._rows, self._before = cut, rows, before
+        self._is_accelerated = bool(tiers.above.any())
+        # Part after part, those of all sequences in turn.
+        queries, self.out, self.lse = _scratch(table, (before + len(cut)) * rows, heads, new)
         # Growing it makes what others keep worthless.
         self._version = table.version
         # Segment after segment, so that sequences that share one come next to each other.
         self.cold = ColdUnits(table.pool, sorted(units_of(table, cut, tiers.apart)))
-        self._last_is_here = tiers.below[:, -1].astype(np.int64)
         packed = sum(segment.layout is not table.layouts.plain for segment in cut)
-        for first, last in (0, packed), (packed, len(cut)):
-            here = tiers.below[:, first:last]
-            if here.any():
-                self._parts.append(self._prepare(table, scratch, first, last, here))
+        self._parts: list[PreparedAttention] = []
+        for tier in tiers.above, tiers.below:
+            for start, end in (0, packed), (packed, len(cut)):
+                here = tier.copy()
+                here[:, :start] = here[:, end:] = False
+                if here.any():
+                    told = self._lists(table, here), scale, queries, self.out, self.lse
+                    above = table.pool.above if tier is tiers.above else None
+                    part = PreparedAttention(*told) if above is None else above.accelerator.prepare_attention(*told)
+                    if part is None:
+                        self.holds = False
+                        return
+                    self._parts.append(part)
 
-    def _prepare(
-        self, table: BlockTable, scratch: torch.Tensor, first: int, last: int, here: Bool
-    ) -> PreparedAttention:
-        """The lists of segments of one layout, those that are not `here` [sequences, segments] without tokens."""
-        cut, size, rows = self._cut[first:last], table.settings.block_tokens, self._rows
-        counts = np.array([segment.end - segment.first for segment in cut])
-        starts = np.array([segment.first for segment in cut]) * size
-        lengths = np.minimum(starts + counts * size, table.tokens) - starts
-        blocks = [table.blocks(row, segment.first, segment.end) for segment in cut for row in range(rows)]
-        own = slice(first * rows, last * rows)
-        return PreparedAttention(
-            cut[0].layout, self._form[2], np.append(0, np.cumsum(np.repeat(counts, rows))),
-            table.pool.addresses[np.concatenate(blocks)], (lengths[:, None] * here.T).reshape(-1),
-            np.repeat(starts, rows), scratch, self._out[own], self._lse[own], rows,
+    def _lists(self, table: BlockTable, here: Bool) -> BlockLists:
+        """Some segments [sequences, segments], all of one layout."""
+        cut, size = self._cut, table.settings.block_tokens
+        numbers, rows = np.nonzero(here.T)
+        some = [cut[number] for number in numbers]
+        firsts = np.array([segment.first for segment in some]) * size
+        ends = np.array([min(segment.end * size, table.tokens) for segment in some])
+        blocks = [table.blocks(row, one.first, one.end) for one, row in zip(some, rows.tolist(), strict=True)]
+        return BlockLists(
+            some[0].layout, np.append(0, np.cumsum([len(one) for one in blocks])),
+            table.pool.addresses[np.concatenate(blocks)], ends - firsts, firsts, rows,
+            (self._before + numbers) * self._rows + rows, np.flatnonzero(numbers == len(cut) - 1), self._rows,
         )  # fmt: skip
 
-    def is_of(self, table: BlockTable, heads: int, new: int, scale: float) -> bool:
+    def is_of(
+        self, table: BlockTable, heads: int, new: int, scale: float, *, first: int = 0, step: int | None = None,
+        before: int = 0,
+    ) -> bool:  # fmt: skip
         """Whether all of it still holds."""
-        return self.is_current(table) and self._form == (heads, new, scale)
+        return self.is_current(table) and self._form == (heads, new, scale, first, step, before)
 
     def is_current(self, table: BlockTable) -> bool:
         """Whether the table's blocks are where they were."""
         return self._version == table.version
 
-    def attend(self, table: BlockTable, query: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-        """Fp32 [B, Hq, T, V] of a query [B, Hq, T, D].
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where parts are, those of others before its own: out [B, parts, Hq, T, V] and lse [B, parts, Hq, T]."""
+        heads, new = self._form[:2]
+        shape = self._before + len(self._cut), self._rows, heads, new
+        return self.out.view(*shape, -1).transpose(0, 1), self.lse.view(shape).transpose(0, 1)
+
+    def attend(self, table: BlockTable, query: torch.Tensor, valid: Bool | None, *, ahead: bool = True) -> None:
+        """Fill its own parts.
+
+        Args:
+            table: with the new tokens.
+            query: [B, Hq, T, D], contiguous.
+            valid: bool [B, tokens], False where a token is padding; None for none.
+            ahead: begin to read what the next table will be asked for.
 
         Raises:
             StorageError, StoreCorruptError: a block cannot be read.
         """
-        pool, position, last = kernel_pool(), table.tokens - 1, self._cut[-1]
+        pool, last = kernel_pool(), self._cut[-1]
         # What has to be read is, while the rest is attended.
         stream = Stream(table, self.cold) if self.cold.units else None
-        # Those that are read are written to where these leave nothing.
+        length = table.tokens - last.first * table.settings.block_tokens
         for part in self._parts:
-            lengths: Int64 = part.last_lengths
-            if part is self._parts[-1] and self._last_is_here.any():
-                lengths = self._last_is_here * (table.tokens - last.first * table.settings.block_tokens)
-            part.attend(query, lengths, position, pool)
+            part.attend(query, length, table.tokens - 1, pool, valid)
+        table.pool.counters.accelerated_steps += self._is_accelerated
         if stream is not None:
-            self._attend_cold(table, query, stream)
-        heads, new, _ = self._form
-        shape = len(self._cut), self._rows, heads, new
-        return merge_parts(
-            self._out.view(*shape, -1).transpose(0, 1), self._lse.view(shape).transpose(0, 1), sinks, pool
-        )
+            self._attend_cold(table, query, valid, stream)
+            if ahead:
+                stream.look_ahead()
+            return
+        if table.pool.staging.is_busy:
+            # For another table, or this one before it changed.
+            table.pool.staging.drop_all()
+        if ahead and table.pool.below.blocks_written and table.follower is not None:
+            read_ahead(table.follower(), table.pool)
 
-    def _attend_cold(self, table: BlockTable, query: torch.Tensor, stream: Stream) -> None:
+    def _attend_cold(self, table: BlockTable, query: torch.Tensor, valid: Bool | None, stream: Stream) -> None:
         units = self.cold.units
         # Half of what is read ahead, so that reads go on meanwhile.
         most, done = max(1, table.settings.staging_segments // 2), 0
         while done < len(units):
             with stream.take_some(self._alike(units[done : done + most])) as (taken, addresses):
-                self._attend_some(table, query, taken, addresses)
+                self._attend_some(table, query, valid, taken, addresses)
             done += len(taken)
-        stream.look_ahead()
 
-    def _alike(self, units: list[Unit]) -> int:
+    def _alike(self, units: Sequence[Unit]) -> int:
         """How many of some units follow each other and are of one layout."""
-        first, layout = self._number(units[0]), self._cut[units[0].segment].layout
+        first, layout = self._place(units[0]), self._cut[units[0].segment].layout
         count = 1
         while (
             count < len(units)
-            and self._number(units[count]) == first + count
+            and self._place(units[count]) == first + count
             and self._cut[units[count].segment].layout is layout
         ):
             count += 1
         return count
 
-    def _number(self, unit: Unit) -> int:
-        return unit.segment * self._rows + unit.row
+    def _place(self, unit: Unit) -> int:
+        return (self._before + unit.segment) * self._rows + unit.row
 
-    def _attend_some(self, table: BlockTable, query: torch.Tensor, units: list[Unit], addresses: Int64) -> None:
+    def _attend_some(
+        self, table: BlockTable, query: torch.Tensor, valid: Bool | None, units: Sequence[Unit], addresses: Int64
+    ) -> None:
         size, new, count = table.settings.block_tokens, query.shape[2], len(units)
         cut: list[Segment] = [self._cut[unit.segment] for unit in units]
         firsts = np.array([segment.first * size for segment in cut])
         ends = np.array([min(segment.end * size, table.tokens) for segment in cut])
         positions = np.arange(table.tokens - new, table.tokens)
-        own = slice(self._number(units[0]), self._number(units[0]) + count)
+        own = slice(self._place(units[0]), self._place(units[0]) + count)
         batch = AttentionBatch(
-            self._queries(query, [unit.row for unit in units]),
-            np.append(0, np.cumsum([segment.end - segment.first for segment in cut])), addresses, ends - firsts, firsts,
-            np.tile(positions, (count, 1)), cut[0].layout, self._form[2], None,
+            query, np.append(0, np.cumsum([segment.end - segment.first for segment in cut])), addresses, ends - firsts,
+            firsts, np.tile(positions, (count, 1)), cut[0].layout, self._form[2], valid,
         )  # fmt: skip
-        attend(batch, into=(self._out[own], self._lse[own]))
-
-    def _queries(self, query: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """Those of some sequences, in memory that is kept."""
-        if self._rows == 1:
-            return query.expand(len(rows), -1, -1, -1)
-        kept = self._some
-        if kept is None or len(kept) < len(rows) or kept.dtype is not query.dtype:
-            kept = self._some = query.new_empty(len(rows), *query.shape[1:])
-        for place, row in enumerate(rows):
-            kept[place].copy_(query[row])
-        return kept[: len(rows)]
+        attend(batch, into=(self.out[own], self.lse[own]), rows=np.array([unit.row for unit in units]))
 
 
-def _scratch(table: BlockTable, lists: int, heads: int, new: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Memory that all tables share, as one after the other attends: rows of queries, out [lists, Hq, T, V], lse."""
+def _scratch(table: BlockTable, places: int, heads: int, new: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory that all tables share, as one after the other attends: rows of queries, out [places, Hq, T, V], lse."""
     width, rows = table.layouts.plain.output_width, heads * new
-    sizes = rows_elements(table.layouts.plain, lists, rows), lists * rows * width, lists * rows
-    scratch, out, lse = table.pool.scratch(sum(sizes)).split([*sizes])
-    return scratch, out.view(lists, heads, new, width), lse.view(lists, heads, new)
+    sizes = rows_elements(table.layouts.plain, table.sequences, rows), places * rows * width, places * rows
+    queries, out, lse = table.pool.scratch(sum(sizes)).split([*sizes])
+    return queries, out.view(places, heads, new, width), lse.view(places, heads, new)
 
 
 def attend_prepared(
-    table: BlockTable, query: torch.Tensor, scale: float, sinks: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Attention of the last tokens of a table; None where some of the blocks are in an accelerator's memory.
+    table: BlockTable, query: torch.Tensor, scale: float, valid: Bool | None, *, step: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Attention of the last tokens of a table to each segment by itself, in memory that all tables share.
 
     Args:
         table: the history; the caller holds its pool's lock.
         query: [B, Hq, T, D], contiguous.
         scale: of the scores.
-        sinks: [Hq] or None.
+        valid: bool [B, tokens], False where a token is padding; None for none.
+        step: columns of a segment; None for those of the settings.
+
+    Returns:
+        out fp32 [B, segments, Hq, T, V] and lse fp32 [B, segments, Hq, T]; None where some of the blocks are in the
+        memory of an accelerator with kernels of its own.
 
     Raises:
         StorageError, StoreCorruptError: a block cannot be read.
     """
-    form, known = (query.shape[1], query.shape[2], scale), table.few_tokens
-    if known is None or not known.is_of(table, *form):
-        known = table.few_tokens = FewTokens(table, *form)
-    if not known.is_below:
+    heads, new, known = query.shape[1], query.shape[2], table.few_tokens
+    if known is None or not known.is_of(table, heads, new, scale, step=step):
+        known = table.few_tokens = FewTokens(table, heads, new, scale, step=step)
+    if not known.holds:
         return None
-    out = known.attend(table, query, sinks)
-    pool = table.pool
-    if not known.cold.units:
-        if pool.staging.is_busy:
-            # For another table, or this one before it changed.
-            pool.staging.drop_all()
-        if pool.below.blocks_written and table.follower is not None:
-            read_ahead(table.follower(), pool)
-    return out
+    known.attend(table, query, valid)
+    return known.parts

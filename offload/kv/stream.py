@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from offload.kv.table import BlockTable
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
+Made = TypeVar("Made")
 
 
 class Segment(NamedTuple):
@@ -109,9 +110,36 @@ class ColdUnits:
 
     def __init__(self, pool: BlockPool, units: list[Unit]) -> None:
         """As long as no block comes, goes or moves. The caller holds the pool's lock."""
-        self.units = units
-        self.keys = [pool.key(unit.blocks) for unit in units]
+        self.units: Sequence[Unit] = units
+        self.keys: Sequence[bytes] = [pool.key(unit.blocks) for unit in units]
         self.names = frozenset(self.keys)
+
+    @classmethod
+    def made_when_asked(cls, pool: BlockPool, count: int, unit: Callable[[int], Unit]) -> ColdUnits:
+        """So many units that were not asked for before; nothing is kept of them.
+
+        Args:
+            pool: whose blocks.
+            count: how many.
+            unit: the one of a number.
+        """
+        made = cls(pool, [])
+        made.units = _Made(count, unit)
+        made.keys = _Made(count, lambda number: pool.key(unit(number).blocks))
+        return made
+
+
+class _Made(Sequence[Made]):
+    """What a function makes of each number, whenever it is asked for."""
+
+    def __init__(self, count: int, make: Callable[[int], Made]) -> None:
+        self._numbers, self._make = range(count), make
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, at: Any) -> Any:
+        return [self._make(number) for number in self._numbers[at]] if isinstance(at, slice) else self._make(at)
 
 
 class Stream:
@@ -141,7 +169,7 @@ class Stream:
             yield addresses
 
     @contextmanager
-    def take_some(self, most: int) -> Iterator[tuple[list[Unit], Int64]]:
+    def take_some(self, most: int) -> Iterator[tuple[Sequence[Unit], Int64]]:
         """Within it, the next unit and those after it that have arrived by then, and the addresses of their blocks.
 
         Args:
@@ -198,7 +226,7 @@ def read_ahead(table: BlockTable | None, pool: BlockPool) -> None:
 def _asked_for(table: BlockTable) -> Iterator[tuple[Unit, bytes]]:
     """What a table will ask for, with names."""
     known = table.few_tokens
-    if known is not None and known.is_below and known.is_current(table):
+    if known is not None and known.holds and known.is_current(table):
         yield from zip(known.cold.units, known.cold.keys, strict=True)
         return
     cut = segments(table, table.columns)

@@ -90,7 +90,9 @@ class BlockTable:
         return self.tokens + (0 if self.evicted is None else self.evicted.tokens)
 
     def held_valid(self, valid: Bool | None) -> Bool | None:
-        """Of a mask over all tokens [sequences, length], what belongs to those that the table holds."""
+        """Of a mask over all tokens [sequences, length], what belongs to those that the table holds, maybe in memory
+        that the next call writes to.
+        """
         return valid if valid is None or self.evicted is None else self.evicted.held(valid)
 
     @property
@@ -356,7 +358,8 @@ class BlockTable:
             blocks = self._held.blocks[:, : self._held.columns]
             self.pool.share(blocks.reshape(-1))
             other._held.set(blocks)
-            other.tokens, other.sealed, other.evicted = self.tokens, self.sealed, self.evicted
+            other.tokens, other.sealed = self.tokens, self.sealed
+            other.evicted = None if self.evicted is None else self.evicted.copy()
             other.sparsity = None if self.sparsity is None else self.sparsity.copy()
             return other
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpu_kernels.prepared_attention import PreparedAttention, rows_elements
+from cpu_kernels.prepared_attention import PreparedAttention, one_list, rows_elements
 from formats.kv import KvLayout
 from formats.kv_pack import pack_kv_block
 from offload.devices.host_threads import kernel_pool
@@ -37,12 +37,11 @@ def block_attention_calls(format: str, cached_tokens: int, *, narrow: bool = Fal
     memory = np.empty(histories * blocks * layout.nbytes + _PAGE_NBYTES, np.uint8)
     addresses = _fill(layout, memory, histories * blocks)
     out, lse = torch.empty(1, HEADS, 1, layout.output_width), torch.empty(1, HEADS, 1)
-    rows = torch.empty(rows_elements(layout, 1, HEADS))
+    queries = torch.empty(rows_elements(layout, 1, HEADS))
     prepared = itertools.cycle(
         [
             PreparedAttention(
-                layout, width**-0.5, np.array([0, blocks]), addresses[first : first + blocks],
-                np.array([tokens]), np.zeros(1, np.int64), rows, out, lse,
+                one_list(layout, addresses[first : first + blocks]), width**-0.5, queries, out, lse
             )
             for first in range(0, len(addresses), blocks)
         ]

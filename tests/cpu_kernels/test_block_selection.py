@@ -40,6 +40,30 @@ def test_the_best_blocks_are_chosen_in_order() -> None:
     assert choose_blocks(scores, 9).tolist() == [[list(range(5))] * 2]
 
 
+def test_of_equal_blocks_the_first_are_chosen() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for columns, count in ((1, 1), (300, 7), (300, 299), (300, 300), (2000, 100)):
+        scores = torch.randn(2, 3, columns, generator=generator)
+        # Few values, of both signs, and what is not finite.
+        scores[0] = (4 * scores[0]).round()
+        scores[1, 0, ::3] = -torch.inf
+        scores[1, 1, ::7] = torch.nan
+        scores[1, 2, ::2] *= 1e-30
+        ordered = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        expected = ordered.sort(dim=2, descending=True, stable=True).indices[..., :count].sort(dim=2).values
+        assert choose_blocks(scores, count, always=0).tolist() == expected.tolist()
+
+
+def test_blocks_of_padding_come_last_and_the_first_other_one_first() -> None:
+    scores = torch.tensor([[[9.0, 8, 1, 2, 3]], [[9.0, 8, 1, 2, 3]]])
+    valid = np.ones((2, 23), np.bool_)
+    valid[0, :11] = False
+    assert choose_blocks(scores, 2, valid=valid, block_tokens=4).tolist() == [[[2, 4]], [[0, 1]]]
+    assert choose_blocks(scores, 4, valid=valid, block_tokens=4).tolist() == [[[0, 2, 3, 4]], [[0, 1, 3, 4]]]
+    with pytest.raises(ValueError, match="valid: expected"):
+        choose_blocks(scores, 2, valid=valid, block_tokens=5)
+
+
 @pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "int4"])
 def test_equals_attention_over_the_chosen_blocks(format: str) -> None:
     blocks, query, keys = _blocks(format)

@@ -10,6 +10,7 @@ import torch
 
 from cpu_kernels.paged_attention import paged_attention
 from cpu_kernels.paged_attention_reference import paged_attention_reference
+from cpu_kernels.prepared_attention import BlockLists, PreparedAttention, rows_elements
 from cpu_kernels.threads import shared_pool
 from formats.kv import KV_FORMATS, KvLayout
 from offload.devices.host_threads import kernel_pool
@@ -154,6 +155,32 @@ def test_whole_blocks_have_the_bits_of_masked_ones(format: str, group: int, toke
         found = paged_attention(*arguments, window=window, pool=kernel_pool())
         masked = paged_attention(*arguments, window=window, valid=all_valid, pool=kernel_pool())
         assert all(torch.equal(a, b) for a, b in zip(found, masked, strict=True))
+    if tokens > 1:
+        return
+    # A query before the last token sees whole blocks; with that token behind a mask none is known to be whole.
+    last_hidden = all_valid.copy()
+    last_hidden[[0, 1], blocks.lengths + 6] = False
+    before = (*arguments[:5], positions - 1, *arguments[6:])
+    found = paged_attention(*before, pool=kernel_pool())
+    masked = paged_attention(*arguments, valid=last_hidden, pool=kernel_pool())
+    assert all(torch.equal(a, b) for a, b in zip(found, masked, strict=True))
+
+
+@pytest.mark.parametrize("format", ["fp32", "int8", "int4"])
+def test_padding_before_whole_blocks_leaves_their_bits(format: str) -> None:
+    blocks = random_blocks(KvLayout(format, 2, 64, 96), [384])
+    query, positions = _queries(blocks, 4, 1)
+    valid = np.ones((1, 600), np.bool_)
+    valid[0, : 7 + 128] = False
+    found = paged_attention(
+        query, blocks.offsets, blocks.addresses, blocks.lengths, np.array([7]), positions, blocks.layout, 0.2,
+        valid=valid, pool=kernel_pool(),
+    )  # fmt: skip
+    alone = paged_attention(
+        query, blocks.offsets - np.array([0, 2]), blocks.addresses[2:], blocks.lengths - 128, np.array([135]),
+        positions, blocks.layout, 0.2, pool=kernel_pool(),
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
 
 
 def test_scores_far_apart() -> None:
@@ -202,3 +229,51 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             paged_attention(**{**good, **wrong}, pool=kernel_pool())
+
+
+@pytest.mark.parametrize("format", ["fp32", "int8"])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_lists_of_a_few_sequences_have_the_bits_of_one_query_each(format: str, tokens: int, padded: bool) -> None:
+    """Queries and masks are read by the lists' rows; prepared lists write to the places that they are given."""
+    blocks = random_blocks(KvLayout(format, 2, 48, 32), [256, 128, 192, 64])
+    rows, firsts = np.array([1, 0, 0, 1]), np.array([0, 64, 320, 256])
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(2, 6, tokens, 48, generator=generator)
+    last = 511
+    positions = np.tile(np.arange(last - tokens + 1, last + 1), (4, 1))
+    # Rows of a mask may lie apart.
+    valid = np.ones((2, 900), np.bool_)[:, 20:700] if padded else None
+    if valid is not None:
+        valid[0, :70], valid[1, :9] = False, False
+    lists = blocks.offsets, blocks.addresses, blocks.lengths, firsts
+    more = {"valid": None if valid is None else valid[rows], "pool": kernel_pool()}
+    expected = paged_attention(query[rows], *lists, positions, blocks.layout, 0.3, **more)
+    found = paged_attention(
+        query, *lists, positions, blocks.layout, 0.3, valid=valid, rows=rows, pool=kernel_pool()
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    places = np.array([4, 1, 0, 2])
+    prepared = PreparedAttention(
+        BlockLists(blocks.layout, *lists, rows, places, np.array([2]), 2), 0.3,
+        torch.full((rows_elements(blocks.layout, 2, 6 * tokens),), torch.nan),
+        torch.full((5, 6, tokens, 32), torch.nan), torch.full((5, 6, tokens), torch.nan),
+    )  # fmt: skip
+    for _ in range(2):
+        prepared.attend(query, 192, last, kernel_pool(), valid)
+        assert torch.equal(prepared.out[places], expected[0]) and torch.equal(prepared.lse[places], expected[1])
+        assert prepared.out[3].isnan().all() and prepared.lse[3].isnan().all()
+
+
+def test_rows_and_masks_that_do_not_fit_are_refused() -> None:
+    blocks = random_blocks(KvLayout("fp32", 2, 48, 32), [64, 64])
+    lists = blocks.offsets, blocks.addresses, blocks.lengths, np.zeros(2, np.int64), np.full((2, 1), 63)
+    query = torch.zeros(1, 4, 1, 48)
+    for rows in (np.array([0, 1]), np.array([-1, 0]), np.zeros(2, np.int32)):
+        with pytest.raises(ValueError, match="rows: expected"):
+            paged_attention(query, *lists, blocks.layout, 1.0, rows=rows, pool=kernel_pool())
+    with pytest.raises(ValueError, match="valid: expected"):
+        paged_attention(
+            query, *lists, blocks.layout, 1.0, rows=np.zeros(2, np.int64), valid=np.ones((64, 1), np.bool_).T[:, ::2],
+            pool=kernel_pool(),
+        )  # fmt: skip

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from offload.devices import host_accelerator
-from offload.devices.base import AttentionBatch
+from cpu_kernels.prepared_attention import BlockLists, PreparedAttention
+from offload.devices import host_accelerator, host_attention
+from offload.devices.base import AttentionBatch, AttentionPart
 from offload.devices.host_accelerator import HostAccelerator
 from offload.devices.link import Link, LinkReader
-from offload.kv import attention
+from offload.kv import few_tokens
 from offload.kv.attention import attend_in_place
 from tests.kv.gate import Gate
 from tests.kv.tables import HEADS, PLAIN, SETTINGS, WIDTH, Twin, make_table, small_pool
@@ -99,16 +100,19 @@ def test_each_device_attends_to_what_is_in_its_memory(
     seen: dict[str, list[int]] = {"host": [], "accelerator": []}
 
     def spy(module: Any, name: str) -> None:
-        real = module.attend
+        def prepare(lists: BlockLists, *told: Any) -> PreparedAttention:
+            seen[name].extend(lists.addresses.tolist())
+            return PreparedAttention(lists, *told)
 
-        def attend(batch: AttentionBatch) -> Any:
-            seen[name].extend(batch.addresses.tolist())
-            return real(batch)
+        monkeypatch.setattr(module, "PreparedAttention", prepare)
 
-        monkeypatch.setattr(module, "attend", attend)
+    def attend(batch: AttentionBatch, **told: Any) -> AttentionPart:
+        seen["host"].extend(batch.addresses.tolist())
+        return host_attention.attend(batch, **told)
 
-    spy(attention, "host")
+    spy(few_tokens, "host")
     spy(host_accelerator, "accelerator")
+    monkeypatch.setattr(few_tokens, "attend", attend)
     pool = small_pool(tmp_path, 40, above)
     twin = Twin(make_table(pool, 2))
     for tokens in (100, 90, 1):

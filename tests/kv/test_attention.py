@@ -127,9 +127,11 @@ def test_what_has_arrived_is_attended_together(
     settings = replace(SETTINGS, staging_segments=6)
     calls: list[int] = []
 
-    def attend(batch: AttentionBatch, into: AttentionPart | None = None) -> AttentionPart:
+    def attend(
+        batch: AttentionBatch, into: AttentionPart | None = None, rows: npt.NDArray[np.int64] | None = None
+    ) -> AttentionPart:
         calls.append(len(batch.lengths))
-        return host_attention.attend(batch, into)
+        return host_attention.attend(batch, into, rows)
 
     monkeypatch.setattr(few_tokens, "attend", attend)
     outs, counts = [], []
@@ -212,12 +214,15 @@ def test_the_next_layer_is_read_ahead(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [None, "int8"])
-@pytest.mark.parametrize("with_sinks", [False, True])
-def test_token_after_token_has_the_bits_of_all_parts(tmp_path: Path, packed: str | None, with_sinks: bool) -> None:
+@pytest.mark.parametrize(("sequences", "padded", "with_sinks"), [(1, False, False), (1, False, True), (2, True, True)])
+@pytest.mark.parametrize(("blocks", "above"), [(9, 0), (6, 5)])
+def test_token_after_token_has_the_bits_of_all_parts(
+    tmp_path: Path, packed: str | None, sequences: int, padded: bool, with_sinks: bool, blocks: int, above: int
+) -> None:
     """What is kept from one token to the next, while blocks come, go, move and are cut off, for two tables in turn."""
     sinks = torch.randn(QUERY_HEADS, generator=torch.Generator().manual_seed(4)) if with_sinks else None
-    pool = small_pool(tmp_path, 9)
-    twins = [Twin(make_table(pool, 1, packed), seed) for seed in range(2)]
+    pool = small_pool(tmp_path, blocks * sequences, above * sequences)
+    twins = [Twin(make_table(pool, sequences, packed), seed) for seed in range(2)]
     kept = 0
     for step in range(90):
         twin = twins[step % 2]
@@ -225,12 +230,16 @@ def test_token_after_token_has_the_bits_of_all_parts(tmp_path: Path, packed: str
         if step == 40:
             twin.table.crop(7)
         elif step == 50:
-            twin.table.select(np.array([0]))
-        twin.table.append(*random_states(twin.generator, 1, 1 if step % 30 else 35))
-        query = torch.randn(1, QUERY_HEADS, 1, WIDTH, generator=torch.Generator().manual_seed(step))
-        found = attend_in_place(twin.table, query, SCALE, sinks=sinks)
-        expected = merge_parts(*parts_in_place(twin.table, query, SCALE), sinks, kernel_pool())
-        assert torch.equal(found, expected), step
+            twin.table.select(np.arange(sequences))
+        twin.table.append(*random_states(twin.generator, sequences, 1 if step % 30 else 35))
+        query = torch.randn(sequences, QUERY_HEADS, 1, WIDTH, generator=torch.Generator().manual_seed(step))
+        valid = np.ones((sequences, twin.table.tokens), np.bool_) if padded else None
+        if valid is not None:
+            valid[0, : min(37, twin.table.tokens - 1)] = False
+        found = attend_in_place(twin.table, query, SCALE, valid=valid, sinks=sinks)
+        parts = parts_in_place(twin.table, query, SCALE, valid=valid)
+        assert torch.equal(found, merge_parts(*parts, sinks, kernel_pool())), step
         kept += twin.table.few_tokens is before and before is not None
     assert kept > 20 and pool.below.blocks_written > 0
+    assert (pool.counters.accelerated_steps > 0) == (above > 0)
     pool.close()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.bundle import BundleLayout
-from placement.expert_cost import expert_cost, expert_entries, expert_weights
+from placement.expert_cost import expert_cost, expert_entries, expert_weights, longer_after_reads
 from placement.hardware_profile import FormatCurve, HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import ExpertsSpec
@@ -180,15 +180,6 @@ def test_the_layer_around_takes_longer_where_experts_were_read() -> None:
     profile = machine(gpu=False)
     assert profile.disk is not None
     profile = replace(profile, disk=replace(profile.disk, between=0.5))
-    found = np.array([0.0, 0.5, 1.0])
-
-    def seconds(around_s: float, *, decode: bool = True) -> np.ndarray:
-        none = np.zeros(3)
-        cost = expert_cost(
-            EXPERTS, profile, HOMES, DECODE, 1, none, found, on_gpu=False, decode=decode, around_s=around_s
-        )  # fmt: skip
-        return cost.total_s
-
-    more = seconds(1e-3) - seconds(0.0)
-    assert more == pytest.approx([1e-3, 1e-3 * (1 - 0.5**8), 0.0])
-    assert seconds(1e-3, decode=False) == pytest.approx(seconds(0.0, decode=False)), "prompts read all at once"
+    longer = longer_after_reads(profile, DECODE, np.array([0.0, 0.5, 1.0]))
+    assert longer == pytest.approx([1.0, 1 - 0.5**8, 0.0])
+    assert (longer_after_reads(replace(profile, disk=None), DECODE, np.array([0.0, 1.0])) == 0.0).all()

@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 
 from cpu_kernels.merge_parts import merge_parts
+from cpu_kernels.shares import add_shares
 from offload.devices.host_threads import kernel_pool
-from offload.kv.attention import parts_in_place
+from offload.kv.attention import parts_in_place, parts_of_few
 from offload.kv.sparsity.base import TableSparsity
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class H2o(TableSparsity):
             share: of blocks that are kept, above 0 and at most 1.
         """
         self._share = share
-        self._mass: Float64 = np.zeros((0, 0))
+        self._memory: Float64 = np.zeros((0, 0))
+        self._columns = 0
 
     def watch(self, table: BlockTable, query: torch.Tensor, scale: float, valid: Bool | None) -> None:
         """Add a sample of the queries' attention, for all of them."""
@@ -67,23 +69,41 @@ class H2o(TableSparsity):
         """See there; what this pass evicts is gone for the next."""
         counters = table.pool.counters.sparsity
         with table.pool.use():
-            out, lse = parts_in_place(table, query, scale, valid=table.held_valid(valid), step=1)
-            self._add(lse, 1.0)
+            parts = parts_of_few(table, query, scale, table.held_valid(valid), step=1)
+            self._add(parts[1], 1.0)
+            # Before blocks go, for parts lie in memory that all tables share.
+            out = merge_parts(*parts, sinks, kernel_pool())
             if table.evicted is None:
                 counters.full_steps += 1
             else:
                 counters.sparse_steps += 1
             self._evict(table, valid)
-        return merge_parts(out, lse, sinks, kernel_pool())
+        return out
 
     def _add(self, lse: torch.Tensor, weight: float) -> None:
         """Attention of queries to each block, from lse [B, columns, Hq, T]."""
-        shares = torch.exp(lse - lse.logsumexp(1, keepdim=True)).nan_to_num_(0.0)
-        mass = weight * shares.sum((2, 3)).double().numpy()
-        before = self._mass.shape[1] if len(self._mass) else 0
-        if before:
-            mass[:, :before] += self._mass
-        self._mass = mass
+        batch, columns = lse.shape[:2]
+        self._reserve(batch, columns)
+        add_shares(lse, weight, self._memory[:, :columns])
+        self._columns = columns
+
+    def _reserve(self, sequences: int, columns: int) -> None:
+        """Make room; columns that are new have had nothing."""
+        if self._memory.shape[1] < columns or len(self._memory) != sequences:
+            # Twice what is needed, so that growing copies each number a few times at most.
+            wider = np.zeros((sequences, 2 * columns))
+            if self._columns:
+                wider[:, : self._columns] = self._mass
+            self._memory = wider
+        self._memory[:, self._columns : columns] = 0.0
+
+    @property
+    def _mass(self) -> Float64:
+        """Float64 [sequences, columns]."""
+        return self._memory[:, : self._columns]
+
+    def _set_mass(self, mass: Float64) -> None:
+        self._memory, self._columns = mass, mass.shape[1]
 
     def _evict(self, table: BlockTable, valid: Bool | None) -> None:
         size = table.settings.block_tokens
@@ -100,19 +120,20 @@ class H2o(TableSparsity):
         keep = np.ones(self._mass.shape, np.bool_)
         np.put_along_axis(keep, gone, False, 1)
         table.drop(gone, valid)
-        self._mass = self._mass[keep].reshape(len(keep), -1)
+        left = self._mass[keep].reshape(len(keep), -1)
+        self._columns = left.shape[1]
+        self._mass[:] = left
 
     def cut(self, table: BlockTable) -> None:
         """See there. The first column that is not sealed keeps what it had, and goes on."""
-        self._mass = self._mass[:, : table.sealed + 1]
+        self._columns = min(self._columns, table.sealed + 1)
 
     def select(self, rows: Int64) -> None:
         """See there."""
-        if len(self._mass):
-            self._mass = self._mass[rows]
+        self._set_mass(self._mass[rows] if self._columns else np.zeros((0, 0)))
 
     def copy(self) -> H2o:
         """See there."""
         other = H2o(self._share)
-        other._mass = self._mass.copy()
+        other._set_mass(self._mass.copy())
         return other

@@ -31,9 +31,10 @@ class Landmarks:
         self._layout = SketchLayout(0, 0)
         self._sketches = torch.empty(0, 0, 0, 0, dtype=torch.uint8)
 
-    def largest_scores(self, query: torch.Tensor, columns: int) -> torch.Tensor:
-        """Of the first so many blocks, see `estimate_largest_scores`: fp32 [sequences, heads, columns]."""
-        return estimate_largest_scores(query, self._sketches[:, :, :columns], self._layout, kernel_pool())
+    def largest_scores(self, query: torch.Tensor, into: torch.Tensor) -> None:
+        """Write those of the first blocks to fp32 [sequences, heads, columns]; see `estimate_largest_scores`."""
+        sketches = self._sketches[:, :, : into.shape[2]]
+        estimate_largest_scores(query, sketches, self._layout, kernel_pool(), into)
 
     def add(self, table: BlockTable, column: int) -> None:
         """Those of a column's blocks, which are in memory. The caller holds the pool's lock."""

@@ -7,16 +7,18 @@ attended to.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cpu_kernels.block_selection import captured_mass, choose_blocks
+from cpu_kernels.chosen_attention import ChosenAttention
 from cpu_kernels.merge_parts import merge_parts
 from offload.devices.host_threads import kernel_pool
-from offload.kv.attention import parts_in_place
+from offload.kv.attention import Part, parts_in_place
+from offload.kv.few_tokens import FewTokens
 from offload.kv.sparsity.base import TableSparsity
 from offload.kv.sparsity.chosen import attend_to_chosen
 from offload.kv.sparsity.landmarks import Landmarks
@@ -31,6 +33,33 @@ MEASURED_STEPS = 512
 """Every so many steps of a layer, beginning with the first, all blocks are read to see what the chosen ones have."""
 
 
+class _Known(NamedTuple):
+    """What is kept from one step to the next.
+
+    Attributes:
+        form: what it depends on.
+        scores: fp32 [B, Hk, old], memory.
+        chosen: attention to old blocks.
+        newest: to those after them, whose parts lie behind the chosen ones'.
+    """
+
+    form: tuple[object, ...]
+    scores: torch.Tensor
+    chosen: ChosenAttention
+    newest: FewTokens
+
+    def chosen_parts(self) -> Part:
+        """Memory for out [units, B, Hq, T, V] and lse [units, B, Hq, T]."""
+        newest, units, batch = self.newest, self.chosen.units, len(self.scores)
+        return tuple(part[: units * batch].unflatten(0, (units, batch)) for part in (newest.out, newest.lse))
+
+
+def _newest(table: BlockTable, query: torch.Tensor, scale: float, old: int, units: int) -> FewTokens:
+    newest = FewTokens(table, query.shape[1], query.shape[2], scale, first=old, before=units)
+    assert newest.holds, "top-k does not go with blocks in an accelerator's memory"
+    return newest
+
+
 class TopK(TableSparsity):
     """Each key-value head attends to a share of the blocks that are not among the newest."""
 
@@ -42,7 +71,8 @@ class TopK(TableSparsity):
             known: landmarks of a table that is not empty.
         """
         self._share = share
-        self._known = Landmarks() if known is None else known
+        self._landmarks = Landmarks() if known is None else known
+        self._kept: _Known | None = None
         self._steps = 0
 
     def attend(
@@ -56,44 +86,49 @@ class TopK(TableSparsity):
         if count >= old:
             counters.full_steps += 1
             return None
+        query = query.contiguous()
         with table.pool.use():
-            chosen = self._choose(table, query, old, count, valid)
-            parts = [
-                attend_to_chosen(table, query, chosen, scale, valid),
-                parts_in_place(table, query, scale, valid=valid, columns=(old, table.columns), ahead=False),
-            ]
-            out, lse = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+            known = self._known_of(table, query, scale, old, count)
+            self._landmarks.largest_scores(query, known.scores)
+            choose_blocks(
+                known.scores, count, valid=valid, block_tokens=settings.block_tokens, into=known.chosen.chosen
+            )
+            out, lse = known.chosen_parts()
+            attend_to_chosen(table, query, known.chosen, valid, out, lse)
+            known.newest.attend(table, query, valid, ahead=False)
+            parts = known.newest.parts
             if self._steps % MEASURED_STEPS == 0:
                 whole = parts_in_place(table, query, scale, valid=valid, ahead=False)[1]
-                counters.note_captured(captured_mass(lse.logsumexp(1), whole.logsumexp(1)))
+                counters.note_captured(captured_mass(parts[1].logsumexp(1), whole.logsumexp(1)))
+            merged = merge_parts(*parts, sinks, kernel_pool())
         self._steps += 1
         counters.sparse_steps += 1
-        return merge_parts(out, lse, sinks, kernel_pool())
+        return merged
 
-    def _choose(self, table: BlockTable, query: torch.Tensor, old: int, count: int, valid: Bool | None) -> Int64:
-        """int64 [B, Hk, count], ascending, of the first `old` columns."""
-        scores = self._known.largest_scores(query, old)
-        if valid is None:
-            return choose_blocks(scores, count)
-        blocks = valid[:, : old * table.settings.block_tokens].reshape(len(valid), old, -1)
-        some = np.logical_or.reduce(blocks, axis=2)
-        scores.masked_fill_(~torch.from_numpy(some)[:, None], -torch.inf)
-        # The first block of a padded sequence is the first that is not padding alone.
-        scores[np.arange(len(some)), :, some.argmax(1)] = torch.inf
-        return choose_blocks(scores, count, always=0)
+    def _known_of(self, table: BlockTable, query: torch.Tensor, scale: float, old: int, count: int) -> _Known:
+        """What is kept of a table, anew where it does not hold any more."""
+        kept, form = self._kept, (query.shape[:3], scale, old, count)
+        if kept is None or kept.form != form:
+            shape, step = (query.shape[0], query.shape[1], query.shape[2]), table.settings.segment_blocks
+            chosen = ChosenAttention(table.layout_of(0), scale, shape, count, old, step)
+            scores = torch.empty(query.shape[0], table.layouts.plain.kv_heads, old)
+            kept = self._kept = _Known(form, scores, chosen, _newest(table, query, scale, old, chosen.units))
+        if not kept.newest.is_current(table):
+            kept = self._kept = kept._replace(newest=_newest(table, query, scale, old, kept.chosen.units))
+        return kept
 
     def sealed(self, table: BlockTable, column: int) -> None:
         """See there."""
-        self._known.add(table, column)
+        self._landmarks.add(table, column)
 
     def cut(self, table: BlockTable) -> None:
         """See there."""
-        self._known.cut(table.sealed)
+        self._landmarks.cut(table.sealed)
 
     def select(self, rows: Int64) -> None:
         """See there."""
-        self._known.select(rows)
+        self._landmarks.select(rows)
 
     def copy(self) -> TopK:
         """See there."""
-        return TopK(self._share, self._known.copy())
+        return TopK(self._share, self._landmarks.copy())

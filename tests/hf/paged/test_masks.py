@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from offload.hf.paged.masks import padding_of
+from tests.kv.allocations import measured
 
 
 def _causal(valid: torch.Tensor, new: int) -> torch.Tensor:
@@ -63,3 +64,22 @@ def test_another_mask_is_not_taken_for_the_one_before() -> None:
         found = padding_of(mask, 7, 2)
         assert found is not None and torch.equal(torch.from_numpy(found.valid), valid)
         del mask
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_step_of_decode_copies_no_mask(new: int, additive: bool) -> None:
+    """Nothing that grows with the history: what is made of a long mask lies in memory that is kept."""
+    steps = []
+    for tokens in (5000, 40000):
+        valid = torch.ones(2, tokens, dtype=torch.bool)
+        valid[1, :60] = False
+        causal = _causal(valid, new)
+        masks = [_additive(causal) if additive else causal.clone() for _ in range(9)]
+        coming = iter(masks)
+        padding_of(next(coming), tokens - new, new)
+        steps.append(measured(lambda: padding_of(next(coming), tokens - new, new)))  # noqa: B023
+    short, long = steps
+    # A number of each thread.
+    assert long.tensors - short.tensors < 64 and long.tensors < 4096
+    assert long.peak < 4096
