@@ -94,7 +94,7 @@ class Run:
             if key in tier.reading_ahead:
                 tier.arrive(key)
             if tier.table.slot_of(key) is not None:
-                tier.table.acquire(key)
+                tier.table.acquire([key])
         missing = [key for key in keys if tier.table.slot_of(key) is None]
         tier.start_loads(missing)
         tier.counters.misses += len(missing)
@@ -102,9 +102,9 @@ class Run:
         self.prefetcher.read_ahead(layer)
         for key in missing:
             tier.arrive(key)
-            tier.table.acquire(key)
+            tier.table.acquire([key])
         for key in keys:
-            tier.table.release(key)
+            tier.table.release([key])
         self.prefetcher.observe(layer, active)
 
 
