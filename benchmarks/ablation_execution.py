@@ -235,6 +235,9 @@ class _Watch:
         if self._following is not None:
             self._execution.look_ahead(self._layer, self._following)
 
+    def waiting(self) -> None:
+        """Nothing is learnt."""
+
 
 def _told(costs: LayerCosts, parts: Parts) -> LayerCosts:
     """Costs with which the scheduler does what the parts say: with endless ones it maps statically."""

@@ -23,6 +23,7 @@ class ExpertPlaces:
     def __init__(self, layers: Sequence[ExpertsLayer], store: ExpertStore, address_of: Callable[[int], int]) -> None:
         self._layers, self._store, self._address_of = tuple(layers), store, address_of
         self._first_keys = [layer.first_key for layer in layers]
+        self._located: dict[int, tuple[int, int, int, str]] = {}
 
     def nbytes(self, key: int) -> int:
         """Bytes of an expert's bundle."""
@@ -31,10 +32,14 @@ class ExpertPlaces:
 
     def in_store(self, key: int, out: Span) -> ReadRequest:
         """The read of an expert from disk."""
-        index, layer, expert = self._layer_of(key)
-        location = self._store.location(index, expert)
-        label = f"expert {expert} of {layer.name}"
-        return ReadRequest(location.shard, location.offset, out, self._store.checksum(index, expert), label)
+        known = self._located.get(key)
+        if known is None:
+            index, layer, expert = self._layer_of(key)
+            location, checksum = self._store.location(index, expert), self._store.checksum(index, expert)
+            label = f"expert {expert} of {layer.name}"
+            known = self._located[key] = location.shard, location.offset, checksum, label
+        shard, offset, checksum, label = known
+        return ReadRequest(shard, offset, out, checksum, label)
 
     def in_ram(self, key: int, out: Span) -> ReadRequest:
         """The copy of an expert from the host's tier to an accelerator's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from offload.prefetcher import Prefetcher
 from offload.recorder import TraceRecorder
@@ -23,6 +23,8 @@ class StepObserver:
         self.prefetcher: Prefetcher | None = None
         self.recorder: TraceRecorder | None = None
         self._layer = 0
+        self._chosen: npt.NDArray[np.int64] | None = None
+        self._learnt = False
 
     @property
     def is_asked(self) -> bool:
@@ -32,17 +34,32 @@ class StepObserver:
     def begin(self, layer: int) -> None:
         """A step of `layer` (counted over experts layers) starts."""
         self._layer = layer
+        self._chosen, self._learnt = None, False
 
     def loads_started(self) -> None:
         """Reads that the step needs are on their way: now others may follow."""
         if self.prefetcher is not None and not self.prefill:
             self.prefetcher.read_ahead(self._layer)
 
-    def finished(self, top_k_index: torch.Tensor) -> None:
-        """The step is computed; its routing was `top_k_index`, integer [T, k]."""
+    def chosen(self, top_k_index: npt.NDArray[np.int64]) -> None:
+        """What the step's routing will have been, int64 [T, k], is known; it stays until the step is computed."""
+        self._chosen = top_k_index
+
+    def waiting(self) -> None:
+        """The step can only wait for reads now: the time to learn."""
+        if self._chosen is not None:
+            self._learn(self._chosen)
+            self._learnt = True
+
+    def _learn(self, top_k_index: npt.NDArray[np.integer]) -> None:
         prefetcher = self.prefetcher
         if prefetcher is not None and prefetcher.on and len(top_k_index) == 1 and not self.prefill:
-            prefetcher.observe(self._layer, top_k_index.reshape(-1).numpy(force=True).astype(np.int64))
+            prefetcher.observe(self._layer, np.ascontiguousarray(top_k_index[0], np.int64))
+
+    def finished(self, top_k_index: npt.NDArray[np.integer]) -> None:
+        """The step is computed; its routing was `top_k_index`, integer [T, k]."""
+        if not self._learnt:
+            self._learn(top_k_index)
         if self.recorder is not None:
             self.recorder.note(self._layer, top_k_index, prefill=self.prefill)
 

@@ -12,13 +12,16 @@ from offload.copy_ahead import CopyAhead
 from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.transfer import Urgency
 from prefetch.controller import Controller
+from prefetch.foresight import Foresight
+from prefetch.policies.forecast import ForecastPolicy
 from prefetch.policies.geometry import Geometry
 from prefetch.predictors.predictor import Predictor
 
 Floats = npt.NDArray[np.floating]
 
-Ask = Callable[[], tuple[Floats, Sequence[Floats]] | None]
-"""Gives a router's logits, [experts], and what those of the next layers say of the same hidden state, if they can."""
+Ask = Callable[[], npt.NDArray[np.float32] | None]
+"""Gives logits, float32 [1 + next layers, most of their experts]: of a router and of those of the next layers, of the
+same hidden state, if they can tell. Rows are longer than layers of fewer experts."""
 
 LEAST_PROBABILITY = 0.6
 """What is less probable is not read ahead: a read in vain takes the disk, and often a core, from one that is needed."""
@@ -69,6 +72,9 @@ class Prefetcher:
         self._foreseen: dict[int, tuple[int, npt.NDArray[np.float64]]] = {}
         self._logits: dict[int, Floats] = {}
         self._asked: tuple[int, npt.NDArray[np.int64], Ask] | None = None
+        self._foresight: Foresight | None = None
+        if copies is None and isinstance(tier.policy, ForecastPolicy) and Foresight.takes(tier.policy, predictor):
+            self._foresight = Foresight(tier.policy, predictor, self._top_k, LEAST_PROBABILITY, CANCEL_BELOW)
         self._tiers = [tier] if copies is None else [tier, copies.tiers.above]
         self._layer_s = 0.0
         self._read_s = 0.0
@@ -97,16 +103,54 @@ class Prefetcher:
             self._cancel_other_than(layer, active)
             self._asked = (layer, active, ask)
 
-    def foresee(self, layer: int, own: Floats, ahead: Sequence[Floats], active: npt.NDArray[np.int64]) -> None:
-        """Predict the next layers.
+    def read_ahead(self, layer: int) -> None:
+        """Layer `layer` has all that it can have: cancel what is not wanted any more, read what gains most."""
+        if not self.on:
+            return
+        asked, self._asked = self._asked, None
+        said = asked[2]() if asked is not None and asked[0] == layer else None
+        if asked is not None and said is not None:
+            self._logits[layer] = said[0, : self.geometry.counts[layer]]
+        # What has arrived may be evicted.
+        self.tier.settle_arrived()
+        if self._foresight is None:
+            self._read_by_policy(layer, said, None if asked is None else asked[1])
+        elif asked is not None and said is not None and len(said) > 1:
+            self._read_by_foresight(self._foresight, layer, said, asked[1])
+
+    @property
+    def _room(self) -> int:
+        """How many reads ahead may be on their way."""
+        return max(1, self.tier.table.usable_slots // _SHARE_OF_SLOTS)
+
+    # --- in one compiled call ----------------------------------------------------------------------------------
+
+    def _read_by_foresight(
+        self, foresight: Foresight, layer: int, said: npt.NDArray[np.float32], active: npt.NDArray[np.int64]
+    ) -> None:
+        tier = self.tier
+        for predicts in (True, False):
+            reading = tier.reading_ahead
+            choice = foresight.choose(
+                layer, said, active, predicts=predicts, pinned=tier.table.pinned, reading=reading,
+                room=self._room - len(reading), free=tier.table.free_slots, read_s=self._read_s, layer_s=self._layer_s,
+            )  # fmt: skip
+            if not choice.unlikely:
+                break
+            tier.cancel_ahead(choice.unlikely)
+        if choice.keys:
+            tier.start_loads(choice.keys, Urgency.SOON, choice.victims)
+
+    # --- by whatever policy and predictor ----------------------------------------------------------------------
+
+    def foresee(self, layer: int, ahead: Sequence[Floats], active: npt.NDArray[np.int64]) -> None:
+        """Predict the next layers, and tell policies.
 
         Args:
             layer: at which the token is.
-            own: [experts of the layer], its router's logits.
-            ahead: what the routers of the next layers say of the same hidden state.
+            ahead: what the routers of the next layers say of the same hidden state, each [experts].
             active: int64, the experts that its router chose.
         """
-        self._logits[layer] = own
         following = slice(layer + 1, layer + 1 + len(ahead))
         expected = [self.tier.policy.expected(first) for first in self._first_keys[following]]
         foreseen = self.predictor.predict_next(layer, ahead, active, self._top_k[following], expected)
@@ -116,21 +160,19 @@ class Prefetcher:
             for tier in self._tiers:
                 tier.policy.on_forecast(self._first_keys[target], probabilities)
 
-    def read_ahead(self, layer: int) -> None:
-        """Layer `layer` has all that it can have: cancel what is not wanted any more, read what gains most."""
-        if not self.on:
-            return
-        asked, self._asked = self._asked, None
-        said = asked[2]() if asked is not None and asked[0] == layer else None
-        if asked is not None and said is not None:
-            self.foresee(layer, *said, asked[1])
+    def _read_by_policy(
+        self, layer: int, said: npt.NDArray[np.float32] | None, active: npt.NDArray[np.int64] | None
+    ) -> None:
+        if said is not None and active is not None:
+            counts = self.geometry.counts[layer + 1 :]
+            self.foresee(layer, [line[:count] for line, count in zip(said[1:], counts, strict=False)], active)
         if not self._foreseen:
             return
         if self.copies is not None and layer + 1 in self._foreseen:
             self.copies.copy(layer + 1, self._foreseen[layer + 1][1], self._layer_s)
         self._cancel_unlikely()
         reading = len(self.tier.reading_ahead)
-        room = max(1, self.tier.table.usable_slots // _SHARE_OF_SLOTS) - reading
+        room = self._room - reading
         chosen: list[tuple[float, int]] = []
         for probability, distance, key in self._candidates(layer):
             # It would not even be begun when its layer comes.
@@ -138,7 +180,8 @@ class Prefetcher:
             if len(chosen) < room and not late:
                 chosen.append((probability, key))
         if chosen:
-            self.tier.start_loads(self._that_gain(chosen), Urgency.SOON)
+            keys, victims = self._that_gain(chosen)
+            self.tier.start_loads(keys, Urgency.SOON, victims)
 
     def _candidates(self, layer: int) -> list[tuple[float, int, int]]:
         """(probability, layers ahead, key) of what is not here, the most probable of the nearest layer first."""
@@ -153,20 +196,23 @@ class Prefetcher:
         found.sort(key=lambda one: (-one[0] / (one[1] + 1), one[2]))
         return found
 
-    def _that_gain(self, chosen: Sequence[tuple[float, int]]) -> list[int]:
-        """Keys of those, given with their probabilities, that gain more than the absence of their victims loses."""
+    def _that_gain(self, chosen: Sequence[tuple[float, int]]) -> tuple[list[int], list[int]]:
+        """Keys of those, given with their probabilities, that gain more than the absence of their victims loses; those
+        victims.
+        """
         policy, table = self.tier.policy, self.tier.table
         found = [key for _, key in chosen[: table.free_slots]]
         rest = chosen[table.free_slots :]
         victims = policy.victims(table.pinned, len(rest)) if rest else []
+        gone = 0
         for probability, key in rest:
-            if not victims:
+            if gone == len(victims):
                 break
-            gain, loss = policy.worth(key), policy.worth(victims[0])
+            gain, loss = policy.worth(key), policy.worth(victims[gone])
             if probability >= 0.5 if gain is None or loss is None else gain > loss:
                 found.append(key)
-                victims.pop(0)
-        return found
+                gone += 1
+        return found, victims[:gone]
 
     def _cancel_unlikely(self) -> None:
         unlikely = []

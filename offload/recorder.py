@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from prefetch.policies.geometry import Geometry
 from prefetch.traces.trace import RoutingTrace
@@ -20,7 +19,7 @@ class TraceRecorder:
         self._passes: list[tuple[bool, npt.NDArray[np.uint16]]] = []
         self._current: list[npt.NDArray[np.uint16]] = []
 
-    def note(self, layer: int, top_k_index: torch.Tensor, *, prefill: bool) -> None:
+    def note(self, layer: int, top_k_index: npt.NDArray[np.integer], *, prefill: bool) -> None:
         """A layer's routing.
 
         Args:
@@ -33,13 +32,12 @@ class TraceRecorder:
             self._current = []
             if layer:
                 return
-        ids = top_k_index.numpy(force=True)
-        if ids.size and ids.max() >= self.geometry.counts[layer]:
+        if top_k_index.size and top_k_index.max() >= self.geometry.counts[layer]:
             # Pairs that no expert computes: such a pass is none of a trace's.
             self._current = []
             self.left_out += 1
             return
-        self._current.append(ids.astype(np.uint16))
+        self._current.append(top_k_index.astype(np.uint16))
         if len(self._current) == self.geometry.layers:
             self._passes.append((prefill, np.stack(self._current, axis=1)))
             self._current = []

@@ -152,8 +152,8 @@ class Runtime:
                 return retried_step(layer, self.accelerated, hidden, top_k_index, top_k_weights, observer)
 
     @contextmanager
-    def _observed(self, first_key: int, top_k_index: torch.Tensor) -> Iterator[StepObserver]:
-        """One step of a layer, watched and timed. Call with the lock."""
+    def _observed(self, first_key: int, top_k_index: torch.Tensor | npt.NDArray[np.int64]) -> Iterator[StepObserver]:
+        """One step of a layer, [T, k] chosen, watched and timed. Call with the lock."""
         self._check_open()
         before = perf_counter()
         observer = self.observer
@@ -163,7 +163,9 @@ class Runtime:
         except BaseException:
             observer.failed()
             raise
-        observer.finished(top_k_index)
+        if observer.is_asked:
+            chosen = top_k_index.numpy(force=True) if isinstance(top_k_index, torch.Tensor) else top_k_index
+            observer.finished(chosen)
         self._moe_s += perf_counter() - before
         self._moe_steps += 1
 
@@ -173,7 +175,11 @@ class Runtime:
         return self.accelerated is None
 
     def step_taped(
-        self, first_key: int, choice: torch.Tensor, addresses: npt.NDArray[np.int64], compute: Callable[[], None]
+        self,
+        first_key: int,
+        choice: npt.NDArray[np.int64],
+        addresses: npt.NDArray[np.int64],
+        compute: Callable[[], None],
     ) -> None:
         """One MoE layer whose experts a tape computes; see `taped_step`. Call with the lock.
 
@@ -184,7 +190,8 @@ class Runtime:
             compute: see `taped_step`.
         """
         with self._observed(first_key, choice) as observer:
-            experts = sorted(set(choice.view(-1).tolist()))
+            observer.chosen(choice)
+            experts = sorted(set(choice.reshape(-1).tolist()))
             taped_step(first_key, experts, addresses, compute, self.tier, observer)
 
     def addresses_of_all(self) -> npt.NDArray[np.int64] | None:
@@ -214,7 +221,7 @@ class Runtime:
             seconds: of the step.
         """
         if self.observer.is_asked:
-            for number, top_k_index in enumerate(routed):
+            for number, top_k_index in enumerate(routed.numpy(force=True)):
                 self.observer.begin(number)
                 self.observer.finished(top_k_index)
         self._moe_steps += len(routed)

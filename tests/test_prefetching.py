@@ -13,7 +13,7 @@ import offload
 from offload import assembly
 from offload.errors import InvalidArgumentError, SlowReadWarning, UnsupportedOperationError
 from offload.hf.lookahead import find_routers
-from offload.request import make_request
+from offload.request import FUSED_KINDS, make_request
 from prefetch.policies.lru import LruPolicy
 from prefetch.policies.names import POLICIES
 from prefetch.traces.codec import decode, encode
@@ -119,6 +119,32 @@ def test_a_run_records_the_routing_that_it_had(tiny_checkpoint: TinyCheckpoint, 
     assert measured.hits + measured.misses == again.prefill_hits + again.decode_hits + again.misses
     assert measured.misses == pytest.approx(again.misses, rel=0.1)
     fresh.offload.close()
+
+
+@pytest.mark.parametrize("fused", [FUSED_KINDS, ()], ids=["by tape", "by its own code"])
+def test_every_layer_of_a_token_teaches_once(
+    fused: tuple[str, ...], tiny_checkpoint: TinyCheckpoint, store_root: Path
+) -> None:
+    """Whether the step had to wait, while which it learns, or not."""
+    directory = tiny_checkpoint("qwen3_moe", torch.bfloat16)
+    ram = small_budget(directory, 9)
+    model = offload.load(directory, ram=ram, nvme=store_root, context=80, prefetch=True, fused=list(fused))
+    with model.offload as runtime:
+        runtime.record_trace()
+        taught: list[tuple[int, list[int]]] = []
+        prefetcher = runtime.observer.prefetcher
+        assert prefetcher is not None
+        original = prefetcher.observe
+
+        def observe(layer: int, experts: Any) -> None:
+            taught.append((layer, sorted(experts.tolist())))
+            original(layer, experts)
+
+        prefetcher.observe = observe  # type: ignore[method-assign]
+        greedy(model, prompt(tokens=11))
+        routed = np.sort(runtime.trace().experts[11:], axis=-1).tolist()
+        assert 0 < runtime.stats().misses < runtime.stats().hits + runtime.stats().misses
+    assert taught == [(layer, experts) for token in routed for layer, experts in enumerate(token)]
 
 
 # Hunyuan's router has its weights in a module of its own.

@@ -15,7 +15,7 @@ from cpu_kernels.linear import Products
 from offload.devices.host_threads import kernel_pool
 from offload.hf.fused.watch import TapeHook
 from offload.moe.layer import ExpertsLayer
-from offload.prefetcher import Prefetcher
+from offload.prefetcher import Ask, Prefetcher
 
 
 def find_routers(model: PreTrainedModel, layers: Sequence[ExpertsLayer]) -> list[torch.nn.Module] | None:
@@ -69,10 +69,8 @@ class _Hook(TapeHook):
         self._next = [routers[index] for index in range(layer + 1, last + 1)]
         # The layer's own too: cheaper than to take them from the tape's logits, with weights that have just been read.
         self._products = _products_of(routers[layer : last + 1], self._counts)
-        self._lines: list[npt.NDArray[np.float32]] = []
-        if self._products is not None:
-            self._lines = [line[:count] for line, count in zip(self._products.found, self._counts, strict=True)]
         self._prefetcher = prefetcher
+        self._taped: tuple[torch.Tensor, npt.NDArray[np.int64], Ask] | None = None
 
     def __call__(self, _router: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Only one token's choice can be foreseen; of others, and of routers of another form, nothing is said."""
@@ -96,16 +94,25 @@ class _Hook(TapeHook):
         if self._products is None:
             super().routed(router, hidden, logits, weights, ids)
         elif len(logits) == 1 and self._prefetcher.on:
-            self._prefetcher.note_router(self._layer, ids.view(-1).numpy(), partial(self._ask, (hidden,), logits))
+            if self._taped is None or self._taped[0] is not ids:
+                # A tape tells of the same memory each time.
+                self._taped = ids, ids.view(-1).numpy(), partial(self._ask, (hidden,), logits)
+            self._prefetcher.note_router(self._layer, *self._taped[1:])
 
-    def _ask(self, args: tuple[Any, ...], logits: torch.Tensor) -> tuple[Any, Sequence[Any]] | None:
+    def _ask(self, args: tuple[Any, ...], logits: torch.Tensor) -> npt.NDArray[np.float32] | None:
         products, hidden, counts = self._products, args[0], self._counts
         if products is not None and hidden.dtype is products.dtype and hidden.is_contiguous() and hidden.is_cpu:
             products.compute(hidden, kernel_pool())
-            return self._lines[0], self._lines[1:]
+            return products.found
+        said = np.zeros((len(counts), max(counts)), np.float32)
+        said[0, : counts[0]] = _logits_of(logits)
         with torch.no_grad():
-            ahead = [_by_forward(router, count, args) for router, count in zip(self._next, counts[1:], strict=True)]
-        return None if any(one is None for one in ahead) else (_logits_of(logits), ahead)
+            for place, (router, count) in enumerate(zip(self._next, counts[1:], strict=True), start=1):
+                found = _by_forward(router, count, args)
+                if found is None:
+                    return None
+                said[place, :count] = found
+        return said
 
 
 def _by_forward(router: torch.nn.Module, count: int, args: tuple[Any, ...]) -> Any:

@@ -28,6 +28,9 @@ class StepWatch(Protocol):
     def loads_started(self) -> None:
         """What the step needs is borrowed or being read; reads for later layers may follow."""
 
+    def waiting(self) -> None:
+        """What is here is computed and the rest is on its way: told at most once, and not of every step."""
+
 
 def moe_step(
     layer: ExpertsLayer,
@@ -112,12 +115,16 @@ def as_they_come(
     tier.start_loads(missing)
     if watch is not None:
         watch.loads_started()
+    told = False
     while borrowed or missing:
         if borrowed:
             compute(borrowed)
             tier.give_back(borrowed)
         if not tier.has_slots_for(missing):
             tier.start_loads(missing)
+        if missing and watch is not None and not told:
+            told = True
+            watch.waiting()
         borrowed = tier.collect(missing) if missing else []
         missing = [key for key in missing if key not in borrowed]
 

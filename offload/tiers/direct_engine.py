@@ -10,7 +10,9 @@ import _thread
 import threading
 import weakref
 from collections.abc import Iterable
-from ctypes import addressof, c_char, c_int64
+from ctypes import addressof, c_char
+from functools import cache
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,15 @@ from offload.tiers.transfer import Engine, ReadEngine, check_engine, hold_at_for
 
 Ints = npt.NDArray[np.int64]
 
+_REQUESTED = Struct(f"{kernel.PARTS - kernel.URGENCY + 1}q")
+"""A ticket's words from URGENCY to PARTS."""
+
+
+@cache
+def uint64s(count: int) -> Struct:
+    """Packs so many checksums."""
+    return Struct(f"{count}Q")
+
 
 def make_engine(reader: ShardReader, *, threads: int, chunk_nbytes: int, most_soon: int | None = None) -> Engine:
     """The engine for a store's shards: in compiled code where they are read past the page cache.
@@ -39,7 +50,7 @@ def make_engine(reader: ShardReader, *, threads: int, chunk_nbytes: int, most_so
 class DirectTicket:
     """The completion of one read; see `Ticket`. Its words are written by reader threads, under the queue's mutex."""
 
-    __slots__ = ("_finished", "_words", "address", "error", "request", "urgency")
+    __slots__ = ("_words", "address", "error", "request", "urgency")
 
     def __init__(self, request: ReadRequest, fd: int, urgency: Urgency) -> None:
         """Of a request all of whose checksums are known, of parts of more than 240 bytes, or none.
@@ -55,37 +66,37 @@ class DirectTicket:
         self.request = request
         self.urgency = urgency
         self.error: BaseException | None = None
-        words: Ints = np.zeros(kernel.TICKET_WORDS + len(known), np.int64)
-        self.address = addressof(c_char.from_buffer(words))  # type: ignore[arg-type]
-        words[kernel.URGENCY] = urgency.value
+        # A ticket is made for every read, and looked at at every turn: NumPy takes ten times as long for a few words.
+        words = bytearray(8 * (kernel.TICKET_WORDS + len(known)))
+        self.address = addressof(c_char.from_buffer(words))
         # Where shards are not read directly any more there is no descriptor, and the reader is asked.
-        words[kernel.FD : kernel.PARTS + 1] = (
-            fd, request.offset, addressof(c_char.from_buffer(request.out)), nbytes, len(known),  # type: ignore[arg-type]
+        _REQUESTED.pack_into(
+            words, 8 * kernel.URGENCY, urgency.value, 0, fd, request.offset,
+            addressof(c_char.from_buffer(request.out)), nbytes, len(known),  # type: ignore[arg-type]
         )  # fmt: skip
-        words.view(np.uint64)[kernel.TICKET_WORDS :] = known
-        self._words = words
-        # Asked for at every turn: NumPy takes ten times as long to look at one word.
-        self._finished = c_int64.from_buffer(words, 8 * kernel.FINISHED)  # type: ignore[arg-type]
+        uint64s(len(known)).pack_into(words, 8 * kernel.TICKET_WORDS, *known)
+        self._words = memoryview(words).cast("q")
 
     @property
     def finished(self) -> bool:
         """True when no thread will write to its memory any more."""
-        return self._finished.value != 0
+        return self._words[kernel.FINISHED] != 0
 
     @property
     def cancelled(self) -> bool:
         """Whether it was cancelled before it finished."""
-        return bool(self._words[kernel.CANCELLED])
+        return self._words[kernel.CANCELLED] != 0
 
     @property
     def succeeded(self) -> bool:
         """True when the bundle is there, whole and checked."""
-        return self.finished and self.error is None and not self.cancelled
+        words = self._words
+        return words[kernel.FINISHED] != 0 and self.error is None and not words[kernel.CANCELLED]
 
     @property
     def failure(self) -> int:
         """What the compiled reader found: 0, or `SHORT` or `WRONG` of the kernel."""
-        return int(self._words[kernel.FAILURE])
+        return self._words[kernel.FAILURE]
 
     def finish_unread(self) -> None:
         """Nobody reads it: the queue is closed, or its threads are those of the process that was forked."""

@@ -136,8 +136,20 @@ class ExpertTier:
 
     # --- loading ---------------------------------------------------------------------------------------------
 
-    def start_loads(self, keys: Sequence[int], urgency: Urgency = Urgency.NOW) -> int:
+    def settle_arrived(self) -> None:
+        """Have reads that ended known as such: what was read ahead holds its slot no longer than others do."""
+        for key in [key for key, ticket in self._tickets.items() if ticket.finished]:
+            self._settle(key, carry_error=False)
+
+    def start_loads(
+        self, keys: Sequence[int], urgency: Urgency = Urgency.NOW, victims: Iterable[int] | None = None
+    ) -> int:
         """Begin to read experts, in order, until slots run out.
+
+        Args:
+            keys: the experts.
+            urgency: how soon they are needed.
+            victims: whom to evict where no slot is free, in this order; None: whom the policy names.
 
         Returns:
             How many of `keys`, from the first, are now loading or loaded.
@@ -147,11 +159,11 @@ class ExpertTier:
         """
         if not keys:
             return 0
-        for ahead in self._tickets.keys() - set(keys):
-            # A read ahead that is done holds its slot no longer than others do.
-            self._settle(ahead, carry_error=False)
-        held = self.table.pinned.union(keys)
-        victims: Iterator[int] | None = None
+        leaving: Iterator[int] | None = None if victims is None else iter(victims)
+        if leaving is None:
+            for ahead in self._tickets.keys() - set(keys):
+                # A read ahead that is done holds its slot no longer than others do.
+                self._settle(ahead, carry_error=False)
         for started, key in enumerate(keys):
             ticket = self._tickets.get(key)
             if ticket is not None:
@@ -161,9 +173,10 @@ class ExpertTier:
             if self.table.slot_of(key) is not None:
                 continue
             if not self.table.free_slots:
-                if victims is None:
-                    victims = iter(self.policy.victims(held, len(keys) - started))
-                victim = next(victims, None)
+                if leaving is None:
+                    held = self.table.pinned.union(keys)
+                    leaving = iter(self.policy.victims(held, len(keys) - started))
+                victim = next(leaving, None)
                 if victim is None:
                     return started
                 self._evict(victim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +84,13 @@ class ForecastPolicy(ValuedPolicy):
         layer = self._layer_of[first_key]
         found: npt.NDArray[np.float32] = self._probabilities[layer].reshape(-1)
         return found[: self.geometry.counts[layer]]
+
+    @property
+    def tables(self) -> tuple[Any, ...]:
+        """For `foresight_kernel`, in its order: views, of which it updates what `on_forecast` and `victims` do."""
+        return (
+            self._table, self._per_layer, self._first_keys, self._quotas, self._known, self._layers, self._rates,
+        )  # fmt: skip
 
     def _believe(self, layer: int, probabilities: Floats) -> None:
         """The layer's next visit needs its experts with these probabilities."""

@@ -81,7 +81,7 @@ def _voice(rows: Any) -> Any:
 
 
 @inner
-def _at(block: int, row: int, lane: int) -> Any:
+def at(block: int, row: int, lane: int) -> Any:
     """Where a layer's known numbers have one. Unsigned: loops need no look at whether it counts from the end."""
     return np.uint64((block * ROWS + row) * LANES + lane)
 
@@ -103,7 +103,7 @@ def _find_errors(known: Any, blocks: int, experts: int, need: Any, error: Any) -
     for block in range(blocks):
         for lane in range(LANES):
             place = _in_line(block, lane)
-            error[place] = need[place] - known[_at(block, PROBABILITY, lane)]
+            error[place] = need[place] - known[at(block, PROBABILITY, lane)]
     for expert in range(experts, blocks * LANES):
         error[expert] = _ZERO
 
@@ -114,7 +114,7 @@ def _sum_products(known: Any, blocks: int, row: int, error: Any) -> Any:
     total = np.float32(0)
     for block in range(blocks):
         for lane in range(LANES):
-            total += error[_in_line(block, lane)] * known[_at(block, row, lane)]
+            total += error[_in_line(block, lane)] * known[at(block, row, lane)]
     return total
 
 
@@ -168,15 +168,15 @@ def _decay_and_add(known: Any, blocks: int, need: Any, long: Any, middle: Any, s
     for block in range(blocks):
         for lane in range(LANES):
             needed = need[_in_line(block, lane)]
-            share = _decayed(known[_at(block, LONG, lane)], needed, long)
-            known[_at(block, LONG, lane)] = share
-            known[_at(block, LONG_ODDS, lane)] = _odds(share)
-            share = _decayed(known[_at(block, MIDDLE, lane)], needed, middle)
-            known[_at(block, MIDDLE, lane)] = share
-            known[_at(block, MIDDLE_ODDS, lane)] = _odds(share)
-            share = _decayed(known[_at(block, SHORT, lane)], needed, short)
-            known[_at(block, SHORT, lane)] = share
-            known[_at(block, SHORT_ODDS, lane)] = _odds(share)
+            share = _decayed(known[at(block, LONG, lane)], needed, long)
+            known[at(block, LONG, lane)] = share
+            known[at(block, LONG_ODDS, lane)] = _odds(share)
+            share = _decayed(known[at(block, MIDDLE, lane)], needed, middle)
+            known[at(block, MIDDLE, lane)] = share
+            known[at(block, MIDDLE_ODDS, lane)] = _odds(share)
+            share = _decayed(known[at(block, SHORT, lane)], needed, short)
+            known[at(block, SHORT, lane)] = share
+            known[at(block, SHORT_ODDS, lane)] = _odds(share)
 
 
 @inner_unordered
@@ -186,10 +186,10 @@ def _note_last(known: Any, blocks: int, need: Any, decode: Any) -> None:
         for lane in range(LANES):
             needed = need[_in_line(block, lane)]
             used = decode if needed > _ZERO else _ZERO
-            since = (known[_at(block, SINCE, lane)] + decode) * (_ONE - used)
-            known[_at(block, SINCE, lane)] = since
-            known[_at(block, LOG_SINCE, lane)] = log_of(since + _ONE)
-            known[_at(block, LAST, lane)] = decode * needed + (_ONE - decode) * known[_at(block, LAST, lane)]
+            since = (known[at(block, SINCE, lane)] + decode) * (_ONE - used)
+            known[at(block, SINCE, lane)] = since
+            known[at(block, LOG_SINCE, lane)] = log_of(since + _ONE)
+            known[at(block, LAST, lane)] = decode * needed + (_ONE - decode) * known[at(block, LAST, lane)]
 
 
 @inner_unordered
@@ -199,10 +199,10 @@ def _conclude(
     """PROBABILITY from what is linked and what is seen of the expert itself."""
     for block in range(blocks):
         for lane in range(LANES):
-            logit = long * known[_at(block, LONG_ODDS, lane)] + middle * known[_at(block, MIDDLE_ODDS, lane)]
-            logit += short * known[_at(block, SHORT_ODDS, lane)] + last * known[_at(block, LAST, lane)]
-            logit = linked[_in_line(block, lane)] + (logit + since * known[_at(block, LOG_SINCE, lane)] + bias)
-            known[_at(block, PROBABILITY, lane)] = min(max(sigmoid_of(logit), _LEAST), _MOST)
+            logit = long * known[at(block, LONG_ODDS, lane)] + middle * known[at(block, MIDDLE_ODDS, lane)]
+            logit += short * known[at(block, SHORT_ODDS, lane)] + last * known[at(block, LAST, lane)]
+            logit = linked[_in_line(block, lane)] + (logit + since * known[at(block, LOG_SINCE, lane)] + bias)
+            known[at(block, PROBABILITY, lane)] = min(max(sigmoid_of(logit), _LEAST), _MOST)
 
 
 @inner
@@ -223,16 +223,16 @@ def _find_later(known: Any, blocks: int) -> None:
     """What later visits are worth."""
     for block in range(blocks):
         for lane in range(LANES):
-            place = known[_at(block, LONG, lane)] * _STEPS_FLOAT
+            place = known[at(block, LONG, lane)] * _STEPS_FLOAT
             below = np.uint32(np.int32(place))
             later = _LATER[below] + (place - np.float32(below)) * (_LATER[below + np.uint32(1)] - _LATER[below])
-            known[_at(block, LATER, lane)] = later
+            known[at(block, LATER, lane)] = later
 
 
 @inner
 def _value_block(known: Any, block: int, cost: Any, values: Any, fixed: Any, later_share: float) -> None:
     for lane in range(len(cost)):
-        probability, later = known[_at(block, PROBABILITY, lane)], known[_at(block, LATER, lane)]
+        probability, later = known[at(block, PROBABILITY, lane)], known[at(block, LATER, lane)]
         values[lane] = cost[lane] * probability
         fixed[lane] = cost[lane] * (_ONE - probability) * later * later_share
 
@@ -269,7 +269,7 @@ def _rows_that_spoke(layers: Any, layer: int) -> Any:
 
 
 @inner
-def _known_of(known: Any, layers: Any, layer: int, experts: int) -> Any:
+def known_of(known: Any, layers: Any, layer: int, experts: int) -> Any:
     """What is known of a layer: its blocks, and how many they are."""
     first, blocks = layers[layer, FIRST_BLOCK], (experts + LANES - 1) // LANES
     return known[first * _BLOCK : (first + blocks) * _BLOCK], blocks
@@ -304,7 +304,7 @@ def visit_layer(
     decode, used = len(shares) == 0, keys_of(visit)
     note_use(visit, table)
     experts = end - first
-    here, blocks = _known_of(known, layers, layer, experts)
+    here, blocks = known_of(known, layers, layer, experts)
     need, line = _spare_lines(spare, blocks)
     need[:] = _ZERO
     for index in range(len(used)):
@@ -343,9 +343,9 @@ def value_foretold(
         rates: see `visit_layer`.
     """
     first = first_keys[layer]
-    here, _ = _known_of(known, layers, layer, len(probabilities))
+    here, _ = known_of(known, layers, layer, len(probabilities))
     for expert in range(len(probabilities)):
         cost, probability = table[COST, first + expert], probabilities[expert]
         table[VALUE, first + expert] = cost * probability
-        later = here[_at(expert // LANES, LATER, expert % LANES)]
+        later = here[at(expert // LANES, LATER, expert % LANES)]
         table[FIXED, first + expert] = cost * (1.0 - probability) * later * rates[LATER_SHARE]

@@ -86,7 +86,7 @@ def _value_resident(live: Any, value: Any, used_at: Any) -> None:
 
 
 @inner
-def _refresh(table: Any, per_layer: Any, layer: int, first: int, end: int) -> None:
+def refresh(table: Any, per_layer: Any, layer: int, first: int, end: int) -> None:
     """LIVE = VALUE, a little more for what was used later; it stays infinity for what is not resident."""
     _value_resident(table[LIVE, first:end], table[VALUE, first:end], table[USED_AT, first:end])
     _find_bounds(table, per_layer, layer, first, end)
@@ -106,7 +106,7 @@ def _lower_bounds(table: Any, per_layer: Any, key: int) -> None:
 
 
 @inner
-def _update(table: Any, per_layer: Any, first_keys: Any, moved: Any, layers: Any) -> None:
+def update(table: Any, per_layer: Any, first_keys: Any, moved: Any, layers: Any) -> None:
     """Bring LIVE and the bounds up to date with keys that came or left and layers whose values changed."""
     for change in moved:
         if change < 0:
@@ -117,7 +117,7 @@ def _update(table: Any, per_layer: Any, first_keys: Any, moved: Any, layers: Any
             per_layer[HELD, int(table[LAYER_OF, change])] += 1.0
             _lower_bounds(table, per_layer, change)
     for layer in layers:
-        _refresh(table, per_layer, layer, first_keys[layer], first_keys[layer + 1])
+        refresh(table, per_layer, layer, first_keys[layer], first_keys[layer + 1])
 
 
 @inner
@@ -260,6 +260,19 @@ def _least_by_quota(table: Any, per_layer: Any, first_keys: Any, quotas: Any, fo
     return size
 
 
+@inner
+def find_least(table: Any, per_layer: Any, first_keys: Any, quotas: Any, pinned: Any, found: Any) -> Any:
+    """Fill `found` with the keys to evict first, in order, none of them pinned; how many there are. See `select`."""
+    values = np.empty(len(pinned))
+    _hide(table[LIVE], pinned, values)
+    if len(quotas):
+        size = _least_by_quota(table, per_layer, first_keys, quotas, found)
+    else:
+        size = _least(table, per_layer, first_keys, -1, found)
+    _show(table, per_layer, pinned, values)
+    return size
+
+
 @entry("int64(float64[:, ::1], float64[:, ::1], int64[::1], int64[::1], int64[::1], int64[::1])")
 def select(table: Any, per_layer: Any, first_keys: Any, quotas: Any, told: Any, found: Any) -> Any:
     """Take in what happened since the last call, then find the keys to evict first, in order.
@@ -278,13 +291,6 @@ def select(table: Any, per_layer: Any, first_keys: Any, quotas: Any, told: Any, 
         How many were found.
     """
     moves, changes = TOLD + told[MOVES], TOLD + told[MOVES] + told[CHANGES]
-    _update(table, per_layer, first_keys, told[TOLD:moves], told[moves:changes])
+    update(table, per_layer, first_keys, told[TOLD:moves], told[moves:changes])
     wanted, pinned = found[: told[WANTED]], told[changes : changes + told[PINNED]]
-    values = np.empty(len(pinned))
-    _hide(table[LIVE], pinned, values)
-    if len(quotas):
-        size = _least_by_quota(table, per_layer, first_keys, quotas, wanted)
-    else:
-        size = _least(table, per_layer, first_keys, -1, wanted)
-    _show(table, per_layer, pinned, values)
-    return size
+    return find_least(table, per_layer, first_keys, quotas, pinned, wanted)

@@ -127,6 +127,13 @@ class ValuedPolicy(CachePolicy):
         table = self._table
         return float(table[VALUE, key] * self._per_layer[SCALE, self._layer_of[key]] + table[FIXED, key])
 
+    def take_news(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What `select` was not told yet, for a kernel that tells it: who came or left, and layers of new values."""
+        news = tuple(self._moved), tuple(self._changed)
+        self._moved.clear()
+        self._changed.clear()
+        return news
+
     def victim(self, pinned: Collection[int]) -> int | None:
         """The resident key of least value that is not pinned."""
         found = self.victims(pinned, 1)

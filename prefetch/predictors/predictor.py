@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -169,6 +170,18 @@ class Predictor:
             self._transitions, self._made,
         )  # fmt: skip
         return [self._views[(target + place) * depth + first + place - 1] for place in range(len(logits))]
+
+    def tables(self, top_k: Sequence[int]) -> tuple[Any, ...]:
+        """For `foresight_kernel`, in its order: views of what `predict_next` reads and fills.
+
+        Args:
+            top_k: experts of a token, of each layer; in place of those that `predict_next` is told.
+        """
+        self._top_k[:] = np.minimum(top_k, self._counts)
+        return (
+            self._counts, self._top_k, self._heard, self._expected, self._starts, self._uses, self._flat_weights,
+            self._offsets, self._inputs, self._said, self._probabilities, self._transitions, self._made,
+        )  # fmt: skip
 
     def observe(self, layer: int, experts: Ints, logits: npt.NDArray[np.floating] | None = None) -> None:
         """The layer came.

@@ -26,7 +26,7 @@ class Notes:
         self.found: list[tuple[int, list[int], Any]] = []
 
     def note_router(self, layer: int, active: Any, ask: Any) -> None:
-        self.found.append((layer, active.tolist(), ask()))
+        self.found.append((layer, active.tolist(), ask().copy()))
 
 
 class Scaled(torch.nn.Module):
@@ -61,10 +61,10 @@ def test_a_tape_is_told_what_a_call_is(tiny_checkpoint: TinyCheckpoint, store_ro
                 hook.routed(router, hidden, *output)
                 (layer, active, said), taped = notes.found[-2:]
                 assert (layer, active) == taped[:2] == (index, output[2][0].tolist())
-                for own, ahead in (said, taped[2]):
+                for lines in (said, taped[2]):
                     following = routers[index + 1 : index + 1 + notes.predictor.depth]
-                    assert len(ahead) == len(following)
-                    for logits, other in zip([own, *ahead], [router, *following], strict=True):
+                    assert len(lines) == 1 + len(following)
+                    for logits, other in zip(lines, [router, *following], strict=True):
                         exact = other(hidden)[0][0].float().numpy()
                         assert np.allclose(logits, exact, rtol=0.02, atol=0.02 * np.abs(exact).max())
 

@@ -38,6 +38,9 @@ class Ahead:
         tier = self.rig.tier
         tier.start_loads([key for key in self.then if tier.table.slot_of(key) is None], Urgency.SOON)
 
+    def waiting(self) -> None:
+        """Nothing is learnt."""
+
 
 class AheadMachine(RuleBasedStateMachine):
     """What a runtime with a prefetcher does to a tier, in any order; readers run freely beside it."""
@@ -148,6 +151,51 @@ def test_a_read_ahead_is_used_late_or_wasted(make: Callable[..., Rig]) -> None:
     assert counters.ahead_wasted == 1
     assert counters.late_stall_s <= counters.stall_s
     rig.tier.give_back([0, 3])
+    rig.tier.check()
+
+
+class Told:
+    """A step's watch that keeps what it was told."""
+
+    prefill = False
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def loads_started(self) -> None:
+        self.told.append("loads started")
+
+    def waiting(self) -> None:
+        self.told.append("waiting")
+
+
+def test_a_step_says_when_it_can_only_wait(make: Callable[..., Rig]) -> None:
+    rig, told = make(slots=3, threads=1), Told()
+    for keys in ([0, 1], [0, 2, 4, 6, 8], [6]):
+        borrowed, missing = rig.tier.borrow(keys)
+
+        def compute(keys: list[int]) -> None:
+            told.told.append("compute")
+            rig.check_content(keys)
+
+        as_they_come(rig.tier, borrowed, missing, compute, told)
+    steps = " ".join(told.told).split("loads started")[1:]
+    # Nothing is here; one is; nothing is missing.
+    assert [step.split("compute").count(" waiting ") for step in steps] == [1, 1, 0]
+    assert [step.split()[0] for step in steps] == ["waiting", "compute", "compute"]
+    assert steps[1].split()[1] == "waiting"
+
+
+def test_victims_that_are_named_leave(make: Callable[..., Rig]) -> None:
+    rig = make(slots=3, threads=1)
+    rig.step([0, 1, 2])
+    # The policy would name 0.
+    assert rig.tier.start_loads([6, 7], Urgency.SOON, [2, 1]) == 2
+    assert set(rig.tier.table) == {0, 6, 7}
+    assert rig.tier.start_loads([8], Urgency.SOON, []) == 0
+    rig.engine.wait_all(list(rig.tier._tickets.values()))
+    rig.tier.settle_arrived()
+    assert rig.tier.loading == 0
     rig.tier.check()
 
 

@@ -14,6 +14,7 @@ from enum import Enum, auto
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -57,7 +58,7 @@ class ExpertsAtHand(Protocol):
         ...
 
     def step_taped(
-        self, first_key: int, choice: torch.Tensor, addresses: Addresses, compute: Callable[[], None]
+        self, first_key: int, choice: npt.NDArray[np.int64], addresses: Addresses, compute: Callable[[], None]
     ) -> None:
         """One MoE layer, int64 [tokens, top_k] chosen, whose experts a tape computes as they come. With the lock."""
         ...
@@ -264,12 +265,12 @@ class Stack:
         assert self._experts is not None and parts is not None
         experts_row = block.experts_row
         _play_to(tape, pool, row, experts_row)
-        _tell_hooks(parts.router, tape.normed, block)
+        _tell_hooks(parts.router, block)
 
         def compute() -> None:
             tape.play(pool, experts_row, experts_row + 1)
 
-        self._experts.step_taped(block.first_key, block.choice.ids, block.addresses, compute)
+        self._experts.step_taped(block.first_key, block.chosen, block.addresses, compute)
         return experts_row + 1
 
     def _tape(self, batch: int, addresses: Addresses | None) -> StackTape:
@@ -311,9 +312,9 @@ def _play_to(tape: StackTape, pool: Pool, row: int, end: int) -> None:
         row = stopped
 
 
-def _tell_hooks(router: nn.Module, normed: torch.Tensor, block: TapedBlock) -> None:
+def _tell_hooks(router: nn.Module, block: TapedBlock) -> None:
     """Call a router's hooks, all of them of the kind that may be called so, as its own call would."""
     for hook in router._forward_hooks.values():
         assert isinstance(hook, TapeHook)
         choice = block.choice
-        hook.routed(router, normed.view(len(block.logits), -1), block.logits, choice.weights, choice.ids)
+        hook.routed(router, block.hidden, block.logits, choice.weights, choice.ids)

@@ -49,15 +49,19 @@ class TapedBlock:
 
     Attributes:
         first_key: of its experts.
+        hidden: [batch, hidden], what its router is given.
         logits: [batch, experts], its router's.
         choice: the last one.
+        chosen: the ids of `choice`, int64 [batch, top_k].
         addresses: int64 [E] of the bundles, as the tape takes them; what has the address 0 is not computed.
         experts_row: the row that computes experts; the choice is made then.
     """
 
     first_key: int
+    hidden: torch.Tensor
     logits: torch.Tensor
     choice: Choice
+    chosen: npt.NDArray[np.int64]
     addresses: Addresses
     experts_row: int
 
@@ -214,7 +218,10 @@ class StackTape:
         experts_row = tape.rows
         sums = tape.experts(taped.layer.layout, taped.layer.activation, taped.addresses, choice, normed)
         tape.add_sums(self.residual.data_ptr(), sums, self.x.numel(), self.x.data_ptr())
-        return TapedBlock(taped.layer.first_key, logits, choice, taped.addresses, experts_row)
+        hidden = self.normed.view(batch, -1)
+        return TapedBlock(
+            taped.layer.first_key, hidden, logits, choice, choice.ids.numpy(), taped.addresses, experts_row
+        )
 
     def take_addresses(self, addresses: Addresses | None) -> None:
         """Where all experts lie, int64 by key; None: no expert is there yet, those of `blocks` are filled in later."""

@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,18 +119,21 @@ def test_reading_ahead_goes_with_experts_that_come_to_the_tape(
             told: list[tuple[int, list[float]]] = []
             prefetcher = runtime.observer.prefetcher
             assert prefetcher is not None
-            original = prefetcher.foresee
+            foresight: Any = prefetcher._foresight
+            original = foresight.choose
 
-            def foresee(layer, own, ahead, active, told=told, original=original):  # type: ignore[no-untyped-def]
-                told.append((layer, [*own.tolist(), *active.tolist()]))
-                original(layer, own, ahead, active)
+            def choose(layer, said, active, told=told, original=original, **options):  # type: ignore[no-untyped-def]
+                told.append((layer, [*said.reshape(-1).tolist(), *active.tolist()]))
+                return original(layer, said, active, **options)
 
-            prefetcher.foresee = foresee  # type: ignore[method-assign]
+            foresight.choose = choose
             found.append(decoded(model, prompt(), 12))
             foreseen.append(told)
             runtime.check()
     assert torch.equal(*found)
-    assert foreseen[0] == foreseen[1] and len(foreseen[0]) >= 11
+    # What was unlikely and on its way, and so asked for again, is another matter.
+    one_by_one = [dict.fromkeys((layer, tuple(said)) for layer, said in told) for told in foreseen]
+    assert list(one_by_one[0]) == list(one_by_one[1]) and len(one_by_one[0]) >= 8
     assert rows.count(1) >= 11 * len(model.model.layers)
 
 
