@@ -13,7 +13,7 @@ from benchmarks.sessions import Fed, ModelOptions
 from placement.hardware_profile import Speeds
 
 _LEAST_DECODE_S = 0.75
-FEWEST_PASSES, MOST_PASSES = 4, 36
+FEWEST_PASSES, MOST_PASSES = 4, 96
 MOST_TURNS = 10
 _UNDISTURBED = 0.05
 """Share of the CPUs' time that others may have in a turn that counts."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -50,27 +50,32 @@ class PrefetchScale:
 
     Attributes:
         widths: how many times as wide as trained experts are, in turn.
-        drawn: the model that is drawn, and measured after them.
+        drawn: models that are drawn, and measured after them.
         shares: of the experts that fit.
         turn_tokens: decoded in a turn.
-        drawn_turn_tokens: likewise, of the model that is drawn.
-        warm_tokens: decoded before; as many as the controller's trial takes.
+        drawn_turn_tokens: likewise, of models that are drawn.
+        warm_tokens: decoded before; as many as the controller's shortest trial takes.
+        drawn_warm_tokens: likewise, of models that are drawn; as most of its trials take there.
         rounds: turns of each.
         contention_nbytes: read beside computing threads, at most all experts.
     """
 
     widths: tuple[int, ...]
-    drawn: DrawnModel
+    drawn: tuple[DrawnModel, ...]
     shares: tuple[float, ...]
     turn_tokens: int
     drawn_turn_tokens: int
     warm_tokens: int
+    drawn_warm_tokens: int
     rounds: int
     contention_nbytes: int
 
 
-FULL = PrefetchScale((8, 4), DrawnModel(), (0.25, 0.5), 48, 16, 96, 5, 150 << 20)
-QUICK = PrefetchScale((1,), DrawnModel(2, 8, 2, 64, 32, 2, 32, 64), (0.25,), 8, 8, 8, 2, 1 << 20)
+_DRAWN = DrawnModel(), replace(DrawnModel(), intermediate=768, heads=48)
+"""The second has experts of 4.7 MB, as Qwen3-30B-A3B has in 8 bits and DeepSeek-V2-Lite in 4, and as many times more of
+what every token needs."""
+FULL = PrefetchScale((8, 4), _DRAWN, (0.25, 0.5), 48, 16, 96, 240, 5, 150 << 20)
+QUICK = PrefetchScale((1,), (DrawnModel(2, 8, 2, 64, 32, 2, 32, 64),), (0.25,), 8, 8, 8, 8, 2, 1 << 20)
 
 BALANCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
 """Seconds of a read over a layer's computation."""
@@ -141,13 +146,14 @@ def run(work: Path, scale: PrefetchScale) -> Report:
     report = Report("prefetch")
     text = _text(scale.warm_tokens + scale.rounds * scale.turn_tokens)
     for width in scale.widths:
-        _measure_model(report, f"x{width}", ensure_widened(work, width), work, scale, text, scale.turn_tokens)
-    walk = list(range(scale.warm_tokens + scale.rounds * scale.drawn_turn_tokens))
-    _measure_model(report, "drawn", ensure_drawn(work, scale.drawn), work, scale, walk, scale.drawn_turn_tokens)
+        _measure_model(report, f"x{width}", ensure_widened(work, width), work, scale, text, scale.warm_tokens)
+    walk = list(range(scale.drawn_warm_tokens + scale.rounds * scale.drawn_turn_tokens))
+    for model in scale.drawn:
+        _measure_model(report, model.name, ensure_drawn(work, model), work, scale, walk, scale.drawn_warm_tokens)
     report.notes.append(
         "Held-out Python source, decoded token by token with direct reads, with policies and predictors that start "
-        "anew. Experts are so many times as wide as trained and compute the same. The drawn model is synthetic and "
-        f"reads a walk: {scale.drawn.name}. Figures of reads ahead, and stalls are for a token. With everything on, a "
+        "anew. Experts are so many times as wide as trained and compute the same. Drawn models are synthetic and read "
+        "a walk. Figures of reads ahead, and stalls are for a token. With everything on, a "
         "controller switches reading ahead off where passes take no less time with it."
     )
     return report
@@ -160,14 +166,14 @@ def _measure_model(
     work: Path,
     scale: PrefetchScale,
     tokens: list[int],
-    turn_tokens: int,
+    warm_tokens: int,
 ) -> None:
     bandwidth = raw_expert_bandwidth(work, checkpoint, 256 << 20)
     rows = contention(*expert_blocks(work, checkpoint, scale.contention_nbytes), rounds=scale.rounds)
     report.tables.setdefault("Reading beside computing", []).extend({"model": name, **row} for row in rows)
     for share in scale.shares:
         say(f"decoding with {share:.0%} of the experts of {name} in RAM")
-        _measure(report, f"{name}, {share:.0%}", share, checkpoint, work, scale, tokens, turn_tokens, bandwidth)
+        _measure(report, f"{name}, {share:.0%}", share, checkpoint, work, scale, tokens, warm_tokens, bandwidth)
 
 
 def _text(count: int) -> list[int]:
@@ -189,15 +195,16 @@ def _measure(
     work: Path,
     scale: PrefetchScale,
     tokens: list[int],
-    turn_tokens: int,
+    warm_tokens: int,
     bandwidth: float,
 ) -> None:
+    turn_tokens = (len(tokens) - warm_tokens) // scale.rounds
     with ExitStack() as stack:
         runs = {}
         for name in RUNS:
             runs[name] = Run(name, share, checkpoint, work, tokens)
             stack.callback(runs[name].close)
-        interleave({name: partial(one.decode, scale.warm_tokens) for name, one in runs.items()}, 1)
+        interleave({name: partial(one.decode, warm_tokens) for name, one in runs.items()}, 1)
         turns = interleave({name: partial(one.decode, turn_tokens) for name, one in runs.items()}, scale.rounds)
         gate_same_bits(report, f"last logits, {cell}", {name: one.logits.float().numpy() for name, one in runs.items()})
         for one in runs.values():
@@ -205,8 +212,8 @@ def _measure(
         # All runs have this routing; those that are timed do not record it.
         trace = _routing(runs[PLAIN], tokens)
         report.tables.setdefault("Routing", []).append({"cell": cell, **_locality(trace)})
-        balances = _balances(trace, runs[ALL], scale.warm_tokens)
-        limits = _limits(trace, runs[ALL], turns[ALL], bandwidth, scale.warm_tokens)
+        balances = _balances(trace, runs[ALL], warm_tokens)
+        limits = _limits(trace, runs[ALL], turns[ALL], bandwidth, warm_tokens)
         skills = runs["policy, reading ahead always"].runtime.stats().skills
     plain = [turn.tokens_per_s for turn in turns[PLAIN]]
     for name, found in turns.items():
