@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -188,7 +189,8 @@ def prepare_checkpoint(
         context = _context(request, skeleton)
         casts = _any_cast(mapped.experts, compute)
         cast = FORMAT_OF_DTYPE[compute]
-        run = measure_without_experts(skeleton)
+        # Once, and after what is refused by name.
+        measured = cache(lambda: measure_without_experts(skeleton))
 
         def in_formats(quantisation: Quantisation) -> _Formatted:
             format = quantisation.experts or cast
@@ -196,8 +198,8 @@ def prepare_checkpoint(
             formats = linears_to_quantise(skeleton, quantisation)
             alone = readable_alone(skeleton, formats, mapped.renamed)
             spec = build_spec(
-                skeleton, bundles.groups, run, name=str(name), context_tokens=context, casts=casts, formats=formats,
-                alone=alone, quantisation=quantisation, decoding_nbytes=decoding_nbytes(mapped.dense),
+                skeleton, bundles.groups, measured(), name=str(name), context_tokens=context, casts=casts,
+                formats=formats, alone=alone, quantisation=quantisation, decoding_nbytes=decoding_nbytes(mapped.dense),
             )  # fmt: skip
             return _Formatted(spec, bundles, formats, alone)
 
@@ -228,14 +230,15 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     skeleton = make_skeleton(model.config, model.dtype)
     context = _context(request, skeleton)
-    run = measure_without_experts(skeleton)
+    # Once, and after what is refused by name.
+    measured = cache(lambda: measure_without_experts(skeleton))
 
     def in_formats(quantisation: Quantisation) -> _Formatted:
         bundles = ModelBundleSource(model, name, quantisation.experts)
         formats = linears_to_quantise(skeleton, quantisation)
         alone = [*formats]
         spec = build_spec(
-            skeleton, bundles.groups, run, name=name, context_tokens=context, casts=False, formats=formats,
+            skeleton, bundles.groups, measured(), name=name, context_tokens=context, casts=False, formats=formats,
             alone=alone, quantisation=quantisation,
         )  # fmt: skip
         return _Formatted(spec, bundles, formats, alone)

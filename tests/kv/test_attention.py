@@ -215,7 +215,7 @@ def test_the_next_layer_is_read_ahead(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [None, "int8"])
 @pytest.mark.parametrize(("sequences", "padded", "with_sinks"), [(1, False, False), (1, False, True), (2, True, True)])
-@pytest.mark.parametrize(("blocks", "above"), [(9, 0), (6, 5)])
+@pytest.mark.parametrize(("blocks", "above"), [(9, 0), (4, 5)])
 def test_token_after_token_has_the_bits_of_all_parts(
     tmp_path: Path, packed: str | None, sequences: int, padded: bool, with_sinks: bool, blocks: int, above: int
 ) -> None:

@@ -385,7 +385,7 @@ def test_too_few_slots_for_a_request(
     expected = greedy(reference_model(directory, torch.float32), ids)
     model = _load(directory, store_root)
     with model.offload as runtime:
-        monkeypatch.setattr(runtime, "_slots_beside", lambda _nbytes: 5)
+        monkeypatch.setattr(runtime._room, "_slots_beside", lambda _nbytes: 5)
         with pytest.warns(SlowDeviceWarning, match="no slot for each expert of a step"):
             assert torch.equal(greedy(model, ids), expected)
         assert runtime.tier.table.usable_slots == 5
