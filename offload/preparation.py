@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -32,7 +31,7 @@ from offload.hf.layer_kinds import decoder_layers
 from offload.hf.model_source import ModelBundleSource
 from offload.hf.quantise import linears_to_quantise, put_back, quantise_loaded, readable_alone, take_out
 from offload.hf.skeleton import config_dtype, make_skeleton, read_config
-from offload.hf.spec import build_spec, measure_without_experts
+from offload.hf.spec import build_spec, measured_once
 from offload.kv_check import check_kv
 from offload.machine_profile import cached_profile
 from offload.quantisation import Quantisation
@@ -189,8 +188,7 @@ def prepare_checkpoint(
         context = _context(request, skeleton)
         casts = _any_cast(mapped.experts, compute)
         cast = FORMAT_OF_DTYPE[compute]
-        # Once, and after what is refused by name.
-        measured = cache(lambda: measure_without_experts(skeleton))
+        measured = measured_once(skeleton)
 
         def in_formats(quantisation: Quantisation) -> _Formatted:
             format = quantisation.experts or cast
@@ -230,8 +228,7 @@ def prepare_model(model: PreTrainedModel, request: Request) -> PreparedModel:
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     skeleton = make_skeleton(model.config, model.dtype)
     context = _context(request, skeleton)
-    # Once, and after what is refused by name.
-    measured = cache(lambda: measure_without_experts(skeleton))
+    measured = measured_once(skeleton)
 
     def in_formats(quantisation: Quantisation) -> _Formatted:
         bundles = ModelBundleSource(model, name, quantisation.experts)

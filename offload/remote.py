@@ -16,7 +16,7 @@ from offload.checkpoint.remote import remote_checkpoint
 from offload.hf.dtypes import FORMAT_OF_DTYPE, resolve_dtype
 from offload.hf.quantise import linears_to_quantise, readable_alone
 from offload.hf.skeleton import config_dtype, make_skeleton, read_config
-from offload.hf.spec import build_spec, measure_without_experts
+from offload.hf.spec import build_spec, measured_once
 from offload.quantisation import Quantisation
 from placement.model_spec import ModelSpec
 
@@ -72,7 +72,7 @@ def read_remote(
         if encoding is not None:
             tensors = decoded_tensors(tensors, encoding, TAGS[compute])
         mapped = map_checkpoint(skeleton, tensors)
-        run = measure_without_experts(skeleton)
+        measured = measured_once(skeleton)
 
         def in_formats(one: Quantisation) -> ModelSpec:
             format = one.experts or FORMAT_OF_DTYPE[compute]
@@ -80,7 +80,7 @@ def read_remote(
             return build_spec(
                 skeleton,
                 [mapped_group(experts, format) for experts in mapped.experts],
-                run,
+                measured(),
                 name=repository,
                 context_tokens=context_tokens,
                 casts=any(TORCH_DTYPES[layer.stored_dtype] is not compute for layer in mapped.experts),

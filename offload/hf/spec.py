@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 from transformers import PreTrainedModel
@@ -40,6 +41,11 @@ def measure_without_experts(skeleton: PreTrainedModel) -> RunSizes:
         remove_expert_weights(module)
     use_offload_experts(skeleton)
     return measure_on_meta(skeleton)
+
+
+def measured_once(skeleton: PreTrainedModel) -> Callable[[], RunSizes]:
+    """`measure_without_experts` at the first call, kept for others: what formats refuse by name is refused before."""
+    return cache(lambda: measure_without_experts(skeleton))
 
 
 def build_spec(
