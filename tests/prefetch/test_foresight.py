@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from offload.devices.host import HostDevice
 from offload.prefetcher import Prefetcher
-from offload.tiers.counters import TierCounters
-from offload.tiers.slot_table import SlotState, SlotTable
+from offload.tiers.arena import Arena
+from offload.tiers.expert_tier import ExpertTier
+from offload.tiers.slot_table import SlotState
+from offload.tiers.transfer import ReadRequest, Urgency
 from prefetch.foresight import Foresight
 from prefetch.policies.forecast import ForecastPolicy
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.lru import LruPolicy
 from prefetch.predictors.predictor import Predictor
 
+PAGE = 4096
 GEOMETRIES = [Geometry((12, 12, 9, 12, 3)), Geometry((70, 5, 64)), Geometry((6,) * 8)]
 
 
@@ -25,57 +28,52 @@ class Replaced(ForecastPolicy):
     """A user's own."""
 
 
-class Tier:
-    """Slots without memory; what is read arrives when it is told to."""
+class Read:
+    """One that ends when it is told to."""
+
+    error = None
+
+    def __init__(self, key: int) -> None:
+        self.key, self.finished, self.succeeded = key, False, False
+
+    def end(self, *, arrived: bool) -> None:
+        self.finished, self.succeeded = True, arrived
+
+
+class Tier(ExpertTier):
+    """Says what was done; what is read arrives when it is told to."""
 
     def __init__(self, policy: ForecastPolicy, slots: int) -> None:
-        self.policy, self.table, self.counters = policy, SlotTable(slots), TierCounters()
-        self.reading_ahead: list[int] = []
         self.did: list[tuple[str, int]] = []
-        policy.on_resize(slots)
+        super().__init__(
+            Arena(HostDevice(), PAGE, slots), policy, cast("Any", self),
+            lambda key, out: ReadRequest(key, 0, out, None, ""), lambda _key: PAGE,
+        )  # fmt: skip
 
-    def settle_arrived(self) -> None:
-        """Nothing arrives by itself."""
+    def submit(self, request: ReadRequest, _urgency: Urgency) -> Read:
+        """See `Engine`."""
+        self.did.append(("read", request.shard))
+        return Read(request.shard)
+
+    def cancel(self, ticket: Read) -> None:
+        """See `Engine`."""
+        self.did.append(("cancel", ticket.key))
+        ticket.end(arrived=False)
 
     def arrive(self, key: int) -> None:
-        self.table.finish_load(key)
-        if key in self.reading_ahead:
-            self.reading_ahead.remove(key)
-
-    def cancel_ahead(self, keys: Iterable[int]) -> None:
-        for key in list(keys):
-            self.did.append(("cancel", key))
-            self.reading_ahead.remove(key)
-            self._evict(key)
+        cast("Any", self._tickets[key]).end(arrived=True)
+        self._settle(key)
 
     def _evict(self, key: int) -> None:
-        self.table.evict(key)
-        self.policy.on_evict(key)
-
-    def start_loads(self, keys: Sequence[int], urgency: object = None, victims: Iterable[int] | None = None) -> None:
-        leaving = None if victims is None else iter(victims)
-        for started, key in enumerate(keys):
-            if self.table.slot_of(key) is not None:
-                continue
-            if not self.table.free_slots:
-                if leaving is None:
-                    held = self.table.pinned.union(keys)
-                    leaving = iter(self.policy.victims(held, len(keys) - started))
-                victim = next(leaving)
-                self.did.append(("evict", victim))
-                self._evict(victim)
-            self.policy.on_insert(key)
-            self.table.begin_load(key)
-            self.did.append(("read", key))
-            if urgency is not None:
-                self.reading_ahead.append(key)
+        self.did.append(("evict", key))
+        super()._evict(key)
 
 
 class Run:
     """A model whose layers' routing is foreseen more or less well."""
 
     def __init__(self, policy: ForecastPolicy, geometry: Geometry, slots: int, top_k: int) -> None:
-        self.tier: Any = Tier(policy, slots)
+        self.tier = Tier(policy, slots)
         self.geometry, self.predictor = geometry, Predictor(geometry)
         k = [min(top_k, count) for count in geometry.counts]
         self.prefetcher = Prefetcher(self.tier, self.predictor, k, None, threading.RLock())
@@ -88,23 +86,18 @@ class Run:
                 tier.arrive(key)
         self.prefetcher.note_router(layer, active, lambda: said)
         keys = (first + active).tolist()
-        tier.policy.on_route(keys)
         for key in keys:
             # What is needed is read ahead no longer.
             if key in tier.reading_ahead:
                 tier.arrive(key)
-            if tier.table.slot_of(key) is not None:
-                tier.table.acquire([key])
-        missing = [key for key in keys if tier.table.slot_of(key) is None]
-        tier.start_loads(missing)
-        tier.counters.misses += len(missing)
+        _, missing = tier.borrow(keys)
+        assert tier.start_loads(missing) == len(missing)
         tier.counters.stall_s += 0.0003 * len(missing)
         self.prefetcher.read_ahead(layer)
         for key in missing:
             tier.arrive(key)
-            tier.table.acquire([key])
-        for key in keys:
-            tier.table.release([key])
+        assert tier.poll(missing) == missing
+        tier.give_back(keys)
         self.prefetcher.observe(layer, active)
 
 
