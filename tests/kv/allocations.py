@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Callable
+from statistics import median
 from typing import NamedTuple
 
 from torch.profiler import ProfilerActivity, profile
@@ -15,8 +16,8 @@ class Step(NamedTuple):
 
     Attributes:
         tensors: bytes of all tensors, one after the other.
-        peak: bytes of arrays and objects at once, on all threads; the least of some steps, of which others come upon
-            more reads under way.
+        peak: bytes of arrays and objects at once, on all threads; the median of some steps, of which a few come upon
+            more reads under way, or upon what another thread is about to give back.
     """
 
     tensors: int
@@ -34,7 +35,7 @@ def measured(step: Callable[[], object]) -> Step:
     gc.disable()
     tracemalloc.start()
     try:
-        for _ in range(4):
+        for _ in range(7):
             before, _ = tracemalloc.get_traced_memory()
             tracemalloc.reset_peak()
             step()
@@ -42,4 +43,4 @@ def measured(step: Callable[[], object]) -> Step:
     finally:
         tracemalloc.stop()
         gc.enable()
-    return Step(tensors, min(peaks))
+    return Step(tensors, int(median(peaks)))
