@@ -214,9 +214,9 @@ def _at_this_moment(profile: HardwareProfile, prepared: PreparedRandom, root: Pa
     plan = prepared.plan
     store = catalog.find(root, prepared.bundles.identity, plan.format)
     assert store is not None, "the model has been loaded"
-    subjects = RuntimeSubjects(FileReads(store.shard_paths), root, repeats=0)
     block = min(plan.slot_nbytes, plan.read_chunk_nbytes)
-    return profile.with_speeds(probe(subjects, profile, QUANT, block, plan.reader_threads))
+    with RuntimeSubjects(FileReads(store.shard_paths), root, repeats=0) as subjects:
+        return profile.with_speeds(probe(subjects, profile, QUANT, block, plan.reader_threads))
 
 
 def _all_of(turns: Sequence[_Decoded]) -> _Decoded:

@@ -17,7 +17,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter, time
 
@@ -148,16 +148,16 @@ def run(work: Path, scale: AccuracyScale) -> Report:
         if number and perf_counter() - began > scale.limit_s:
             break
         plan = plan_of(cell, prepared[cell], profile)
-        subjects = RuntimeSubjects(_store_of(prepared[cell], root), root, repeats=0)
+        with RuntimeSubjects(_store_of(prepared[cell], root), root, repeats=0) as subjects:
 
-        def speeds(cell: Cell = cell, plan: Plan = plan, subjects: RuntimeSubjects = subjects) -> Speeds:
-            block = min(plan.slot_nbytes, plan.read_chunk_nbytes) if cell.resident < 1 else 0
-            return probe(subjects, profile, cell.quant or "bf16", block, plan.reader_threads, _PROBE_S)
+            def speeds(cell: Cell = cell, plan: Plan = plan, subjects: RuntimeSubjects = subjects) -> Speeds:
+                block = min(plan.slot_nbytes, plan.read_chunk_nbytes) if cell.resident < 1 else 0
+                return probe(subjects, profile, cell.quant or "bf16", block, plan.reader_threads, _PROBE_S)
 
-        kept.rows[cell.name] = found = measured(
-            _options(cell, prepared[cell], profile, root, tiny), cell.work.prompt, cell.shape.vocab, scale.turns,
-            passes_of(cell, prepared[cell], profile), speeds,
-        )  # fmt: skip
+            kept.rows[cell.name] = found = measured(
+                _options(cell, prepared[cell], profile, root, tiny), cell.work.prompt, cell.shape.vocab, scale.turns,
+                passes_of(cell, prepared[cell], profile), speeds,
+            )  # fmt: skip
         kept.write()
         row, _ = row_of(cell, prepared[cell], profile, found)
         say(", ".join(f"{name} {row[name]}" for name in _NAMED))
@@ -198,10 +198,11 @@ def report_of(
         report.notes.append(f"{len(cells) - len(done)} of {len(cells)} runs are still to be measured.")
     report.notes.append(f"Profile: {profile.provenance.machine}, {profile.provenance.date}.")
     report.notes.append(
-        f"Each turn is predicted from a probe of {_PROBE_S:g} seconds before it, of memory, arithmetic and the disk; "
-        "errors are medians of a run's turns. The five speeds (memory, products of 8 tokens and of more, reads, bursts "
-        "of reads) before prompts and before decode are the medians of what the probes found, over the profile's; "
-        "predicted speeds are those at these medians."
+        f"Each turn is predicted from a probe of {_PROBE_S:g} seconds before it; errors are medians of a run's turns. "
+        "The speeds before prompts and before decode are the medians of what the probes found, over the profile's: of "
+        "experts of one token (memory), of 8 (between) and of more (arithmetic), of linear layers likewise, of "
+        "prompts' attention, of a small model's passes of one token (steps) and of more (prompts), of reads and of "
+        "bursts of them. Predicted speeds are those at these medians."
     )
     report.notes += profile.provenance.notes
     return report
@@ -366,9 +367,8 @@ def row_of(
 
 
 def _told(speeds: Speeds) -> str:
-    bursts = speeds.disk if speeds.bursts is None else speeds.bursts
-    between = speeds.memory if speeds.between is None else speeds.between
-    return " ".join(f"{one:.2f}" for one in (speeds.memory, between, speeds.arithmetic, speeds.disk, bursts))
+    found = {one.name: getattr(speeds, one.name) for one in fields(speeds)}
+    return ", ".join(f"{name} {speed:.2f}" for name, speed in found.items() if speed is not None)
 
 
 def _shares(one: PassPrediction) -> str:

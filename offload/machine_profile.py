@@ -74,7 +74,7 @@ def measure_profile(root: Path, *, quick: bool, say: Callable[[str], None]) -> t
         from offload.measuring.subjects import RuntimeSubjects
 
         repeats, depths = (_QUICK_REPEATS, QUICK_DEPTHS) if quick else (_FULL_REPEATS, DEPTHS)
-        subjects = RuntimeSubjects(disk.result(), root, repeats=repeats, depths=depths)
+        subjects = stack.enter_context(RuntimeSubjects(disk.result(), root, repeats=repeats, depths=depths))
         effort = QUICK if quick else FULL
         profile = measure_machine(subjects, machine, free_nbytes(root), effort=effort, say=say)
         profile = with_accelerator(

@@ -44,11 +44,13 @@ class Overlap:
         tokens: of each expert that the kernels compute.
         reads: of the disk's speed.
         kernels: of the kernels' speed.
+        bytes_per_s: of those reads alone; None: of any.
     """
 
     tokens: int
     reads: float
     kernels: float
+    bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or not 0 < self.reads <= 1 or not 0 < self.kernels <= 1 or self.together < 1 - 1e-9:
@@ -59,12 +61,15 @@ class Overlap:
         """Both shares: 1 where nothing is gained by doing both at once, 2 where neither notices the other."""
         return self.reads + self.kernels
 
-    def with_reads(self, factor: float) -> Overlap:
-        """Where reads are `factor` times as fast: what they take of kernels is by the byte (checksums, copies, memory),
-        so kernels lose as many times as much, up to all of the time that reads alone would take.
+    def beside(self, bytes_per_s: float) -> Overlap:
+        """Beside reads that are so fast alone: what they take of kernels is by the byte (checksums, copies, memory), so
+        beside reads twice as fast kernels lose twice as much, up to all of the time that reads alone would take.
         """
-        left = self.kernels - (1 - self.kernels) * (factor - 1)
-        return replace(self, kernels=max(left, min(self.kernels, max(1 - self.reads, _LEAST_SHARE))))
+        if self.bytes_per_s is None:
+            return self
+        left = 1 - (1 - self.kernels) * bytes_per_s / self.bytes_per_s
+        kernels = max(left, min(self.kernels, max(1 - self.reads, _LEAST_SHARE)))
+        return Overlap(self.tokens, self.reads, kernels, bytes_per_s)
 
     def seconds(self, kernels_s: FloatArray, reads_s: FloatArray) -> FloatArray:
         """Seconds of kernels and reads that begin together, from what each takes alone: the one that goes on longer
@@ -84,7 +89,7 @@ class Disk:
             read in pieces, as bundles are. Empty: as fast as reads that go on, after `latency_s`.
         short_bursts: likewise of the first FEW_READS; empty: their reads take as long beyond those that go on.
         latency_s: of one small read, from request to data, when the disk is idle.
-        few: what is left of reads and kernels while kernels of few tokens run.
+        few: what is left of reads and kernels while kernels of few tokens run, beside the reads that were measured.
         many: likewise in prompts, as a model's own layers found it: kernels begin and end as experts arrive.
         free_nbytes: free bytes.
         between: share of their speed that kernels of few tokens have between the reads of one layer and of the next:
@@ -143,13 +148,15 @@ class Disk:
         """Speed of reads while the CPU's kernels of few tokens run."""
         return self.few.reads * self.bytes_per_s(block_nbytes, in_flight)
 
-    def overlap(self, tokens: float) -> Overlap:
-        """What is left of reads and of kernels whose experts have so many tokens: straight in their logarithm."""
-        few, many = self.few, self.many
+    def overlap(self, tokens: float, bytes_per_s: float) -> Overlap:
+        """What is left of reads that are so fast alone, and of kernels whose experts have so many tokens: straight in
+        their logarithm.
+        """
+        few, many = self.few.beside(bytes_per_s), self.many.beside(bytes_per_s)
         at = math.log(max(tokens, 1.0) / few.tokens) / math.log(many.tokens / few.tokens)
         at = min(max(at, 0.0), 1.0)
-        between = ((1 - at) * a + at * b for a, b in ((few.reads, many.reads), (few.kernels, many.kernels)))
-        return Overlap(max(1, round(tokens)), *between)
+        reads, kernels = ((1 - at) * a + at * b for a, b in ((few.reads, many.reads), (few.kernels, many.kernels)))
+        return Overlap(max(1, round(tokens)), reads, kernels, bytes_per_s)
 
     def burst_bytes_per_s(self, block_nbytes: int) -> float:
         """Speed of BURST_READS reads after the disk was idle; of a profile without bursts, of reads that go on."""
@@ -167,9 +174,8 @@ class Disk:
             for some, share in ((self.points, factor), (self.bursts, of_bursts), (self.short_bursts, of_bursts))
         )
         return replace(
-            self, points=points, bursts=first, short_bursts=short, latency_s=self.latency_s / of_bursts, again=again,
-            few=self.few.with_reads(factor), many=self.many.with_reads(factor),
-        )  # fmt: skip
+            self, points=points, bursts=first, short_bursts=short, latency_s=self.latency_s / of_bursts, again=again
+        )
 
 
 def _between(points: Sequence[DiskPoint], block_nbytes: int) -> float:

@@ -90,10 +90,11 @@ class _Speeds:
     nbytes: float
 
 
-def _reads(disk: Disk | None, homes: Homes, need: LayerDemand, *, decode: bool) -> _Reads:
+def _reads(disk: Disk | None, homes: Homes, need: LayerDemand, nbytes: float, *, decode: bool) -> _Reads:
     overlap = None
     if disk is not None:
-        overlap = disk.overlap(need.tokens_per_expert) if decode else disk.many
+        speed = disk.bytes_per_s(int(min(nbytes, homes.read_chunk_nbytes)), homes.reader_threads)
+        overlap = disk.overlap(need.tokens_per_expert, speed) if decode else disk.many.beside(speed)
     return _Reads(disk, overlap, homes.read_chunk_nbytes, homes.reader_threads)
 
 
@@ -155,7 +156,7 @@ def expert_cost(
     speeds = _speeds(experts, profile, need, rows, on_gpu=on_gpu, decode=decode)
     distinct = round(need.distinct)
     if distinct > _MOST_EXACT or abs(distinct - need.distinct) > 1e-9:
-        reads = _reads(profile.disk, homes, need, decode=decode)
+        reads = _reads(profile.disk, homes, need, speeds.nbytes, decode=decode)
         cost = _mean(reads, profile.gpu is not None, speeds, in_vram, in_ram)
     else:
         cost = _expected(profile, homes, need, speeds, in_vram, in_ram, decode=decode)
@@ -204,7 +205,7 @@ def _expected(
     """The mean over all outcomes of independent lookups, one for each needed expert."""
     distinct = round(need.distinct)
     reads_needed = bool((1 - in_vram - in_ram > 1e-12).any())
-    reads = _reads(profile.disk if reads_needed else None, homes, need, decode=decode)
+    reads = _reads(profile.disk if reads_needed else None, homes, need, speeds.nbytes, decode=decode)
     hits, misses, ways, costs = _all_outcomes(reads, profile.gpu is not None, speeds, distinct, reads_needed)
     missing = np.clip(1 - in_vram - in_ram, 0.0, 1.0)
     # Powers by columns of a small table: 0, 1, ... distinct.

@@ -12,7 +12,10 @@ from placement.curves import TokenCurve
 from placement.disk import Disk
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 15
+PROFILE_VERSION = 16
+
+SMALL_PROMPT_TOKENS = 64
+"""Of prompts of a small model."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,12 @@ class Speeds:
         disk: of reads that go on.
         bursts: of a layer's reads, before which there are none; None: as `disk`.
         between: of products of `curves.BETWEEN_TOKENS` tokens; None: by how long these wait for memory.
+        linear_memory: of linear layers, which are smaller than a layer's experts; None: as `memory`.
+        linear_between: likewise as `between`.
+        linear_arithmetic: likewise as `arithmetic`.
+        attention: of prompts' attention; None: as `arithmetic`.
+        steps: of what lies beside products and attention in passes of one token; None: as `arithmetic`.
+        prompts: likewise in passes of more tokens.
     """
 
     memory: float = 1.0
@@ -32,6 +41,36 @@ class Speeds:
     disk: float = 1.0
     bursts: float | None = None
     between: float | None = None
+    linear_memory: float | None = None
+    linear_between: float | None = None
+    linear_arithmetic: float | None = None
+    attention: float | None = None
+    steps: float | None = None
+    prompts: float | None = None
+
+    @property
+    def of_experts(self) -> tuple[float, float, float | None]:
+        """Of few tokens, of many, of some between."""
+        return self.memory, self.arithmetic, self.between
+
+    @property
+    def of_linears(self) -> tuple[float, float, float | None]:
+        """Likewise of linear layers."""
+        return (
+            self.memory if self.linear_memory is None else self.linear_memory,
+            self.arithmetic if self.linear_arithmetic is None else self.linear_arithmetic,
+            self.between if self.linear_between is None else self.linear_between,
+        )
+
+    @property
+    def of_steps(self) -> float:
+        """Of what lies beside products and attention in passes of one token."""
+        return self.arithmetic if self.steps is None else self.steps
+
+    @property
+    def of_prompts(self) -> float:
+        """Likewise in passes of more tokens."""
+        return self.arithmetic if self.prompts is None else self.prompts
 
     @classmethod
     def median_of(cls, found: Sequence[Speeds]) -> Speeds:
@@ -105,17 +144,17 @@ class AttentionSpeed:
             computing_s = flops / self.flops_per_s + scores * self.score_s
         return call_s + max(kv_nbytes / self.bytes_per_s, computing_s)
 
-    def with_speeds(self, memory: float, arithmetic: float) -> AttentionSpeed:
-        """Reading the cache follows memory, all else arithmetic."""
-        prompt = None if self.prompt_call_s is None else self.prompt_call_s / arithmetic
+    def with_speeds(self, memory: float, arithmetic: float, prompts: float) -> AttentionSpeed:
+        """Reading the cache follows memory, what else many new tokens take `prompts`, and all else arithmetic."""
+        prompt = None if self.prompt_call_s is None else self.prompt_call_s / prompts
         return AttentionSpeed(
             self.call_s / arithmetic,
             self.bytes_per_s * memory,
             self.few_flops_per_s * arithmetic,
-            self.flops_per_s * arithmetic,
+            self.flops_per_s * prompts,
             prompt,
             self.few_score_s / arithmetic,
-            self.score_s / arithmetic,
+            self.score_s / prompts,
         )
 
 
@@ -181,13 +220,15 @@ class Overheads:
         """Seconds in each layer, whatever its size and whatever its experts do."""
         return self.layer_s if new_tokens == 1 or self.prompt_layer_s is None else self.prompt_layer_s
 
-    def times(self, factor: float) -> Overheads:
-        """All of them, `factor` times as long."""
-        prompt = None if self.prompt_layer_s is None else factor * self.prompt_layer_s
-        arrival = None if self.step_arrival_s is None else factor * self.step_arrival_s
+    def with_speeds(self, steps: float, prompts: float, arithmetic: float) -> Overheads:
+        """Where what passes of one token take goes `steps` times as fast, what others take `prompts` times, and sums of
+        outputs `arithmetic` times.
+        """
+        prompt = None if self.prompt_layer_s is None else self.prompt_layer_s / prompts
+        arrival = None if self.step_arrival_s is None else self.step_arrival_s / steps
         return Overheads(
-            factor * self.pass_s, factor * self.layer_s, factor * self.element_s, factor * self.step_s, prompt,
-            arrival, factor * self.arrival_s, factor * self.grouped_output_s,
+            self.pass_s / steps, self.layer_s / steps, self.element_s / prompts, self.step_s / steps, prompt, arrival,
+            self.arrival_s / prompts, self.grouped_output_s / arithmetic,
         )  # fmt: skip
 
 
@@ -204,6 +245,9 @@ class Compute:
         overheads: of a pass whose dense layers run here.
         packed_overheads: likewise where these layers are packed; None: the same.
         blocks: attention to KV caches in blocks; formats that are not there: as `attention`.
+        small_step_s: of a pass of one token through a model so small that its products are little of it; None: not
+            measured.
+        small_prompt_s: likewise of a prompt of SMALL_PROMPT_TOKENS tokens.
     """
 
     memory_nbytes: int
@@ -214,6 +258,8 @@ class Compute:
     overheads: Overheads
     packed_overheads: Overheads | None = None
     blocks: tuple[BlockSpeed, ...] = ()
+    small_step_s: float | None = None
+    small_prompt_s: float | None = None
 
     def decode_attention_s(self, kv_nbytes: float, flops: float, format: str | None, scores: float = 0.0) -> float:
         """Seconds of one layer's attention of one new token of each sequence.
@@ -252,18 +298,18 @@ class Compute:
         return _curve(self.linears, format, "linear layers")
 
     def with_speeds(self, speeds: Speeds) -> Compute:
-        """The device at other speeds: what waits for memory follows memory, all else arithmetic."""
+        """The device at other speeds of its parts."""
         memory, arithmetic = speeds.memory, speeds.arithmetic
-        products = (memory, arithmetic, speeds.between)
+        beside = (speeds.of_steps, speeds.of_prompts, arithmetic)
         packed = self.packed_overheads
         return replace(
             self,
             memory_bytes_per_s=memory * self.memory_bytes_per_s,
-            experts=tuple(FormatCurve(one.format, one.curve.with_speeds(*products)) for one in self.experts),
-            linears=tuple(FormatCurve(one.format, one.curve.with_speeds(*products)) for one in self.linears),
-            attention=self.attention.with_speeds(memory, arithmetic),
-            overheads=self.overheads.times(1 / arithmetic),
-            packed_overheads=None if packed is None else packed.times(1 / arithmetic),
+            experts=tuple(FormatCurve(one.format, one.curve.with_speeds(*speeds.of_experts)) for one in self.experts),
+            linears=tuple(FormatCurve(one.format, one.curve.with_speeds(*speeds.of_linears)) for one in self.linears),
+            attention=self.attention.with_speeds(memory, arithmetic, speeds.attention or arithmetic),
+            overheads=self.overheads.with_speeds(*beside),
+            packed_overheads=None if packed is None else packed.with_speeds(*beside),
             blocks=tuple(one.with_speeds(memory, arithmetic) for one in self.blocks),
         )
 

@@ -1,30 +1,97 @@
 """How fast the machine is right now, over what its profile says: about a second, before a run or a measurement.
 
 Shared machines change by a third within seconds: other tenants take memory's bandwidth, the sibling threads of the
-cores, or the disk. The probe repeats some of the profile's own measurements: experts of one token, which stream
-weights from memory, experts of some tokens, which wait for memory and compute, experts of many, which compute, reads
-that go on, and bursts of them. Of many tokens several points of the profile's curve are repeated: each has an error of
-its own, which would be taken for the machine's speed.
-Of bursts the mean counts: reads that come late now and then hold up a layer, but not reads that go on beside them.
+cores, or the disk, and a virtual machine's processors may come to lie where memory is faster and each other farther
+away. That is not the same factor for all work: small work, such as that of Python, loses half of its speed where large
+products lose a tenth. So the probe repeats some of the profile's own measurements of each kind: experts and linear
+layers of one token, which stream weights from memory, of some tokens, which wait for memory and compute, and of many,
+which compute; attention of prompts; whole passes of a small model, which are calls; reads that go on, and bursts of
+them. Of many tokens several points of the profile's curve are repeated: each has an error of its own, which would be
+taken for the machine's speed. Of bursts the mean counts: reads that come late now and then hold up a layer, but not
+reads that go on beside them.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from time import perf_counter
 
-from placement.curves import BETWEEN_TOKENS, MANY_TOKENS
-from placement.disk import BURST_READS, GOING_ON_READS
-from placement.hardware_profile import HardwareProfile, Speeds
-from profiler.profile import several
+from placement.curves import BETWEEN_TOKENS, MANY_TOKENS, TokenCurve
+from placement.disk import BURST_READS, GOING_ON_READS, Disk
+from placement.hardware_profile import SMALL_PROMPT_TOKENS, HardwareProfile, Speeds
+from profiler.profile import LARGE_ROWS, PROMPT_ATTENTION, several
 from profiler.subjects import Product, Subjects
 
 PROBE_S = 1.0
 _FEW, _MANY = 1, (MANY_TOKENS, 128)
-"""Tokens of an expert: those of the curve's points from so many to so many."""
+"""Tokens of a product: those of the curve's points from so many to so many."""
+_LINEAR_MANY = (64, 64)
 _TURNS = 3
 _BURSTS = 4
 """Of a turn."""
+
+
+@dataclass
+class _Repeated:
+    """Something that is repeated in every turn.
+
+    Attributes:
+        run: a call.
+        known_s: what the profile says that it takes.
+        shares: of a turn's time.
+        found: seconds of calls.
+    """
+
+    run: Callable[[], object]
+    known_s: float
+    shares: float = 1.0
+    found: list[float] = field(default_factory=list)
+
+    def repeat(self, seconds: float) -> None:
+        """Calls for so long; one at least."""
+        began = perf_counter()
+        calls = 0
+        while not calls or perf_counter() - began < seconds:
+            before = perf_counter()
+            self.run()
+            self.found.append(perf_counter() - before)
+            calls += 1
+
+    @property
+    def speed(self) -> float:
+        """Over what the profile says."""
+        return self.known_s / statistics.median(self.found)
+
+
+@dataclass
+class _Reads:
+    """The disk, in every turn."""
+
+    subjects: Subjects
+    known: Disk
+    block_nbytes: int
+    in_flight: int
+    speeds: list[float] = field(default_factory=list)
+    burst_s: list[float] = field(default_factory=list)
+
+    def repeat(self) -> None:
+        """A turn."""
+        block, in_flight = self.block_nbytes, self.in_flight
+        # A disk that nobody read from for a moment begins slowly, which in the profile, where reads follow reads, and
+        # in a run is what the first of a layer's take more.
+        self.subjects.read(block, in_flight, BURST_READS)
+        # As many as the profile's points have, which begin and end as slowly.
+        speed = GOING_ON_READS * block / self.subjects.read(block, in_flight, GOING_ON_READS)
+        self.speeds.append(speed / self.known.bytes_per_s(block, in_flight))
+        self.burst_s += [self.subjects.read(block, in_flight, BURST_READS) for _ in range(_BURSTS)]
+
+    @property
+    def bursts(self) -> float:
+        """Speed of bursts over what the profile says."""
+        speed = BURST_READS * self.block_nbytes / statistics.mean(self.burst_s)
+        return speed / self.known.burst_bytes_per_s(self.block_nbytes)
 
 
 def probe(
@@ -40,50 +107,77 @@ def probe(
     Args:
         subjects: what the profile was measured on.
         profile: what speeds are told in.
-        format: of the experts that are computed.
+        format: of the experts that are computed, and of the linear layers.
         block_nbytes: of reads; 0 for none.
         in_flight: reads at once.
         seconds: that it may take, about.
     """
-    known = profile.disk if block_nbytes > 0 else None
-    share_s = seconds / _TURNS / (3 if known is None else 4)
-    curve = profile.cpu.expert(format)
-    many = [tokens for tokens in curve.tokens if _MANY[0] <= tokens <= _MANY[1]] or [_MANY[0]]
-    products = {tokens: subjects.experts(format, several(tokens), tokens) for tokens in (_FEW, BETWEEN_TOKENS, *many)}
-    repeats: dict[int, list[float]] = {tokens: [] for tokens in products}
-    disk: list[float] = []
-    burst_s: list[float] = []
-    for product in products.values():
-        product.run()
-    for _ in range(_TURNS):
-        for tokens, product in products.items():
-            repeats[tokens] += _repeats(product, share_s if tokens < MANY_TOKENS else share_s / len(many))
-        if known is not None:
-            # A disk that nobody read from for a moment begins slowly, which in the profile, where reads follow reads,
-            # and in a run is what the first of a layer's take more.
-            subjects.read(block_nbytes, in_flight, BURST_READS)
-            # As many as the profile's points have, which begin and end as slowly.
-            seconds_of_reads = subjects.read(block_nbytes, in_flight, GOING_ON_READS)
-            speed = GOING_ON_READS * block_nbytes / seconds_of_reads
-            disk.append(speed / known.bytes_per_s(block_nbytes, in_flight))
-            burst_s += [subjects.read(block_nbytes, in_flight, BURST_READS) for _ in range(_BURSTS)]
-    memory, between, *arithmetic = (
-        product.calls
-        * curve.seconds(product.weights, tokens, 1, product.entries, product.items)
-        / statistics.median(repeats[tokens])
-        for tokens, product in products.items()
+    experts = _products(
+        profile.cpu.expert(format), lambda tokens: subjects.experts(format, several(tokens), tokens), _MANY
     )
-    if known is None:
-        return Speeds(memory, statistics.geometric_mean(arithmetic), between=between)
-    bursts = BURST_READS * block_nbytes / statistics.mean(burst_s) / known.burst_bytes_per_s(block_nbytes)
-    return Speeds(memory, statistics.geometric_mean(arithmetic), statistics.median(disk), bursts, between)
+    linears = _products(
+        profile.cpu.linear(format), lambda tokens: subjects.linear(format, LARGE_ROWS, tokens), _LINEAR_MANY, shares=0.5
+    )
+    attention = [_attention(subjects, profile, new_tokens) for new_tokens in PROMPT_ATTENTION]
+    small = _small_passes(subjects, profile)
+    repeated = [*experts, *linears, *attention, *small]
+    reads = None
+    if block_nbytes > 0 and profile.disk is not None:
+        reads = _Reads(subjects, profile.disk, block_nbytes, in_flight)
+    share_s = seconds / _TURNS / (sum(one.shares for one in repeated) + (reads is not None))
+    for one in repeated:
+        one.run()
+    for _ in range(_TURNS):
+        for one in repeated:
+            one.repeat(one.shares * share_s)
+        if reads is not None:
+            reads.repeat()
+    few, between, *many = (one.speed for one in experts)
+    linear_few, linear_between, *linear_many = (one.speed for one in linears)
+    step, prompt = (one.speed for one in small) if small else (None, None)
+    return Speeds(
+        memory=few,
+        arithmetic=statistics.geometric_mean(many),
+        disk=1.0 if reads is None else statistics.median(reads.speeds),
+        bursts=None if reads is None else reads.bursts,
+        between=between,
+        linear_memory=linear_few,
+        linear_between=linear_between,
+        linear_arithmetic=statistics.geometric_mean(linear_many),
+        attention=statistics.geometric_mean(one.speed for one in attention),
+        steps=step,
+        prompts=prompt,
+    )
 
 
-def _repeats(product: Product, seconds: float) -> list[float]:
-    found: list[float] = []
-    began = perf_counter()
-    while not found or perf_counter() - began < seconds:
-        before = perf_counter()
-        product.run()
-        found.append(perf_counter() - before)
-    return found
+def _products(
+    curve: TokenCurve, make: Callable[[int], Product], many: tuple[int, int], shares: float = 1.0
+) -> list[_Repeated]:
+    """Of few tokens, of some between, and of the curve's points of many, which share what one of the others has."""
+    of_many = [tokens for tokens in curve.tokens if many[0] <= tokens <= many[1]] or [many[0]]
+    made = [(tokens, make(tokens)) for tokens in (_FEW, BETWEEN_TOKENS, *of_many)]
+    return [
+        _Repeated(
+            product.run,
+            product.calls * curve.seconds(product.weights, tokens, 1, product.entries, product.items),
+            shares if tokens < many[0] else shares / len(of_many),
+        )
+        for tokens, product in made
+    ]
+
+
+def _attention(subjects: Subjects, profile: HardwareProfile, new_tokens: int) -> _Repeated:
+    one = subjects.attention(new_tokens, 0)
+    known_s = profile.cpu.attention.seconds(one.kv_nbytes, one.flops, new_tokens, one.scores)
+    return _Repeated(one.run, one.calls * known_s, 1 / (2 * len(PROMPT_ATTENTION)))
+
+
+def _small_passes(subjects: Subjects, profile: HardwareProfile) -> list[_Repeated]:
+    """Of one token, and of a prompt; none where the profile has none."""
+    step_s, prompt_s = profile.cpu.small_step_s, profile.cpu.small_prompt_s
+    if step_s is None or prompt_s is None:
+        return []
+    return [
+        _Repeated(subjects.small_pass(tokens), known_s, 0.5)
+        for tokens, known_s in ((1, step_s), (SMALL_PROMPT_TOKENS, prompt_s))
+    ]

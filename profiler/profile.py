@@ -8,7 +8,7 @@ from functools import partial
 
 from formats.kv import KV_FORMATS
 from placement.disk import BURST_READS, FEW_READS, GOING_ON_READS, Disk, DiskPoint, Overlap
-from placement.hardware_profile import Compute, HardwareProfile, Overheads, Provenance
+from placement.hardware_profile import SMALL_PROMPT_TOKENS, Compute, HardwareProfile, Overheads, Provenance
 from profiler.effort import FULL, Effort
 from profiler.machine import Machine, now
 from profiler.memory import available_ram_nbytes
@@ -32,7 +32,7 @@ _LARGE_BLOCK = 12 * _MIB
 _BESIDE_READS = ("bf16", "int4")
 """Formats of experts that are computed beside reads: their shares differ by moment more than by format."""
 _BETWEEN_READS = "bf16"
-_LARGE_ROWS, _SMALL_ROWS = 2048, 256
+LARGE_ROWS, _SMALL_ROWS = 2048, 256
 """Of linear layers."""
 
 
@@ -55,7 +55,7 @@ def measure_machine(
     """
     formats = [name for name in subjects.formats if effort.formats is None or name in effort.formats]
     experts = {name: expert_points(subjects, name, effort.tokens, several) for name in formats}
-    linears = {name: linear_points(subjects, name, effort.tokens, _LARGE_ROWS, _SMALL_ROWS) for name in formats}
+    linears = {name: linear_points(subjects, name, effort.tokens, LARGE_ROWS, _SMALL_ROWS) for name in formats}
     blocks = {name: _block_points(name) for name in KV_FORMATS if name != "fp16"}
     found = Found()
     budget_s = effort.call_s / effort.rounds
@@ -66,6 +66,8 @@ def measure_machine(
             if name in _BESIDE_READS:
                 _read_beside_kernels(found, subjects, name, effort)
         found.time_attention(_ATTENTION, subjects.attention, budget_s)
+        for tokens in (1, SMALL_PROMPT_TOKENS):
+            found.time(_small_pass_of(tokens), subjects.small_pass(tokens), budget_s)
         for name, points in blocks.items():
             found.time_attention(points, partial(_one_token, subjects, name), budget_s)
         found.note("memory", subjects.stream())
@@ -79,6 +81,8 @@ def measure_machine(
         found.attention(_ATTENTION, bandwidth),
         _NO_OVERHEADS,
         blocks=found.block_speeds({name: [one.what for one in points] for name, points in blocks.items()}, bandwidth),
+        small_step_s=found.seconds(_small_pass_of(1)),
+        small_prompt_s=found.seconds(_small_pass_of(SMALL_PROMPT_TOKENS)),
     )
     provenance = Provenance("measured", machine.describe(), machine.fingerprint, now(), machine.versions)
     disk = _disk(found, effort, free_nbytes)
@@ -94,6 +98,10 @@ def measure_machine(
     )
 
 
+def _small_pass_of(tokens: int) -> str:
+    return f"passes of {tokens} tokens through a small model"
+
+
 def several(tokens: int) -> int:
     """Experts of a call, so that calls with few and with many tokens are long enough and none takes long. What calls of
     many tokens take in Python must be little of them: a layer's experts share one.
@@ -101,12 +109,14 @@ def several(tokens: int) -> int:
     return 8 if tokens <= 32 else 4 if tokens <= 96 else 2
 
 
+PROMPT_ATTENTION = (64, 512)
+"""New tokens, of wide heads."""
+
 _ATTENTION = (
     AttentionPoint("attention, 64 cached", 1, 64),
     AttentionPoint("attention, 4096 cached", 1, 4096),
     AttentionPoint("attention, 4096 cached, narrow heads", 1, 4096, narrow=True),
-    AttentionPoint("attention, 64 new", 64, 0),
-    AttentionPoint("attention, 512 new", 512, 0),
+    *(AttentionPoint(f"attention, {new_tokens} new", new_tokens, 0) for new_tokens in PROMPT_ATTENTION),
     AttentionPoint("attention, 512 new, narrow heads", 512, 0, narrow=True),
 )
 """One token beside few and many cached ones, and some and many tokens at once."""
@@ -158,6 +168,7 @@ def _read_beside_kernels(found: Found, subjects: Subjects, format: str, effort: 
         # Alone right before: only what lies close together can be compared.
         alone_s = read()
         beside_s, kernels = subjects.beside_kernels(read, format, 1)
+        found.note("speed of reads beside kernels", blocks * block / alone_s)
         found.note("reads beside kernels", alone_s / beside_s)
         found.note("kernels beside reads", kernels)
 
@@ -184,7 +195,8 @@ def _disk(found: Found, effort: Effort, free_nbytes: int) -> Disk:
         for reads in (FEW_READS, BURST_READS)
     )
     reads, kernels = (min(1.0, found.median(what)) for what in ("reads beside kernels", "kernels beside reads"))
-    few = Overlap(1, reads, min(1.0, max(kernels, 1 - reads)))
+    speed = found.median("speed of reads beside kernels")
+    few = Overlap(1, reads, min(1.0, max(kernels, 1 - reads)), speed)
     between, again = min(1.0, found.median("between")), max(1.0, found.median("again"))
     latency_s = min(found.repeats["latency"])
     return Disk(points, bursts, latency_s, few, _NO_OVERLAP, free_nbytes, between, short, again)

@@ -114,6 +114,10 @@ class Subjects(Kernels, Protocol):
         """The share of their speed that linear layers of one token have right after `read`, at most 1."""
         ...
 
+    def small_pass(self, tokens: int) -> Callable[[], object]:
+        """A forward pass of so many tokens through a model so small that products are little of it."""
+        ...
+
     def passes(self, profile: HardwareProfile, quant: str | None) -> WholePasses:
         """Measure whole forward passes.
 

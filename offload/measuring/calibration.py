@@ -105,7 +105,8 @@ def measure_passes(
     expert_s = curve.without_call_s(3 * hidden * _WIDE, 1, hidden + 3 * _WIDE)
     arrival_s = decode.arrival_s(expert_s, curve.call_s, overheads.step_s, disk.few)
     # Arrivals as they were, beside reads as they were: nobody would scale them with the processor alone.
-    overheads = replace(overheads.times(now.arithmetic), step_arrival_s=arrival_s, arrival_s=prompts.arrival_s)
+    overheads = overheads.with_speeds(1 / now.of_steps, 1 / now.of_prompts, 1 / now.arithmetic)
+    overheads = replace(overheads, step_arrival_s=arrival_s, arrival_s=prompts.arrival_s)
     return WholePasses(overheads, prompts.overlap)
 
 

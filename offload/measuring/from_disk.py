@@ -36,6 +36,7 @@ class PromptFromDisk:
         first_s: of them, until the first are there.
         loads: experts that were read.
         layers: MoE layers.
+        nbytes: of an expert.
     """
 
     tokens: int
@@ -47,6 +48,7 @@ class PromptFromDisk:
     first_s: float
     loads: int
     layers: int
+    nbytes: int
 
     @property
     def _last_s(self) -> float:
@@ -59,7 +61,8 @@ class PromptFromDisk:
         beside_s = max(self.kernels_s - self._last_s, 1e-9)
         kernels = min(1.0, max(_LEAST, (self.alone_s - self._last_s) / beside_s))
         reads = (self.reads_s - self.waiting_s) / beside_s
-        return Overlap(self.tokens, min(1.0, max(_LEAST, reads, 1 - kernels)), kernels)
+        speed = self.loads * self.nbytes / max(self.reads_s, 1e-9)
+        return Overlap(self.tokens, min(1.0, max(_LEAST, reads, 1 - kernels)), kernels, speed)
 
     @property
     def arrival_s(self) -> float:
@@ -101,7 +104,7 @@ def prompt_from_disk(
     reads_s, first_s = _alone(runtime, loads, read)
     return PromptFromDisk(
         tokens, outside[0] - (inside[0] - inside[1]), outside[1], inside[1] + (loads - layers) * call_s, outside[2],
-        reads_s, first_s, loads, layers,
+        reads_s, first_s, loads, layers, runtime.plan.slot_nbytes,
     )  # fmt: skip
 
 
@@ -126,6 +129,7 @@ class DecodeFromDisk:
         first_s: of them, until the first are there.
         loads: experts that were read.
         layers: MoE layers.
+        nbytes: of an expert.
     """
 
     layers_s: float
@@ -133,6 +137,7 @@ class DecodeFromDisk:
     first_s: float
     loads: int
     layers: int
+    nbytes: int
 
     def arrival_s(self, expert_s: float, call_s: float, step_s: float, overlap: Overlap) -> float:
         """Seconds for each expert that make `placement.expert_cost` right: those of a call, and whatever else arriving
@@ -144,6 +149,7 @@ class DecodeFromDisk:
             step_s: of a layer, for looking for its experts.
             overlap: of reads and kernels.
         """
+        overlap = overlap.beside(self.loads * self.nbytes / max(self.reads_s, 1e-9))
         each, reads_s = self.loads / self.layers, self.reads_s / self.layers
         idle_s = min(self.first_s / self.layers, reads_s)
 
@@ -171,7 +177,7 @@ def decode_from_disk(runtime: Runtime, run: Callable[[], object], read: Callable
     after = runtime.stats()
     loads, layers = after.misses - before.misses, len(runtime.layers)
     reads_s, first_s = _alone(runtime, loads, read)
-    return DecodeFromDisk(after.moe_s - before.moe_s, reads_s, first_s, loads, layers)
+    return DecodeFromDisk(after.moe_s - before.moe_s, reads_s, first_s, loads, layers, runtime.plan.slot_nbytes)
 
 
 def _after(runtime: Runtime, bring: Callable[[], object]) -> set[int]:

@@ -27,12 +27,13 @@ SIZES: dict[str, Any] = {
 }
 
 
-def random_model(layers: int, width: int) -> PreTrainedModel:
-    """A model of `layers` layers with experts of `width`, on the CPU.
+def random_model(layers: int, width: int, sizes: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A model of `layers` layers with experts of `width`, on the CPU; of SIZES, or of others.
 
     Made without weights and filled from one block: drawing each of them takes longer than measuring.
     """
-    config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=layers, moe_intermediate_size=width, **SIZES)
+    sizes = SIZES if sizes is None else sizes
+    config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=layers, moe_intermediate_size=width, **sizes)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
+from typing import Self
 
 import torch
 
@@ -18,6 +19,7 @@ from offload.measuring.block_attention import block_attention_calls
 from offload.measuring.calibration import DEPTHS, measure_passes
 from offload.measuring.kernels import ExpertCalls, LinearCalls, attention_calls
 from offload.measuring.reads import BlockReads
+from offload.measuring.small_model import SmallModel
 from placement.hardware_profile import HardwareProfile, Speeds
 from profiler.probe import probe
 from profiler.stream import stream_bytes_per_s
@@ -25,12 +27,12 @@ from profiler.subjects import Attention, Product, WholePasses
 from profiler.timing import repeated
 
 _ALONE_S = 0.05
-_BEFORE_PASSES_S = 0.3
+_BEFORE_PASSES_S = 0.5
 _ROWS, _BURSTS = 2048, 7
 
 
 class RuntimeSubjects:
-    """See `profiler.subjects.Subjects`."""
+    """See `profiler.subjects.Subjects`. A context manager: at its end what it wrote is gone."""
 
     formats: Sequence[str] = (BF16.name, FP32.name, *PACKED_FORMATS)
 
@@ -50,6 +52,15 @@ class RuntimeSubjects:
         # Weights of one format at a time: making them takes longer than measuring.
         self._experts: dict[bool, ExpertCalls] = {}
         self._linears: tuple[tuple[str, int], LinearCalls] | None = None
+        self._small: SmallModel | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._small is not None:
+            self._small.close()
+            self._small = None
 
     def experts(self, format: str, count: int, tokens: int, *, narrow: bool = False) -> Product:
         """See `Subjects`."""
@@ -121,6 +132,12 @@ class RuntimeSubjects:
                 read()
                 after_s.append(_seconds(few))
         return min(1.0, statistics.median(alone_s) / statistics.median(after_s))
+
+    def small_pass(self, tokens: int) -> Callable[[], object]:
+        """See `Subjects`."""
+        if self._small is None:
+            self._small = SmallModel(self._directory)
+        return self._small.a_pass(tokens)
 
     def passes(self, profile: HardwareProfile, quant: str | None) -> WholePasses:
         """See `Subjects`."""

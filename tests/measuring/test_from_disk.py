@@ -22,7 +22,7 @@ def made(kernels: float, reads: float, arrival_s: float, layers: int = 2) -> Pro
     last_s, first_s = layers * one_s, layers * read_s
     return PromptFromDisk(
         1, first_s + reading_s + last_s + loads * arrival_s, beside_s + last_s, loads * one_s,
-        first_s + (loads - layers) * read_s - reads * beside_s, loads * read_s, first_s, loads, layers,
+        first_s + (loads - layers) * read_s - reads * beside_s, loads * read_s, first_s, loads, layers, 10**6,
     )  # fmt: skip
 
 
@@ -31,6 +31,7 @@ def made(kernels: float, reads: float, arrival_s: float, layers: int = 2) -> Pro
 def test_shares_and_arrivals_come_back(kernels: float, reads: float, arrival_s: float) -> None:
     found = made(kernels, reads, arrival_s)
     assert (found.overlap.kernels, found.overlap.reads) == pytest.approx((kernels, reads))
+    assert found.overlap.bytes_per_s == pytest.approx(10**6 / 4e-3)
     assert found.arrival_s == pytest.approx(arrival_s, abs=1e-9)
 
 
@@ -39,7 +40,7 @@ seconds = st.floats(0.0, 1.0)
 
 @given(st.tuples(*[seconds] * 6), st.integers(1, 64), st.integers(1, 4))
 def test_noise_gives_shares_still(parts: tuple[float, ...], loads: int, layers: int) -> None:
-    found = PromptFromDisk(1, *parts, max(loads, layers), layers)
+    found = PromptFromDisk(1, *parts, max(loads, layers), layers, 10**6)
     assert found.overlap.together >= 1 - 1e-9
     assert found.arrival_s >= 0
 
@@ -51,9 +52,9 @@ def test_what_arriving_takes_in_decode_comes_back(kernels: float, arrival_s: flo
     overlap = Overlap(1, 0.8, kernels)
     rest_s = 1e-4 + 5 * (1e-3 + arrival_s)
     layer_s = 5e-5 + 3e-3 + float(overlap.seconds(np.array(rest_s), np.array(9e-3))) + 1e-3 + arrival_s
-    found = DecodeFromDisk(2 * layer_s, 24e-3, 6e-3, 12, 2)
+    found = DecodeFromDisk(2 * layer_s, 24e-3, 6e-3, 12, 2, 10**6)
     assert found.arrival_s(1e-3, 1e-4, 5e-5, overlap) == pytest.approx(arrival_s, abs=1e-9)
-    faster = DecodeFromDisk(1e-3, 24e-3, 6e-3, 12, 2)
+    faster = DecodeFromDisk(1e-3, 24e-3, 6e-3, 12, 2, 10**6)
     assert faster.arrival_s(1e-3, 1e-4, 5e-5, overlap) == pytest.approx(0, abs=1e-9)
 
 

@@ -183,8 +183,8 @@ def test_overheads_come_from_two_depths(
     layer, step, each = 3e-4, 1e-4, 1e-9 * 1024
 
     decode, prompt_read = (
-        DecodeFromDisk(0.5, 0.2, 0.1, 16, 2),
-        PromptFromDisk(16, 0.5, 0.3, 0.12, 0.05, 0.2, 0.0, 100, 1),
+        DecodeFromDisk(0.5, 0.2, 0.1, 16, 2, 10**6),
+        PromptFromDisk(16, 0.5, 0.3, 0.12, 0.05, 0.2, 0.0, 100, 1, 10**6),
     )
     read = decode, prompt_read
 

@@ -99,7 +99,7 @@ def test_what_was_read_before_is_not_slower() -> None:
     ("tokens", "reads", "kernels"), [(0.5, 0.5, 0.6), (1, 0.5, 0.6), (8, 0.6, 0.7), (64, 0.7, 0.8), (1e4, 0.7, 0.8)]
 )
 def test_what_is_left_lies_between_few_and_many_tokens(tokens: float, reads: float, kernels: float) -> None:
-    found = DISK.overlap(tokens)
+    found = DISK.overlap(tokens, 1e9)
     assert (found.reads, found.kernels) == pytest.approx((reads, kernels))
 
 
@@ -141,10 +141,19 @@ def test_bursts_may_be_slower_by_more_than_reads_that_go_on() -> None:
 
 @pytest.mark.parametrize(("factor", "kernels"), [(1.0, 0.8), (0.5, 0.9), (2.0, 0.6), (3.0, 0.4), (100.0, 0.3)], ids=str)
 def test_what_reads_take_of_kernels_is_by_the_byte(factor: float, kernels: float) -> None:
-    found = Overlap(1, 0.7, 0.8).with_reads(factor)
+    found = Overlap(1, 0.7, 0.8, 2e9).beside(factor * 2e9)
     assert (found.tokens, found.reads) == (1, 0.7)
     assert found.kernels == pytest.approx(kernels)
-    faster = DISK.times(factor)
-    assert (faster.few, faster.many) == (DISK.few.with_reads(factor), DISK.many.with_reads(factor))
+    assert Overlap(1, 0.7, 0.8).beside(factor * 2e9) == Overlap(1, 0.7, 0.8), "of any reads"
     # Kernels that kept little when it was measured keep that.
-    assert Overlap(1, 1.0, 0.05).with_reads(factor).kernels >= 0.05 * (1 - 1e-9)
+    assert Overlap(1, 1.0, 0.05, 2e9).beside(factor * 2e9).kernels >= 0.05 * (1 - 1e-9)
+
+
+def test_what_is_left_was_found_beside_reads_of_some_speed() -> None:
+    """Shares are those beside reads as fast as those that were measured, whatever a probe finds of the disk."""
+    known = replace(DISK, few=Overlap(1, 0.5, 0.6, 1e9), many=Overlap(64, 0.7, 0.8, 4e9))
+    for disk in (known, known.times(3.0)):
+        assert disk.overlap(1, 1e9).kernels == pytest.approx(0.6)
+        assert disk.overlap(64, 4e9).kernels == pytest.approx(0.8)
+        assert disk.overlap(1, 0.5e9).kernels == pytest.approx(0.8)
+        assert disk.overlap(64, 6e9).kernels == pytest.approx(0.7)
