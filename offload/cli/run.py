@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 
 from offload.cli.errors import EXIT_INTERRUPTED, exit_codes
+from offload.cli.interrupts import noted_interrupts
 from offload.cli.options import (
     device_options,
     example,
@@ -181,7 +182,6 @@ def _generate(
     from offload.cli.streamer import TokenStreamer
 
     _note_length(model, inputs["input_ids"].shape[1] + settings.max_new_tokens)
-    streamer = TokenStreamer(tokenizer, _discard if settings.as_json else _write_text, echo=settings.echo)
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.temperature > 0:
         sampling = {"do_sample": True, "temperature": settings.temperature}
@@ -189,17 +189,20 @@ def _generate(
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     interrupted = False
-    try:
-        model.generate(  # type: ignore[operator]
-            **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-            **sampling,
-            max_new_tokens=settings.max_new_tokens,
-            num_beams=1,
-            streamer=streamer,
-        )
-    except KeyboardInterrupt:
-        interrupted = True
-        streamer.end()
+    with noted_interrupts() as check:
+        write = _discard if settings.as_json else _write_text
+        streamer = TokenStreamer(tokenizer, write, echo=settings.echo, check=check)
+        try:
+            model.generate(  # type: ignore[operator]
+                **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+                **sampling,
+                max_new_tokens=settings.max_new_tokens,
+                num_beams=1,
+                streamer=streamer,
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+            streamer.end()
     if not settings.as_json:
         click.echo()
     if interrupted:

@@ -23,18 +23,27 @@ class TokenStreamer(BaseStreamer):
         new_tokens: what was generated so far.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object], *, echo: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        write: Callable[[str], object],
+        *,
+        echo: bool,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
         """Start before the prompt.
 
         Args:
             tokenizer: of the model.
             write: takes each piece of text.
             echo: write the prompt too.
+            check: called for every token; what it raises ends the generation.
         """
         self.new_tokens: list[int] = []
         self._tokenizer = tokenizer
         self._write = write
         self._echo = echo
+        self._check = check
         self._prompt_is_next = True
         self._tokens: list[int] = []
         self._context = 0
@@ -49,6 +58,7 @@ class TokenStreamer(BaseStreamer):
             self._tokens += tokens
             self._write_new(final=False)
         self._prompt_is_next = False
+        self._check()
 
     def end(self) -> None:
         """Write what was held back."""

@@ -27,16 +27,20 @@ _RAM_NBYTES = 1 << 30
 
 
 class SmallModel:
-    """Two layers with everything in RAM, in bf16, through the runtime. Close it."""
+    """Two layers with everything in RAM, in bf16, through the runtime.
+
+    Attributes:
+        runtime: of it.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Load it; its experts are written under a directory, and removed again by `close`."""
-        self._stack = ExitStack()
         with ExitStack() as stack:
             store = stack.enter_context(TemporaryDirectory(prefix=".offload-profile-", dir=directory))
             made = random_model(_LAYERS, _WIDTH, _SIZES)
             model = load(made, ram=_RAM_NBYTES, nvme=store, context=CONTEXT_TOKENS, progress=False)
-            stack.callback(cast("Runtime", model.offload).close)
+            self.runtime = cast("Runtime", model.offload)
+            stack.callback(self.runtime.close)
             self._model = model
             self._stack = stack.pop_all()
         self._ids = torch.arange(CONTEXT_TOKENS)[None] % _SIZES["vocab_size"]

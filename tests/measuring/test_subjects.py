@@ -190,7 +190,7 @@ def test_overheads_come_from_two_depths(
 
     def remainders(*_: object) -> tuple[Any, ...]:
         shallow, deep = (made(layers) for layers in calibration.DEPTHS)
-        return Speeds(arithmetic=speed), shallow, deep, read
+        return Speeds(steps=speed, prompts=speed), shallow, deep, read
 
     def made(layers: int) -> calibration.Remainders:
         decode = 2e-3 + layers * layer
@@ -203,7 +203,7 @@ def test_overheads_come_from_two_depths(
     found = passes.overheads
     assert (passes.many, found.arrival_s) == (prompt_read.overlap, prompt_read.arrival_s)
     assert found.step_arrival_s is not None and 0 < found.step_arrival_s < 0.25 / 8
-    found = found.times(1 / speed)
+    found = found.with_speeds(speed, speed, 1.0)
     assert found.layer_s == pytest.approx(layer)
     assert found.pass_s == pytest.approx(2e-3)
     assert found.step_s == pytest.approx(step)

@@ -48,6 +48,36 @@ def test_parts_at_other_speeds_scale_what_waits_for_them() -> None:
     assert slower.gpu == profile.gpu
 
 
+def test_kinds_of_work_that_a_probe_tells_apart() -> None:
+    """Each goes at its own speed; what was not told apart as experts do, or as what computes does."""
+    profile = machine(gpu=False, step=1e-4)
+    overheads = replace(
+        profile.cpu.overheads, prompt_layer_s=1e-3, step_arrival_s=2e-5, arrival_s=3e-5, grouped_output_s=4e-10
+    )
+    attention = replace(profile.cpu.attention, prompt_call_s=1e-4, score_s=1e-10)
+    cpu = replace(profile.cpu, overheads=overheads, packed_overheads=overheads, attention=attention)
+    speeds = Speeds(
+        memory=0.5, arithmetic=0.8, between=0.7, linear_memory=1.5, linear_between=1.25, linear_arithmetic=1.1,
+        attention=0.4, steps=2.0, prompts=0.25,
+    )  # fmt: skip
+    found = cpu.with_speeds(speeds)
+    assert found.expert("int4") == cpu.expert("int4").with_speeds(0.5, 0.8, 0.7)
+    assert found.linear("int4") == cpu.linear("int4").with_speeds(1.5, 1.1, 1.25)
+    assert found.attention.seconds(0, 1e8, 64, 1e6) == pytest.approx(attention.seconds(0, 1e8, 64, 1e6) / 0.4)
+    assert found.attention.seconds(0, 1e8, 1, 1e6) == pytest.approx(attention.seconds(0, 1e8, 1, 1e6) / 0.8)
+    for one in (found.overheads, found.packed_overheads):
+        assert one is not None
+        assert (one.pass_s, one.layer_s, one.step_s, one.step_arrival_s) == pytest.approx(
+            (overheads.pass_s / 2, overheads.layer_s / 2, 5e-5, 1e-5)
+        )
+        assert (one.prompt_layer_s, one.element_s, one.arrival_s) == pytest.approx((4e-3, 4e-11, 1.2e-4))
+        assert one.grouped_output_s == pytest.approx(5e-10)
+    plain = cpu.with_speeds(Speeds(0.5, 0.8, between=0.7))
+    assert plain.linear("int4") == cpu.linear("int4").with_speeds(0.5, 0.8, 0.7)
+    assert plain.attention.flops_per_s == pytest.approx(0.8 * attention.flops_per_s)
+    assert (plain.overheads.pass_s, plain.overheads.prompt_layer_s) == pytest.approx((overheads.pass_s / 0.8, 1.25e-3))
+
+
 def test_the_median_of_speeds_is_of_each_where_it_was_found() -> None:
     found = [Speeds(1.0, 2.0, 3.0, None, 0.5), Speeds(3.0, 1.0, 1.0, None, 0.7), Speeds(2.0, 4.0, 2.0)]
     assert Speeds.median_of(found) == Speeds(2.0, 2.0, 2.0, None, pytest.approx(0.6))  # type: ignore[arg-type]
@@ -74,7 +104,7 @@ def test_scores_take_more_than_their_products(new: int, score_s: float) -> None:
     more_s = speed.seconds(1e3, 1e8, new, 1e6) - plain.seconds(1e3, 1e8, new, 1e6)
     assert more_s == pytest.approx(1e6 * score_s)
     assert speed.seconds(1e9, 1e6, new, 1e3) == plain.seconds(1e9, 1e6, new), "reading takes longer"
-    slower = speed.with_speeds(1.0, 0.5)
+    slower = speed.with_speeds(1.0, 0.5, 0.5)
     assert slower.seconds(1e3, 1e8, new, 1e6) == pytest.approx(2 * speed.seconds(1e3, 1e8, new, 1e6))
     block = BlockSpeed("int8", 1e-5, 1e10, 1e11, 1e-10)
     assert block.seconds(1e3, 1e8, 1e6) == pytest.approx(1e-5 + 1e-3 + 1e-4)

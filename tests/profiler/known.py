@@ -7,7 +7,7 @@ from functools import partial
 
 from placement.curves import TokenCurve
 from placement.disk import Overlap
-from placement.hardware_profile import HardwareProfile, Overheads
+from placement.hardware_profile import SMALL_PROMPT_TOKENS, HardwareProfile, Overheads
 from profiler.effort import FULL
 from profiler.machine import Machine
 from profiler.subjects import Attention, Product, WholePasses
@@ -29,6 +29,8 @@ BLOCKS = {
 """(seconds of a call, flops per second) of attention to blocks."""
 BLOCK_SCORE_S, FEW_SCORE_S, SCORE_S = 1e-10, 4e-10, 2e-9
 """Seconds of a score beside its products: to blocks, of one new token, of many."""
+
+SMALL_PASS_S = {1: 3e-4, SMALL_PROMPT_TOKENS: 5e-3}
 
 
 class Known:
@@ -78,6 +80,9 @@ class Known:
 
     def between_reads(self, read: Callable[[], float], format: str) -> float:
         return 0.7 if read() > 0 else 0.0
+
+    def small_pass(self, tokens: int) -> Callable[[], object]:
+        return lambda: SMALL_PASS_S[tokens]
 
     def passes(self, profile: HardwareProfile, quant: str | None) -> WholePasses:
         self.profile = profile

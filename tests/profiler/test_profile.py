@@ -11,7 +11,17 @@ from placement.hardware_profile import HardwareProfile, Overheads
 from profiler import rounds
 from profiler.effort import FULL, QUICK, Effort
 from profiler.profile import measure_machine
-from tests.profiler.known import BLOCK_SCORE_S, BLOCKS, EXPERTS, FEW_SCORE_S, LINEARS, MACHINE, SCORE_S, Known
+from tests.profiler.known import (
+    BLOCK_SCORE_S,
+    BLOCKS,
+    EXPERTS,
+    FEW_SCORE_S,
+    LINEARS,
+    MACHINE,
+    SCORE_S,
+    SMALL_PASS_S,
+    Known,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +59,13 @@ def test_every_figure_comes_back() -> None:
     assert (found.disk.few.reads, found.disk.few.kernels) == pytest.approx((0.5, 0.5))
     # The small read before is in both.
     assert found.disk.short_bursts[-1].bytes_per_s < found.disk.bursts[-1].bytes_per_s
+    assert found.disk.few.bytes_per_s == pytest.approx(2e9, rel=0.01)
     assert found.disk.between == 0.7
     assert found.disk.again == pytest.approx(3)
     assert found.disk.latency_s == pytest.approx(1e-4, rel=0.1)
     assert found.cpu.overheads == found.cpu.overheads_in("bf16") == Overheads(1e-3, 2e-4, 3e-9)
     assert found.cpu.packed_overheads == found.cpu.overheads_in("int8") == Overheads(1e-3, 5e-4, 3e-9)
+    assert (found.cpu.small_step_s, found.cpu.small_prompt_s) == tuple(SMALL_PASS_S.values())
     assert subjects.profile is not None
     assert subjects.profile.cpu.overheads == Overheads(0, 0, 0), "overheads are what is left without any"
     assert (found.provenance.kind, found.provenance.fingerprint) == ("measured", MACHINE.fingerprint)
