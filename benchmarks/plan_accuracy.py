@@ -200,9 +200,9 @@ def report_of(
     report.notes.append(
         f"Each turn is predicted from a probe of {_PROBE_S:g} seconds before it; errors are medians of a run's turns. "
         "The speeds before prompts and before decode are the medians of what the probes found, over the profile's: of "
-        "experts of one token (memory), of 8 (between) and of more (arithmetic), of linear layers likewise, of "
-        "prompts' attention, of a small model's passes of one token (steps) and of more (prompts), of reads and of "
-        "bursts of them. Predicted speeds are those at these medians."
+        "experts of one token (memory), of 8 (between) and of more (arithmetic), of linear layers likewise, of what "
+        "enters and leaves experts (entries), of prompts' attention, of passes of a small model: of one token (steps), "
+        "of more (prompts); of reads and of bursts of them. Predicted speeds are those at these medians."
     )
     report.notes += profile.provenance.notes
     return report

@@ -84,8 +84,11 @@ class TokenCurve:
             for i in range(len(self.tokens) - 1)
         )
 
-    def with_speeds(self, memory: float, arithmetic: float, between: float | None = None) -> TokenCurve:
-        """The curve with memory `memory` times as fast, and whatever else there is `arithmetic` times.
+    def with_speeds(
+        self, memory: float, arithmetic: float, between: float | None = None, entries: float | None = None
+    ) -> TokenCurve:
+        """The curve with memory `memory` times as fast, entries `entries` times, and whatever else there is
+        `arithmetic` times, as entries are where that was not measured.
 
         The fewest tokens are taken to wait for memory alone. Calls do not wait for it. Products of some tokens are
         `between` times as fast, the closer to BETWEEN_TOKENS the more. Where that was not measured, a point of twice
@@ -100,9 +103,8 @@ class TokenCurve:
             else:
                 found = seconds / _speed_at(tokens, memory, between, arithmetic)
             moved.append(max(found, moved[-1] if moved else 0.0))
-        return TokenCurve(
-            self.call_s / arithmetic, self.tokens, tuple(moved), self.entry_s / arithmetic, self.item_s / arithmetic
-        )
+        entry_s = self.entry_s / (arithmetic if entries is None else entries)
+        return TokenCurve(self.call_s / arithmetic, self.tokens, tuple(moved), entry_s, self.item_s / arithmetic)
 
 
 def _speed_at(tokens: int, few: float, between: float, many: float) -> float:

@@ -31,6 +31,7 @@ class Speeds:
         linear_memory: of linear layers, which are smaller than a layer's experts; None: as `memory`.
         linear_between: likewise as `between`.
         linear_arithmetic: likewise as `arithmetic`.
+        entries: of what enters and leaves experts of many tokens; None: as `arithmetic`.
         attention: of prompts' attention; None: as `arithmetic`.
         steps: of what lies beside products and attention in passes of one token; None: as `arithmetic`.
         prompts: likewise in passes of more tokens.
@@ -44,18 +45,19 @@ class Speeds:
     linear_memory: float | None = None
     linear_between: float | None = None
     linear_arithmetic: float | None = None
+    entries: float | None = None
     attention: float | None = None
     steps: float | None = None
     prompts: float | None = None
 
     @property
-    def of_experts(self) -> tuple[float, float, float | None]:
-        """Of few tokens, of many, of some between."""
-        return self.memory, self.arithmetic, self.between
+    def of_experts(self) -> tuple[float, float, float | None, float | None]:
+        """Of few tokens, of many, of some between, and of what enters and leaves."""
+        return self.memory, self.arithmetic, self.between, self.entries
 
     @property
     def of_linears(self) -> tuple[float, float, float | None]:
-        """Likewise of linear layers."""
+        """Of linear layers of few tokens, of many, of some between."""
         return (
             self.memory if self.linear_memory is None else self.linear_memory,
             self.arithmetic if self.linear_arithmetic is None else self.linear_arithmetic,

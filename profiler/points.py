@@ -13,7 +13,13 @@ _NARROW_TOKENS, _NARROW_UNPACKED_TOKENS = 32, 48
 """Of narrow experts. Others than packed ones may have a kernel of their own for that many tokens and more, which takes
 less for each entry than that for fewer; experts of most prompts are on either side.
 """
-_NARROW_COUNT = 8
+NARROW_COUNT = 8
+
+
+def narrow_tokens(format: str, tokens: Sequence[int]) -> int:
+    """Which of these numbers of tokens narrow experts of a format are measured with, besides one."""
+    wanted = _NARROW_TOKENS if format in PACKED_FORMATS else _NARROW_UNPACKED_TOKENS
+    return next((n for n in tokens if n >= wanted), tokens[-1])
 
 
 def expert_points(kernels: Kernels, format: str, tokens: Sequence[int], several: Callable[[int], int]) -> list[Point]:
@@ -28,9 +34,8 @@ def expert_points(kernels: Kernels, format: str, tokens: Sequence[int], several:
         several: how many experts a call with so many tokens has.
     """
     what = f"experts in {format}"
-    wanted = _NARROW_TOKENS if format in PACKED_FORMATS else _NARROW_UNPACKED_TOKENS
-    several_tokens = next((n for n in tokens if n >= wanted), tokens[-1])
-    narrow = {n: partial(kernels.experts, format, _NARROW_COUNT, n, narrow=True) for n in (1, several_tokens)}
+    several_tokens = narrow_tokens(format, tokens)
+    narrow = {n: partial(kernels.experts, format, NARROW_COUNT, n, narrow=True) for n in (1, several_tokens)}
     return [
         Point(f"{what}, small", 1, partial(kernels.experts, format, 1, 1)),
         *(Point(f"{what}, {n} tokens", n, partial(kernels.experts, format, several(n), n)) for n in tokens),

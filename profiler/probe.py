@@ -5,10 +5,10 @@ cores, or the disk, and a virtual machine's processors may come to lie where mem
 away. That is not the same factor for all work: small work, such as that of Python, loses half of its speed where large
 products lose a tenth. So the probe repeats some of the profile's own measurements of each kind: experts and linear
 layers of one token, which stream weights from memory, of some tokens, which wait for memory and compute, and of many,
-which compute; attention of prompts; whole passes of a small model, which are calls; reads that go on, and bursts of
-them. Of many tokens several points of the profile's curve are repeated: each has an error of its own, which would be
-taken for the machine's speed. Of bursts the mean counts: reads that come late now and then hold up a layer, but not
-reads that go on beside them.
+which compute; narrow experts of many, for what enters and leaves them; attention of prompts; whole passes of a small
+model, which are calls; reads that go on, and bursts of them. Of many tokens several points of the profile's curve are
+repeated: each has an error of its own, which would be taken for the machine's speed. Of bursts the mean counts: reads
+that come late now and then hold up a layer, but not reads that go on beside them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from time import perf_counter
 from placement.curves import BETWEEN_TOKENS, MANY_TOKENS, TokenCurve
 from placement.disk import BURST_READS, GOING_ON_READS, Disk
 from placement.hardware_profile import SMALL_PROMPT_TOKENS, HardwareProfile, Speeds
+from profiler.points import NARROW_COUNT, narrow_tokens
 from profiler.profile import LARGE_ROWS, PROMPT_ATTENTION, several
 from profiler.subjects import Product, Subjects
 
@@ -28,6 +29,8 @@ PROBE_S = 1.0
 _FEW, _MANY = 1, (MANY_TOKENS, 128)
 """Tokens of a product: those of the curve's points from so many to so many."""
 _LINEAR_MANY = (64, 64)
+_MOST_APART = 5.0
+"""Times that the little which is left of two measurements may be off what it was."""
 _TURNS = 3
 _BURSTS = 4
 """Of a turn."""
@@ -94,6 +97,28 @@ class _Reads:
         return speed / self.known.burst_bytes_per_s(self.block_nbytes)
 
 
+class _Narrow:
+    """Narrow experts of many tokens, which take much of their time for what enters and leaves them."""
+
+    def __init__(self, subjects: Subjects, curve: TokenCurve, format: str) -> None:
+        self._curve, self._tokens = curve, narrow_tokens(format, curve.tokens)
+        self._product = product = subjects.experts(format, NARROW_COUNT, self._tokens, narrow=True)
+        known_s = curve.seconds(product.weights, self._tokens, 1, product.entries, product.items)
+        self.repeated = _Repeated(product.run, product.calls * known_s, 0.5)
+
+    def speed_of_entries(self, memory: float, arithmetic: float, between: float) -> float | None:
+        """What their products at these speeds leave of their time, over what the profile says; None where it says that
+        entries take none.
+        """
+        product, now = self._product, self._curve.with_speeds(memory, arithmetic, between)
+        known_s = product.entries * self._tokens * self._curve.entry_s
+        if known_s <= 0:
+            return None
+        found_s = statistics.median(self.repeated.found) / product.calls
+        left_s = found_s - now.seconds(product.weights, self._tokens, 1, 0, product.items)
+        return known_s / min(max(left_s, known_s / _MOST_APART), known_s * _MOST_APART)
+
+
 def probe(
     subjects: Subjects,
     profile: HardwareProfile,
@@ -118,9 +143,10 @@ def probe(
     linears = _products(
         profile.cpu.linear(format), lambda tokens: subjects.linear(format, LARGE_ROWS, tokens), _LINEAR_MANY, shares=0.5
     )
+    narrow = _Narrow(subjects, profile.cpu.expert(format), format)
     attention = [_attention(subjects, profile, new_tokens) for new_tokens in PROMPT_ATTENTION]
     small = _small_passes(subjects, profile)
-    repeated = [*experts, *linears, *attention, *small]
+    repeated = [*experts, *linears, narrow.repeated, *attention, *small]
     reads = None
     if block_nbytes > 0 and profile.disk is not None:
         reads = _Reads(subjects, profile.disk, block_nbytes, in_flight)
@@ -135,15 +161,17 @@ def probe(
     few, between, *many = (one.speed for one in experts)
     linear_few, linear_between, *linear_many = (one.speed for one in linears)
     step, prompt = (one.speed for one in small) if small else (None, None)
+    arithmetic = statistics.geometric_mean(many)
     return Speeds(
         memory=few,
-        arithmetic=statistics.geometric_mean(many),
+        arithmetic=arithmetic,
         disk=1.0 if reads is None else statistics.median(reads.speeds),
         bursts=None if reads is None else reads.bursts,
         between=between,
         linear_memory=linear_few,
         linear_between=linear_between,
         linear_arithmetic=statistics.geometric_mean(linear_many),
+        entries=narrow.speed_of_entries(few, arithmetic, between),
         attention=statistics.geometric_mean(one.speed for one in attention),
         steps=step,
         prompts=prompt,

@@ -12,10 +12,11 @@ very pass. How reads and kernels get on in prompts is seen in a model with wide 
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,7 +59,7 @@ SHORT_TOKENS, PROMPT_TOKENS = 32, 256
 _TOKENS_OF_EXPERTS = SHORT_TOKENS * 8 // 16
 _CACHES_NBYTES = 128 << 20
 """More than a processor's caches hold."""
-ROUND_PASSES, ROUNDS = 6, 3
+ROUND_PASSES, ROUNDS = 6, 4
 """Of decode in a round at least, and rounds at most."""
 
 
@@ -78,6 +79,18 @@ class Remainders:
     short_s: float = 0.0
     prompt_s: float = 0.0
 
+    def at_known_speeds(self, now: Speeds) -> Remainders:
+        """What they are where the machine is as fast as its profile says; `now` is how fast it was."""
+        steps, prompts = now.of_steps, now.of_prompts
+        return Remainders(
+            steps * self.decode_s, steps * self.stepped_s, prompts * self.short_s, prompts * self.prompt_s
+        )
+
+    @classmethod
+    def median_of(cls, found: Sequence[Remainders]) -> Remainders:
+        """The median of each."""
+        return cls(*(statistics.median(values) for values in zip(*map(astuple, found), strict=True)))
+
 
 def measure_passes(
     profile: HardwareProfile,
@@ -92,7 +105,7 @@ def measure_passes(
     Args:
         profile: with overheads of zero.
         directory: for the experts; what is written there is removed.
-        repeats: passes of decode; an eighth as many of a prompt, two in a round at least.
+        repeats: passes of decode; half as many of a short prompt, a third of a long one, two in a round at least.
         quant: format of the models' weights; None for bf16.
         speeds: how fast the machine is at the moment, over what `profile` says.
         depths: layers of the models with narrow experts, one or two; of one, all is counted as its layers'.
@@ -103,9 +116,8 @@ def measure_passes(
     assert disk is not None
     hidden = SIZES["hidden_size"]
     expert_s = curve.without_call_s(3 * hidden * _WIDE, 1, hidden + 3 * _WIDE)
-    arrival_s = decode.arrival_s(expert_s, curve.call_s, overheads.step_s, disk.few)
+    arrival_s = decode.arrival_s(expert_s, curve.call_s, overheads.step_s / now.of_steps, disk.few)
     # Arrivals as they were, beside reads as they were: nobody would scale them with the processor alone.
-    overheads = overheads.with_speeds(1 / now.of_steps, 1 / now.of_prompts, 1 / now.arithmetic)
     overheads = replace(overheads, step_arrival_s=arrival_s, arrival_s=prompts.arrival_s)
     return WholePasses(overheads, prompts.overlap)
 
@@ -147,7 +159,7 @@ class _TimedDevice(HostDevice):
 
 @dataclass
 class _Passes:
-    """A model with its runtime, and seconds of its passes by kind; those of prompts without their experts.
+    """A model with its runtime, and seconds of its passes by kind: of this round; those from disk of all.
 
     Attributes:
         forget: leaves nothing of it in the CPU's caches.
@@ -164,6 +176,7 @@ class _Passes:
     prompt: list[float] = field(default_factory=list)
     decode_from_disk: list[DecodeFromDisk] = field(default_factory=list)
     prompts_from_disk: list[PromptFromDisk] = field(default_factory=list)
+    seeds: Iterator[int] = field(default_factory=itertools.count)
 
     def _read(self, block_nbytes: int, blocks: int) -> float:
         """Seconds of reading the model's own store alone: what it reads is as fresh as in its passes."""
@@ -172,9 +185,13 @@ class _Passes:
     def measure_prompts(self, repeats: int) -> None:
         """A round of prompts."""
         self.device.after = self.forget
-        for tokens, found in ((SHORT_TOKENS, self.short), (PROMPT_TOKENS, self.prompt)):
-            # A model's first passes meet memory that is new to it.
-            found += self._prompts(tokens, max(2, repeats // 8))[0 if found else 1 :]
+        self.short = self._prompts(SHORT_TOKENS, max(2, repeats // 2))
+        self.prompt = self._prompts(PROMPT_TOKENS, max(2, repeats // 3))
+
+    def warm_up(self) -> None:
+        """A model's first passes meet memory that is new to it."""
+        for tokens in (SHORT_TOKENS, PROMPT_TOKENS):
+            self._prompts(tokens, 1)
 
     def measure_prompts_from_disk(self, repeats: int, call_s: float) -> None:
         """A round; `call_s` is what a call of experts takes whatever its size."""
@@ -196,22 +213,23 @@ class _Passes:
 
     def measure_decode(self, repeats: int) -> None:
         """A round of decode."""
-        self.decode += measure_model(self.model, 1, repeats, before=self.forget)
+        self.decode = measure_model(self.model, 1, repeats, before=self.forget)
         # While routing is recorded every layer looks for its experts.
         self.runtime.record_trace()
-        self.stepped += measure_model(self.model, 1, repeats, before=self.forget)
+        self.stepped = measure_model(self.model, 1, repeats, before=self.forget)
         self.runtime.observer.recorder = None
 
     def _prompts(self, tokens: int, repeats: int) -> list[float]:
+        """Seconds of prompts without their experts."""
         found = []
-        for number in range(repeats):
+        for _ in range(repeats):
             self.device.experts_s = 0.0
-            (seconds,) = measure_model(self.model, tokens, 1, len(self.short) + number, self.forget)
+            (seconds,) = measure_model(self.model, tokens, 1, next(self.seeds), self.forget)
             found.append(seconds - self.device.experts_s)
         return found
 
     def remainders(self, profile: HardwareProfile) -> Remainders:
-        """Medians, less what is predicted."""
+        """Medians of this round, less what is predicted."""
         decode_s = _predicted(profile, self.runtime, CACHED_TOKENS).decode.seconds
         decode = statistics.median(self.decode) - decode_s, statistics.median(self.stepped) - decode_s
         if not self.short:
@@ -233,8 +251,9 @@ def _remainders(
 ) -> tuple[Speeds, Remainders, Remainders, tuple[DecodeFromDisk, PromptFromDisk]]:
     """(speeds, remainders of the shallow model, of the deep one, (decode, prompts) of one with wide experts from disk).
 
-    Models take turns, and before each round the machine is probed, so that what others do on it meanwhile is in all of
-    them. Prompts are the shallow one's alone.
+    Models take turns, and the machine is probed before and after what a round's remainders come from, so that what
+    others do on it meanwhile is in all of them: they are those of a machine at the profile's speeds. Prompts are the
+    shallow one's alone.
     """
     with ExitStack() as stack:
         load_one = partial(_loaded, stack, directory, quant, torch.ones(_CACHES_NBYTES // 4).sum)
@@ -242,20 +261,26 @@ def _remainders(
         wide = load_one(_WIDE_DEPTH, _WIDE)
         tight = load_one(_WIDE_DEPTH, _WIDE, beside=wide.runtime.plan)
         call_s = profile.cpu.expert(wide.runtime.plan.format).call_s
+        narrow[0].warm_up()
         found: list[Speeds] = []
+        left: list[list[Remainders]] = []
         rounds = max(1, min(ROUNDS, repeats // ROUND_PASSES))
         each = max(3, repeats // rounds)
+        after = speeds()
         for _ in range(rounds):
-            found.append(speeds())
+            before = after
             for passes in narrow:
                 passes.measure_decode(each)
             narrow[0].measure_prompts(each)
+            after = speeds()
+            found.append(Speeds.median_of([before, after]))
+            scaled = profile.with_speeds(found[-1])
+            left.append([passes.remainders(scaled).at_known_speeds(found[-1]) for passes in (narrow[0], narrow[-1])])
             wide.measure_prompts_from_disk(each, call_s)
             tight.measure_decode_from_disk(each)
-        now = Speeds.median_of(found)
-        scaled = profile.with_speeds(now)
+        shallow, deep = (Remainders.median_of(of_one) for of_one in zip(*left, strict=True))
         from_disk = median_of(tight.decode_from_disk), median_of(wide.prompts_from_disk)
-        return now, narrow[0].remainders(scaled), narrow[-1].remainders(scaled), from_disk
+        return Speeds.median_of(found), shallow, deep, from_disk
 
 
 def _loaded(

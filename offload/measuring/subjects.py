@@ -27,7 +27,7 @@ from profiler.subjects import Attention, Product, WholePasses
 from profiler.timing import repeated
 
 _ALONE_S = 0.05
-_BEFORE_PASSES_S = 0.5
+_BEFORE_PASSES_S = 0.3
 _ROWS, _BURSTS = 2048, 7
 
 

@@ -203,7 +203,6 @@ def test_overheads_come_from_two_depths(
     found = passes.overheads
     assert (passes.many, found.arrival_s) == (prompt_read.overlap, prompt_read.arrival_s)
     assert found.step_arrival_s is not None and 0 < found.step_arrival_s < 0.25 / 8
-    found = found.with_speeds(speed, speed, 1.0)
     assert found.layer_s == pytest.approx(layer)
     assert found.pass_s == pytest.approx(2e-3)
     assert found.step_s == pytest.approx(step)
