@@ -91,6 +91,8 @@ class Disk:
         latency_s: of one small read, from request to data, when the disk is idle.
         few: what is left of reads and kernels while kernels of few tokens run, beside the reads that were measured.
         many: likewise in prompts, as a model's own layers found it: kernels begin and end as experts arrive.
+        resident: likewise in prompts while experts that were there before are computed, all in one call: kernels that
+            do not sleep leave reads less than those of experts that arrive; None: as `many`.
         free_nbytes: free bytes.
         between: share of their speed that kernels of few tokens have between the reads of one layer and of the next:
             their threads and the cores slept, and whoever read for the machine may be busy still.
@@ -107,6 +109,7 @@ class Disk:
     between: float = 1.0
     short_bursts: tuple[DiskPoint, ...] = ()
     again: float = 1.0
+    resident: Overlap | None = None
 
     def __post_init__(self) -> None:
         if not self.points or self.few.tokens >= self.many.tokens:

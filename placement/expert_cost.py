@@ -67,10 +67,11 @@ class ExpertCost:
 
 @dataclass(frozen=True)
 class _Reads:
-    """How experts come from disk."""
+    """How experts come from disk, beside the kernels of those that arrive, and of those that were there."""
 
     disk: Disk | None
     overlap: Overlap | None
+    resident: Overlap | None
     chunk_nbytes: int
     threads: int
 
@@ -91,11 +92,15 @@ class _Speeds:
 
 
 def _reads(disk: Disk | None, homes: Homes, need: LayerDemand, nbytes: float, *, decode: bool) -> _Reads:
-    overlap = None
+    overlap = resident = None
     if disk is not None:
         speed = disk.bytes_per_s(int(min(nbytes, homes.read_chunk_nbytes)), homes.reader_threads)
-        overlap = disk.overlap(need.tokens_per_expert, speed) if decode else disk.many.beside(speed)
-    return _Reads(disk, overlap, homes.read_chunk_nbytes, homes.reader_threads)
+        if decode:
+            overlap = disk.overlap(need.tokens_per_expert, speed)
+        else:
+            overlap = disk.many.beside(speed)
+            resident = None if disk.resident is None else disk.resident.beside(speed)
+    return _Reads(disk, overlap, resident, homes.read_chunk_nbytes, homes.reader_threads)
 
 
 def expert_weights(experts: ExpertsSpec) -> int:
@@ -113,8 +118,10 @@ def expert_entries(experts: ExpertsSpec) -> int:
 def cpu_arrival_s(experts: ExpertsSpec, profile: HardwareProfile, *, decode: bool) -> float:
     """Seconds that the CPU takes for each expert that arrives from disk, beside its product, in the place of a call."""
     format = experts.layout.format
-    measured = profile.cpu.overheads_in(format).step_arrival_s if decode else None
-    return profile.cpu.expert(format).call_s if measured is None else measured
+    call_s, overheads = profile.cpu.expert(format).call_s, profile.cpu.overheads_in(format)
+    if not decode:
+        return call_s + overheads.arrival_s
+    return call_s if overheads.step_arrival_s is None else overheads.step_arrival_s
 
 
 def grouping_s(experts: ExpertsSpec, profile: HardwareProfile, outputs: float) -> float:
@@ -160,13 +167,12 @@ def expert_cost(
         cost = _mean(reads, profile.gpu is not None, speeds, in_vram, in_ram)
     else:
         cost = _expected(profile, homes, need, speeds, in_vram, in_ram, decode=decode)
-    overheads = profile.cpu.overheads_in(experts.layout.format)
-    read = need.distinct * np.clip(1 - in_vram - in_ram, 0.0, 1.0)
     if not decode:
-        outputs = need.pairs * experts.layout.hidden
-        return _with_cpu(cost, overheads.arrival_s * read + grouping_s(experts, profile, outputs))
+        grouping = grouping_s(experts, profile, need.pairs * experts.layout.hidden)
+        return _with_cpu(cost, np.full_like(in_ram, grouping))
     # Looking for experts, unless all are always found.
-    return _with_cpu(cost, np.where(in_vram + in_ram < 1.0, overheads.step_s, 0.0))
+    step_s = profile.cpu.overheads_in(experts.layout.format).step_s
+    return _with_cpu(cost, np.where(in_vram + in_ram < 1.0, step_s, 0.0))
 
 
 def longer_after_reads(profile: HardwareProfile, need: LayerDemand, found: FloatArray) -> FloatArray:
@@ -246,7 +252,7 @@ def _best(
         copied = np.zeros((1, len(hits)))
     disk, first = _disk_s(reads, speeds.nbytes, misses)
     tried = _outcomes(
-        reads.overlap, speeds, hits[None, :], misses[None, :], host[None, :], copied, disk[None, :], first[None, :]
+        reads, speeds, hits[None, :], misses[None, :], host[None, :], copied, disk[None, :], first[None, :]
     )  # fmt: skip
     best = np.argmin(tried.total_s, axis=0)
     columns = np.arange(len(hits))
@@ -256,7 +262,7 @@ def _best(
 
 
 def _outcomes(
-    overlap: Overlap | None,
+    reads: _Reads,
     speeds: _Speeds,
     hits: FloatArray,
     misses: FloatArray,
@@ -268,7 +274,7 @@ def _outcomes(
     """Costs [choices, n] where `copied` of the `host` experts that are not in VRAM go to the accelerator.
 
     The last expert to arrive from disk is still to be computed. Until the first is there the CPU has those that were in
-    RAM; between, it and the disk slow each other down.
+    RAM; it and the disk slow each other down.
     """
     c, g, p = speeds.cpu_s, speeds.gpu_s, speeds.copy_s
     on_cpu, on_gpu = np.where(host - copied > _NONE, host - copied, 0.0), hits + copied
@@ -278,11 +284,12 @@ def _outcomes(
     link = copied * p + np.where(on_gpu > 0, speeds.crossing_s, 0.0)
     last = np.where(on_cpu > 0, np.minimum(c + speeds.arrival_s, cpu), p + g)
     resident = np.where(on_cpu > misses, (on_cpu - misses) * c + speeds.cpu_call_s, 0.0)
-    idle = np.minimum(np.maximum(first - resident, 0.0), disk)
     after = np.zeros_like(disk)
-    if overlap is not None:
-        both = overlap.seconds(np.maximum(cpu - last, 0.0), disk - idle)
-        after = np.where(misses > 0, idle + both + last, 0.0)
+    if reads.overlap is not None:
+        until, computed, read = _beside_resident(reads.resident, resident, disk)
+        idle = np.minimum(np.maximum(first - until - (resident - computed), 0.0), disk - read)
+        both = reads.overlap.seconds(np.maximum(cpu - last - computed, 0.0), disk - read - idle)
+        after = np.where(misses > 0, until + idle + both + last, 0.0)
     compute = np.maximum(cpu, gpu)
     linked = np.maximum(link + np.where(copied > 0, g, 0.0), compute)
     longer = cpu >= gpu
@@ -297,6 +304,19 @@ def _outcomes(
         disk_busy_s=disk,
         copied=copied,
     )
+
+
+def _beside_resident(
+    overlap: Overlap | None, resident: FloatArray, disk: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """(seconds until either the experts that were in RAM are computed or all others are read, and how much of both is
+    done then); nothing where these kernels are not told apart from those of experts that arrive.
+    """
+    if overlap is None:
+        nothing = np.zeros_like(disk)
+        return nothing, nothing, nothing
+    until = np.minimum(resident / overlap.kernels, disk / overlap.reads)
+    return until, overlap.kernels * until, overlap.reads * until
 
 
 def _disk_s(reads: _Reads, nbytes: float, misses: FloatArray) -> tuple[FloatArray, FloatArray]:

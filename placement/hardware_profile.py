@@ -204,7 +204,7 @@ class Overheads:
         step_arrival_s: in a pass of one token of each sequence, for each expert that comes from disk, beside its read
             and its product, in the place of the kernels' call: asking for it, a slot for it, hearing that it is there,
             waking threads. None: what a call takes.
-        arrival_s: in a pass of more tokens, likewise, beside the kernels' call, while nothing else goes on.
+        arrival_s: in a pass of more tokens, likewise, beside the kernels' call.
         grouped_output_s: for each number that experts put out in a step that sums them group by group, more than where
             all are kept and summed at once.
     """

@@ -113,7 +113,7 @@ def _copy(found: Found, subjects: AcceleratorSubjects, host: Subjects) -> None:
             # Alone right before: only what lies close together can be compared.
             many = partial(copy, _SIZES[-1], _BESIDE_COPIES)
             alone_s = many()
-            beside_s, _ = host.beside_kernels(many, _BESIDE_FORMAT, 1)
+            beside_s, _ = host.beside_kernels(many, _BESIDE_FORMAT, 1, 1)
             found.note(_beside(way, memory), alone_s / beside_s)
 
 

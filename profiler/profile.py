@@ -32,6 +32,8 @@ _LARGE_BLOCK = 12 * _MIB
 _BESIDE_READS = ("bf16", "int4")
 """Formats of experts that are computed beside reads: their shares differ by moment more than by format."""
 _BETWEEN_READS = "bf16"
+_RESIDENT_TOKENS = 32
+"""Of an expert of a prompt that is computed beside reads, with others in one call."""
 LARGE_ROWS, _SMALL_ROWS = 2048, 256
 """Of linear layers."""
 
@@ -165,12 +167,30 @@ def _read_beside_kernels(found: Found, subjects: Subjects, format: str, effort: 
         return subjects.read(block, _IN_FLIGHT, blocks)
 
     for _ in range(2):
-        # Alone right before: only what lies close together can be compared.
-        alone_s = read()
-        beside_s, kernels = subjects.beside_kernels(read, format, 1)
-        found.note("speed of reads beside kernels", blocks * block / alone_s)
-        found.note("reads beside kernels", alone_s / beside_s)
-        found.note("kernels beside reads", kernels)
+        for tokens in (1, _RESIDENT_TOKENS):
+            # Alone right before: only what lies close together can be compared.
+            alone_s = read()
+            beside_s, kernels = subjects.beside_kernels(read, format, 1 if tokens == 1 else several(tokens), tokens)
+            found.note(_speed_beside(tokens), blocks * block / alone_s)
+            found.note(_reads_beside(tokens), alone_s / beside_s)
+            found.note(_kernels_beside(tokens), kernels)
+
+
+def _speed_beside(tokens: int) -> str:
+    return f"speed of reads beside kernels of {tokens} tokens"
+
+
+def _reads_beside(tokens: int) -> str:
+    return f"reads beside kernels of {tokens} tokens"
+
+
+def _kernels_beside(tokens: int) -> str:
+    return f"kernels of {tokens} tokens beside reads"
+
+
+def _beside_each_other(found: Found, tokens: int) -> Overlap:
+    reads, kernels = (min(1.0, found.median(what)) for what in (_reads_beside(tokens), _kernels_beside(tokens)))
+    return Overlap(tokens, reads, min(1.0, max(kernels, 1 - reads)), found.median(_speed_beside(tokens)))
 
 
 def _burst_of(block: int, reads: int) -> str:
@@ -194,9 +214,7 @@ def _disk(found: Found, effort: Effort, free_nbytes: int) -> Disk:
         )
         for reads in (FEW_READS, BURST_READS)
     )
-    reads, kernels = (min(1.0, found.median(what)) for what in ("reads beside kernels", "kernels beside reads"))
-    speed = found.median("speed of reads beside kernels")
-    few = Overlap(1, reads, min(1.0, max(kernels, 1 - reads)), speed)
+    few, resident = (_beside_each_other(found, tokens) for tokens in (1, _RESIDENT_TOKENS))
     between, again = min(1.0, found.median("between")), max(1.0, found.median("again"))
     latency_s = min(found.repeats["latency"])
-    return Disk(points, bursts, latency_s, few, _NO_OVERLAP, free_nbytes, between, short, again)
+    return Disk(points, bursts, latency_s, few, _NO_OVERLAP, free_nbytes, between, short, again, resident)

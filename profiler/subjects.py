@@ -100,9 +100,9 @@ class Subjects(Kernels, Protocol):
         """Likewise from the places of the call of `read` before, which had as many blocks of this size."""
         ...
 
-    def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
-        """What `call` returns while experts of a format with so many tokens are computed, and the share of their speed
-        alone that these then have.
+    def beside_kernels(self, call: Callable[[], float], format: str, count: int, tokens: int) -> tuple[float, float]:
+        """What `call` returns while experts of a format are computed, `count` in a call with so many tokens each, and
+        the share of their speed alone that these then have.
         """
         ...
 

@@ -33,7 +33,6 @@ class PromptFromDisk:
         alone_s: of kernels with everything in RAM, if each expert had a call of its own, as those that arrive do.
         waiting_s: of `layers_s`, for reads.
         reads_s: of the same reads alone.
-        first_s: of them, until the first are there.
         loads: experts that were read.
         layers: MoE layers.
         nbytes: of an expert.
@@ -45,7 +44,6 @@ class PromptFromDisk:
     alone_s: float
     waiting_s: float
     reads_s: float
-    first_s: float
     loads: int
     layers: int
     nbytes: int
@@ -66,11 +64,10 @@ class PromptFromDisk:
 
     @property
     def arrival_s(self) -> float:
-        """Of each expert, what kernels and reads do not account for, as `placement.expert_cost` adds them up."""
-        idle_s = min(self.first_s, self.reads_s)
-        rest = np.array(self.alone_s - self._last_s), np.array(self.reads_s - idle_s)
-        both_s = float(self.overlap.seconds(*rest))
-        return max(0.0, self.layers_s - idle_s - both_s - self._last_s) / self.loads
+        """Of each expert, what is neither in kernels nor waiting for reads: asking for it, a slot for it, hearing that
+        it is there. Alone, as kernels are told: beside reads it is taken to be longer by as much as they.
+        """
+        return self.overlap.kernels * max(0.0, self.layers_s - self.kernels_s - self.waiting_s) / self.loads
 
 
 class _Clock(Protocol):
@@ -101,10 +98,10 @@ def prompt_from_disk(
     outside = _in_layers(runtime, clock, run)
     loads, layers = runtime.tier.counters.loads - before, len(runtime.layers)
     runtime.tier.fetch(every, lambda _key: None)
-    reads_s, first_s = _alone(runtime, loads, read)
+    reads_s, _ = _alone(runtime, loads, read)
     return PromptFromDisk(
         tokens, outside[0] - (inside[0] - inside[1]), outside[1], inside[1] + (loads - layers) * call_s, outside[2],
-        reads_s, first_s, loads, layers, runtime.plan.slot_nbytes,
+        reads_s, loads, layers, runtime.plan.slot_nbytes,
     )  # fmt: skip
 
 

@@ -99,12 +99,13 @@ class RuntimeSubjects:
         """See `Subjects`."""
         return self._disk.read(block_nbytes, in_flight, blocks, again=True)
 
-    def beside_kernels(self, call: Callable[[], float], format: str, tokens: int) -> tuple[float, float]:
+    def beside_kernels(self, call: Callable[[], float], format: str, count: int, tokens: int) -> tuple[float, float]:
         """The call runs on a thread of its own, the kernels on this one until it returns.
 
-        One expert a call, as they are computed when they arrive: both threads of a call wait for each other more often.
+        With one expert a call, as they are computed when they arrive, both threads of a call wait for each other more
+        often.
         """
-        experts = self._expert_calls(format).product(1, tokens)
+        experts = self._expert_calls(format).product(count, tokens)
         found: list[float] = []
         thread = threading.Thread(target=lambda: found.append(call()))
         with torch.no_grad():

@@ -55,7 +55,6 @@ class ExpertCosts:
         self.cpu_call_s = self._cpu.call_s
         self.step_arrival_s = cpu_arrival_s(experts, profile, decode=True)
         self.arrival_s = cpu_arrival_s(experts, profile, decode=False)
-        self.late_s = profile.cpu.overheads_in(experts.layout.format).arrival_s
         self.gpu_call_s = 0.0 if self._gpu is None else self._gpu.call_s
         self.copy_s = 0.0 if profile.to_gpu is None else profile.to_gpu.seconds(experts.layout.nbytes)
 

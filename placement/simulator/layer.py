@@ -24,7 +24,6 @@ class LayerWork:
             it is copied to the accelerator first).
         cpu_call_s: of each call of the CPU's kernel.
         arrival_s: of the CPU for each expert that arrives, in the place of a call.
-        late_s: of the CPU for each that was read, when all is done and nothing else goes on.
         gpu_call_s: of each call of the accelerator's.
         copy_s: of copying an expert.
         crossing_s: of activations to the accelerator and back, where it computes anything.
@@ -37,7 +36,6 @@ class LayerWork:
     reads: list[tuple[float, float, bool]] = field(default_factory=list)
     cpu_call_s: float = 0.0
     arrival_s: float = 0.0
-    late_s: float = 0.0
     gpu_call_s: float = 0.0
     copy_s: float = 0.0
     crossing_s: float = 0.0
@@ -70,8 +68,7 @@ def play(machine: Machine, start_s: float, work: LayerWork, name: str) -> float:
     for seconds in work.copied_s:
         heapq.heappush(events, (machine.work(link, start_s, work.copy_s, name, "copy", 1), _COPIED, seconds))
     _drain(machine, events, work, name)
-    end_s = max(start_s, cpu.free_s, gpu.free_s, link.free_s)
-    return machine.work(cpu, end_s, work.late_s * len(work.reads), name, "arrivals")
+    return max(start_s, cpu.free_s, gpu.free_s, link.free_s)
 
 
 def _drain(machine: Machine, events: list[tuple[float, int, float]], work: LayerWork, name: str) -> None:
@@ -122,5 +119,4 @@ def play_in_order(
         else:
             call_s = work.arrival_s if after > 0 else work.cpu_call_s
             now = machine.work(machine.cpu, ready, call_s + seconds, name, "in order", 1)
-    end_s = max(now, machine.work(machine.link, start_s, work.crossing_s, name, "activations"))
-    return machine.work(machine.cpu, end_s, work.late_s * sum(after > 0 for after, _, _ in experts), name, "arrivals")
+    return max(now, machine.work(machine.link, start_s, work.crossing_s, name, "activations"))

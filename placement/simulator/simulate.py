@@ -276,7 +276,7 @@ class _Runner:
         if rows > 1:
             missing = sorted(missing, key=lambda key: -loads[key])
         work = LayerWork(cpu_call_s=costs.cpu_call_s, gpu_call_s=costs.gpu_call_s, copy_s=costs.copy_s)
-        work.arrival_s, work.late_s = (costs.step_arrival_s, 0.0) if decode else (costs.arrival_s, costs.late_s)
+        work.arrival_s = costs.step_arrival_s if decode else costs.arrival_s
         work.resident_cpu_s = [costs.seconds(loads[key]) for key in found.in_ram if key not in copied]
         if missing:
             arrivals = costs.reads.arrivals(len(missing))

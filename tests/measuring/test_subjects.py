@@ -184,7 +184,7 @@ def test_overheads_come_from_two_depths(
 
     decode, prompt_read = (
         DecodeFromDisk(0.5, 0.2, 0.1, 16, 2, 10**6),
-        PromptFromDisk(16, 0.5, 0.3, 0.12, 0.05, 0.2, 0.0, 100, 1, 10**6),
+        PromptFromDisk(16, 0.5, 0.3, 0.12, 0.05, 0.2, 100, 1, 10**6),
     )
     read = decode, prompt_read
 
@@ -237,7 +237,7 @@ def test_overheads_are_what_predictions_leave(
         assert all(math.isfinite(value) for value in dataclasses.astuple(found))
         assert found.step_arrival_s is not None
         assert min(found.pass_s, found.step_s, found.element_s, found.arrival_s, found.step_arrival_s) >= 0
-        said, share = subjects.beside_kernels(lambda: 2.5, "bf16", 3)
+        said, share = subjects.beside_kernels(lambda: 2.5, "bf16", 1, 3)
         assert said == 2.5
         assert 0 < share <= 1
     assert list(tmp_path.iterdir()) == []

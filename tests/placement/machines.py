@@ -63,10 +63,12 @@ def machine(
     cpu_flops: float = 1e11,
     step: float = 0.0,
     reading: float = 1.0,
+    resident: Overlap | None = None,
 ) -> HardwareProfile:
     """A machine by its bandwidths in bytes per second; `step` seconds go into looking for experts.
 
-    While it reads, kernels have the share `reading` of their speed.
+    While it reads, kernels have the share `reading` of their speed; those of experts that were in RAM in a prompt, and
+    reads beside them, those of `resident`.
     """
 
     def compute(bytes_per_s: float, flops_per_s: float, call_s: float) -> Compute:
@@ -90,7 +92,7 @@ def machine(
         copies,
         copies,
         1 << 34 if gpu else 0,
-        Disk(points, (), 1e-4, Overlap(1, 0.9, reading), Overlap(32, 0.9, reading), 1 << 40),
+        Disk(points, (), 1e-4, Overlap(1, 0.9, reading), Overlap(32, 0.9, reading), 1 << 40, resident=resident),
         Provenance("measured", "made up", "none", "2026-01-01"),
     )
 
@@ -105,4 +107,5 @@ machines = st.builds(
     gpu=st.booleans(),
     step=st.sampled_from([0.0, 1e-3]),
     reading=st.floats(0.1, 1),
+    resident=st.sampled_from([None, Overlap(32, 0.6, 0.9, 1e9), Overlap(32, 0.3, 0.7)]),
 )

@@ -57,6 +57,8 @@ def test_every_figure_comes_back() -> None:
     assert (found.disk.many.reads, found.disk.many.kernels) == pytest.approx((0.8, 0.6))
     # Kernels have no less than what reads leave.
     assert (found.disk.few.reads, found.disk.few.kernels) == pytest.approx((0.5, 0.5))
+    assert found.disk.resident is not None
+    assert (found.disk.resident.reads, found.disk.resident.kernels) == pytest.approx((0.8, 0.7))
     # The small read before is in both.
     assert found.disk.short_bursts[-1].bytes_per_s < found.disk.bursts[-1].bytes_per_s
     assert found.disk.few.bytes_per_s == pytest.approx(2e9, rel=0.01)
