@@ -18,15 +18,18 @@ from tests.profiler.known import SMALL_PASS_S
 from tests.profiler.test_profile import Known
 
 NOW = Speeds(between=1.0)
-SLOWER = Speeds(0.5, 0.8, 0.25, 0.2, 0.6, 0.55, 0.65, 0.9, 0.7, 0.45, 0.35)
-FASTER = Speeds(1.5, 1.1, 3.0, 1.5, 1.4, 1.2, 1.3, 1.15, 1.6, 1.7, 1.8)
+SLOWER = Speeds(0.5, 0.8, 0.25, 0.2, 0.6, 0.55, 0.65, 0.9, 0.4, 0.7, 0.45, 0.35)
+FASTER = Speeds(1.5, 1.1, 3.0, 1.5, 1.4, 1.2, 1.3, 1.15, 1.9, 1.6, 1.7, 1.8)
 
 
 def known() -> HardwareProfile:
-    """A machine with a small model's passes, and bursts."""
+    """A machine with a small model's passes, and bursts; what enters and leaves experts takes time of its own."""
     made = machine(gpu=False)
     assert made.disk is not None
-    cpu = replace(made.cpu, small_step_s=SMALL_PASS_S[1], small_prompt_s=SMALL_PASS_S[SMALL_PROMPT_TOKENS])
+    experts = tuple(replace(one, curve=replace(one.curve, entry_s=1e-9)) for one in made.cpu.experts)
+    cpu = replace(
+        made.cpu, experts=experts, small_step_s=SMALL_PASS_S[1], small_prompt_s=SMALL_PASS_S[SMALL_PROMPT_TOKENS]
+    )
     return replace(made, cpu=cpu, disk=replace(made.disk, bursts=(DiskPoint(1 << 20, 4, 4e8),)))
 
 
@@ -46,9 +49,13 @@ class Slower(Known):
         return call
 
     def experts(self, format: str, count: int, tokens: int, *, narrow: bool = False) -> Product:
-        weights = count * 10**6
-        seconds = self.was.cpu.expert(format).seconds(weights, tokens)
-        return Product(weights, self._takes(seconds / _at(tokens, *self.now.of_experts)))
+        curve = self.was.cpu.expert(format)
+        if narrow:
+            weights, entries = count * 10**5, count * 10**3
+            seconds = curve.with_speeds(*self.now.of_experts).seconds(weights, tokens, 1, entries, count)
+            return Product(weights, self._takes(seconds), entries, 1, count)
+        seconds = curve.seconds(count * 10**6, tokens) / _at(tokens, *self.now.of_experts[:3])
+        return Product(count * 10**6, self._takes(seconds))
 
     def linear(self, format: str, rows: int, tokens: int) -> Product:
         seconds = 4 * self.was.cpu.linear(format).seconds(rows * 10**3, tokens)
@@ -90,6 +97,18 @@ def test_speeds_come_back(speeds: Speeds, monkeypatch: pytest.MonkeyPatch) -> No
     assert subjects.clock == pytest.approx(5 / 6, abs=0.15), "reads take the rest of the second"
     without = probe(subjects, subjects.was, "bf16")
     assert (without.disk, without.bursts) == (1.0, None)
+
+
+@pytest.mark.parametrize(("entries", "found"), [(100.0, 5.0), (0.01, 0.2)])
+def test_what_little_is_left_is_not_told_beyond_reason(
+    entries: float, found: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subjects = Slower(replace(NOW, entries=entries))
+    monkeypatch.setattr(probing, "perf_counter", lambda: subjects.clock)
+    assert probe(subjects, subjects.was, "bf16").entries == pytest.approx(found)
+    curves = tuple(replace(one, curve=replace(one.curve, entry_s=0.0)) for one in subjects.was.cpu.experts)
+    plain = replace(subjects.was, cpu=replace(subjects.was.cpu, experts=curves))
+    assert probe(subjects, plain, "bf16").entries is None, "they are said to take no time"
 
 
 def test_a_profile_without_small_passes_has_no_speeds_of_them() -> None:
