@@ -34,6 +34,7 @@ from offload.preparation import PreparedCheckpoint, prepare_checkpoint
 from offload.request import make_request
 from offload.store import catalog
 from offload.store.convert import convert
+from placement.curves import SmallProducts
 from placement.hardware_profile import HardwareProfile, Speeds
 from placement.plan import Plan
 from placement.planner import make_plan
@@ -200,9 +201,10 @@ def report_of(
     report.notes.append(
         f"Each turn is predicted from a probe of {_PROBE_S:g} seconds before it; errors are medians of a run's turns. "
         "The speeds before prompts and before decode are the medians of what the probes found, over the profile's: of "
-        "experts of one token (memory), of 8 (between) and of more (arithmetic), of linear layers likewise, of what "
-        "enters and leaves experts (entries), of prompts' attention, of passes of a small model: of one token (steps), "
-        "of more (prompts); of reads and of bursts of them. Predicted speeds are those at these medians."
+        "experts of one token (memory), of 8 (between) and of more (arithmetic), of linear layers likewise; of both "
+        "with few weights, beside that, of one token and of many; of prompts' attention; of passes of a small model "
+        "of one token (steps) and of more (prompts); of reads and of bursts of them. Predicted speeds are those at "
+        "these medians."
     )
     report.notes += profile.provenance.notes
     return report
@@ -368,7 +370,11 @@ def row_of(
 
 def _told(speeds: Speeds) -> str:
     found = {one.name: getattr(speeds, one.name) for one in fields(speeds)}
-    return ", ".join(f"{name} {speed:.2f}" for name, speed in found.items() if speed is not None)
+    return ", ".join(
+        f"{name} {f'{speed.few:.2f} {speed.many:.2f}' if isinstance(speed, SmallProducts) else f'{speed:.2f}'}"
+        for name, speed in found.items()
+        if speed is not None
+    )
 
 
 def _shares(one: PassPrediction) -> str:

@@ -16,6 +16,37 @@ ROOFLINE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
+class SmallProducts:
+    """How much faster than a curve says products are that have few weights, at a moment.
+
+    Straight in the logarithms of weights, from `large` to `weights` and no further, and of tokens, from 1 to
+    MANY_TOKENS.
+
+    Attributes:
+        weights: of a small product, or of one of the experts of a call.
+        large: of those that the curve's points are of.
+        few: of one token, times as fast as the curve says; 1 is the same.
+        many: likewise of MANY_TOKENS and more.
+    """
+
+    weights: float
+    large: float
+    few: float
+    many: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weights < self.large or min(self.few, self.many) <= 0:
+            raise ValueError(f"small products have fewer weights than large ones, and speeds are above 0: {self}")
+
+    def speed(self, weights: float, tokens: float) -> float:
+        """Of a product of so many weights, times as fast as the curve says."""
+        size = math.log(self.large / max(weights, 1.0)) / math.log(self.large / self.weights)
+        at = math.log(max(tokens, 1.0), MANY_TOKENS)
+        size, at = (min(max(share, 0.0), 1.0) for share in (size, at))
+        return float((self.few ** (1 - at) * self.many**at) ** size)
+
+
+@dataclass(frozen=True)
 class TokenCurve:
     """Seconds that a device takes for a product with W weights and some tokens.
 
@@ -33,6 +64,7 @@ class TokenCurve:
             rounded, which counts where a layer has few weights for each of them.
         item_s: seconds of each expert of a call, whatever its size: its weights lie apart from the others', and what
             was asked for ahead ends with it.
+        small: how fast small products are at a moment; None: as the curve says.
     """
 
     call_s: float
@@ -40,6 +72,7 @@ class TokenCurve:
     weight_s: tuple[float, ...]
     entry_s: float = 0.0
     item_s: float = 0.0
+    small: SmallProducts | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens or len(self.tokens) != len(self.weight_s):
@@ -61,11 +94,17 @@ class TokenCurve:
         """Seconds of `calls` calls that together multiply `weights` weights; `tokens` tokens with `entries` inputs and
         outputs each, of `items` experts in each call.
         """
-        return calls * self.call_s + self.without_call_s(weights, tokens, calls * entries, calls * items)
+        within = calls * max(items, 1.0)
+        return calls * self.call_s + within * self._one_s(weights / within, tokens, calls * entries / within, items > 0)
 
     def without_call_s(self, weights: float, tokens: float, entries: float, items: float = 1.0) -> float:
         """Seconds of products within a call, with so many inputs and outputs of a token together, of some experts."""
-        return items * self.item_s + entries * tokens * self.entry_s + weights * self.seconds_per_weight(tokens)
+        return items * self._one_s(weights / items, tokens, entries / items, True)
+
+    def _one_s(self, weights: float, tokens: float, entries: float, is_expert: bool) -> float:
+        """Of one expert of a call, or of a linear layer."""
+        whole_s = is_expert * self.item_s + entries * tokens * self.entry_s + weights * self.seconds_per_weight(tokens)
+        return whole_s if self.small is None else whole_s / self.small.speed(weights, tokens)
 
     def seconds_per_weight(self, tokens: float) -> float:
         """Seconds for one weight, without the call."""
@@ -85,10 +124,10 @@ class TokenCurve:
         )
 
     def with_speeds(
-        self, memory: float, arithmetic: float, between: float | None = None, entries: float | None = None
+        self, memory: float, arithmetic: float, between: float | None = None, small: SmallProducts | None = None
     ) -> TokenCurve:
-        """The curve with memory `memory` times as fast, entries `entries` times, and whatever else there is
-        `arithmetic` times, as entries are where that was not measured.
+        """The curve with memory `memory` times as fast, and whatever else there is `arithmetic` times; small products
+        as `small` says.
 
         The fewest tokens are taken to wait for memory alone. Calls do not wait for it. Products of some tokens are
         `between` times as fast, the closer to BETWEEN_TOKENS the more. Where that was not measured, a point of twice
@@ -103,8 +142,10 @@ class TokenCurve:
             else:
                 found = seconds / _speed_at(tokens, memory, between, arithmetic)
             moved.append(max(found, moved[-1] if moved else 0.0))
-        entry_s = self.entry_s / (arithmetic if entries is None else entries)
-        return TokenCurve(self.call_s / arithmetic, self.tokens, tuple(moved), entry_s, self.item_s / arithmetic)
+        return TokenCurve(
+            self.call_s / arithmetic, self.tokens, tuple(moved), self.entry_s / arithmetic, self.item_s / arithmetic,
+            small,
+        )  # fmt: skip
 
 
 def _speed_at(tokens: int, few: float, between: float, many: float) -> float:

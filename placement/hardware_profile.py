@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from dataclasses import astuple, dataclass, field, fields, replace
+from typing import Any, Literal
 
 from formats.packed import PACKED_FORMATS
-from placement.curves import TokenCurve
+from placement.curves import SmallProducts, TokenCurve
 from placement.disk import Disk
 from placement.records import from_json, to_json
 
@@ -31,7 +31,8 @@ class Speeds:
         linear_memory: of linear layers, which are smaller than a layer's experts; None: as `memory`.
         linear_between: likewise as `between`.
         linear_arithmetic: likewise as `arithmetic`.
-        entries: of what enters and leaves experts of many tokens; None: as `arithmetic`.
+        small_experts: of experts with few weights, beside what the three of experts make of the curve.
+        small_linears: of linear layers with few weights, likewise.
         attention: of prompts' attention; None: as `arithmetic`.
         steps: of what lies beside products and attention in passes of one token; None: as `arithmetic`.
         prompts: likewise in passes of more tokens.
@@ -45,23 +46,25 @@ class Speeds:
     linear_memory: float | None = None
     linear_between: float | None = None
     linear_arithmetic: float | None = None
-    entries: float | None = None
+    small_experts: SmallProducts | None = None
+    small_linears: SmallProducts | None = None
     attention: float | None = None
     steps: float | None = None
     prompts: float | None = None
 
     @property
-    def of_experts(self) -> tuple[float, float, float | None, float | None]:
-        """Of few tokens, of many, of some between, and of what enters and leaves."""
-        return self.memory, self.arithmetic, self.between, self.entries
+    def of_experts(self) -> tuple[float, float, float | None, SmallProducts | None]:
+        """Of few tokens, of many, of some between, and of those with few weights."""
+        return self.memory, self.arithmetic, self.between, self.small_experts
 
     @property
-    def of_linears(self) -> tuple[float, float, float | None]:
-        """Of linear layers of few tokens, of many, of some between."""
+    def of_linears(self) -> tuple[float, float, float | None, SmallProducts | None]:
+        """Likewise of linear layers."""
         return (
             self.memory if self.linear_memory is None else self.linear_memory,
             self.arithmetic if self.linear_arithmetic is None else self.linear_arithmetic,
             self.between if self.linear_between is None else self.linear_between,
+            self.small_linears,
         )
 
     @property
@@ -77,10 +80,13 @@ class Speeds:
     @classmethod
     def median_of(cls, found: Sequence[Speeds]) -> Speeds:
         """The median of each; None where nobody found it."""
-        medians: dict[str, float] = {}
+        medians: dict[str, Any] = {}
         for part in fields(cls):
             values = [value for one in found if (value := getattr(one, part.name)) is not None]
-            if values:
+            if values and isinstance(values[0], SmallProducts):
+                parts = zip(*map(astuple, values), strict=True)
+                medians[part.name] = SmallProducts(*map(statistics.median, parts))
+            elif values:
                 medians[part.name] = statistics.median(values)
         return cls(**medians)
 

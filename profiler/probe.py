@@ -5,24 +5,24 @@ cores, or the disk, and a virtual machine's processors may come to lie where mem
 away. That is not the same factor for all work: small work, such as that of Python, loses half of its speed where large
 products lose a tenth. So the probe repeats some of the profile's own measurements of each kind: experts and linear
 layers of one token, which stream weights from memory, of some tokens, which wait for memory and compute, and of many,
-which compute; narrow experts of many, for what enters and leaves them; attention of prompts; whole passes of a small
-model, which are calls; reads that go on, and bursts of them. Of many tokens several points of the profile's curve are
-repeated: each has an error of its own, which would be taken for the machine's speed. Of bursts the mean counts: reads
-that come late now and then hold up a layer, but not reads that go on beside them.
+which compute; both with few weights, which wait for each other's cores instead; attention of prompts; whole passes of a
+small model, which are calls; reads that go on, and bursts of them. Of many tokens several points of the profile's curve
+are repeated: each has an error of its own, which would be taken for the machine's speed. Of bursts the mean counts:
+reads that come late now and then hold up a layer, but not reads that go on beside them.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from placement.curves import BETWEEN_TOKENS, MANY_TOKENS, TokenCurve
+from placement.curves import BETWEEN_TOKENS, MANY_TOKENS, SmallProducts, TokenCurve
 from placement.disk import BURST_READS, GOING_ON_READS, Disk
 from placement.hardware_profile import SMALL_PROMPT_TOKENS, HardwareProfile, Speeds
 from profiler.points import NARROW_COUNT, narrow_tokens
-from profiler.profile import LARGE_ROWS, PROMPT_ATTENTION, several
+from profiler.profile import LARGE_ROWS, PROMPT_ATTENTION, SMALL_ROWS, several
 from profiler.subjects import Product, Subjects
 
 PROBE_S = 1.0
@@ -30,7 +30,7 @@ _FEW, _MANY = 1, (MANY_TOKENS, 128)
 """Tokens of a product: those of the curve's points from so many to so many."""
 _LINEAR_MANY = (64, 64)
 _MOST_APART = 5.0
-"""Times that the little which is left of two measurements may be off what it was."""
+"""Times that small products may be slower or faster than the curve says: noise is not believed beyond."""
 _TURNS = 3
 _BURSTS = 4
 """Of a turn."""
@@ -97,26 +97,24 @@ class _Reads:
         return speed / self.known.burst_bytes_per_s(self.block_nbytes)
 
 
-class _Narrow:
-    """Narrow experts of many tokens, which take much of their time for what enters and leaves them."""
+class _Small:
+    """Small products of one token and of many, whose speeds beside those of large ones are told."""
 
-    def __init__(self, subjects: Subjects, curve: TokenCurve, format: str) -> None:
-        self._curve, self._tokens = curve, narrow_tokens(format, curve.tokens)
-        self._product = product = subjects.experts(format, NARROW_COUNT, self._tokens, narrow=True)
-        known_s = curve.seconds(product.weights, self._tokens, 1, product.entries, product.items)
-        self.repeated = _Repeated(product.run, product.calls * known_s, 0.5)
+    def __init__(self, curve: TokenCurve, large: Product, made: Sequence[tuple[int, Product]]) -> None:
+        self._curve, self._made = curve, made
+        self._large = large.weights / max(large.items, 1)
+        self.repeated = [_Repeated(product.run, 0.0, 0.25) for _, product in made]
 
-    def speed_of_entries(self, memory: float, arithmetic: float, between: float) -> float | None:
-        """What their products at these speeds leave of their time, over what the profile says; None where it says that
-        entries take none.
-        """
-        product, now = self._product, self._curve.with_speeds(memory, arithmetic, between)
-        known_s = product.entries * self._tokens * self._curve.entry_s
-        if known_s <= 0:
-            return None
-        found_s = statistics.median(self.repeated.found) / product.calls
-        left_s = found_s - now.seconds(product.weights, self._tokens, 1, 0, product.items)
-        return known_s / min(max(left_s, known_s / _MOST_APART), known_s * _MOST_APART)
+    def speeds(self, memory: float, arithmetic: float, between: float | None) -> SmallProducts:
+        """What the curve at these speeds says that they take, over what they take; calls are as it says."""
+        now = self._curve.with_speeds(memory, arithmetic, between)
+        found = []
+        for (tokens, product), repeated in zip(self._made, self.repeated, strict=True):
+            told_s = now.seconds(product.weights, tokens, 1, product.entries, product.items) - now.call_s
+            took_s = statistics.median(repeated.found) / product.calls - now.call_s
+            found.append(told_s / min(max(took_s, told_s / _MOST_APART), told_s * _MOST_APART))
+        (_, product), *_ = self._made
+        return SmallProducts(product.weights / max(product.items, 1), self._large, *found)
 
 
 def probe(
@@ -137,16 +135,25 @@ def probe(
         in_flight: reads at once.
         seconds: that it may take, about.
     """
-    experts = _products(
-        profile.cpu.expert(format), lambda tokens: subjects.experts(format, several(tokens), tokens), _MANY
-    )
+    expert_curve, linear_curve = profile.cpu.expert(format), profile.cpu.linear(format)
+    experts = _products(expert_curve, lambda tokens: subjects.experts(format, several(tokens), tokens), _MANY)
     linears = _products(
-        profile.cpu.linear(format), lambda tokens: subjects.linear(format, LARGE_ROWS, tokens), _LINEAR_MANY, shares=0.5
+        linear_curve, lambda tokens: subjects.linear(format, LARGE_ROWS, tokens), _LINEAR_MANY, shares=0.5
     )
-    narrow = _Narrow(subjects, profile.cpu.expert(format), format)
+    many = narrow_tokens(format, expert_curve.tokens)
+    small_experts = _Small(
+        expert_curve,
+        subjects.experts(format, 1, 1),
+        [(tokens, subjects.experts(format, NARROW_COUNT, tokens, narrow=True)) for tokens in (_FEW, many)],
+    )
+    small_linears = _Small(
+        linear_curve,
+        subjects.linear(format, LARGE_ROWS, 1),
+        [(tokens, subjects.linear(format, SMALL_ROWS, tokens)) for tokens in (_FEW, _LINEAR_MANY[0])],
+    )
     attention = [_attention(subjects, profile, new_tokens) for new_tokens in PROMPT_ATTENTION]
     small = _small_passes(subjects, profile)
-    repeated = [*experts, *linears, narrow.repeated, *attention, *small]
+    repeated = [*experts, *linears, *small_experts.repeated, *small_linears.repeated, *attention, *small]
     reads = None
     if block_nbytes > 0 and profile.disk is not None:
         reads = _Reads(subjects, profile.disk, block_nbytes, in_flight)
@@ -158,10 +165,11 @@ def probe(
             one.repeat(one.shares * share_s)
         if reads is not None:
             reads.repeat()
-    few, between, *many = (one.speed for one in experts)
+    few, between, *of_many = (one.speed for one in experts)
     linear_few, linear_between, *linear_many = (one.speed for one in linears)
     step, prompt = (one.speed for one in small) if small else (None, None)
-    arithmetic = statistics.geometric_mean(many)
+    arithmetic = statistics.geometric_mean(of_many)
+    linear_arithmetic = statistics.geometric_mean(linear_many)
     return Speeds(
         memory=few,
         arithmetic=arithmetic,
@@ -170,8 +178,9 @@ def probe(
         between=between,
         linear_memory=linear_few,
         linear_between=linear_between,
-        linear_arithmetic=statistics.geometric_mean(linear_many),
-        entries=narrow.speed_of_entries(few, arithmetic, between),
+        linear_arithmetic=linear_arithmetic,
+        small_experts=small_experts.speeds(few, arithmetic, between),
+        small_linears=small_linears.speeds(linear_few, linear_arithmetic, linear_between),
         attention=statistics.geometric_mean(one.speed for one in attention),
         steps=step,
         prompts=prompt,

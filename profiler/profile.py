@@ -34,7 +34,7 @@ _BESIDE_READS = ("bf16", "int4")
 _BETWEEN_READS = "bf16"
 _RESIDENT_TOKENS = 32
 """Of an expert of a prompt that is computed beside reads, with others in one call."""
-LARGE_ROWS, _SMALL_ROWS = 2048, 256
+LARGE_ROWS, SMALL_ROWS = 2048, 256
 """Of linear layers."""
 
 
@@ -57,7 +57,7 @@ def measure_machine(
     """
     formats = [name for name in subjects.formats if effort.formats is None or name in effort.formats]
     experts = {name: expert_points(subjects, name, effort.tokens, several) for name in formats}
-    linears = {name: linear_points(subjects, name, effort.tokens, LARGE_ROWS, _SMALL_ROWS) for name in formats}
+    linears = {name: linear_points(subjects, name, effort.tokens, LARGE_ROWS, SMALL_ROWS) for name in formats}
     blocks = {name: _block_points(name) for name in KV_FORMATS if name != "fp16"}
     found = Found()
     budget_s = effort.call_s / effort.rounds

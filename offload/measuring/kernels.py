@@ -199,6 +199,7 @@ class LinearCalls:
     """
 
     def __init__(self, format: str, rows: int) -> None:
+        self.format = format
         self._dtype = compute_dtype(format)
         self._rows = rows
         first = random_linear(format, rows)

@@ -51,7 +51,7 @@ class RuntimeSubjects:
         self._depths = depths
         # Weights of one format at a time: making them takes longer than measuring.
         self._experts: dict[bool, ExpertCalls] = {}
-        self._linears: tuple[tuple[str, int], LinearCalls] | None = None
+        self._linears: dict[int, LinearCalls] = {}
         self._small: SmallModel | None = None
 
     def __enter__(self) -> Self:
@@ -68,9 +68,11 @@ class RuntimeSubjects:
 
     def linear(self, format: str, rows: int, tokens: int) -> Product:
         """See `Subjects`."""
-        if self._linears is None or self._linears[0] != (format, rows):
-            self._linears = (format, rows), LinearCalls(format, rows)
-        return self._linears[1].product(tokens)
+        if any(calls.format != format for calls in self._linears.values()):
+            self._linears.clear()
+        if rows not in self._linears:
+            self._linears[rows] = LinearCalls(format, rows)
+        return self._linears[rows].product(tokens)
 
     def _expert_calls(self, format: str, *, narrow: bool = False) -> ExpertCalls:
         if any(calls.format != format for calls in self._experts.values()):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.curves import Sample, TokenCurve, fit_curve, roofline
+from placement.curves import Sample, SmallProducts, TokenCurve, fit_curve, roofline
 
 CURVE = TokenCurve(1e-5, (1, 4, 16), (1e-10, 2e-10, 8e-10))
 
@@ -149,3 +149,25 @@ def test_noise_still_gives_a_curve(seconds: list[float], small: float) -> None:
 def test_no_curve_without_measurements(samples: list[Sample]) -> None:
     with pytest.raises(ValueError):
         fit_curve(samples)
+
+
+def test_products_with_few_weights_have_speeds_of_their_own() -> None:
+    small = SmallProducts(1e5, 1e7, 0.5, 2.0)
+    curve = TokenCurve(1e-5, (1, 64), (1e-10, 4e-10), 1e-9, 1e-6)
+    found = curve.with_speeds(1.0, 1.0, 1.0, small)
+    for tokens, speed in ((1, 0.5), (32, 2.0), (64, 2.0)):
+        for weights, share in ((1e4, 1.0), (1e5, 1.0), (1e6, 0.5), (1e7, 0.0), (1e8, 0.0)):
+            expected = curve.without_call_s(weights, tokens, 1e3) / speed**share
+            assert found.without_call_s(weights, tokens, 1e3) == pytest.approx(expected)
+            # Of several experts and calls, which have so many weights each.
+            assert found.seconds(6 * weights, tokens, 2, 3e3, 3) == pytest.approx(2e-5 + 6 * expected)
+    assert found.seconds(2e5, 1, 2) == pytest.approx(2e-5 + 2e5 * 1e-10 / 0.5), "linear layers are not experts"
+    assert small.speed(1e5, 32**0.5) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(1e7, 1e5, 1.0, 1.0), (0.0, 9.0, 1.0, 1.0), (1.0, 2.0, 0.0, 1.0), (1.0, 2.0, 1.0, -1.0)]
+)
+def test_small_products_are_small(wrong: tuple[float, float, float, float]) -> None:
+    with pytest.raises(ValueError, match="small products"):
+        SmallProducts(*wrong)

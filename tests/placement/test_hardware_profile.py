@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from formats.bundle import EXPERT_FORMATS, BundleLayout
+from placement.curves import SmallProducts
 from placement.datasheets import CPUS, DRIVES, GPUS, LINKS, bits_of, datasheet
 from placement.hardware_profile import AttentionSpeed, BlockSpeed, HardwareProfile, Link, Speeds
 from tests.placement.machines import machine, machines
@@ -81,6 +82,8 @@ def test_kinds_of_work_that_a_probe_tells_apart() -> None:
 def test_the_median_of_speeds_is_of_each_where_it_was_found() -> None:
     found = [Speeds(1.0, 2.0, 3.0, None, 0.5), Speeds(3.0, 1.0, 1.0, None, 0.7), Speeds(2.0, 4.0, 2.0)]
     assert Speeds.median_of(found) == Speeds(2.0, 2.0, 2.0, None, pytest.approx(0.6))  # type: ignore[arg-type]
+    small = [Speeds(small_experts=SmallProducts(1.0, 9.0, few, 1.0)) for few in (0.5, 2.0, 0.75)]
+    assert Speeds.median_of(small).small_experts == SmallProducts(1.0, 9.0, 0.75, 1.0)
 
 
 def test_blocks_are_read_or_multiplied() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 
 import pytest
 
-from placement.curves import BETWEEN_TOKENS
+from placement.curves import BETWEEN_TOKENS, SmallProducts
 from placement.disk import BURST_READS, DiskPoint
 from placement.hardware_profile import SMALL_PROMPT_TOKENS, HardwareProfile, Speeds
 from profiler import probe as probing
@@ -17,19 +17,21 @@ from tests.placement.machines import machine
 from tests.profiler.known import SMALL_PASS_S
 from tests.profiler.test_profile import Known
 
-NOW = Speeds(between=1.0)
-SLOWER = Speeds(0.5, 0.8, 0.25, 0.2, 0.6, 0.55, 0.65, 0.9, 0.4, 0.7, 0.45, 0.35)
-FASTER = Speeds(1.5, 1.1, 3.0, 1.5, 1.4, 1.2, 1.3, 1.15, 1.9, 1.6, 1.7, 1.8)
+WIDE, NARROW, LARGE, SMALL = 10**6, 10**5, 2048 * 10**3, 256 * 10**3
+"""Weights of experts and of linear layers."""
+SAME = SmallProducts(NARROW, WIDE, 1.0, 1.0), SmallProducts(SMALL, LARGE, 1.0, 1.0)
+FEW = SmallProducts(NARROW, WIDE, 0.7, 0.6), SmallProducts(SMALL, LARGE, 1.3, 0.9)
+OTHERS = SmallProducts(NARROW, WIDE, 1.2, 1.6), SmallProducts(SMALL, LARGE, 0.8, 0.5)
+NOW = Speeds(between=1.0, small_experts=SAME[0], small_linears=SAME[1])
+SLOWER = Speeds(0.5, 0.8, 0.25, 0.2, 0.6, 0.55, 0.65, 0.9, *FEW, 0.7, 0.45, 0.35)
+FASTER = Speeds(1.5, 1.1, 3.0, 1.5, 1.4, 1.2, 1.3, 1.15, *OTHERS, 1.6, 1.7, 1.8)
 
 
 def known() -> HardwareProfile:
-    """A machine with a small model's passes, and bursts; what enters and leaves experts takes time of its own."""
+    """A machine with a small model's passes, and bursts."""
     made = machine(gpu=False)
     assert made.disk is not None
-    experts = tuple(replace(one, curve=replace(one.curve, entry_s=1e-9)) for one in made.cpu.experts)
-    cpu = replace(
-        made.cpu, experts=experts, small_step_s=SMALL_PASS_S[1], small_prompt_s=SMALL_PASS_S[SMALL_PROMPT_TOKENS]
-    )
+    cpu = replace(made.cpu, small_step_s=SMALL_PASS_S[1], small_prompt_s=SMALL_PASS_S[SMALL_PROMPT_TOKENS])
     return replace(made, cpu=cpu, disk=replace(made.disk, bursts=(DiskPoint(1 << 20, 4, 4e8),)))
 
 
@@ -50,16 +52,20 @@ class Slower(Known):
 
     def experts(self, format: str, count: int, tokens: int, *, narrow: bool = False) -> Product:
         curve = self.was.cpu.expert(format)
+        weights = count * (NARROW if narrow else WIDE)
         if narrow:
-            weights, entries = count * 10**5, count * 10**3
-            seconds = curve.with_speeds(*self.now.of_experts).seconds(weights, tokens, 1, entries, count)
-            return Product(weights, self._takes(seconds), entries, 1, count)
-        seconds = curve.seconds(count * 10**6, tokens) / _at(tokens, *self.now.of_experts[:3])
-        return Product(count * 10**6, self._takes(seconds))
+            seconds = curve.with_speeds(*self.now.of_experts).seconds(weights, tokens, 1, 0, count)
+        else:
+            seconds = curve.seconds(weights, tokens, 1, 0, count) / _at(tokens, *self.now.of_experts[:3])
+        return Product(weights, self._takes(seconds), 0, 1, count)
 
     def linear(self, format: str, rows: int, tokens: int) -> Product:
-        seconds = 4 * self.was.cpu.linear(format).seconds(rows * 10**3, tokens)
-        return Product(rows * 10**3, self._takes(seconds / _at(tokens, *self.now.of_linears)), 0, 4)
+        curve, weights = self.was.cpu.linear(format), rows * 10**3
+        if weights == SMALL:
+            seconds = curve.with_speeds(*self.now.of_linears).seconds(weights, tokens)
+        else:
+            seconds = curve.seconds(weights, tokens) / _at(tokens, *self.now.of_linears[:3])
+        return Product(weights, self._takes(4 * seconds), 0, 4)
 
     def attention(self, new_tokens: int, cached_tokens: int, *, narrow: bool = False) -> Attention:
         seconds = self.was.cpu.attention.seconds(1e6, 1e9, new_tokens, 1e4)
@@ -91,24 +97,23 @@ def test_speeds_come_back(speeds: Speeds, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(probing, "perf_counter", lambda: subjects.clock)
     found = probe(subjects, subjects.was, "bf16", 1 << 20)
     for part in fields(Speeds):
-        expected = getattr(speeds, part.name)
+        expected, one = getattr(speeds, part.name), getattr(found, part.name)
+        if isinstance(expected, SmallProducts):
+            expected, one = astuple(expected), astuple(one)
         # As what it goes by where it was not told apart.
-        assert getattr(found, part.name) == pytest.approx(1.0 if expected is None else expected), part.name
-    assert subjects.clock == pytest.approx(5 / 6, abs=0.15), "reads take the rest of the second"
+        assert one == pytest.approx(1.0 if expected is None else expected), part.name
+    assert subjects.clock == pytest.approx(7 / 8, abs=0.25), "reads take the rest of the second"
     without = probe(subjects, subjects.was, "bf16")
     assert (without.disk, without.bursts) == (1.0, None)
 
 
-@pytest.mark.parametrize(("entries", "found"), [(100.0, 5.0), (0.01, 0.2)])
-def test_what_little_is_left_is_not_told_beyond_reason(
-    entries: float, found: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    subjects = Slower(replace(NOW, entries=entries))
+@pytest.mark.parametrize(("speed", "found"), [(100.0, 5.0), (0.01, 0.2)])
+def test_noise_is_not_believed_beyond_reason(speed: float, found: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    subjects = Slower(replace(NOW, small_experts=SmallProducts(NARROW, WIDE, speed, speed)))
     monkeypatch.setattr(probing, "perf_counter", lambda: subjects.clock)
-    assert probe(subjects, subjects.was, "bf16").entries == pytest.approx(found)
-    curves = tuple(replace(one, curve=replace(one.curve, entry_s=0.0)) for one in subjects.was.cpu.experts)
-    plain = replace(subjects.was, cpu=replace(subjects.was.cpu, experts=curves))
-    assert probe(subjects, plain, "bf16").entries is None, "they are said to take no time"
+    small = probe(subjects, subjects.was, "bf16").small_experts
+    assert small is not None
+    assert (small.few, small.many) == pytest.approx((found, found))
 
 
 def test_a_profile_without_small_passes_has_no_speeds_of_them() -> None:
