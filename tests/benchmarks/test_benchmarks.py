@@ -39,6 +39,7 @@ from cpu_kernels.wide_linear import multiplies_natively
 from offload.devices.host import HostDevice
 from offload.measuring.reads import FileReads
 from offload.measuring.subjects import RuntimeSubjects
+from placement.curves import SmallProducts
 from placement.datasheets import datasheet
 from placement.hardware_profile import Speeds
 from prefetch.policies.names import POLICIES
@@ -158,7 +159,7 @@ def test_predictions_beside_measurements(work: Path, monkeypatch: pytest.MonkeyP
     def probe(subjects: RuntimeSubjects, *_: object) -> Speeds:
         assert isinstance(subjects._disk, FileReads)
         probed.extend(subjects._disk.paths)
-        return Speeds(0.5, 0.8, 0.9)
+        return Speeds(0.5, 0.8, 0.9, small_experts=SmallProducts(1e3, 1e6, 0.7, 0.6))
 
     monkeypatch.setattr(plan_accuracy, "probe", probe)
     monkeypatch.setattr("benchmarks.accuracy_run._LEAST_DECODE_S", 0.0)
@@ -172,7 +173,9 @@ def test_predictions_beside_measurements(work: Path, monkeypatch: pytest.MonkeyP
     assert first.notes[0] == "3 of 4 runs are still to be measured."
     report = plan_accuracy.run(work, scale)
     rows = report.tables["Predicted and measured"]
-    assert [row["speeds of decode"] for row in rows] == ["0.50 0.50 0.80 0.90 0.90"] * 4
+    assert [row["speeds of decode"] for row in rows] == [
+        "memory 0.50, arithmetic 0.80, disk 0.90, small_experts 0.70 0.60"
+    ] * 4
     assert first.tables["Predicted and measured"] == rows[:1]
     stores = {path.parent for path in probed}
     assert len(stores) == 2, "the disk is probed on the store of each format"

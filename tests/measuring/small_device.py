@@ -28,7 +28,7 @@ _SIZES: dict[Any, dict[str, Any]] = {
             for new, cached in ((1, 4), (1, 64), (4, 0), (32, 0))
         ),
     },
-    points: {"_NARROW_TOKENS": 2, "_NARROW_UNPACKED_TOKENS": 2, "_NARROW_COUNT": 2},
+    points: {"_NARROW_TOKENS": 2, "_NARROW_UNPACKED_TOKENS": 2, "NARROW_COUNT": 2},
     calibration: {"SHORT_TOKENS": 4, "PROMPT_TOKENS": 8},
 }
 
