@@ -29,7 +29,8 @@ from tests.placement.machines import machine
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"HIDDEN": 128, "INTERMEDIATE": 64, "COLD_NBYTES": 1 << 20}.items():
+    sizes = {"HIDDEN": 128, "INTERMEDIATE": 64, "NARROW_HIDDEN": 64, "NARROW_INTERMEDIATE": 32, "COLD_NBYTES": 1 << 20}
+    for name, value in sizes.items():
         monkeypatch.setattr(kernels, name, value)
 
 
