@@ -94,17 +94,17 @@ class TokenCurve:
         """Seconds of `calls` calls that together multiply `weights` weights; `tokens` tokens with `entries` inputs and
         outputs each, of `items` experts in each call.
         """
-        within = calls * max(items, 1.0)
-        return calls * self.call_s + within * self._one_s(weights / within, tokens, calls * entries / within, items > 0)
+        products = calls * max(items, 1.0)
+        return calls * self.call_s + self._within_s(weights, tokens, calls * entries, calls * items, products)
 
     def without_call_s(self, weights: float, tokens: float, entries: float, items: float = 1.0) -> float:
         """Seconds of products within a call, with so many inputs and outputs of a token together, of some experts."""
-        return items * self._one_s(weights / items, tokens, entries / items, True)
+        return self._within_s(weights, tokens, entries, items, items)
 
-    def _one_s(self, weights: float, tokens: float, entries: float, is_expert: bool) -> float:
-        """Of one expert of a call, or of a linear layer."""
-        whole_s = is_expert * self.item_s + entries * tokens * self.entry_s + weights * self.seconds_per_weight(tokens)
-        return whole_s if self.small is None else whole_s / self.small.speed(weights, tokens)
+    def _within_s(self, weights: float, tokens: float, entries: float, items: float, products: float) -> float:
+        """Seconds of so many products, of experts or of linear layers, without their calls."""
+        seconds = items * self.item_s + entries * tokens * self.entry_s + weights * self.seconds_per_weight(tokens)
+        return seconds if self.small is None else seconds / self.small.speed(weights / products, tokens)
 
     def seconds_per_weight(self, tokens: float) -> float:
         """Seconds for one weight, without the call."""

@@ -68,6 +68,11 @@ class Speeds:
         )
 
     @property
+    def of_attention(self) -> float:
+        """Of prompts' attention."""
+        return self.arithmetic if self.attention is None else self.attention
+
+    @property
     def of_steps(self) -> float:
         """Of what lies beside products and attention in passes of one token."""
         return self.arithmetic if self.steps is None else self.steps
@@ -315,7 +320,7 @@ class Compute:
             memory_bytes_per_s=memory * self.memory_bytes_per_s,
             experts=tuple(FormatCurve(one.format, one.curve.with_speeds(*speeds.of_experts)) for one in self.experts),
             linears=tuple(FormatCurve(one.format, one.curve.with_speeds(*speeds.of_linears)) for one in self.linears),
-            attention=self.attention.with_speeds(memory, arithmetic, speeds.attention or arithmetic),
+            attention=self.attention.with_speeds(memory, arithmetic, speeds.of_attention),
             overheads=self.overheads.with_speeds(*beside),
             packed_overheads=None if packed is None else packed.with_speeds(*beside),
             blocks=tuple(one.with_speeds(memory, arithmetic) for one in self.blocks),

@@ -14,7 +14,7 @@ reads that come late now and then hold up a layer, but not reads that go on besi
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -136,19 +136,18 @@ def probe(
         seconds: that it may take, about.
     """
     expert_curve, linear_curve = profile.cpu.expert(format), profile.cpu.linear(format)
-    experts = _products(expert_curve, lambda tokens: subjects.experts(format, several(tokens), tokens), _MANY)
-    linears = _products(
-        linear_curve, lambda tokens: subjects.linear(format, LARGE_ROWS, tokens), _LINEAR_MANY, shares=0.5
-    )
+    large_experts = {n: subjects.experts(format, several(n), n) for n in _tokens(expert_curve, *_MANY)}
+    large_linears = {n: subjects.linear(format, LARGE_ROWS, n) for n in _tokens(linear_curve, *_LINEAR_MANY)}
+    experts, linears = _products(expert_curve, large_experts), _products(linear_curve, large_linears, shares=0.5)
     many = narrow_tokens(format, expert_curve.tokens)
     small_experts = _Small(
         expert_curve,
-        subjects.experts(format, 1, 1),
+        large_experts[_FEW],
         [(tokens, subjects.experts(format, NARROW_COUNT, tokens, narrow=True)) for tokens in (_FEW, many)],
     )
     small_linears = _Small(
         linear_curve,
-        subjects.linear(format, LARGE_ROWS, 1),
+        large_linears[_FEW],
         [(tokens, subjects.linear(format, SMALL_ROWS, tokens)) for tokens in (_FEW, _LINEAR_MANY[0])],
     )
     attention = [_attention(subjects, profile, new_tokens) for new_tokens in PROMPT_ATTENTION]
@@ -187,19 +186,21 @@ def probe(
     )
 
 
-def _products(
-    curve: TokenCurve, make: Callable[[int], Product], many: tuple[int, int], shares: float = 1.0
-) -> list[_Repeated]:
-    """Of few tokens, of some between, and of the curve's points of many, which share what one of the others has."""
-    of_many = [tokens for tokens in curve.tokens if many[0] <= tokens <= many[1]] or [many[0]]
-    made = [(tokens, make(tokens)) for tokens in (_FEW, BETWEEN_TOKENS, *of_many)]
+def _tokens(curve: TokenCurve, fewest: int, most: int) -> list[int]:
+    """Few tokens, some between, and those of the curve's points of many, or the fewest of these."""
+    return [_FEW, BETWEEN_TOKENS, *([n for n in curve.tokens if fewest <= n <= most] or [fewest])]
+
+
+def _products(curve: TokenCurve, made: Mapping[int, Product], shares: float = 1.0) -> list[_Repeated]:
+    """Of few tokens, of some between, and of many, which share what one of the others has."""
+    of_many = len(made) - 2
     return [
         _Repeated(
             product.run,
             product.calls * curve.seconds(product.weights, tokens, 1, product.entries, product.items),
-            shares if tokens < many[0] else shares / len(of_many),
+            shares if tokens in (_FEW, BETWEEN_TOKENS) else shares / of_many,
         )
-        for tokens, product in made
+        for tokens, product in made.items()
     ]
 
 

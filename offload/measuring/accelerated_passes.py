@@ -10,15 +10,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import cast
 
 from transformers import PreTrainedModel
 
-from offload.loading import load
 from offload.measuring import calibration
 from offload.measuring.calibration import Remainders, overheads_of
-from offload.measuring.models import CACHED_TOKENS, CONTEXT_TOKENS, measure_model, random_model
+from offload.measuring.models import CACHED_TOKENS, CONTEXT_TOKENS, loaded, measure_model, random_model
 from offload.runtime import Runtime
 from placement.hardware_profile import HardwareProfile, Overheads
 from placement.planner import predicted
@@ -107,13 +104,8 @@ def _prompts(model: PreTrainedModel, tokens: int, repeats: int, seed: int = 0) -
 
 def _loaded(stack: ExitStack, directory: Path, device: str, layers: int, quant: str | None) -> _Passes:
     """A model with everything above."""
-    store = stack.enter_context(TemporaryDirectory(prefix=".offload-profile-", dir=directory))
     made = random_model(layers, calibration.NARROW)
-    model = load(
-        made, ram=_RAM_NBYTES, nvme=store, context=CONTEXT_TOKENS, quant=quant, device=device, progress=False
-    )  # fmt: skip
-    runtime = cast("Runtime", model.offload)
-    stack.callback(runtime.close)
+    model, runtime = loaded(stack, directory, made, _RAM_NBYTES, quant=quant, device=device)
     vram = runtime.plan.vram
     if vram is None or vram.window_layers or vram.slots < runtime.plan.expert_count:
         raise ValueError(f"{device} has no room for a model of {layers} layers with everything in its memory")

@@ -19,9 +19,7 @@ from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -29,7 +27,6 @@ from transformers import DynamicCache, PreTrainedModel
 from formats.elements import BF16
 from offload.devices.base import ExpertBatch
 from offload.devices.host import HostDevice
-from offload.loading import load
 from offload.measuring.from_disk import (
     DecodeFromDisk,
     PromptFromDisk,
@@ -38,7 +35,7 @@ from offload.measuring.from_disk import (
     prompt_from_disk,
 )
 from offload.measuring.grouped_sums import grouped_output_s
-from offload.measuring.models import CACHED_TOKENS, CONTEXT_TOKENS, SIZES, measure_model, random_model, run_pass
+from offload.measuring.models import CACHED_TOKENS, CONTEXT_TOKENS, SIZES, loaded, measure_model, random_model, run_pass
 from offload.measuring.reads import FileReads
 from offload.moe.layer import ExpertsLayer
 from offload.runtime import Runtime
@@ -288,15 +285,11 @@ def _loaded(
     beside: Plan | None = None,
 ) -> _Passes:  # fmt: skip
     """A model with a slot for every expert; or, beside the plan of such a one, with few more than a token needs."""
-    store = stack.enter_context(TemporaryDirectory(prefix=".offload-profile-", dir=directory))
-    made = random_model(layers, width)
     ram = 4 << 30
     if beside is not None:
         slots = min(beside.ram_slots - 1, layers * SIZES["num_experts_per_tok"] + 2)
         ram = beside.peak_ram_nbytes - (beside.ram_slots - slots) * beside.slot_nbytes
-    model = load(made, ram=ram, nvme=store, context=CONTEXT_TOKENS, quant=quant, progress=False)
-    runtime = cast("Runtime", model.offload)
-    stack.callback(runtime.close)
+    model, runtime = loaded(stack, directory, random_model(layers, width), ram, quant=quant)
     runtime.device = device = _TimedDevice()
     return _Passes(model, runtime, device, FileReads(runtime.store.shard_paths), forget)
 

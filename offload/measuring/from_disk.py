@@ -22,6 +22,10 @@ _LEAST = 0.05
 _HALVINGS = 40
 
 
+def _bytes_per_s(loads: int, nbytes: int, seconds: float) -> float:
+    return loads * nbytes / max(seconds, 1e-9)
+
+
 @dataclass(frozen=True)
 class PromptFromDisk:
     """The MoE layers of a prompt, whose experts all come from disk.
@@ -59,8 +63,10 @@ class PromptFromDisk:
         beside_s = max(self.kernels_s - self._last_s, 1e-9)
         kernels = min(1.0, max(_LEAST, (self.alone_s - self._last_s) / beside_s))
         reads = (self.reads_s - self.waiting_s) / beside_s
-        speed = self.loads * self.nbytes / max(self.reads_s, 1e-9)
-        return Overlap(self.tokens, min(1.0, max(_LEAST, reads, 1 - kernels)), kernels, speed)
+        return Overlap(
+            self.tokens, min(1.0, max(_LEAST, reads, 1 - kernels)), kernels,
+            _bytes_per_s(self.loads, self.nbytes, self.reads_s),
+        )  # fmt: skip
 
     @property
     def arrival_s(self) -> float:
@@ -146,7 +152,7 @@ class DecodeFromDisk:
             step_s: of a layer, for looking for its experts.
             overlap: of reads and kernels.
         """
-        overlap = overlap.beside(self.loads * self.nbytes / max(self.reads_s, 1e-9))
+        overlap = overlap.beside(_bytes_per_s(self.loads, self.nbytes, self.reads_s))
         each, reads_s = self.loads / self.layers, self.reads_s / self.layers
         idle_s = min(self.first_s / self.layers, reads_s)
 

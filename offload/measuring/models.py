@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from offload.loading import load
+from offload.runtime import Runtime
 
 CONTEXT_TOKENS = 512
 CACHED_TOKENS = 32
@@ -25,6 +31,25 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "tie_word_embeddings": False,
 }
+
+
+def loaded(
+    stack: ExitStack, directory: Path, made: PreTrainedModel, ram_nbytes: int, **options: Any
+) -> tuple[PreTrainedModel, Runtime]:
+    """A model through the runtime, with its experts in a store under a directory; both are gone when the stack ends.
+
+    Args:
+        stack: ends them.
+        directory: of the store.
+        made: the model; it is taken apart.
+        ram_nbytes: what it may take.
+        options: of `offload.load`.
+    """
+    store = stack.enter_context(TemporaryDirectory(prefix=".offload-profile-", dir=directory))
+    model = load(made, ram=ram_nbytes, nvme=store, context=CONTEXT_TOKENS, progress=False, **options)
+    runtime = cast("Runtime", model.offload)
+    stack.callback(runtime.close)
+    return model, runtime
 
 
 def random_model(layers: int, width: int, sizes: dict[str, Any] | None = None) -> PreTrainedModel:

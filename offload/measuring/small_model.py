@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from offload.loading import load
-from offload.measuring.models import CACHED_TOKENS, CONTEXT_TOKENS, SIZES, random_model, run_pass
-from offload.runtime import Runtime
+from offload.measuring.models import CACHED_TOKENS, CONTEXT_TOKENS, SIZES, loaded, random_model, run_pass
 
 _LAYERS, _WIDTH = 2, 64
 _SIZES: dict[str, Any] = SIZES | {
@@ -36,12 +33,7 @@ class SmallModel:
     def __init__(self, directory: Path) -> None:
         """Load it; its experts are written under a directory, and removed again by `close`."""
         with ExitStack() as stack:
-            store = stack.enter_context(TemporaryDirectory(prefix=".offload-profile-", dir=directory))
-            made = random_model(_LAYERS, _WIDTH, _SIZES)
-            model = load(made, ram=_RAM_NBYTES, nvme=store, context=CONTEXT_TOKENS, progress=False)
-            self.runtime = cast("Runtime", model.offload)
-            stack.callback(self.runtime.close)
-            self._model = model
+            self._model, self.runtime = loaded(stack, directory, random_model(_LAYERS, _WIDTH, _SIZES), _RAM_NBYTES)
             self._stack = stack.pop_all()
         self._ids = torch.arange(CONTEXT_TOKENS)[None] % _SIZES["vocab_size"]
         self._cache, self._cached_tokens = DynamicCache(config=self._model.config), CONTEXT_TOKENS

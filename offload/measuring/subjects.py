@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
@@ -31,6 +31,10 @@ _BEFORE_PASSES_S = 0.3
 _ROWS, _BURSTS = 2048, 7
 
 
+_Key = TypeVar("_Key", bool, int)
+_Calls = TypeVar("_Calls", ExpertCalls, LinearCalls)
+
+
 class RuntimeSubjects:
     """See `profiler.subjects.Subjects`. A context manager: at its end what it wrote is gone."""
 
@@ -49,7 +53,6 @@ class RuntimeSubjects:
         self._directory = directory
         self._repeats = repeats
         self._depths = depths
-        # Weights of one format at a time: making them takes longer than measuring.
         self._experts: dict[bool, ExpertCalls] = {}
         self._linears: dict[int, LinearCalls] = {}
         self._small: SmallModel | None = None
@@ -68,18 +71,10 @@ class RuntimeSubjects:
 
     def linear(self, format: str, rows: int, tokens: int) -> Product:
         """See `Subjects`."""
-        if any(calls.format != format for calls in self._linears.values()):
-            self._linears.clear()
-        if rows not in self._linears:
-            self._linears[rows] = LinearCalls(format, rows)
-        return self._linears[rows].product(tokens)
+        return _of_format(self._linears, format, rows, lambda: LinearCalls(format, rows)).product(tokens)
 
     def _expert_calls(self, format: str, *, narrow: bool = False) -> ExpertCalls:
-        if any(calls.format != format for calls in self._experts.values()):
-            self._experts.clear()
-        if narrow not in self._experts:
-            self._experts[narrow] = ExpertCalls(format, narrow=narrow)
-        return self._experts[narrow]
+        return _of_format(self._experts, format, narrow, lambda: ExpertCalls(format, narrow=narrow))
 
     def attention(self, new_tokens: int, cached_tokens: int, *, narrow: bool = False) -> Attention:
         """See `Subjects`."""
@@ -149,6 +144,17 @@ class RuntimeSubjects:
             return probe(self, profile, BF16.name if quant is None else quant, seconds=_BEFORE_PASSES_S)
 
         return measure_passes(profile, self._directory, self._repeats, quant, speeds, self._depths)
+
+
+def _of_format(kept: dict[_Key, _Calls], format: str, key: _Key, make: Callable[[], _Calls]) -> _Calls:
+    """Those that are kept, or new ones, and only of this format: they are large, and making them takes longer than
+    measuring.
+    """
+    if any(calls.format != format for calls in kept.values()):
+        kept.clear()
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
 
 
 @contextmanager
