@@ -103,8 +103,8 @@ def _files_to_read(
     writer = stack.enter_context(ThreadPoolExecutor(1))
     found = writer.submit(lambda: stack.enter_context(Scratch(root, nbytes)))
     return found, (
-        "the disk was measured on a file that was just written: where a virtual machine's host keeps such a file in "
-        "memory, models are read at a fraction of that speed; `offload profile --again` reads stores once there are any"
+        "the disk was measured on a file that was just written, for lack of expert stores: where a virtual machine's "
+        "host keeps such a file in memory, what a model reads for the first time comes at a fraction of that speed"
     )
 
 

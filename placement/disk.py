@@ -96,8 +96,8 @@ class Disk:
         free_nbytes: free bytes.
         between: share of their speed that kernels of few tokens have between the reads of one layer and of the next:
             their threads and the cores slept, and whoever read for the machine may be busy still.
-        again: times as fast as others come reads of what was read before: it may lie in the memory of a virtual
-            machine's host, as blocks of a KV cache do, all of which every step reads; 1 where nothing keeps them.
+        first_bytes_per_s: of large reads of what was not read before. Where a virtual machine's host keeps in its
+            memory what it read, all others come faster, and a model reads the same again and again; None: not known.
     """
 
     points: tuple[DiskPoint, ...]
@@ -108,7 +108,7 @@ class Disk:
     free_nbytes: int
     between: float = 1.0
     short_bursts: tuple[DiskPoint, ...] = ()
-    again: float = 1.0
+    first_bytes_per_s: float | None = None
     resident: Overlap | None = None
 
     def __post_init__(self) -> None:
@@ -116,8 +116,6 @@ class Disk:
             raise ValueError("a disk needs measurements, and overlaps for few tokens and for more")
         if not 0 < self.between <= 1:
             raise ValueError(f"a share of speed is above 0 and at most 1: {self.between}")
-        if not self.again >= 1:
-            raise ValueError(f"what was read before is not slower than what was not: {self.again}")
 
     def bytes_per_s(self, block_nbytes: int, in_flight: int) -> float:
         """Speed of reads alone.
@@ -166,19 +164,13 @@ class Disk:
         return _between(self.bursts, block_nbytes) if self.bursts else self.bytes_per_s(block_nbytes, BURST_READS)
 
     def times(self, factor: float, bursts: float | None = None) -> Disk:
-        """The disk with reads `factor` times as fast, and bursts of them `bursts` times (None: as much).
-
-        What was read before comes as it did, and not slower than what was not: it comes from elsewhere.
-        """
+        """The disk with reads `factor` times as fast, and bursts of them `bursts` times (None: as much)."""
         of_bursts = factor if bursts is None else bursts
-        again = max(1.0, self.again / factor)
         points, first, short = (
             tuple(DiskPoint(p.block_nbytes, p.in_flight, share * p.bytes_per_s) for p in some)
             for some, share in ((self.points, factor), (self.bursts, of_bursts), (self.short_bursts, of_bursts))
         )
-        return replace(
-            self, points=points, bursts=first, short_bursts=short, latency_s=self.latency_s / of_bursts, again=again
-        )
+        return replace(self, points=points, bursts=first, short_bursts=short, latency_s=self.latency_s / of_bursts)
 
 
 def _between(points: Sequence[DiskPoint], block_nbytes: int) -> float:

@@ -12,7 +12,7 @@ from placement.curves import SmallProducts, TokenCurve
 from placement.disk import Disk
 from placement.records import from_json, to_json
 
-PROFILE_VERSION = 16
+PROFILE_VERSION = 17
 
 SMALL_PROMPT_TOKENS = 64
 """Of prompts of a small model."""

@@ -159,8 +159,7 @@ def _with(
     nbytes = share * sum(cold_nbytes(kv, work) for work in works)
     shapes = [shape for shape in spec.kv_shapes if shape is not None]
     segment = SETTINGS.segment_blocks * max(block_nbytes(shape, kv.format) for shape in shapes)
-    again = profile.disk.again if works[0].new_tokens == 1 else 1.0
-    speed = again * profile.disk.bytes_per_s(segment, _READS_IN_FLIGHT)
+    speed = profile.disk.bytes_per_s(segment, _READS_IN_FLIGHT)
     read_s = nbytes / speed
     attention_s = np.array(one.terms.attention_s)
     stall_s = max(0.0, float(profile.disk.few.beside(speed).seconds(attention_s, np.array(read_s)) - attention_s))

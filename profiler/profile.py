@@ -22,6 +22,8 @@ _NO_OVERLAP = Overlap(2, 1.0, 1.0)
 """Until passes from disk tell."""
 _OVERLAP_NBYTES, _BESIDE_BLOCKS = 64 * _MIB, 8
 _BYTES_PER_POINT = 96 * _MIB
+_READ_AGAIN_NBYTES = 384 * _MIB
+"""In which all reads lie: more than a drive's own memory holds of what was read, and little to read once."""
 _MAX_BLOCKS = 256
 """Of reads that go on, GOING_ON_READS at least: until the first are there and while the last are read alone the disk is
 not as busy as between, and a layer's reads have that added."""
@@ -61,6 +63,8 @@ def measure_machine(
     blocks = {name: _block_points(name) for name in KV_FORMATS if name != "fp16"}
     found = Found()
     budget_s = effort.call_s / effort.rounds
+    # A model reads its experts again and again, and most of that time none of them for the first time.
+    first_bytes_per_s = subjects.read_first(int(effort.share_of_reads * _READ_AGAIN_NBYTES))
     for number in range(effort.rounds):
         say(f"kernels and disk, round {number + 1} of {effort.rounds}")
         for name in formats:
@@ -87,7 +91,7 @@ def measure_machine(
         small_prompt_s=found.seconds(_small_pass_of(SMALL_PROMPT_TOKENS)),
     )
     provenance = Provenance("measured", machine.describe(), machine.fingerprint, now(), machine.versions)
-    disk = _disk(found, effort, free_nbytes)
+    disk = _disk(found, effort, free_nbytes, first_bytes_per_s)
     profile = HardwareProfile("this machine", cpu, None, None, None, 0, disk, provenance)
     say("forward passes")
     plain = subjects.passes(profile, None)
@@ -153,9 +157,6 @@ def _read(found: Found, subjects: Subjects, effort: Effort) -> None:
             for reads in (FEW_READS, BURST_READS):
                 found.note(_burst_of(block, reads), reads * block / subjects.read(block, _IN_FLIGHT, reads))
     found.note("between", subjects.between_reads(partial(subjects.read, _MIB, _IN_FLIGHT, BURST_READS), _BETWEEN_READS))
-    block = effort.blocks[-1]
-    first_s = subjects.read(block, _IN_FLIGHT, GOING_ON_READS)
-    found.note("again", first_s / subjects.read_again(block, _IN_FLIGHT, GOING_ON_READS))
     found.note("latency", min(subjects.read(4096, 1, 1) for _ in range(8)))
 
 
@@ -201,7 +202,7 @@ def _point_of(block: int, depth: int) -> str:
     return f"reads of {block}, {depth} in flight"
 
 
-def _disk(found: Found, effort: Effort, free_nbytes: int) -> Disk:
+def _disk(found: Found, effort: Effort, free_nbytes: int, first_bytes_per_s: float) -> Disk:
     points = tuple(
         DiskPoint(block, depth, found.median(_point_of(block, depth)))
         for block in effort.blocks
@@ -215,6 +216,6 @@ def _disk(found: Found, effort: Effort, free_nbytes: int) -> Disk:
         for reads in (FEW_READS, BURST_READS)
     )
     few, resident = (_beside_each_other(found, tokens) for tokens in (1, _RESIDENT_TOKENS))
-    between, again = min(1.0, found.median("between")), max(1.0, found.median("again"))
+    between = min(1.0, found.median("between"))
     latency_s = min(found.repeats["latency"])
-    return Disk(points, bursts, latency_s, few, _NO_OVERLAP, free_nbytes, between, short, again, resident)
+    return Disk(points, bursts, latency_s, few, _NO_OVERLAP, free_nbytes, between, short, first_bytes_per_s, resident)

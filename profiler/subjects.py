@@ -96,8 +96,8 @@ class Subjects(Kernels, Protocol):
         """Seconds to read that many blocks from random places of the disk."""
         ...
 
-    def read_again(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
-        """Likewise from the places of the call of `read` before, which had as many blocks of this size."""
+    def read_first(self, nbytes: int) -> float:
+        """Bytes per second of reading so much that was not read before; `read` reads nothing else from then on."""
         ...
 
     def beside_kernels(self, call: Callable[[], float], format: str, count: int, tokens: int) -> tuple[float, float]:

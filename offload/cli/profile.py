@@ -93,9 +93,10 @@ def _disk(disk: Disk | None) -> dict[str, str]:
         f"{one.reads:.0%} and {one.kernels:.0%} of {one.tokens} token{'s'[: one.tokens > 1]}"
         for one in (disk.few, disk.many)
     )
+    first = "" if disk.first_bytes_per_s is None else f"; {speed(disk.first_bytes_per_s)} for the first time"
     return {
-        "disk": f"{speed(best.bytes_per_s)} in reads of {format_size(best.block_nbytes)}, {best.in_flight} in flight; "
-        f"{disk.latency_s * 1e6:.0f} us for one small read",
+        "disk": f"{speed(best.bytes_per_s)} in reads of {format_size(best.block_nbytes)}, {best.in_flight} in flight"
+        f"{first}; {disk.latency_s * 1e6:.0f} us for one small read",
         "beside each other": f"reads and kernels are left with {beside}",
     }
 

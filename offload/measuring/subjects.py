@@ -92,9 +92,9 @@ class RuntimeSubjects:
         """See `Subjects`."""
         return self._disk.read(block_nbytes, in_flight, blocks)
 
-    def read_again(self, block_nbytes: int, in_flight: int, blocks: int) -> float:
+    def read_first(self, nbytes: int) -> float:
         """See `Subjects`."""
-        return self._disk.read(block_nbytes, in_flight, blocks, again=True)
+        return self._disk.read_first(nbytes)
 
     def beside_kernels(self, call: Callable[[], float], format: str, count: int, tokens: int) -> tuple[float, float]:
         """The call runs on a thread of its own, the kernels on this one until it returns.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,13 +160,39 @@ def test_files_that_are_there_are_read_whole_and_left(tmp_path: Path) -> None:
     assert {file for file, _ in files._places(32 << 10, 40)} == {1}, "of the others no block is large enough"
     with pytest.raises(ValueError, match="1,048,576 bytes"):
         files.read(1 << 20, 1, 1)
-    files.read(8192, 1, 3)
-    last = list(files._last)
-    files.read(8192, 2, 3, again=True)
-    assert files._last == last, "the same places"
+    files.read(8192, 2, 3)
     arrived = files._memory(1).bytes()[: 3 * 8192]
     assert set(arrived.tolist()) <= set(range(256))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "small"]
+
+
+def test_what_was_read_once_is_read_again_and_nothing_else(tmp_path: Path) -> None:
+    part = 32 << 20
+    whole, long = tmp_path / "whole", tmp_path / "long"
+    for path, nbytes in ((whole, 5 << 20), (long, 6 * part + (20 << 20))):
+        with open(path, "wb") as file:
+            file.truncate(nbytes)
+    files = FileReads([whole, long])
+    read: list[tuple[int, int]] = []
+    alone = files._read
+
+    def note(places: Sequence[tuple[int, int]], size: int, in_flight: int) -> float:
+        assert size == 4 << 20
+        read.extend(places)
+        return alone(places, size, in_flight)
+
+    files._read = note  # type: ignore[method-assign]
+    assert files.read_first(3 * part - 1) > 0
+    files._read = alone  # type: ignore[method-assign]
+    parts = {(file, start // part) for file, start in read}
+    assert len(read) == len(set(read)) and 3 <= len(parts) <= 4
+    assert (1, 6) not in parts, "what is left of a file is no part"
+    assert read.count((0, 0)) <= 1 and (0, 4 << 20) not in read
+    for size in (4096, 12 << 20):
+        places = files._places(size, 500)
+        assert {(file, start // part) for file, start in places} <= parts
+        assert all(start // part == (start + size - 1) // part for _, start in places), "within one part"
+    assert FileReads([whole]).read_first(1 << 40) > 0, "a file smaller than a part is read whole"
 
 
 def test_memory_is_streamed() -> None:

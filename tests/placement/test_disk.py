@@ -83,18 +83,6 @@ def test_what_is_left_between_reads_is_a_share(share: float) -> None:
         replace(DISK, between=share)
 
 
-def test_what_was_read_before_is_not_slower() -> None:
-    with pytest.raises(ValueError, match="not slower"):
-        replace(DISK, again=0.9)
-    kept = replace(DISK, again=2.0)
-
-    def kept_bytes_per_s(disk: Disk) -> float:
-        return disk.again * disk.bytes_per_s(1 << 20, 4)
-
-    assert kept_bytes_per_s(kept.times(0.5)) == kept_bytes_per_s(kept.times(1.5)) == kept_bytes_per_s(kept)
-    assert kept.times(4.0).again == 1.0
-
-
 @pytest.mark.parametrize(
     ("tokens", "reads", "kernels"), [(0.5, 0.5, 0.6), (1, 0.5, 0.6), (8, 0.6, 0.7), (64, 0.7, 0.8), (1e4, 0.7, 0.8)]
 )

@@ -97,24 +97,6 @@ def test_blocks_on_disk_cost_their_reads() -> None:
     assert cold.prediction.decode.low_s < cold.prediction.decode.seconds < cold.prediction.decode.high_s
 
 
-def test_decode_reads_again_what_the_step_before_read() -> None:
-    profile = machine(gpu=False)
-    assert profile.disk is not None
-    again = replace(profile, disk=replace(profile.disk, again=4.0))
-    found = [
-        [make_plan(SPEC, LONG, 1 << 33, one, kv=KvChoice("int8", ram)).prediction for ram in (1 << 27, 1 << 31)]
-        for one in (profile, again)
-    ]
-    (cold, warm), (faster, as_warm) = found
-    assert cold is not None and warm is not None and faster is not None and as_warm is not None
-    assert warm.decode == as_warm.decode, "experts are others each time"
-    assert faster.prefill == cold.prefill
-    reads_s = cold.decode.disk_busy_s - warm.decode.disk_busy_s
-    assert faster.decode.disk_busy_s - warm.decode.disk_busy_s == pytest.approx(reads_s / 4, rel=1e-3)
-    assert faster.decode.seconds < cold.decode.seconds
-    assert faster.decode.read_nbytes == cold.decode.read_nbytes
-
-
 def test_attention_reads_the_formats_bytes() -> None:
     plan = make_plan(SPEC, LONG, 1 << 32, kv=KvChoice("int4", 1 << 30))
     assert plan.kv is not None

@@ -63,7 +63,7 @@ def test_every_figure_comes_back() -> None:
     assert found.disk.short_bursts[-1].bytes_per_s < found.disk.bursts[-1].bytes_per_s
     assert found.disk.few.bytes_per_s == pytest.approx(2e9, rel=0.01)
     assert found.disk.between == 0.7
-    assert found.disk.again == pytest.approx(3)
+    assert found.disk.first_bytes_per_s == 3e8
     assert found.disk.latency_s == pytest.approx(1e-4, rel=0.1)
     assert found.cpu.overheads == found.cpu.overheads_in("bf16") == Overheads(1e-3, 2e-4, 3e-9)
     assert found.cpu.packed_overheads == found.cpu.overheads_in("int8") == Overheads(1e-3, 5e-4, 3e-9)
