@@ -128,7 +128,7 @@ def grouping_s(experts: ExpertsSpec, profile: HardwareProfile, outputs: float) -
     """Seconds that a layer of a prompt takes more where its experts, which put out so many numbers, are computed and
     summed group by group.
     """
-    groups = groups_of(outputs)
+    groups = groups_of(outputs, accelerated=profile.gpu is not None)
     if groups == 1:
         return 0.0
     format, cpu = experts.layout.format, profile.cpu

@@ -19,7 +19,7 @@ from placement.kv import (
 )
 from placement.kv_cost import in_blocks, with_blocks_in_vram, with_reads, with_sparsity
 from placement.model_spec import ModelSpec
-from placement.outputs import GROUP_NBYTES, PAIR_BUFFER_NBYTES
+from placement.outputs import GROUP_NBYTES, kept_nbytes
 from placement.plan import Plan, RamUse, VramPlan
 from placement.predict import Routing, predict
 from placement.prediction import Prediction
@@ -91,20 +91,20 @@ def activation_nbytes(spec: ModelSpec, batch: int, tokens: int, *, all_logits: b
     logits = batch * spec.vocab_size * 4 * _SAMPLING_COPIES
     if all_logits:
         logits += batch * tokens * spec.vocab_size * 4
-    return _most_rows_nbytes(spec, batch * tokens) + logits + kept
+    return _most_rows_nbytes(spec, batch * tokens, host=host) + logits + kept
 
 
-def _most_kept_rows(spec: ModelSpec) -> int:
+def _most_kept_rows(spec: ModelSpec, *, host: bool) -> int:
     """Tokens of a pass up to which the outputs of all its pairs are kept."""
-    return PAIR_BUFFER_NBYTES // (max(spec.top_k, 1) * spec.hidden_size * 4)
+    return kept_nbytes(accelerated=not host) // (max(spec.top_k, 1) * spec.hidden_size * 4)
 
 
-def _most_rows_nbytes(spec: ModelSpec, rows: int) -> int:
+def _most_rows_nbytes(spec: ModelSpec, rows: int, *, host: bool) -> int:
     """Bytes of a pass of so many tokens at most: the longest may take less than a shorter one."""
-    return max(_rows_nbytes(spec, some) for some in (rows, min(rows, _most_kept_rows(spec))))
+    return max(_rows_nbytes(spec, some, host=host) for some in (rows, min(rows, _most_kept_rows(spec, host=host))))
 
 
-def _rows_nbytes(spec: ModelSpec, rows: int) -> int:
+def _rows_nbytes(spec: ModelSpec, rows: int, *, host: bool) -> int:
     """Bytes of a pass of so many tokens, with the outputs of its MoE step and what is between an expert's projections.
 
     Outputs of all (token, expert) pairs, as far as that goes; beyond, of a group, and their sum.
@@ -114,7 +114,7 @@ def _rows_nbytes(spec: ModelSpec, rows: int) -> int:
     if not spec.experts:
         return rows * token_nbytes
     pair_nbytes = row_nbytes + 4 * max(layer.layout.intermediate for layer in spec.experts)
-    if rows <= _most_kept_rows(spec):
+    if rows <= _most_kept_rows(spec, host=host):
         return rows * (token_nbytes + spec.top_k * pair_nbytes)
     # An expert that all tokens go to is a group of its own.
     pairs = max(rows, GROUP_NBYTES // row_nbytes)
@@ -168,8 +168,8 @@ def unused_ram_nbytes(spec: ModelSpec, workload: Workload, *, paged: bool) -> in
     prompt = min(workload.prompt_tokens, context)
     chunk = min(prompt, workload.prefill_chunk_tokens)
     passes = {1, chunk, prompt % chunk or chunk}
-    longest = max(_rows_nbytes(spec, batch * tokens) for tokens in passes)
-    any_pass = _most_rows_nbytes(spec, batch * min(context, workload.prefill_chunk_tokens))
+    longest = max(_rows_nbytes(spec, batch * tokens, host=True) for tokens in passes)
+    any_pass = _most_rows_nbytes(spec, batch * min(context, workload.prefill_chunk_tokens), host=True)
     unused = max(0, any_pass - longest)
     if not paged:
         tokens = min(context, prompt + workload.new_tokens)

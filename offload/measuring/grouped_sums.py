@@ -13,7 +13,7 @@ from offload.moe.routing import Routing, route
 from profiler.timing import repeated
 
 _TOKENS, _EXPERTS, _TOP_K, _HIDDEN = 256, 32, 8, 2048
-"""Together 16 MiB of outputs: the most that a step keeps."""
+"""Together 16 MiB of outputs, four groups: as many as no cache of a core holds."""
 _REPEATS = 5
 
 

@@ -15,7 +15,7 @@ import torch
 from cpu_kernels.weighted_sum import add_weighted, weighted_sum
 from offload.devices.host_threads import kernel_pool
 from offload.moe.routing import Ints, Routing
-from placement.outputs import GROUP_NBYTES, PAIR_BUFFER_NBYTES
+from placement.outputs import GROUP_NBYTES, kept_nbytes
 
 _thread = threading.local()
 
@@ -126,9 +126,9 @@ class OrderedAccumulator(Accumulator):
         return self._sum
 
 
-def make_accumulator(routing: Routing, hidden: int) -> Accumulator:
-    """The way of summing for this many pairs; depends on shapes only."""
+def make_accumulator(routing: Routing, hidden: int, *, accelerated: bool = False) -> Accumulator:
+    """The way of summing for this many pairs; depends on shapes, and on whether an accelerator takes part, only."""
     pairs = routing.weights.numel()
-    if pairs * hidden * 4 <= PAIR_BUFFER_NBYTES:
+    if pairs * hidden * 4 <= kept_nbytes(accelerated=accelerated):
         return PairAccumulator(routing, hidden)
     return OrderedAccumulator(routing, hidden)

@@ -61,7 +61,7 @@ def tiered_step(
         StorageError, StoreCorruptError: an expert could not be read or copied; both tiers are whole.
     """
     routing = route(top_k_index, top_k_weights, layer.count)
-    accumulator = make_accumulator(routing, hidden.shape[-1])
+    accumulator = make_accumulator(routing, hidden.shape[-1], accelerated=True)
     step = _Step(layer, accelerated, hidden.contiguous(), routing, accumulator, watch)
     try:
         if isinstance(accumulator, OrderedAccumulator):

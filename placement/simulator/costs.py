@@ -14,6 +14,7 @@ from placement.expert_cost import cpu_arrival_s, expert_entries, expert_weights,
 from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import ExpertsSpec
+from placement.outputs import groups_of
 from prefetch.scheduler.records import LayerCosts
 from prefetch.scheduler.scheduler import LayerScheduler
 
@@ -66,6 +67,10 @@ class ExpertCosts:
             assert curve is not None, "an expert on an accelerator that is not there"
             self._seconds[key] = curve.without_call_s(self._weights, tokens, self._entries)
         return self._seconds[key]
+
+    def groups_of(self, outputs: int) -> int:
+        """See `placement.outputs.groups_of`."""
+        return groups_of(outputs, accelerated=self._profile.gpu is not None)
 
     def grouping_s(self, outputs: int) -> float:
         """See `placement.expert_cost.grouping_s`."""

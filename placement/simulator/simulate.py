@@ -13,7 +13,6 @@ from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.layer_kinds import layer_kinds
 from placement.model_spec import ModelSpec
-from placement.outputs import groups_of
 from placement.passes import Pass
 from placement.plan import Plan
 from placement.simulator.costs import ExpertCosts
@@ -234,7 +233,7 @@ class _Runner:
         keys = step.keys
         loads = dict(zip(keys, step.loads, strict=True))
         outputs = sum(step.loads) * self.spec.hidden_size
-        ordered = groups_of(outputs) > 1
+        ordered = costs.groups_of(outputs) > 1
 
         def choose(in_vram: list[int], in_ram: list[int], missing: list[int]) -> set[int]:
             if ordered:

@@ -41,5 +41,5 @@ def make_rig() -> Iterator[Callable[..., Rig]]:
 def accumulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of summing, whatever the sizes."""
     nbytes = {"pairs": 1 << 40, "ordered": -1}[request.param]
-    monkeypatch.setattr("offload.moe.accumulate.PAIR_BUFFER_NBYTES", nbytes)
+    monkeypatch.setattr("offload.moe.accumulate.kept_nbytes", lambda **_: nbytes)
     return str(request.param)

@@ -9,7 +9,7 @@ import torch
 
 from offload.moe.accumulate import Accumulator, OrderedAccumulator, PairAccumulator, make_accumulator
 from offload.moe.routing import Routing, route
-from placement.outputs import PAIR_BUFFER_NBYTES
+from placement.outputs import ACCELERATED_PAIR_BUFFER_NBYTES, PAIR_BUFFER_NBYTES
 
 HIDDEN = 9
 EXPERTS = 7
@@ -77,8 +77,9 @@ def test_the_ordered_sum_refuses_another_order() -> None:
 
 def test_the_way_depends_on_shapes_alone() -> None:
     few, _ = choose(17, 3, dropped=True)
-    limit = PAIR_BUFFER_NBYTES // (17 * 3 * 4)
-    assert isinstance(make_accumulator(few, limit), PairAccumulator)
-    assert isinstance(make_accumulator(few, limit + 1), OrderedAccumulator)
+    for accelerated, nbytes in ((False, PAIR_BUFFER_NBYTES), (True, ACCELERATED_PAIR_BUFFER_NBYTES)):
+        limit = nbytes // (17 * 3 * 4)
+        assert isinstance(make_accumulator(few, limit, accelerated=accelerated), PairAccumulator)
+        assert isinstance(make_accumulator(few, limit + 1, accelerated=accelerated), OrderedAccumulator)
     assert PairAccumulator.ordered is False
     assert OrderedAccumulator.ordered is True

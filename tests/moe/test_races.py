@@ -70,7 +70,7 @@ def expected(layer: int, tokens: int, seed: int, ordered: bool) -> torch.Tensor:
     rig = Rig(slots=EXPERTS, count=COUNT, layers=LAYERS, threads=1)
     rig.device = WatchedDevice(rig)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulate, "PAIR_BUFFER_NBYTES", -1 if ordered else 1 << 40)
+        patch.setattr(accumulate, "kept_nbytes", lambda **_: -1 if ordered else 1 << 40)
         out = rig.step(layer, *rig.inputs(tokens, TOP_K, seed=seed))
     rig.close()
     return out
@@ -179,7 +179,7 @@ class RaceMachine(RuleBasedStateMachine):
         watch = Ahead(rig, reads, copies, prefill)
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(accumulate, "PAIR_BUFFER_NBYTES", -1 if ordered else 1 << 40)
+                patch.setattr(accumulate, "kept_nbytes", lambda **_: -1 if ordered else 1 << 40)
                 out = rig.tiered(layer, *hidden, watch=watch)
         except (StorageError, StoreCorruptError):
             assert self.torn_copies or needed & (self.broken | self.flipped)

@@ -76,7 +76,7 @@ def test_any_tiers_any_costs(data: st.DataObject) -> None:
 
 
 def test_many_pairs_are_summed_in_order(make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 0)
+    monkeypatch.setattr(accumulate, "kept_nbytes", lambda **_: 0)
     rig, plain = make_rig(above=3, slots=2, costs=COPY_ALL), Rig(slots=6)
     rig.pair.preload([1, 4, 5], lambda _key: None)
     for seed in range(3):
@@ -92,7 +92,7 @@ def test_many_pairs_are_summed_in_order(make_rig: type[TieredRig], monkeypatch: 
 def test_experts_above_are_computed_with_one_call_as_far_as_outputs_are_bounded(
     resident: Sequence[int], most_pairs: int, make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 0)
+    monkeypatch.setattr(accumulate, "kept_nbytes", lambda **_: 0)
     rig, plain = make_rig(above=8, slots=4, costs=COPY_NONE, count=8), Rig(slots=8, count=8)
     rig.pair.preload(list(resident), lambda _key: None)
     calls: list[list[int]] = []
@@ -121,7 +121,7 @@ def test_a_prompt_copies_each_expert_at_most_once(
     above: int, slots: int, costs: LayerCosts, make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both layers, one after the other, as chunks of a prompt run: bits as on two tiers."""
-    monkeypatch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 0)
+    monkeypatch.setattr(accumulate, "kept_nbytes", lambda **_: 0)
     rig, plain = make_rig(above=above, slots=slots, costs=costs), Rig(slots=12)
     for seed in range(4):
         for layer in range(2):
@@ -138,7 +138,7 @@ def test_a_prompt_copies_each_expert_at_most_once(
 def test_experts_that_a_prompt_is_routed_to_most_stay_above(
     make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 0)
+    monkeypatch.setattr(accumulate, "kept_nbytes", lambda **_: 0)
     # All but the few through which others pass.
     rig = make_rig(above=8, slots=4, costs=COPY_ALL, count=8)
     hidden, _, _ = rig.inputs(6, 1)
@@ -155,7 +155,7 @@ def test_experts_that_a_prompt_is_routed_to_most_stay_above(
     assert {1, 6, 9, 14} <= set(rig.pair.above.table)
     # Decoding ends the prompt: the next one's counts begin at nothing.
     with monkeypatch.context() as patch:
-        patch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 1 << 20)
+        patch.setattr(accumulate, "kept_nbytes", lambda **_: 1 << 20)
         rig.tiered(0, *rig.inputs(1, 2))
     run(0, 4)
     assert {0, 4, 8, 12} <= set(rig.pair.above.table)
@@ -165,7 +165,7 @@ def test_experts_that_a_prompt_is_routed_to_most_stay_above(
 def test_a_prompt_whose_reads_fail_leaves_both_tiers_whole(
     seed: int, make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accumulate, "PAIR_BUFFER_NBYTES", 0)
+    monkeypatch.setattr(accumulate, "kept_nbytes", lambda **_: 0)
     rig, choose = make_rig(above=1 + seed % 4, slots=2 + seed % 3, costs=COPY_ALL), np.random.default_rng(seed)
     inputs = rig.inputs(7, 3, seed=seed)
     failing = choose.choice(inputs[1].unique().tolist())

@@ -16,7 +16,7 @@ from placement.expert_cost import expert_cost, expert_entries, expert_weights, l
 from placement.hardware_profile import FormatCurve, HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import ExpertsSpec
-from placement.outputs import groups_of
+from placement.outputs import GROUP_NBYTES, groups_of
 from placement.routing import LayerDemand
 from tests.placement.machines import machine, machines
 
@@ -47,14 +47,15 @@ def test_what_experts_round_counts_where_the_curve_tells_it_apart() -> None:
     assert more == pytest.approx(8 * 5 * entries * 1e-9)
 
 
-@pytest.mark.parametrize(("tokens", "groups"), [(512, 1), (513, 5), (768, 6)])
+@pytest.mark.parametrize(("tokens", "groups"), [(2048, 1), (2049, 17), (3072, 24)])
 def test_outputs_beyond_what_a_step_keeps_are_computed_and_summed_in_groups(tokens: int, groups: int) -> None:
     plain = machine(gpu=False)
     overheads = replace(plain.cpu.overheads, grouped_output_s=1e-9)
     profile = replace(plain, cpu=replace(plain.cpu, overheads=overheads))
     need = LayerDemand(64.0, tokens * 8.0)
     outputs = tokens * 8 * EXPERTS.layout.hidden
-    assert groups_of(outputs) == groups
+    assert groups_of(outputs, accelerated=False) == groups
+    assert groups_of(outputs, accelerated=True) == math.ceil(outputs * 4 / GROUP_NBYTES)
     rates = np.array([0.0]), np.array([1.0])
     costs = [
         expert_cost(EXPERTS, one, HOMES, need, tokens, *rates, on_gpu=False, decode=False) for one in (plain, profile)

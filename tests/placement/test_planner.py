@@ -137,7 +137,7 @@ def rows_nbytes(model: ModelSpec, rows: int) -> int:
     """Of a pass of so many tokens, without logits and what is kept."""
     output, hidden = 4 * model.hidden_size, 4 * max(layer.layout.intermediate for layer in model.experts)
     top_k = max(layer.top_k for layer in model.experts)
-    if rows <= (16 << 20) // (top_k * output):
+    if rows <= (64 << 20) // (top_k * output):
         return rows * (model.activation_nbytes_per_token + top_k * (output + hidden))
     return rows * (model.activation_nbytes_per_token + output) + max(rows, (4 << 20) // output) * (output + hidden)
 
