@@ -149,7 +149,11 @@ def run(work: Path, scale: AccuracyScale) -> Report:
         if number and perf_counter() - began > scale.limit_s:
             break
         plan = plan_of(cell, prepared[cell], profile)
-        with RuntimeSubjects(_store_of(prepared[cell], root), root, repeats=0) as subjects:
+        disk = _store_of(prepared[cell], root)
+        if cell.resident < 1:
+            # Predictions are of a model that has read its experts before.
+            disk.read_first(disk.nbytes)
+        with RuntimeSubjects(disk, root, repeats=0) as subjects:
 
             def speeds(cell: Cell = cell, plan: Plan = plan, subjects: RuntimeSubjects = subjects) -> Speeds:
                 block = min(plan.slot_nbytes, plan.read_chunk_nbytes) if cell.resident < 1 else 0
