@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import time_ns
@@ -12,7 +13,7 @@ from benchmarks.peers import Peer
 from benchmarks.sessions import Fed, ModelOptions
 from placement.hardware_profile import Speeds
 
-_LEAST_DECODE_S = 0.75
+_LEAST_TURN_S = 0.75
 FEWEST_PASSES, MOST_PASSES = 4, 96
 MOST_TURNS = 10
 _UNDISTURBED = 0.05
@@ -21,7 +22,7 @@ _UNDISTURBED = 0.05
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt, or some passes of decode.
+    """Some prompts, one after the other, or some passes of decode.
 
     Attributes:
         speeds: of the machine, over the profile's, right before.
@@ -72,7 +73,7 @@ class Measured:
 
 def passes_of_turn(passes_per_s: float) -> int:
     """Passes of a turn of decode, of which so many are expected in a second."""
-    return round(min(max(_LEAST_DECODE_S * passes_per_s, FEWEST_PASSES), MOST_PASSES))
+    return round(min(max(_LEAST_TURN_S * passes_per_s, FEWEST_PASSES), MOST_PASSES))
 
 
 def measured(
@@ -96,7 +97,7 @@ def measured(
     with Peer(options) as peer:
         loaded = peer.ready()
         peer.start(tokens.take(size))
-        prefill, _ = _turns(lambda: peer.prefill(tokens.take(size)), speeds, turns, MOST_TURNS)
+        prefill, _ = _turns(lambda: _prompts(lambda: peer.prefill(tokens.take(size)), size), speeds, turns, MOST_TURNS)
         peer.start(tokens.take(size))
         peer.feed(tokens.take(batch * FEWEST_PASSES))
         decode, made = _turns(lambda: peer.feed(tokens.take(batch * passes)), speeds, turns, MOST_TURNS)
@@ -106,6 +107,21 @@ def measured(
         origin["date"], origin["commit"], loaded["slots"], loaded["peak_ram_nbytes"], memory["before_nbytes"],
         memory["peak_nbytes"], prefill, decode, passes, made,
     )  # fmt: skip
+
+
+def _prompts(prefill: Callable[[], Fed], size: int) -> Fed:
+    """Prompts of so many tokens, as many as take as long as a turn should, as if they were one."""
+    found: list[Fed] = []
+    seconds = 0.0
+    while not found or seconds < _LEAST_TURN_S:
+        found.append(prefill())
+        seconds += size / found[-1].tokens_per_s
+    return Fed(
+        len(found) * size / seconds,
+        statistics.mean(one.disk_nbytes for one in found),
+        statistics.mean(one.hit_rate or 0.0 for one in found),
+        statistics.mean(one.others for one in found),
+    )
 
 
 def _turns(

@@ -162,7 +162,7 @@ def test_predictions_beside_measurements(work: Path, monkeypatch: pytest.MonkeyP
         return Speeds(0.5, 0.8, 0.9, small_experts=SmallProducts(1e3, 1e6, 0.7, 0.6))
 
     monkeypatch.setattr(plan_accuracy, "probe", probe)
-    monkeypatch.setattr("benchmarks.accuracy_run._LEAST_DECODE_S", 0.0)
+    monkeypatch.setattr("benchmarks.accuracy_run._LEAST_TURN_S", 0.0)
     # Peaks of this process, in which much else was loaded before, are none of the models'.
     monkeypatch.setattr("benchmarks.sessions.reset_peak", lambda: None)
     works = (plan_accuracy.Work(1, 8), plan_accuracy.Work(2, 4))
