@@ -83,12 +83,17 @@ def _kept_rows(rows: int, hidden: int) -> torch.Tensor:
 
 
 class OrderedAccumulator(Accumulator):
-    """Adds some experts' outputs to the sum at a time, in ascending order of experts. For many pairs."""
+    """Adds some experts' outputs to the sum at a time, in ascending order of experts. For many pairs.
+
+    Attributes:
+        hidden: numbers of an output.
+    """
 
     ordered = True
 
     def __init__(self, routing: Routing, hidden: int) -> None:
         self.most_pairs = GROUP_NBYTES // (4 * hidden)
+        self.hidden = hidden
         self._routing = routing
         self._sum = torch.zeros(routing.weights.shape[0], hidden, dtype=torch.float32, device="cpu")
         self._done = 0
@@ -96,7 +101,7 @@ class OrderedAccumulator(Accumulator):
     def target(self, pairs: Ints | slice) -> tuple[torch.Tensor, Ints]:
         """Scratch memory, used again for the next experts."""
         count = len(self._routing.rows[pairs])
-        self._scratch = _kept_rows(count, self._sum.shape[1])
+        self._scratch = _kept_rows(count, self.hidden)
         return self._scratch, np.arange(count)
 
     def added(self, pairs: Ints | slice) -> None:
@@ -113,22 +118,56 @@ class OrderedAccumulator(Accumulator):
         Raises:
             RuntimeError: as `added`.
         """
+        rows = self._take_turn(pairs)
+        tokens = self._routing.tokens[pairs]
+        add_weighted(self._sum, outputs[: len(rows)], self._routing.weights, rows, tokens, kernel_pool())
+
+    def _take_turn(self, pairs: Ints | slice) -> Ints:
+        """Rows of pairs that are next."""
         rows = self._routing.rows[pairs]
         expected = self._routing.rows[self._done : self._done + len(rows)]
         if not np.array_equal(rows, expected):
             raise RuntimeError(f"experts were added out of order: pair {self._done} of the step is next")
         self._done += len(rows)
-        tokens = self._routing.tokens[pairs]
-        add_weighted(self._sum, outputs[: len(rows)], self._routing.weights, rows, tokens, kernel_pool())
+        return rows
 
     def result(self) -> torch.Tensor:
         """The sum."""
         return self._sum
 
 
+class KeptAccumulator(OrderedAccumulator):
+    """Is given outputs in ascending order of experts, but keeps them and sums as `PairAccumulator`: with an accelerator,
+    for as many pairs as a host keeps alone, whose bits it has.
+    """
+
+    def __init__(self, routing: Routing, hidden: int) -> None:
+        super().__init__(routing, hidden)
+        self._pairs = PairAccumulator(routing, hidden)
+
+    def target(self, pairs: Ints | slice) -> tuple[torch.Tensor, Ints]:
+        """The pairs' own rows."""
+        return self._pairs.target(pairs)
+
+    def added(self, pairs: Ints | slice) -> None:
+        """Nothing is to be done but to see that they are next."""
+        self._take_turn(pairs)
+
+    def add(self, pairs: Ints | slice, outputs: torch.Tensor) -> None:
+        """Keep the outputs of pairs that are next."""
+        rows = self._take_turn(pairs)
+        self._pairs.target(pairs)[0][torch.from_numpy(rows)] = outputs[: len(rows)]
+
+    def result(self) -> torch.Tensor:
+        """Summed over k in its order."""
+        return self._pairs.result()
+
+
 def make_accumulator(routing: Routing, hidden: int, *, accelerated: bool = False) -> Accumulator:
-    """The way of summing for this many pairs; depends on shapes, and on whether an accelerator takes part, only."""
-    pairs = routing.weights.numel()
-    if pairs * hidden * 4 <= kept_nbytes(accelerated=accelerated):
+    """The way of summing for this many pairs; what comes out depends on shapes only."""
+    nbytes = routing.weights.numel() * hidden * 4
+    if nbytes <= kept_nbytes(accelerated=accelerated):
         return PairAccumulator(routing, hidden)
+    if nbytes <= kept_nbytes(accelerated=False):
+        return KeptAccumulator(routing, hidden)
     return OrderedAccumulator(routing, hidden)

@@ -223,7 +223,7 @@ class Prefill:
         return int(self._routing.offsets[number + 1] - self._routing.offsets[number])
 
     def _buffer(self, rows: int) -> torch.Tensor:
-        return torch.empty(rows, self._accumulator.result().shape[1], dtype=torch.float32, device="cpu")
+        return torch.empty(rows, self._accumulator.hidden, dtype=torch.float32, device="cpu")
 
     def _begin_copy(self, key: int) -> bool:
         """Copy an expert that is borrowed below; False where no slot above, or too few below, can be spared."""

@@ -7,7 +7,13 @@ import random
 import pytest
 import torch
 
-from offload.moe.accumulate import Accumulator, OrderedAccumulator, PairAccumulator, make_accumulator
+from offload.moe.accumulate import (
+    Accumulator,
+    KeptAccumulator,
+    OrderedAccumulator,
+    PairAccumulator,
+    make_accumulator,
+)
 from offload.moe.routing import Routing, route
 from placement.outputs import ACCELERATED_PAIR_BUFFER_NBYTES, PAIR_BUFFER_NBYTES
 
@@ -46,7 +52,7 @@ def reference(routing: Routing, outputs: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", [PairAccumulator, OrderedAccumulator])
+@pytest.mark.parametrize("kind", [PairAccumulator, OrderedAccumulator, KeptAccumulator])
 def test_the_weighted_sum(kind: type[Accumulator], shape: tuple[int, int], dropped: bool) -> None:
     routing, outputs = choose(*shape, dropped=dropped)
     result = feed(kind(routing, HIDDEN), routing, outputs, list(range(len(routing.experts))))  # type: ignore[call-arg]
@@ -65,11 +71,28 @@ def test_pairs_come_in_any_order(shape: tuple[int, int], seed: int) -> None:
     assert torch.equal(feed(PairAccumulator(routing, HIDDEN), routing, outputs, order), expected)
 
 
-def test_the_ordered_sum_refuses_another_order() -> None:
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("adds", [False, True], ids=["target", "add"])
+def test_what_comes_in_order_and_is_kept_has_the_bits_of_pairs(dropped: bool, adds: bool) -> None:
+    routing, outputs = choose(17, 3, dropped=dropped)
+    order = list(range(len(routing.experts)))
+    expected = feed(PairAccumulator(routing, HIDDEN), routing, outputs, order)
+    kept = KeptAccumulator(routing, HIDDEN)
+    if not adds:
+        assert torch.equal(feed(kept, routing, outputs, order), expected)
+        return
+    for number in order:
+        _, pairs = routing.select([number])
+        kept.add(pairs, outputs.view(-1, HIDDEN)[torch.from_numpy(routing.rows[pairs])])
+    assert torch.equal(kept.result(), expected)
+
+
+@pytest.mark.parametrize("kind", [OrderedAccumulator, KeptAccumulator])
+def test_the_ordered_sum_refuses_another_order(kind: type[OrderedAccumulator]) -> None:
     routing, outputs = choose(17, 3, dropped=False)
     with pytest.raises(RuntimeError, match="out of order: pair 0 "):
-        feed(OrderedAccumulator(routing, HIDDEN), routing, outputs, [1, 0])
-    accumulator = OrderedAccumulator(routing, HIDDEN)
+        feed(kind(routing, HIDDEN), routing, outputs, [1, 0])
+    accumulator = kind(routing, HIDDEN)
     feed(accumulator, routing, outputs, [0])
     with pytest.raises(RuntimeError, match="out of order: pair"):
         feed(accumulator, routing, outputs, [0])
@@ -81,5 +104,8 @@ def test_the_way_depends_on_shapes_alone() -> None:
         limit = nbytes // (17 * 3 * 4)
         assert isinstance(make_accumulator(few, limit, accelerated=accelerated), PairAccumulator)
         assert isinstance(make_accumulator(few, limit + 1, accelerated=accelerated), OrderedAccumulator)
+    between = (PAIR_BUFFER_NBYTES + ACCELERATED_PAIR_BUFFER_NBYTES) // 2 // (17 * 3 * 4)
+    assert type(make_accumulator(few, between)) is PairAccumulator
+    assert type(make_accumulator(few, between, accelerated=True)) is KeptAccumulator
     assert PairAccumulator.ordered is False
     assert OrderedAccumulator.ordered is True

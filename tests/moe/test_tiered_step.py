@@ -117,11 +117,12 @@ def test_experts_above_are_computed_with_one_call_as_far_as_outputs_are_bounded(
 
 @pytest.mark.parametrize("costs", [COPY_ALL, COPY_NONE, COPY_SOME], ids=["all", "none", "some"])
 @pytest.mark.parametrize(("above", "slots"), [(1, 2), (2, 3), (4, 2), (3, 6)])
+@pytest.mark.parametrize("kept", [0, 1 << 20], ids=["summed in order", "kept"])
 def test_a_prompt_copies_each_expert_at_most_once(
-    above: int, slots: int, costs: LayerCosts, make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
+    kept: int, above: int, slots: int, costs: LayerCosts, make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both layers, one after the other, as chunks of a prompt run: bits as on two tiers."""
-    monkeypatch.setattr(accumulate, "kept_nbytes", lambda **_: 0)
+    monkeypatch.setattr(accumulate, "kept_nbytes", lambda *, accelerated: 0 if accelerated else kept)
     rig, plain = make_rig(above=above, slots=slots, costs=costs), Rig(slots=12)
     for seed in range(4):
         for layer in range(2):
