@@ -137,8 +137,9 @@ class OrderedAccumulator(Accumulator):
 
 
 class KeptAccumulator(OrderedAccumulator):
-    """Is given outputs in ascending order of experts, but keeps them and sums as `PairAccumulator`: with an accelerator,
-    for as many pairs as a host keeps alone, whose bits it has.
+    """Is given outputs in ascending order of experts, but keeps them and sums as `PairAccumulator`.
+
+    With an accelerator, for as many pairs as a host keeps alone, whose bits it has.
     """
 
     def __init__(self, routing: Routing, hidden: int) -> None:
