@@ -58,6 +58,7 @@ def measure_on_meta(skeleton: PreTrainedModel) -> RunSizes:
     alike = alike_layers(skeleton)
     try:
         (short, shapes), (long, _) = (_measure_cache(skeleton, length, alike) for length in lengths)
+    # Whatever a model's own code, or an operation without a meta kernel, raises.
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise UnsupportedModelError(
             f"{type(skeleton).__name__} cannot be measured without weights ({type(error).__name__}: {error})"

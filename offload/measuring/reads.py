@@ -96,7 +96,7 @@ class FileReads:
         """Bytes per second of reading parts of the files, which are those that `read` reads from then on.
 
         Args:
-            nbytes: of all parts; files that have less are read whole.
+            nbytes: of all parts; all of them where files have less.
 
         Raises:
             StorageError, StoreCorruptError: as `read`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -95,8 +96,11 @@ class OrderedAccumulator(Accumulator):
         self.most_pairs = GROUP_NBYTES // (4 * hidden)
         self.hidden = hidden
         self._routing = routing
-        self._sum = torch.zeros(routing.weights.shape[0], hidden, dtype=torch.float32, device="cpu")
         self._done = 0
+
+    @cached_property
+    def _sum(self) -> torch.Tensor:
+        return torch.zeros(self._routing.weights.shape[0], self.hidden, dtype=torch.float32, device="cpu")
 
     def target(self, pairs: Ints | slice) -> tuple[torch.Tensor, Ints]:
         """Scratch memory, used again for the next experts."""
