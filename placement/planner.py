@@ -30,6 +30,8 @@ MINIMUM_SLOTS = 2
 """One expert computes while the next one loads."""
 
 READ_CHUNK_NBYTES = 4 << 20
+"""The most that is read at once, so that what is needed now overtakes."""
+
 READER_THREADS = 4
 
 _PAGE_NBYTES = 4096
@@ -244,7 +246,7 @@ def make_plan(
         minimum_ram_nbytes=minimum,
         disk_nbytes=_store_nbytes(spec),
         kv_nbytes_per_token=spec.kv_nbytes_per_token,
-        read_chunk_nbytes=READ_CHUNK_NBYTES,
+        read_chunk_nbytes=read_chunk_nbytes(slot_nbytes),
         reader_threads=READER_THREADS,
         prediction=prediction,
         kv=paged,
@@ -291,6 +293,19 @@ def blocks_within(spec: ModelSpec, workload: Workload, choice: KvChoice, room_nb
     return plan_kv(spec, workload, choice, max(least, room_nbytes - experts))
 
 
+def read_chunk_nbytes(bundle_nbytes: int) -> int:
+    """Bytes of the pieces in which such an expert is read: equal ones, as a short last one is slow for what it brings,
+    above all ahead of time, where one piece is under way at a time.
+    """
+    pieces = -(-bundle_nbytes // READ_CHUNK_NBYTES)
+    return round_up(-(-bundle_nbytes // pieces), _PAGE_NBYTES)
+
+
+def nothing_in_vram(spec: ModelSpec, ram_slots: int = 0) -> Homes:
+    """Where everything lives without an accelerator."""
+    return Homes((), (), False, 0, ram_slots, read_chunk_nbytes(spec.bundle_nbytes), READER_THREADS)
+
+
 def can_predict(profile: HardwareProfile, vram: VramPlan | None) -> bool:
     """Whether `predicted` knows what it would have to: not of an accelerator that the profile has not."""
     return vram is None or profile.gpu is not None
@@ -318,7 +333,7 @@ def predicted(
     Raises:
         ValueError: not `can_predict`.
     """
-    homes = Homes((), (), False, 0, ram_slots, READ_CHUNK_NBYTES, READER_THREADS)
+    homes = nothing_in_vram(spec, ram_slots)
     if not can_predict(profile, vram):
         raise ValueError("a prediction needs a profile of the accelerator")
     if vram is not None:

@@ -39,11 +39,10 @@ from placement.passes import Pass, decode_pass, prefill_passes
 from placement.plan import Plan, RamUse, VramPlan
 from placement.planner import (
     MINIMUM_SLOTS,
-    READ_CHUNK_NBYTES,
-    READER_THREADS,
     PlanInfeasibleError,
     blocks_within,
     make_plan,
+    nothing_in_vram,
 )
 from placement.predict import Routing, predict
 from placement.routing import FloatArray, HitCurve
@@ -51,8 +50,6 @@ from placement.workload import Workload
 
 VRAM_STEPS = 256
 RATE_POINTS = 2048
-
-_NOTHING = Homes((), (), False, 0, 0, READ_CHUNK_NBYTES, READER_THREADS)
 
 
 @dataclass(frozen=True)
@@ -158,6 +155,11 @@ class _Request:
         return min(MINIMUM_SLOTS, self.spec.expert_count) * self.spec.bundle_nbytes
 
     @property
+    def nothing(self) -> Homes:
+        """Where everything lives before anything is in VRAM."""
+        return nothing_in_vram(self.spec)
+
+    @property
     def pieces_nbytes(self) -> int:
         """Of VRAM, for chunks of prompts that attend to blocks."""
         return 0 if self.kv is None else PIECES_NBYTES
@@ -202,7 +204,7 @@ class _Request:
 def _fastest_within(asked: _Request) -> Plan:
     """See `make_tiered_plan`."""
     spec, vram_nbytes = asked.spec, asked.vram_nbytes - asked.pieces_nbytes
-    search = _Search(in_blocks(spec, asked.cache(_NOTHING)), asked.profile, asked.workload, asked.routing)
+    search = _Search(in_blocks(spec, asked.cache(asked.nothing)), asked.profile, asked.workload, asked.routing)
     best: tuple[float, Homes, _Request] | None = None
     least = None
     for choice in search.choices:
@@ -231,7 +233,7 @@ def _fastest_within(asked: _Request) -> Plan:
             0,
         )
     if best is None:
-        minimum = asked.needed_nbytes(_NOTHING, asked.cache(_NOTHING)) if least is None else least
+        minimum = asked.needed_nbytes(asked.nothing, asked.cache(asked.nothing)) if least is None else least
         raise PlanInfeasibleError(
             f"{spec.name} needs at least {minimum:,} bytes of RAM beside {asked.vram_nbytes:,} bytes of VRAM; "
             f"the budget is {asked.ram_nbytes:,}",
@@ -245,6 +247,7 @@ class _Search:
 
     def __init__(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, routing: Routing) -> None:
         self.spec, self.profile, self.workload, self.routing = spec, profile, workload, routing
+        self.nothing = nothing_in_vram(spec)
         self.kinds = layer_kinds(spec)
         works = [(decode_pass(workload), float(workload.new_tokens))]
         works += [(work, float(work.count)) for work in prefill_passes(workload)]
@@ -260,7 +263,7 @@ class _Search:
         """The homes of a choice with these slots."""
         dense, kv = choice.layers(self.kinds)
         return replace(
-            _NOTHING,
+            self.nothing,
             dense_in_vram=dense,
             kv_in_vram=kv,
             head_in_vram=choice.head,
@@ -326,7 +329,7 @@ class _Search:
         for (on_gpu, cached), times in places.items():
             around_s = (0.0 if on_gpu else linear_s) + (0.0 if cached else attending_s)
             cost = expert_cost(
-                experts, profile, _NOTHING, need, phase.work.rows, in_vram, in_ram, on_gpu=on_gpu, decode=decode
+                experts, profile, self.nothing, need, phase.work.rows, in_vram, in_ram, on_gpu=on_gpu, decode=decode
             )
             total = total + times * (cost.total_s + around_s * longer)
         return total
@@ -360,7 +363,7 @@ class _Search:
         return savings
 
     def _head_s(self, phase: _Phase, vram: bool) -> float:
-        return pass_cost(self.spec, self.profile, replace(_NOTHING, head_in_vram=vram), phase.work)[0]
+        return pass_cost(self.spec, self.profile, replace(self.nothing, head_in_vram=vram), phase.work)[0]
 
 
 def _all_rates(curve: HitCurve, experts: int) -> FloatArray:

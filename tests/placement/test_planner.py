@@ -12,12 +12,14 @@ from placement.model_spec import ModelSpec
 from placement.plan import Plan
 from placement.planner import (
     MINIMUM_SLOTS,
+    READ_CHUNK_NBYTES,
     PlanInfeasibleError,
     activation_nbytes,
     fixed_ram,
     kv_nbytes,
     make_plan,
     pass_nbytes,
+    read_chunk_nbytes,
     unused_ram_nbytes,
 )
 from placement.workload import Workload
@@ -191,6 +193,18 @@ def test_one_expert_needs_one_slot(dense: int) -> None:
     model = spec(dense_nbytes=dense, experts=(experts(0, 1, 1, 64, 96),))
     plan = make_plan(model, Workload(10), least(model, Workload(10)))
     assert plan.ram_slots == plan.expert_count == 1
+
+
+@given(st.integers(1, 1 << 18))
+def test_an_expert_is_read_in_equal_pieces_and_no_more_than_it_takes(pages: int) -> None:
+    nbytes = 4096 * pages
+    piece = read_chunk_nbytes(nbytes)
+    pieces = -(-nbytes // piece)
+    assert piece % 4096 == 0
+    assert piece <= READ_CHUNK_NBYTES
+    assert pieces == -(-nbytes // READ_CHUNK_NBYTES)
+    last = nbytes - (pieces - 1) * piece
+    assert piece - last < 4096 * pieces, "what rounding to pages takes from the last one"
 
 
 def test_slots_hold_the_largest_expert() -> None:

@@ -11,7 +11,7 @@ from placement.hardware_profile import HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import LinearSpec
 from placement.plan import VramPlan, VramUse
-from placement.planner import READ_CHUNK_NBYTES, READER_THREADS, predicted
+from placement.planner import nothing_in_vram, predicted
 from placement.predict import Routing, expected_s, predict
 from placement.routing import FloatArray, Popularity
 from placement.workload import Workload
@@ -176,7 +176,7 @@ def test_all_on_the_accelerator_leaves_the_cpu_idle() -> None:
 def test_a_plan_over_vram_is_predicted_where_it_lies() -> None:
     layers = tuple(range(4))
     vram = VramPlan(layers, (), True, 5, VramUse(0, 0, 0, 0), 0)
-    homes = Homes(layers, (), True, 5, 7, READ_CHUNK_NBYTES, READER_THREADS)
+    homes = replace(nothing_in_vram(SPEC, 7), dense_in_vram=layers, head_in_vram=True, vram_slots=5)
     assert predicted(SPEC, machine(), 7, WORK, vram=vram) == predict(SPEC, machine(), homes, WORK)
     assert predicted(SPEC, machine(), 7, WORK) == predict(SPEC, CPU, replace(homes, vram_slots=0, dense_in_vram=(),
         head_in_vram=False), WORK)  # fmt: skip

@@ -21,7 +21,7 @@ from placement.memory_use import ram_use, vram_beside_weights, vram_use
 from placement.model_spec import ModelSpec
 from placement.passes import decode_pass
 from placement.plan import Plan
-from placement.planner import READ_CHUNK_NBYTES, READER_THREADS, PlanInfeasibleError, make_plan
+from placement.planner import PlanInfeasibleError, make_plan, nothing_in_vram
 from placement.predict import Routing, expected_s
 from placement.tier_planner import make_tiered_plan
 from placement.vram_planner import with_vram
@@ -34,7 +34,7 @@ SMALL = model(layers=2, experts=4, top_k=2)
 
 
 def fixed_vram(spec: ModelSpec) -> int:
-    return vram_use(spec, WORK, Homes((), (), True, 0, 0, READ_CHUNK_NBYTES, READER_THREADS)).activation_nbytes
+    return vram_use(spec, WORK, replace(nothing_in_vram(spec), head_in_vram=True)).activation_nbytes
 
 
 def least_ram(spec: ModelSpec) -> int:
@@ -57,7 +57,9 @@ def all_homes(spec: ModelSpec) -> Iterator[Homes]:
         for head, vram, ram in itertools.product(
             (False, True), range(spec.expert_count + 1), range(2, spec.expert_count + 1)
         ):
-            yield Homes(dense, kv, head, vram, ram, READ_CHUNK_NBYTES, READER_THREADS)
+            yield replace(
+                nothing_in_vram(spec, ram), dense_in_vram=dense, kv_in_vram=kv, head_in_vram=head, vram_slots=vram
+            )
 
 
 def brute_force(spec: ModelSpec, profile: HardwareProfile, ram: int, vram: int) -> float:
