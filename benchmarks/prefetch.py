@@ -74,7 +74,7 @@ class PrefetchScale:
 _DRAWN = DrawnModel(), replace(DrawnModel(), intermediate=768, heads=48)
 """The second has experts of 4.7 MB, as Qwen3-30B-A3B has in 8 bits and DeepSeek-V2-Lite in 4, and as many times more of
 what every token needs."""
-FULL = PrefetchScale((8, 4), _DRAWN, (0.25, 0.5), 48, 16, 96, 240, 5, 150 << 20)
+FULL = PrefetchScale((8, 4), _DRAWN, (0.25, 0.5), 48, 16, 96, 240, 15, 150 << 20)
 QUICK = PrefetchScale((1,), (DrawnModel(2, 8, 2, 64, 32, 2, 32, 64),), (0.25,), 8, 8, 8, 8, 2, 1 << 20)
 
 BALANCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
