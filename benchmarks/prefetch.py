@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 import offload
 from benchmarks.checkpoints import budget_for, store_root
-from benchmarks.disk import expert_blocks, raw_expert_bandwidth
+from benchmarks.disk import expert_blocks
 from benchmarks.drawn_model import DrawnModel, ensure_drawn
 from benchmarks.equality import gate_same_bits
 from benchmarks.harness import Report, Row, Spread, interleave, ratios, say
@@ -97,6 +98,12 @@ class Turn:
     wasted: float
     moe_ms: float
     reading_ms: float
+    read_nbytes: float
+
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """Of reads, while there were any."""
+        return 1e3 * self.read_nbytes / self.reading_ms if self.reading_ms else inf
 
 
 class Run:
@@ -138,7 +145,10 @@ class Run:
         ms = [1e3 * figure / count for figure in (stats.read_stall_s, stats.late_stall_s)]
         moe_ms = 1e3 * stats.moe_s / count
         reading_ms = 1e3 * (engine.reading_s - read_before_s) / count
-        return Turn(count / seconds, ms[0], ms[1], stats.hit_rate, each[0], each[1], each[2], moe_ms, reading_ms)
+        read_nbytes = stats.bytes_read / count
+        return Turn(
+            count / seconds, ms[0], ms[1], stats.hit_rate, each[0], each[1], each[2], moe_ms, reading_ms, read_nbytes
+        )
 
 
 def run(work: Path, scale: PrefetchScale) -> Report:
@@ -168,12 +178,11 @@ def _measure_model(
     tokens: list[int],
     warm_tokens: int,
 ) -> None:
-    bandwidth = raw_expert_bandwidth(work, checkpoint, 256 << 20)
     rows = contention(*expert_blocks(work, checkpoint, scale.contention_nbytes), rounds=scale.rounds)
     report.tables.setdefault("Reading beside computing", []).extend({"model": name, **row} for row in rows)
     for share in scale.shares:
         say(f"decoding with {share:.0%} of the experts of {name} in RAM")
-        _measure(report, f"{name}, {share:.0%}", share, checkpoint, work, scale, tokens, warm_tokens, bandwidth)
+        _measure(report, f"{name}, {share:.0%}", share, checkpoint, work, scale, tokens, warm_tokens)
 
 
 def _text(count: int) -> list[int]:
@@ -196,7 +205,6 @@ def _measure(
     scale: PrefetchScale,
     tokens: list[int],
     warm_tokens: int,
-    bandwidth: float,
 ) -> None:
     turn_tokens = (len(tokens) - warm_tokens) // scale.rounds
     with ExitStack() as stack:
@@ -213,7 +221,7 @@ def _measure(
         trace = _routing(runs[PLAIN], tokens)
         report.tables.setdefault("Routing", []).append({"cell": cell, **_locality(trace)})
         balances = _balances(trace, runs[ALL], warm_tokens)
-        limits = _limits(trace, runs[ALL], turns[ALL], bandwidth, warm_tokens)
+        limits = _limits(trace, runs[ALL], turns[ALL], warm_tokens)
         skills = runs["policy, reading ahead always"].runtime.stats().skills
     plain = [turn.tokens_per_s for turn in turns[PLAIN]]
     for name, found in turns.items():
@@ -259,11 +267,12 @@ def _locality(trace: RoutingTrace) -> Row:
     return {"layers": trace.geometry.layers, "experts": trace.geometry.counts[0], "of the token before": float(again)}
 
 
-def _limits(trace: RoutingTrace, one: Run, turns: list[Turn], bandwidth: float, warm_passes: int) -> dict[str, Row]:
-    """What knowledge of the future would leave, at this run's pace."""
+def _limits(trace: RoutingTrace, one: Run, turns: list[Turn], warm_passes: int) -> dict[str, Row]:
+    """What knowledge of the future would leave, at this run's pace, that of its reads included."""
     runtime = one.runtime
     pass_ms = Spread.of([1e3 / turn.tokens_per_s - turn.stall_ms for turn in turns]).median
     moe_ms = Spread.of([turn.moe_ms - turn.stall_ms for turn in turns]).median
+    bandwidth = Spread.of([turn.bandwidth_bytes_per_s for turn in turns]).median
     layers = trace.geometry.layers
     pace = Pace(runtime.layers[0].layout.nbytes / bandwidth, moe_ms / 1e3 / layers, (pass_ms - moe_ms) / 1e3 / layers)
     slots = runtime.tier.table.usable_slots
@@ -333,6 +342,7 @@ def _row(cell: str, name: str, turns: list[Turn], plain: list[float]) -> Row:
         "of it late ms": Spread.of([turn.late_stall_ms for turn in turns]).median,
         "experts ms": Spread.of([turn.moe_ms - turn.stall_ms for turn in turns]).median,
         "disk idle": Spread.of([1.0 - turn.reading_ms * turn.tokens_per_s / 1e3 for turn in turns]).median,
+        "MB read": Spread.of([turn.read_nbytes / 1e6 for turn in turns]).median,
         "hit rate": Spread.of([turn.hit_rate for turn in turns]).median,
         "read ahead": Spread.of([turn.issued for turn in turns]).median,
         "used": Spread.of([turn.used for turn in turns]).median,

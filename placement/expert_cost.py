@@ -125,14 +125,16 @@ def cpu_arrival_s(experts: ExpertsSpec, profile: HardwareProfile, *, decode: boo
 
 
 def grouping_s(experts: ExpertsSpec, profile: HardwareProfile, outputs: float) -> float:
-    """Seconds that a layer of a prompt takes more where its experts, which put out so many numbers, are computed and
-    summed group by group.
+    """Seconds that a layer of a prompt takes more where its experts, which put out so many numbers, are computed, and
+    perhaps summed, group by group.
     """
     groups = groups_of(outputs, accelerated=profile.gpu is not None)
     if groups == 1:
         return 0.0
     format, cpu = experts.layout.format, profile.cpu
-    return cpu.overheads_in(format).grouped_output_s * outputs + (groups - 1) * cpu.expert(format).call_s
+    # With an accelerator what a host alone would keep is kept too, and summed at once.
+    grouped = outputs if groups_of(outputs, accelerated=False) > 1 else 0.0
+    return cpu.overheads_in(format).grouped_output_s * grouped + (groups - 1) * cpu.expert(format).call_s
 
 
 def expert_cost(

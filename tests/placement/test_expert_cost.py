@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.bundle import BundleLayout
-from placement.expert_cost import expert_cost, expert_entries, expert_weights, longer_after_reads
+from placement.expert_cost import expert_cost, expert_entries, expert_weights, grouping_s, longer_after_reads
 from placement.hardware_profile import FormatCurve, HardwareProfile
 from placement.homes import Homes
 from placement.model_spec import ExpertsSpec
@@ -65,6 +65,20 @@ def test_outputs_beyond_what_a_step_keeps_are_computed_and_summed_in_groups(toke
     assert float(costs[0].total_s[0]) == pytest.approx(computing)
     more = float(costs[1].total_s[0] - costs[0].total_s[0])
     assert more == pytest.approx(outputs * 1e-9 if groups > 1 else 0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "calls", "summed"), [(512, 1, False), (513, 5, False), (2048, 16, False), (2049, 17, True)]
+)
+def test_with_an_accelerator_groups_are_summed_at_once_where_a_host_would_keep_them(
+    tokens: int, calls: int, summed: bool
+) -> None:
+    plain = machine()
+    overheads = replace(plain.cpu.overheads, grouped_output_s=1e-9)
+    profile = replace(plain, cpu=replace(plain.cpu, overheads=overheads))
+    outputs = tokens * 8 * EXPERTS.layout.hidden
+    expected = (calls - 1) * plain.cpu.expert("bf16").call_s + (outputs * 1e-9 if summed else 0.0)
+    assert grouping_s(EXPERTS, profile, outputs) == pytest.approx(expected)
 
 
 def test_nothing_in_ram_is_bound_by_the_disk() -> None:
