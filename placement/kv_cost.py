@@ -10,6 +10,7 @@ import numpy as np
 from placement.dense_cost import attention_s
 from placement.hardware_profile import HardwareProfile
 from placement.kv import SETTINGS, KvPlan, block_nbytes, landmarks_nbytes
+from placement.kv_settings import READ_NBYTES
 from placement.kv_sparsity import KvSparsity
 from placement.model_spec import ModelSpec
 from placement.passes import Pass, decode_pass, prefill_passes
@@ -136,7 +137,7 @@ def with_reads(
     """A prediction and the reads of blocks that are on disk, every one that is attended to once a pass.
 
     Blocks are read while others of the same layer are attended: both have the shares of their speeds that the profile
-    measured, until the one that takes less is done. Decode reads what the step before read, too.
+    measured, until the one that takes less is done.
     """
     if kv is None or kv.spills_at_tokens is None or profile.disk is None:
         return prediction
@@ -157,10 +158,17 @@ def _with(
 ) -> PassPrediction:
     assert profile.disk is not None
     nbytes = share * sum(cold_nbytes(kv, work) for work in works)
+    if not nbytes:
+        return one
     shapes = [shape for shape in spec.kv_shapes if shape is not None]
     segment = SETTINGS.segment_blocks * max(block_nbytes(shape, kv.format) for shape in shapes)
-    speed = profile.disk.bytes_per_s(segment, _READS_IN_FLIGHT)
-    read_s = nbytes / speed
+    speed = profile.disk.bytes_per_s(min(segment, READ_NBYTES), _READS_IN_FLIGHT)
+    # Each layer's reads begin anew: what is read ahead of them stands in the way of experts.
+    times = len(shapes) * sum(work.count for work in works)
+    reads = np.array(nbytes / segment / times)
+    read_s = nbytes / speed + times * float(
+        profile.disk.startup_s(segment, reads, lambda count: count * segment / speed)
+    )
     attention_s = np.array(one.terms.attention_s)
     stall_s = max(0.0, float(profile.disk.few.beside(speed).seconds(attention_s, np.array(read_s)) - attention_s))
     scale = 1 + stall_s / one.terms.total_s

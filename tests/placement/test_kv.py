@@ -9,7 +9,7 @@ import pytest
 from formats.kv import KvLayout
 from placement.hardware_profile import BlockSpeed
 from placement.kv import KvChoice, KvShape, minimum_nbytes, token_nbytes
-from placement.kv_cost import attended_share, cold_nbytes, in_blocks
+from placement.kv_cost import attended_share, cold_nbytes, in_blocks, with_reads
 from placement.kv_sparsity import KvSparsity
 from placement.passes import Pass
 from placement.plan import Plan
@@ -156,3 +156,18 @@ def test_attention_to_a_part_is_faster_and_reads_less(method: str) -> None:
     assert after.terms.total_s < before.terms.total_s and after.low_s < after.seconds < after.high_s
     assert after.read_nbytes < before.read_nbytes
     assert part.prediction.prefill.terms.attention_s == whole.prediction.prefill.terms.attention_s
+
+
+def test_each_layers_reads_of_blocks_begin_anew() -> None:
+    profile = machine(gpu=False, disk=1e12)
+    assert profile.disk is not None and not profile.disk.bursts
+    late = replace(profile, disk=replace(profile.disk, latency_s=0.5))
+    kv = KvChoice("int8", 1 << 28)
+    soon, after = (make_plan(SPEC, LONG, 1 << 34, one, kv=kv) for one in (profile, late))
+    assert soon.prediction is not None and after.prediction is not None and soon.kv is not None
+    more = after.prediction.decode.disk_busy_s - soon.prediction.decode.disk_busy_s
+    assert more == pytest.approx(len(SPEC.layers) * 0.5, rel=0.01)
+    # With a short context nothing has left memory.
+    short = replace(LONG, prompt_tokens=10, new_tokens=10)
+    decode = [with_reads(soon.prediction, SPEC, one, short, soon.kv).decode for one in (profile, late)]
+    assert decode[0] == decode[1] == soon.prediction.decode
