@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from offload.devices.base import Device
 from offload.kv.slots import RamSlots, view
-from offload.tiers.direct_engine import make_engine
 from offload.tiers.disk import ShardReader
-from offload.tiers.transfer import Completion, ReadRequest, Urgency
+from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
 from placement.kv_settings import READ_NBYTES
 
 READER_THREADS = 4
@@ -21,7 +20,7 @@ _FIX = "the disk changed what was written to it: check it, or load with nvme= on
 class _Started(NamedTuple):
     address: int
     buffer_nbytes: int
-    tickets: list[Completion]
+    tickets: list[Ticket]
 
 
 class Staging:
@@ -42,7 +41,7 @@ class Staging:
         self.stall_s = 0.0
         self._slots = RamSlots(device, 0)
         self._started: dict[Hashable, _Started] = {}
-        self._engine = make_engine(reader, threads=READER_THREADS, chunk_nbytes=READ_NBYTES)
+        self._engine = ReadEngine(reader, threads=READER_THREADS, chunk_nbytes=READ_NBYTES)
 
     @property
     def budget_nbytes(self) -> int:
@@ -94,7 +93,7 @@ class Staging:
         address = self._slots.take(buffer_nbytes)
         if address is None:
             return False
-        tickets: list[Completion] = []
+        tickets: list[Ticket] = []
         self._started[key] = _Started(address, buffer_nbytes, tickets)
         first = 0
         for end in range(1, len(offsets) + 1):
