@@ -175,12 +175,12 @@ def _store_of(work: Path, checkpoint: Path) -> tuple[ExpertStore, Plan, Bundles]
     return store, prepared.plan, bundles
 
 
-def raw_expert_bandwidth(work: Path, checkpoint: Path, nbytes: int = 512 << 20) -> float:
+def raw_expert_bandwidth(work: Path, checkpoint: Path) -> float:
     """Bytes per second of raw reads of random bundles; the median of three."""
     store, plan, bundles = _store_of(work, checkpoint)
     speeds = []
     for seed in range(3):
-        blocks = _sample(store, plan, bundles, nbytes, seed)
+        blocks = _sample(store, plan, bundles, 512 << 20, seed)
         seconds = read_blocks(store.shard_paths, blocks, plan.reader_threads)
         speeds.append(sum(block.nbytes for block in blocks) / seconds)
     return statistics.median(speeds)

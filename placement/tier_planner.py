@@ -155,11 +155,6 @@ class _Request:
         return min(MINIMUM_SLOTS, self.spec.expert_count) * self.spec.bundle_nbytes
 
     @property
-    def nothing(self) -> Homes:
-        """Where everything lives before anything is in VRAM."""
-        return nothing_in_vram(self.spec)
-
-    @property
     def pieces_nbytes(self) -> int:
         """Of VRAM, for chunks of prompts that attend to blocks."""
         return 0 if self.kv is None else PIECES_NBYTES
@@ -204,7 +199,8 @@ class _Request:
 def _fastest_within(asked: _Request) -> Plan:
     """See `make_tiered_plan`."""
     spec, vram_nbytes = asked.spec, asked.vram_nbytes - asked.pieces_nbytes
-    search = _Search(in_blocks(spec, asked.cache(asked.nothing)), asked.profile, asked.workload, asked.routing)
+    nothing = nothing_in_vram(spec)
+    search = _Search(in_blocks(spec, asked.cache(nothing)), asked.profile, asked.workload, asked.routing)
     best: tuple[float, Homes, _Request] | None = None
     least = None
     for choice in search.choices:
@@ -233,7 +229,7 @@ def _fastest_within(asked: _Request) -> Plan:
             0,
         )
     if best is None:
-        minimum = asked.needed_nbytes(asked.nothing, asked.cache(asked.nothing)) if least is None else least
+        minimum = asked.needed_nbytes(nothing, asked.cache(nothing)) if least is None else least
         raise PlanInfeasibleError(
             f"{spec.name} needs at least {minimum:,} bytes of RAM beside {asked.vram_nbytes:,} bytes of VRAM; "
             f"the budget is {asked.ram_nbytes:,}",

@@ -10,9 +10,9 @@ from offload.devices.base import Device
 from offload.kv.slots import RamSlots, view
 from offload.tiers.disk import ShardReader
 from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
-from placement.kv_settings import READ_NBYTES
 
 READER_THREADS = 4
+CHUNK_NBYTES = 4 << 20
 
 _FIX = "the disk changed what was written to it: check it, or load with nvme= on another"
 
@@ -41,7 +41,7 @@ class Staging:
         self.stall_s = 0.0
         self._slots = RamSlots(device, 0)
         self._started: dict[Hashable, _Started] = {}
-        self._engine = ReadEngine(reader, threads=READER_THREADS, chunk_nbytes=READ_NBYTES)
+        self._engine = ReadEngine(reader, threads=READER_THREADS, chunk_nbytes=CHUNK_NBYTES)
 
     @property
     def budget_nbytes(self) -> int:
