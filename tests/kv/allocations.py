@@ -18,10 +18,14 @@ class Step(NamedTuple):
         tensors: bytes of all tensors, one after the other.
         peak: bytes of arrays and objects at once, on all threads; the median of some steps, of which a few come upon
             more reads under way, or upon what another thread is about to give back.
+        least: the least of them, when no two threads held most at the same time.
+        most: the most of them, the first aside, which puts what is traced in the place of what steps keep.
     """
 
     tensors: int
     peak: int
+    least: int
+    most: int
 
 
 def measured(step: Callable[[], object]) -> Step:
@@ -43,4 +47,4 @@ def measured(step: Callable[[], object]) -> Step:
     finally:
         tracemalloc.stop()
         gc.enable()
-    return Step(tensors, int(median(peaks)))
+    return Step(tensors, int(median(peaks)), min(peaks), max(peaks[1:]))

