@@ -69,3 +69,17 @@ def call_at(typingctx: Any, address: Any, arguments: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, arguments), codegen
+
+
+@intrinsic(prefer_literal=True)
+def stack_words(typingctx: Any, count: Any) -> Any:
+    """Address of a constant number of int64 on the stack of the calling function, not filled with anything.
+
+    An array would take memory that Python counts, and threads without the GIL would have Python count it.
+    """
+    nbytes = 8 * count.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return stack_room(builder, nbytes, 8)
+
+    return types.int64(count), codegen

@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 
 from cpu_kernels.atomics import atomic_add, atomic_exchange
-from cpu_kernels.jit import c_function, carray, entry, inner
+from cpu_kernels.jit import c_function, carray, entry, inner, stack_words
 from cpu_kernels.simd import int64_pointer
 from cpu_kernels.xxh3_kernel import xxh3_64
 
@@ -345,15 +345,16 @@ def _count_finished(addresses):
 @entry("boolean(int64, int64[::1], int64)")
 def wait(state: int, addresses: Any, count: int) -> bool:
     """Whether so many of the tickets are finished; waits for that a while, short enough for signals to be served."""
-    deadline = np.empty(2, np.int64)
-    _clock_gettime(_REALTIME, deadline.ctypes.data)
+    until = stack_words(2)
+    deadline: Any = carray(int64_pointer(until), (2,))
+    _clock_gettime(_REALTIME, until)
     deadline[1] += _PATIENCE_NS
     if deadline[1] >= _NS_PER_S:
         deadline[0] += 1
         deadline[1] -= _NS_PER_S
     _lock(state + 8 * _MUTEX)
     enough = _count_finished(addresses) >= count
-    while not enough and _cond_timedwait(state + 8 * _DONE, state + 8 * _MUTEX, deadline.ctypes.data) == 0:
+    while not enough and _cond_timedwait(state + 8 * _DONE, state + 8 * _MUTEX, until) == 0:
         enough = _count_finished(addresses) >= count
     _unlock(state + 8 * _MUTEX)
     return bool(enough)

@@ -14,7 +14,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from cpu_kernels.jit import entry, inner, intrinsic
+from cpu_kernels.jit import carray, entry, inner, intrinsic, stack_words
+from cpu_kernels.simd import int64_pointer
 
 SHORTEST_NBYTES = 241
 """What is shorter is hashed in another way, which is not here."""
@@ -124,8 +125,10 @@ def _folded(a, b):
 @inner
 def xxh3_64(address, nbytes):
     """The checksum, as uint64, of at least `SHORTEST_NBYTES` bytes."""
-    lanes = _START.copy()
-    at = lanes.ctypes.data
+    at = stack_words(8)
+    lanes = carray(int64_pointer(at), (8,)).view(np.uint64)
+    for lane in range(8):
+        lanes[lane] = _START[lane]
     blocks = (nbytes - 1) // _BLOCK_NBYTES
     for block in range(blocks):
         _block(at, address + block * _BLOCK_NBYTES)

@@ -10,13 +10,12 @@ import numpy as np
 from placement.dense_cost import attention_s
 from placement.hardware_profile import HardwareProfile
 from placement.kv import SETTINGS, KvPlan, block_nbytes, landmarks_nbytes
+from placement.kv_settings import READ_NBYTES, READS_IN_FLIGHT
 from placement.kv_sparsity import KvSparsity
 from placement.model_spec import ModelSpec
 from placement.passes import Pass, decode_pass, prefill_passes
 from placement.prediction import PassPrediction, Prediction
 from placement.workload import Workload
-
-_READS_IN_FLIGHT = 4
 
 
 def in_blocks(spec: ModelSpec, kv: KvPlan | None) -> ModelSpec:
@@ -161,7 +160,7 @@ def _with(
         return one
     shapes = [shape for shape in spec.kv_shapes if shape is not None]
     segment = SETTINGS.segment_blocks * max(block_nbytes(shape, kv.format) for shape in shapes)
-    speed = profile.disk.bytes_per_s(segment, _READS_IN_FLIGHT)
+    speed = profile.disk.bytes_per_s(min(segment, READ_NBYTES), READS_IN_FLIGHT)
     # Each layer's reads begin anew: what is read ahead of them stands in the way of experts.
     times = len(shapes) * sum(work.count for work in works)
     reads = np.array(nbytes / segment / times)

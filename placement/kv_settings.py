@@ -7,6 +7,13 @@ from dataclasses import dataclass
 CHUNK_BLOCKS = 8
 """An accelerator's memory for blocks is cut into chunks of so many of the largest, each for blocks of one size."""
 
+READS_IN_FLIGHT = 4
+"""Reads of blocks from disk at the same time."""
+
+READ_NBYTES = 9 << 18
+"""What is read from disk at once, at most. A segment of int8 is a little more than 4 MiB: two pieces of about the same
+size."""
+
 SCORES_NBYTES = 32 << 20
 """Scores of a piece of attention by plain products on an accelerator, at most, unless those of one query are more;
 there are some four tensors of this size at a time."""

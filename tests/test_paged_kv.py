@@ -27,7 +27,7 @@ from tests.hf.reference import (
     prompt,
     reference_model,
 )
-from tests.kv.tables import SETTINGS
+from tests.kv.tables import SETTINGS, hand_over_reads
 from tests.tiny_models import ARCHITECTURES, build_tiny
 
 CONTEXT = 220
@@ -266,6 +266,7 @@ def test_a_disk_that_fails_ends_in_a_typed_error_and_the_next_call_works(
     def failing(*_: Any) -> int:
         raise OSError(5, "Input/output error")
 
+    hand_over_reads(pool)
     pool.staging.reader._preadv = failing
     with pytest.raises(StorageError, match="Input/output"):
         greedy(model, ids, 4)

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 from offload.devices.base import Device
 from offload.kv.slots import RamSlots, view
+from offload.tiers.direct_engine import make_engine
 from offload.tiers.disk import ShardReader
-from offload.tiers.transfer import ReadEngine, ReadRequest, Ticket, Urgency
-
-READER_THREADS = 4
-CHUNK_NBYTES = 4 << 20
+from offload.tiers.transfer import Completion, ReadRequest, Urgency
+from placement.kv_settings import READ_NBYTES, READS_IN_FLIGHT
 
 _FIX = "the disk changed what was written to it: check it, or load with nvme= on another"
 
@@ -20,7 +19,7 @@ _FIX = "the disk changed what was written to it: check it, or load with nvme= on
 class _Started(NamedTuple):
     address: int
     buffer_nbytes: int
-    tickets: list[Ticket]
+    tickets: list[Completion]
 
 
 class Staging:
@@ -41,7 +40,7 @@ class Staging:
         self.stall_s = 0.0
         self._slots = RamSlots(device, 0)
         self._started: dict[Hashable, _Started] = {}
-        self._engine = ReadEngine(reader, threads=READER_THREADS, chunk_nbytes=CHUNK_NBYTES)
+        self._engine = make_engine(reader, threads=READS_IN_FLIGHT, chunk_nbytes=READ_NBYTES)
 
     @property
     def budget_nbytes(self) -> int:
@@ -93,7 +92,7 @@ class Staging:
         address = self._slots.take(buffer_nbytes)
         if address is None:
             return False
-        tickets: list[Ticket] = []
+        tickets: list[Completion] = []
         self._started[key] = _Started(address, buffer_nbytes, tickets)
         first = 0
         for end in range(1, len(offsets) + 1):

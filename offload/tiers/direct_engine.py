@@ -31,6 +31,9 @@ Ints = npt.NDArray[np.int64]
 _REQUESTED = Struct(f"{kernel.PARTS - kernel.URGENCY + 1}q")
 """A ticket's words from URGENCY to PARTS."""
 
+_LEAST_KEPT = 16
+"""Tickets among which finished ones are looked for."""
+
 
 @cache
 def uint64s(count: int) -> Struct:
@@ -123,7 +126,7 @@ class DirectQueue:
         self._serve, self._end_service = direct(kernel.serve), direct(kernel.end_service)
         self._cancel, self._close = direct(kernel.cancel), direct(kernel.close)
         self._wait = direct(kernel.wait)
-        self._most_kept = 64
+        self._most_kept = _LEAST_KEPT
         self.renew()
 
     def renew(self) -> None:
@@ -137,7 +140,7 @@ class DirectQueue:
         """With the lock: its words must last until it is finished."""
         if len(self._kept) >= self._most_kept:
             self._kept = {at: one for at, one in self._kept.items() if not one.finished}
-            self._most_kept = max(64, 2 * len(self._kept))
+            self._most_kept = max(_LEAST_KEPT, 2 * len(self._kept))
         self._kept[ticket.address] = ticket
 
     @property

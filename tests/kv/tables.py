@@ -49,7 +49,14 @@ def small_pool(
     staging = (3 if above else 2) * SETTINGS.segment_blocks * PLAIN.nbytes
     pool = BlockPool(HostDevice(), staging + blocks * PLAIN.nbytes, SpillFile(directory, **calls), memory)
     pool.stage(replace(SETTINGS, staging_segments=2), PLAIN.nbytes)
+    if "preadv" in calls:
+        hand_over_reads(pool)
     return pool
+
+
+def hand_over_reads(pool: BlockPool) -> None:
+    """Compiled readers have no descriptor from now on, so that Python's calls read."""
+    pool.staging.reader.direct_fd = lambda shard: -1  # type: ignore[method-assign]
 
 
 def pool_below_cuda(directory: Path, blocks: int, above: int, largest: int = PLAIN.nbytes) -> BlockPool:

@@ -8,11 +8,13 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
+from numba.core.runtime import _nrt_python as numba_memory
 
 from cpu_kernels import read_queue_kernel as kernel
 from offload.errors import ClosedError, SlowReadWarning, StoreCorruptError
@@ -69,6 +71,22 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     yield one
     one.engine.close()
     assert all(not thread.is_alive() for thread in one.engine._queue.threads)
+
+
+def test_readers_take_no_memory_of_their_own(rig: Rig) -> None:
+    """Numba would let Python count it, from threads without the GIL."""
+    rig.read(5, 3)
+    numba_memory.memsys_enable_stats()
+    try:
+        before = numba_memory.memsys_get_stats_alloc()
+        tickets = [rig.submit(page, 3)[0] for page in range(20)]
+        deadline = monotonic() + PATIENCE_S
+        while not all(ticket.finished for ticket in tickets):
+            assert monotonic() < deadline
+        assert numba_memory.memsys_get_stats_alloc() == before
+    finally:
+        numba_memory.memsys_disable_stats()
+    assert all(ticket.succeeded for ticket in tickets)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
