@@ -33,7 +33,7 @@ class _Turn:
     share: float
 
 
-FULL = LlamaScale(prompts=(512,), new_tokens=64, rounds=2)
+FULL = LlamaScale(prompts=(512,), new_tokens=64, rounds=5)
 QUICK = LlamaScale(prompts=(32,), new_tokens=4, rounds=1)
 
 
