@@ -121,18 +121,23 @@ def parts_in_place(
         above = _start_above(table, call, tiers.above)
         # Where an accelerator joins segments, the first has all.
         lse[tiers.above] = -torch.inf
+        # Half of what is read ahead, so that reads go on meanwhile.
+        most = max(1, table.settings.staging_segments // 2)
+
+        def attend_cold(*, waits: bool) -> None:
+            while stream.done < len(units) and (waits or stream.has_next):
+                layouts = [cut[unit.segment].layout for unit in units[stream.done : stream.done + most]]
+                alike = next((place for place, layout in enumerate(layouts) if layout is not layouts[0]), len(layouts))
+                with stream.take_some(alike) as (taken, addresses):
+                    rows, places = np.array([(unit.row, unit.segment) for unit in taken]).T
+                    out[rows, places], lse[rows, places] = attend(call.batch(rows, places, addresses))
+
+        # What was read ahead has its room until it is attended.
+        attend_cold(waits=False)
         for which in _runs_of_one_layout(cut, tiers.below):
             rows, places = np.nonzero(which)
             out[rows, places], lse[rows, places] = attend(call.batch(rows, places, call.addresses(which)))
-        # Half of what is read ahead, so that reads go on meanwhile.
-        most, done = max(1, table.settings.staging_segments // 2), 0
-        while done < len(units):
-            layouts = [cut[unit.segment].layout for unit in units[done : done + most]]
-            alike = next((place for place, layout in enumerate(layouts) if layout is not layouts[0]), len(layouts))
-            with stream.take_some(alike) as (taken, addresses):
-                rows, places = np.array([(unit.row, unit.segment) for unit in taken]).T
-                out[rows, places], lse[rows, places] = attend(call.batch(rows, places, addresses))
-            done += len(taken)
+        attend_cold(waits=True)
         for part in above:
             out[part.rows, part.places], lse[part.rows, part.places] = part.work.finish()
         if ahead:

@@ -127,14 +127,16 @@ class FewTokens:
             StorageError, StoreCorruptError: a block cannot be read.
         """
         pool, last = kernel_pool(), self._cut[-1]
-        # What has to be read is, while the rest is attended.
+        # What has to be read is, while the rest is attended; what was read ahead has its room until it is.
         stream = Stream(table, self.cold) if self.cold.units else None
+        if stream is not None:
+            self._attend_cold(table, query, valid, stream, waits=False)
         length = table.tokens - last.first * table.settings.block_tokens
         for part in self._parts:
             part.attend(query, length, table.tokens - 1, pool, valid)
         table.pool.counters.accelerated_steps += self._is_accelerated
         if stream is not None:
-            self._attend_cold(table, query, valid, stream)
+            self._attend_cold(table, query, valid, stream, waits=True)
             if ahead:
                 stream.look_ahead()
             return
@@ -144,14 +146,17 @@ class FewTokens:
         if ahead and table.pool.below.blocks_written and table.follower is not None:
             read_ahead(table.follower(), table.pool)
 
-    def _attend_cold(self, table: BlockTable, query: torch.Tensor, valid: Bool | None, stream: Stream) -> None:
+    def _attend_cold(
+        self, table: BlockTable, query: torch.Tensor, valid: Bool | None, stream: Stream, *, waits: bool
+    ) -> None:  # fmt: skip
+        """The units that are left, all or up to the first that has not come."""
         units = self.cold.units
         # Half of what is read ahead, so that reads go on meanwhile.
-        most, done = max(1, table.settings.staging_segments // 2), 0
-        while done < len(units):
-            with stream.take_some(self._alike(units[done : done + most])) as (taken, addresses):
+        most = max(1, table.settings.staging_segments // 2)
+        while stream.done < len(units) and (waits or stream.has_next):
+            alike = self._alike(units[stream.done : stream.done + most])
+            with stream.take_some(alike) as (taken, addresses):
                 self._attend_some(table, query, valid, taken, addresses)
-            done += len(taken)
 
     def _alike(self, units: Sequence[Unit]) -> int:
         """How many of some units follow each other and are of one layout."""

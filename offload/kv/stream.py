@@ -146,6 +146,9 @@ class Stream:
     """Brings units together in host memory in the order in which they will be asked for, from disk and from above.
 
     The caller holds the pool's lock.
+
+    Attributes:
+        done: units that were taken.
     """
 
     def __init__(self, table: BlockTable, cold: ColdUnits) -> None:
@@ -154,7 +157,7 @@ class Stream:
         self._follower = table.follower
         self._units, self._keys = cold.units, cold.keys
         self._next = 0
-        self._done = 0
+        self.done = 0
         self._pool.staging.drop_all(but=cold.names)
         self._fill()
 
@@ -178,8 +181,8 @@ class Stream:
         Raises:
             StorageError, StoreCorruptError: they cannot be read.
         """
-        first = self._done
-        self._done += 1
+        first = self.done
+        self.done += 1
         key, unit = self._keys[first], self._units[first]
         if not self._pool.start(key, unit.blocks):
             # Buffers hold what comes later: the same blocks came up before, for another sequence.
@@ -187,14 +190,19 @@ class Stream:
             self._pool.start(key, unit.blocks)
         try:
             addresses = [self._pool.fetch(key, unit.blocks)]
-            while self._done < min(first + most, len(self._units)) and self._has_arrived(self._done):
-                self._done += 1
-                addresses.append(self._pool.fetch(self._keys[self._done - 1], self._units[self._done - 1].blocks))
-            yield self._units[first : self._done], np.concatenate(addresses)
+            while self.done < min(first + most, len(self._units)) and self._has_arrived(self.done):
+                self.done += 1
+                addresses.append(self._pool.fetch(self._keys[self.done - 1], self._units[self.done - 1].blocks))
+            yield self._units[first : self.done], np.concatenate(addresses)
         finally:
-            for key in set(self._keys[first : self._done]) - set(self._keys[self._done : self._done + 1]):
+            for key in set(self._keys[first : self.done]) - set(self._keys[self.done : self.done + 1]):
                 self._pool.drop(key)
         self._fill()
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the next unit is here, read ahead."""
+        return self.done < len(self._units) and self._pool.staging.has_arrived(self._keys[self.done])
 
     def _has_arrived(self, index: int) -> bool:
         """Whether a unit need not be waited for; one with blocks above needs room that the one before it may hold."""
