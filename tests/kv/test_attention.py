@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +13,12 @@ import pytest
 import torch
 
 from cpu_kernels.merge_parts import merge_parts
+from cpu_kernels.prepared_attention import PreparedAttention
 from formats.kv import KvLayout
 from offload.devices import host_attention
 from offload.devices.base import AttentionBatch, AttentionPart, AttentionWork
 from offload.devices.host_threads import kernel_pool
-from offload.kv import few_tokens
+from offload.kv import attention, few_tokens
 from offload.kv.attention import attend_by_segments, attend_in_place, parts_in_place
 from offload.kv.staging import Staging
 from offload.kv.table import BlockTable, Layouts
@@ -190,8 +193,6 @@ def test_padding_in_the_new_tokens(tmp_path: Path) -> None:
 
 
 def test_the_next_layer_is_read_ahead(tmp_path: Path) -> None:
-    import weakref
-
     pool = small_pool(tmp_path, 14)
     twins = [Twin(make_table(pool, 1), seed) for seed in range(2)]
     for twin in twins:
@@ -209,6 +210,50 @@ def test_the_next_layer_is_read_ahead(tmp_path: Path) -> None:
     twins[1].append(150)
     found = attend_in_place(twins[1].table, query, SCALE)
     assert (found - _expected(twins[1], query, None, None)).abs().max() < 2e-6
+    pool.check()
+    pool.close()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_was_read_ahead_makes_room_for_reads_beside_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    pool = small_pool(tmp_path, 14)
+    twins = [Twin(make_table(pool, 1), seed) for seed in range(2)]
+    for twin in twins:
+        twin.append(200)
+    twins[0].table.follower = weakref.ref(twins[1].table)
+    query = _query(twins[0], 1)
+    attend = attend_in_place if kept else parts_in_place
+    attend(twins[0].table, query, SCALE)
+    order: list[str] = []
+    start, ahead = Staging.start, frozenset(pool.staging._started)
+    assert ahead
+
+    def starting(self: Staging, key: bytes, *told: Any) -> bool:
+        begun = start(self, key, *told)
+        order.extend(["read"] * (begun and key not in ahead))
+        return begun
+
+    def attending(batch: AttentionBatch, *told: Any, **named: Any) -> AttentionPart:
+        order.append("here" if batch.first_positions[0] else "ahead")
+        return host_attention.attend(batch, *told, **named)
+
+    def attending_kept(self: PreparedAttention, *told: Any) -> None:
+        order.append("here")
+        prepared(self, *told)
+
+    prepared = PreparedAttention.attend
+    monkeypatch.setattr(Staging, "has_arrived", lambda self, key: key in ahead)
+    monkeypatch.setattr(Staging, "start", starting)
+    monkeypatch.setattr(PreparedAttention, "attend", attending_kept)
+    for module in few_tokens, attention:
+        monkeypatch.setattr(module, "attend", attending)
+    found = attend(twins[1].table, query, SCALE)
+    out = found if isinstance(found, torch.Tensor) else merge_parts(*found, None, kernel_pool())
+    assert (out - _expected(twins[1], query, None, None)).abs().max() < 2e-6
+    assert order[0] == "ahead"
+    assert "read" in order[: order.index("here")]
     pool.check()
     pool.close()
 
