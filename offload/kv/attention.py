@@ -8,7 +8,7 @@ the others (HGCA, Deng et al. 2025).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,23 +121,20 @@ def parts_in_place(
         above = _start_above(table, call, tiers.above)
         # Where an accelerator joins segments, the first has all.
         lse[tiers.above] = -torch.inf
-        # Half of what is read ahead, so that reads go on meanwhile.
-        most = max(1, table.settings.staging_segments // 2)
 
-        def attend_cold(*, waits: bool) -> None:
-            while stream.done < len(units) and (waits or stream.has_next):
-                layouts = [cut[unit.segment].layout for unit in units[stream.done : stream.done + most]]
-                alike = next((place for place, layout in enumerate(layouts) if layout is not layouts[0]), len(layouts))
-                with stream.take_some(alike) as (taken, addresses):
-                    rows, places = np.array([(unit.row, unit.segment) for unit in taken]).T
-                    out[rows, places], lse[rows, places] = attend(call.batch(rows, places, addresses))
+        def alike(some: Sequence[Unit]) -> int:
+            layouts = [cut[unit.segment].layout for unit in some]
+            return next((place for place, layout in enumerate(layouts) if layout is not layouts[0]), len(layouts))
 
-        # What was read ahead has its room until it is attended.
-        attend_cold(waits=False)
+        def attend_some(some: Sequence[Unit], addresses: Int64) -> None:
+            rows, places = np.array([(unit.row, unit.segment) for unit in some]).T
+            out[rows, places], lse[rows, places] = attend(call.batch(rows, places, addresses))
+
+        stream.pass_on(alike, attend_some, waits=False)
         for which in _runs_of_one_layout(cut, tiers.below):
             rows, places = np.nonzero(which)
             out[rows, places], lse[rows, places] = attend(call.batch(rows, places, call.addresses(which)))
-        attend_cold(waits=True)
+        stream.pass_on(alike, attend_some, waits=True)
         for part in above:
             out[part.rows, part.places], lse[part.rows, part.places] = part.work.finish()
         if ahead:

@@ -8,6 +8,7 @@ writes to; masks are read in place: a step allocates nothing that grows with the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -127,16 +128,17 @@ class FewTokens:
             StorageError, StoreCorruptError: a block cannot be read.
         """
         pool, last = kernel_pool(), self._cut[-1]
-        # What has to be read is, while the rest is attended; what was read ahead has its room until it is.
+        # What has to be read is, while the rest is attended.
         stream = Stream(table, self.cold) if self.cold.units else None
+        attend_cold = partial(self._attend_some, table, query, valid)
         if stream is not None:
-            self._attend_cold(table, query, valid, stream, waits=False)
+            stream.pass_on(self._alike, attend_cold, waits=False)
         length = table.tokens - last.first * table.settings.block_tokens
         for part in self._parts:
             part.attend(query, length, table.tokens - 1, pool, valid)
         table.pool.counters.accelerated_steps += self._is_accelerated
         if stream is not None:
-            self._attend_cold(table, query, valid, stream, waits=True)
+            stream.pass_on(self._alike, attend_cold, waits=True)
             if ahead:
                 stream.look_ahead()
             return
@@ -145,18 +147,6 @@ class FewTokens:
             table.pool.staging.drop_all()
         if ahead and table.pool.below.blocks_written and table.follower is not None:
             read_ahead(table.follower(), table.pool)
-
-    def _attend_cold(
-        self, table: BlockTable, query: torch.Tensor, valid: Bool | None, stream: Stream, *, waits: bool
-    ) -> None:  # fmt: skip
-        """The units that are left, all or up to the first that has not come."""
-        units = self.cold.units
-        # Half of what is read ahead, so that reads go on meanwhile.
-        most = max(1, table.settings.staging_segments // 2)
-        while stream.done < len(units) and (waits or stream.has_next):
-            alike = self._alike(units[stream.done : stream.done + most])
-            with stream.take_some(alike) as (taken, addresses):
-                self._attend_some(table, query, valid, taken, addresses)
 
     def _alike(self, units: Sequence[Unit]) -> int:
         """How many of some units follow each other and are of one layout."""

@@ -146,9 +146,6 @@ class Stream:
     """Brings units together in host memory in the order in which they will be asked for, from disk and from above.
 
     The caller holds the pool's lock.
-
-    Attributes:
-        done: units that were taken.
     """
 
     def __init__(self, table: BlockTable, cold: ColdUnits) -> None:
@@ -157,7 +154,9 @@ class Stream:
         self._follower = table.follower
         self._units, self._keys = cold.units, cold.keys
         self._next = 0
-        self.done = 0
+        self._done = 0
+        # Half of what is read ahead, so that reads go on while it is attended.
+        self._most = max(1, table.settings.staging_segments // 2)
         self._pool.staging.drop_all(but=cold.names)
         self._fill()
 
@@ -181,8 +180,8 @@ class Stream:
         Raises:
             StorageError, StoreCorruptError: they cannot be read.
         """
-        first = self.done
-        self.done += 1
+        first = self._done
+        self._done += 1
         key, unit = self._keys[first], self._units[first]
         if not self._pool.start(key, unit.blocks):
             # Buffers hold what comes later: the same blocks came up before, for another sequence.
@@ -190,25 +189,42 @@ class Stream:
             self._pool.start(key, unit.blocks)
         try:
             addresses = [self._pool.fetch(key, unit.blocks)]
-            while self.done < min(first + most, len(self._units)) and self._has_arrived(self.done):
-                self.done += 1
-                addresses.append(self._pool.fetch(self._keys[self.done - 1], self._units[self.done - 1].blocks))
-            yield self._units[first : self.done], np.concatenate(addresses)
+            while self._done < first + most and self._has_next and self._next_needs_no_room():
+                self._done += 1
+                addresses.append(self._pool.fetch(self._keys[self._done - 1], self._units[self._done - 1].blocks))
+            yield self._units[first : self._done], np.concatenate(addresses)
         finally:
-            for key in set(self._keys[first : self.done]) - set(self._keys[self.done : self.done + 1]):
+            for key in set(self._keys[first : self._done]) - set(self._keys[self._done : self._done + 1]):
                 self._pool.drop(key)
         self._fill()
 
-    @property
-    def has_next(self) -> bool:
-        """Whether the next unit is here, read ahead."""
-        return self.done < len(self._units) and self._pool.staging.has_arrived(self._keys[self.done])
+    def pass_on(
+        self, alike: Callable[[Sequence[Unit]], int], attend: Callable[[Sequence[Unit], Int64], None], *, waits: bool
+    ) -> None:  # fmt: skip
+        """Let the units that are left be attended, some at a time.
 
-    def _has_arrived(self, index: int) -> bool:
-        """Whether a unit need not be waited for; one with blocks above needs room that the one before it may hold."""
+        Args:
+            alike: how many of some units, from the first on, can be attended together.
+            attend: called with them and the addresses of their blocks.
+            waits: for all; False to end before the first that has not come: what was read ahead has its room until it
+                is attended, so that reads go on beside the rest.
+
+        Raises:
+            StorageError, StoreCorruptError: they cannot be read.
+        """
+        while self._done < len(self._units) and (waits or self._has_next):
+            with self.take_some(alike(self._units[self._done : self._done + self._most])) as taken:
+                attend(*taken)
+
+    @property
+    def _has_next(self) -> bool:
+        """Whether the next unit need not be waited for."""
+        return self._done < len(self._units) and self._pool.staging.has_arrived(self._keys[self._done])
+
+    def _next_needs_no_room(self) -> bool:
+        """A unit with blocks above needs room, which the one before it may hold."""
         above = self._pool.is_above
-        pair = np.concatenate([self._units[index - 1].blocks, self._units[index].blocks])
-        return self._pool.staging.has_arrived(self._keys[index]) and not above[pair].any()
+        return not any(above[unit.blocks].any() for unit in self._units[self._done - 1 : self._done + 1])
 
     def _fill(self) -> None:
         while self._next < len(self._units) and self._pool.start(

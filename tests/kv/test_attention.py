@@ -20,6 +20,7 @@ from offload.devices.base import AttentionBatch, AttentionPart, AttentionWork
 from offload.devices.host_threads import kernel_pool
 from offload.kv import attention, few_tokens
 from offload.kv.attention import attend_by_segments, attend_in_place, parts_in_place
+from offload.kv.pool import BlockPool
 from offload.kv.staging import Staging
 from offload.kv.table import BlockTable, Layouts
 from tests.kv.tables import (
@@ -192,12 +193,18 @@ def test_padding_in_the_new_tokens(tmp_path: Path) -> None:
     pool.close()
 
 
-def test_the_next_layer_is_read_ahead(tmp_path: Path) -> None:
-    pool = small_pool(tmp_path, 14)
+def _two_layers(directory: Path) -> tuple[BlockPool, list[Twin]]:
+    """The second of which is read ahead after the first; most blocks are on disk."""
+    pool = small_pool(directory, 14)
     twins = [Twin(make_table(pool, 1), seed) for seed in range(2)]
     for twin in twins:
         twin.append(200)
     twins[0].table.follower = weakref.ref(twins[1].table)
+    return pool, twins
+
+
+def test_the_next_layer_is_read_ahead(tmp_path: Path) -> None:
+    pool, twins = _two_layers(tmp_path)
     query = _query(twins[0], 1)
     attend_in_place(twins[0].table, query, SCALE)
     before = pool.counters.blocks_read
@@ -218,11 +225,7 @@ def test_the_next_layer_is_read_ahead(tmp_path: Path) -> None:
 def test_what_was_read_ahead_makes_room_for_reads_beside_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
-    pool = small_pool(tmp_path, 14)
-    twins = [Twin(make_table(pool, 1), seed) for seed in range(2)]
-    for twin in twins:
-        twin.append(200)
-    twins[0].table.follower = weakref.ref(twins[1].table)
+    pool, twins = _two_layers(tmp_path)
     query = _query(twins[0], 1)
     attend = attend_in_place if kept else parts_in_place
     attend(twins[0].table, query, SCALE)
