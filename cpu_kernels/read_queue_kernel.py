@@ -49,7 +49,7 @@ ADDRESS = 5
 NBYTES = 6
 PARTS = 7  # with a checksum each, in the words behind the ticket's; 0 for no check
 CHUNKS = 8
-_CLAIMED = 9
+CLAIMED = 9
 _UNREAD = 10
 _IN_FLIGHT = 11
 CANCELLED = 12
@@ -159,14 +159,14 @@ def _leave(state):
 
 @inner
 def _is_idle(ticket):
-    return ticket[_IN_FLIGHT] == 0 and (ticket[_CLAIMED] == ticket[CHUNKS])
+    return ticket[_IN_FLIGHT] == 0 and (ticket[CLAIMED] == ticket[CHUNKS])
 
 
 @inner
 def _drop_unclaimed(state, address):
     ticket = _ticket(address)
     _remove(state, address)
-    ticket[_CLAIMED] = ticket[CHUNKS]
+    ticket[CLAIMED] = ticket[CHUNKS]
 
 
 # What a reader does with a chunk, in the order of these functions; others may come between any two.
@@ -178,10 +178,10 @@ def begin(state, urgency):
     queue = _queue(state)
     address = queue[_FIRST + urgency]
     ticket = _ticket(address)
-    chunk = ticket[_CLAIMED]
-    ticket[_CLAIMED] += 1
+    chunk = ticket[CLAIMED]
+    ticket[CLAIMED] += 1
     ticket[_IN_FLIGHT] += 1
-    if ticket[_CLAIMED] == ticket[CHUNKS]:
+    if ticket[CLAIMED] == ticket[CHUNKS]:
         _remove(state, address)
     if queue[READING] == 0:
         queue[_SINCE_NS] = _now_ns(state)
@@ -316,7 +316,7 @@ def promote(state: int, address: int) -> None:
     if ticket[URGENCY] != 0 and ticket[_WAITS] != 0:
         _remove(state, address)
         _append(state, 0, address)
-        for _ in range(ticket[CHUNKS] - ticket[_CLAIMED]):
+        for _ in range(ticket[CHUNKS] - ticket[CLAIMED]):
             _tell_one(state)
     _unlock(state + 8 * _MUTEX)
 

@@ -23,13 +23,17 @@ Ask = Callable[[], npt.NDArray[np.float32] | None]
 """Gives logits, float32 [1 + next layers, most of their experts]: of a router and of those of the next layers, of the
 same hidden state, if they can tell. Rows are longer than layers of fewer experts."""
 
-LEAST_PROBABILITY = 0.6
-"""What is less probable is not read ahead: a read in vain takes the disk, and often a core, from one that is needed."""
+LEAST_PROBABILITY = 0.5
+"""What is less probable is not read ahead."""
+
+SURE_PROBABILITY = 0.8
+"""What is less probable is read ahead only while the disk would do nothing else, which is as far as one layer goes: the
+next one predicts better, and a read in vain takes the disk from one that is needed."""
 
 CANCEL_BELOW = 0.1
-"""A read ahead ends when a newer prediction says less."""
+"""A read ahead that has been begun ends when a newer prediction says less."""
 
-_SHARE_OF_SLOTS = 4
+_SHARE_OF_SLOTS = 8
 """Reads ahead on their way hold at most one slot in so many."""
 
 _SMOOTHING = 0.1
@@ -74,11 +78,14 @@ class Prefetcher:
         self._asked: tuple[int, npt.NDArray[np.int64], Ask] | None = None
         self._foresight: Foresight | None = None
         if copies is None and isinstance(tier.policy, ForecastPolicy) and Foresight.takes(tier.policy, predictor):
-            self._foresight = Foresight(tier.policy, predictor, self._top_k, LEAST_PROBABILITY, CANCEL_BELOW)
+            self._foresight = Foresight(
+                tier.policy, predictor, self._top_k,
+                least=LEAST_PROBABILITY, sure=SURE_PROBABILITY, cancel_below=CANCEL_BELOW,
+            )  # fmt: skip
         self._tiers = [tier] if copies is None else [tier, copies.tiers.above]
         self._layer_s = 0.0
         self._read_s = 0.0
-        self._last = (0, 0.0)
+        self._last = (tier.counters.loads, tier.engine.reading_s)
 
     @property
     def on(self) -> bool:
@@ -133,7 +140,8 @@ class Prefetcher:
             reading = tier.reading_ahead
             choice = foresight.choose(
                 layer, said, active, predicts=predicts, pinned=tier.table.pinned, reading=reading,
-                room=self._room - len(reading), free=tier.table.free_slots, read_s=self._read_s, layer_s=self._layer_s,
+                waiting=tier.waiting_ahead, urgent=tier.loading - len(reading), room=self._room - len(reading),
+                free=tier.table.free_slots, read_s=self._read_s, layer_s=self._layer_s,
             )  # fmt: skip
             if not choice.unlikely:
                 break
@@ -172,12 +180,14 @@ class Prefetcher:
             self.copies.copy(layer + 1, self._foreseen[layer + 1][1], self._layer_s)
         self._cancel_unlikely()
         reading = len(self.tier.reading_ahead)
-        room = self._room - reading
+        urgent, room = self.tier.loading - reading, self._room - reading
         chosen: list[tuple[float, int]] = []
         for probability, distance, key in self._candidates(layer):
-            # It would not even be begun when its layer comes.
-            late = (reading + len(chosen)) * self._read_s > distance * self._layer_s > 0
-            if len(chosen) < room and not late:
+            before = reading + len(chosen)
+            # It would not even be begun when its layer comes, or not before the next layer chooses.
+            late = before * self._read_s > distance * self._layer_s > 0
+            waits = (before + urgent) * self._read_s > self._layer_s
+            if len(chosen) < room and not late and (probability >= SURE_PROBABILITY or not waits):
                 chosen.append((probability, key))
         if chosen:
             keys, victims = self._that_gain(chosen)
@@ -215,11 +225,13 @@ class Prefetcher:
         return found, victims[:gone]
 
     def _cancel_unlikely(self) -> None:
-        unlikely = []
+        """What is not expected any more, and what is not sure and has not been begun, which may be chosen again."""
+        unlikely, waiting = [], self.tier.waiting_ahead
         for key in self.tier.reading_ahead:
             layer = int(self.geometry.layer_of[key])
             _, probabilities = self._foreseen.get(layer, (0, None))
-            if probabilities is None or probabilities[key - self._first_keys[layer]] < CANCEL_BELOW:
+            below = SURE_PROBABILITY if key in waiting else CANCEL_BELOW
+            if probabilities is None or probabilities[key - self._first_keys[layer]] < below:
                 unlikely.append(key)
         if unlikely:
             self.tier.cancel_ahead(unlikely)
@@ -244,12 +256,12 @@ class Prefetcher:
         if self.controller is not None and self._has_work:
             self.controller.note_pass(seconds)
         self._layer_s += _SMOOTHING * (seconds / self.geometry.layers - self._layer_s)
-        counters = self.tier.counters
-        misses, stall_s = self._last
-        self._last = (counters.misses, counters.stall_s)
-        if counters.misses > misses and counters.stall_s >= stall_s:
-            each = (counters.stall_s - stall_s) / (counters.misses - misses)
-            self._read_s += _SMOOTHING * (each - self._read_s)
+        loads, reading_s = self.tier.counters.loads, self.tier.engine.reading_s
+        loaded, read_s = loads - self._last[0], reading_s - self._last[1]
+        self._last = loads, reading_s
+        # Counters begin again where statistics do.
+        if loaded > 0:
+            self._read_s += _SMOOTHING * (read_s / loaded - self._read_s)
 
     def forget_pass(self) -> None:
         """A pass ended or failed somewhere: what it foresaw is of no use."""

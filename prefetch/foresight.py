@@ -20,7 +20,7 @@ class Choice(NamedTuple):
     """What to do now.
 
     Attributes:
-        unlikely: keys that are being read and are not expected any more. Where there are any, nothing else was chosen.
+        unlikely: keys that are to be read no longer. Where there are any, nothing else was chosen.
         keys: to be read, in this order.
         victims: to be evicted for them once no slot is free, in this order.
     """
@@ -39,7 +39,14 @@ class Foresight:
         return type(policy) is ForecastPolicy and type(predictor) is Predictor
 
     def __init__(
-        self, policy: ForecastPolicy, predictor: Predictor, top_k: Sequence[int], least: float, cancel_below: float
+        self,
+        policy: ForecastPolicy,
+        predictor: Predictor,
+        top_k: Sequence[int],
+        *,
+        least: float,
+        sure: float,
+        cancel_below: float,
     ) -> None:
         """Decide for a tier.
 
@@ -48,6 +55,7 @@ class Foresight:
             predictor: of the same geometry.
             top_k: experts of a token in each layer.
             least: what is less probable is not read.
+            sure: what is less probable does not wait for others beyond the layer's time.
             cancel_below: what is less probable is not read on.
 
         Raises:
@@ -60,7 +68,7 @@ class Foresight:
         self._layers, self._depth = layers, predictor.depth
         self._told: Any = np.zeros(kernel.TOLD + 4 * total + layers, np.int64)
         self._found: Any = np.zeros(kernel.FOUND + 2 * total, np.int64)
-        self._limits = np.array([least, cancel_below, 0.0, 0.0])
+        self._limits = np.array([least, sure, cancel_below, 0.0, 0.0])
         self._foresee = direct(kernel.foresee)
 
     def choose(
@@ -72,6 +80,8 @@ class Foresight:
         predicts: bool,
         pinned: Collection[int],
         reading: Collection[int],
+        waiting: Collection[int],
+        urgent: int,
         room: int,
         free: int,
         read_s: float,
@@ -86,6 +96,8 @@ class Foresight:
             predicts: False where it was predicted and what was unlikely has been ended.
             pinned: keys that must not be evicted.
             reading: keys that are being read ahead.
+            waiting: of them, those of which nothing has been read yet.
+            urgent: reads on their way that are needed now.
             room: how many more may be.
             free: slots that nobody has.
             read_s: seconds of a read; 0 where that is not known, as of the next.
@@ -93,9 +105,10 @@ class Foresight:
         """
         moved, changed = self._policy.take_news()
         ahead = min(len(said) - 1, self._depth, self._layers - 1 - layer)
-        asked = reading if predicts else ()
+        asked = [-1 - key if key in waiting else key for key in reading] if predicts else ()
         numbers: Any = (
-            len(moved), len(changed), len(pinned), len(asked), layer, ahead, predicts, len(reading), max(room, 0), free,
+            len(moved), len(changed), len(pinned), len(asked), layer, ahead, predicts, len(reading), urgent,
+            max(room, 0), free,
         )  # fmt: skip
         count = kernel.TOLD + len(moved) + len(changed) + len(pinned) + len(asked)
         if count > len(self._told):

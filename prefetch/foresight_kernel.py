@@ -14,15 +14,16 @@ from prefetch.predictors.combine_kernel import predict
 
 # The first places of what `foresee` is told. MOVES, CHANGES, PINNED and READING are how many of each follow, in this
 # order; see `foresee`. Then the layer, for how many next ones routers spoke, whether they are to be predicted, how many
-# reads ahead are on their way, how many more may be, and how many slots are free.
-MOVES, CHANGES, PINNED, READING, LAYER, AHEAD, PREDICTS, WAITING, ROOM, FREE, TOLD = range(11)
+# reads ahead are on their way, how many that are needed now, how many more reads ahead may be, and how many slots are
+# free.
+MOVES, CHANGES, PINNED, READING, LAYER, AHEAD, PREDICTS, WAITING, URGENT, ROOM, FREE, TOLD = range(12)
 
 # The first places of what it finds: how many unlikely keys, keys to read and victims follow, in this order.
 UNLIKELY, CHOSEN, VICTIMS, FOUND = range(4)
 
-# Limits: least probability of what is read, least probability of what goes on being read, seconds of a read and of a
-# layer.
-LEAST, CANCEL_BELOW, READ_S, LAYER_S, LIMITS = range(5)
+# Limits: least probability of what is read, of what waits for others, and of what goes on being read; seconds of a read
+# and of a layer.
+LEAST, SURE, CANCEL_BELOW, READ_S, LAYER_S, LIMITS = range(6)
 
 
 @inner
@@ -43,12 +44,16 @@ def _worth(table: Any, per_layer: Any, key: int) -> Any:
 
 @inner
 def _find_unlikely(
-    layer: int, ahead: int, depth: int, reading: Any, table: Any, first_keys: Any, probabilities: Any, below: float,
+    layer: int, ahead: int, depth: int, reading: Any, table: Any, first_keys: Any, probabilities: Any, limits: Any,
     found: Any,
 ) -> int:  # fmt: skip
-    """Fill `found` with what is being read that is not expected any more; how many there are."""
+    """Fill `found` with what is to be read no longer: what is not expected any more, and what is not sure and has not
+    been begun, which may be chosen again; how many there are.
+    """
     size = 0
-    for key in reading:
+    for word in reading:
+        key = word if word >= 0 else -1 - word
+        below = limits[CANCEL_BELOW] if word >= 0 else limits[SURE]
         target = int(table[LAYER_OF, key])
         distance = target - layer
         likely = 1 <= distance <= ahead
@@ -84,13 +89,30 @@ def _list_candidates(
 
 
 @inner
-def _keep_those_in_time(layer: int, told: Any, limits: Any, table: Any, keys: Any, size: int) -> int:
-    """Leave those of `keys` for which there is room and that can be begun before their layer comes; how many."""
+def _keep_those_in_time(
+    layer: int,
+    depth: int,
+    told: Any,
+    limits: Any,
+    table: Any,
+    first_keys: Any,
+    probabilities: Any,
+    keys: Any,
+    size: int,
+) -> int:
+    """Leave those of `keys` for which there is room and that can be begun before their layer comes; how many.
+
+    What would not be begun before the next layer's turn to choose, which knows more, must be sure.
+    """
     kept = 0
     for place in range(size):
-        until_s = (int(table[LAYER_OF, keys[place]]) - layer) * limits[LAYER_S]
-        late = (told[WAITING] + kept) * limits[READ_S] > until_s and until_s > 0.0
-        if kept < told[ROOM] and not late:
+        target = int(table[LAYER_OF, keys[place]])
+        until_s = (target - layer) * limits[LAYER_S]
+        before = told[WAITING] + kept
+        late = before * limits[READ_S] > until_s and until_s > 0.0
+        waits = (before + told[URGENT]) * limits[READ_S] > limits[LAYER_S]
+        sure = probabilities[target * depth + target - layer - 1, keys[place] - first_keys[target]] >= limits[SURE]
+        if kept < told[ROOM] and not late and (sure or not waits):
             keys[kept] = keys[place]
             kept += 1
     return kept
@@ -124,12 +146,13 @@ def foresee(
 ) -> None:  # fmt: skip
     """Predict the next layers and choose what to read ahead, or what to end first.
 
-    Where something that is being read is not likely any more, that alone is found: whoever ends it asks again without
-    predicting and without naming what is being read.
+    Where something is to be read no longer, that alone is found: whoever ends it asks again without predicting and
+    without naming what is being read.
 
     Args:
         told: int64, numbers, see above; then keys that came, or -1 - key for one that left, in order; layers whose
-            values changed; keys that must stay; and keys that are being read ahead.
+            values changed; keys that must stay; and keys that are being read ahead, or -1 - key where that has not been
+            begun.
         limits: float64 [LIMITS], see above.
         said: float32 [1 + next layers, most experts], what routers say, from the layer's own on.
         active: int64 [n], experts of the layer that the token goes to.
@@ -175,7 +198,7 @@ def foresee(
             refresh(table, per_layer, target, first_keys[target], first_keys[target + 1])
     found[UNLIKELY] = _find_unlikely(
         layer, ahead, depth, told[pinned : pinned + told[READING]], table, first_keys, probabilities,
-        limits[CANCEL_BELOW], found[FOUND:],
+        limits, found[FOUND:],
     )  # fmt: skip
     found[CHOSEN] = found[VICTIMS] = 0
     if found[UNLIKELY] > 0:
@@ -187,7 +210,7 @@ def foresee(
     size = _list_candidates(
         layer, ahead, depth, counts, table, first_keys, probabilities, limits[LEAST], keys, np.empty(most)
     )
-    size = _keep_those_in_time(layer, told, limits, table, keys, size)
+    size = _keep_those_in_time(layer, depth, told, limits, table, first_keys, probabilities, keys, size)
     wanted = max(size - told[FREE], 0)
     there = 0
     if wanted > 0:

@@ -81,6 +81,11 @@ class DirectTicket:
         self._words = memoryview(words).cast("q")
 
     @property
+    def begun(self) -> bool:
+        """True when a thread has begun to read a part of it, or was kept from that."""
+        return self._words[kernel.CLAIMED] != 0
+
+    @property
     def finished(self) -> bool:
         """True when no thread will write to its memory any more."""
         return self._words[kernel.FINISHED] != 0

@@ -199,6 +199,11 @@ class ExpertTier:
         return [key for key in self._ahead if key in self._tickets]
 
     @property
+    def waiting_ahead(self) -> list[int]:
+        """Of `reading_ahead`, those of which no reader has begun a part."""
+        return [key for key in self.reading_ahead if not self._tickets[key].begun]
+
+    @property
     def loading(self) -> int:
         """Loads that have been started and not been noticed to have ended."""
         return len(self._tickets)

@@ -92,17 +92,23 @@ class ReadRequest(NamedTuple):
 class Ticket:
     """The completion of one read. Written under the engine's lock, read by anyone."""
 
-    __slots__ = ("cancelled", "error", "finished", "in_flight", "request", "unclaimed", "unread", "urgency")
+    __slots__ = ("_chunks", "cancelled", "error", "finished", "in_flight", "request", "unclaimed", "unread", "urgency")
 
     def __init__(self, request: ReadRequest, chunks: int, urgency: Urgency) -> None:
         self.request = request
         self.urgency = urgency
+        self._chunks = chunks
         self.unclaimed = set(range(chunks))
         self.unread = chunks
         self.in_flight = 0
         self.finished = False
         self.cancelled = False
         self.error: BaseException | None = None
+
+    @property
+    def begun(self) -> bool:
+        """True when a thread has begun to read a part of it, or was kept from that."""
+        return len(self.unclaimed) < self._chunks
 
     @property
     def succeeded(self) -> bool:

@@ -24,6 +24,11 @@ class Completion(Protocol):
     """What an engine tells of one read; see `Ticket`."""
 
     @property
+    def begun(self) -> bool:
+        """True when a thread has begun to read a part of it."""
+        ...
+
+    @property
     def finished(self) -> bool:
         """True when no thread will write to its memory any more."""
         ...

@@ -33,8 +33,8 @@ class Read:
 
     error = None
 
-    def __init__(self, key: int) -> None:
-        self.key, self.finished, self.succeeded = key, False, False
+    def __init__(self, key: int, *, begun: bool) -> None:
+        self.key, self.begun, self.finished, self.succeeded = key, begun, False, False
 
     def end(self, *, arrived: bool) -> None:
         self.finished, self.succeeded = True, arrived
@@ -45,6 +45,7 @@ class Tier(ExpertTier):
 
     def __init__(self, policy: ForecastPolicy, slots: int) -> None:
         self.did: list[tuple[str, int]] = []
+        self.reading_s = 0.0
         super().__init__(
             Arena(HostDevice(), PAGE, slots), policy, cast("Any", self),
             lambda key, out: ReadRequest(key, 0, out, None, ""), lambda _key: PAGE,
@@ -53,7 +54,7 @@ class Tier(ExpertTier):
     def submit(self, request: ReadRequest, _urgency: Urgency) -> Read:
         """See `Engine`."""
         self.did.append(("read", request.shard))
-        return Read(request.shard)
+        return Read(request.shard, begun=len(self.did) % 3 == 0)
 
     def cancel(self, ticket: Read) -> None:
         """See `Engine`."""
@@ -92,7 +93,7 @@ class Run:
                 tier.arrive(key)
         _, missing = tier.borrow(keys)
         assert tier.start_loads(missing) == len(missing)
-        tier.counters.stall_s += 0.0003 * len(missing)
+        tier.reading_s += 0.0003 * len(missing)
         self.prefetcher.read_ahead(layer)
         for key in missing:
             tier.arrive(key)
@@ -142,7 +143,7 @@ def test_reads_cancels_and_victims_are_those_of_python(geometry: Geometry, seed:
 def test_cases_have_cancels_and_reads_ahead() -> None:
     """What the comparison above is worth."""
     geometry = GEOMETRIES[0]
-    run = Run(ForecastPolicy(geometry), geometry, 20, 3)
+    run = Run(ForecastPolicy(geometry), geometry, 32, 3)
     chance = np.random.default_rng(0)
     ahead = 0
     for _ in range(40):
@@ -165,4 +166,4 @@ def test_only_what_it_knows_is_taken() -> None:
     assert not Foresight.takes(Replaced(geometry), predictor)
     assert not Foresight.takes(LruPolicy(), predictor)
     with pytest.raises(ValueError, match="decide in Python"):
-        Foresight(Replaced(geometry), predictor, [3] * 5, 0.6, 0.1)
+        Foresight(Replaced(geometry), predictor, [3] * 5, least=0.6, sure=0.8, cancel_below=0.1)
