@@ -105,6 +105,10 @@ class DoorbellError(DeviceError):
     """A request that an accelerator made of the CPU could not be answered."""
 
 
+class PartError(OffloadError, ValueError):
+    """A scheduler or a predictor of a user's own said what cannot be; the step that asked is as if it had not been."""
+
+
 class CaptureError(OffloadError):
     """A decode step cannot be captured as a graph: what it does depends on more than a replay would see."""
 

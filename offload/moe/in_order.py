@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from offload.tiers.expert_tier import ExpertTier
 
@@ -16,6 +16,7 @@ def borrowed_in_order(
     shares: Sequence[float] | None = None,
     sizes: Sequence[int] | None = None,
     most: int = 0,
+    begun: Callable[[], None] | None = None,
 ) -> Generator[list[int], bool | None]:
     """All of `keys` in turn, in groups borrowed until the next is asked for; as many as slots allow load meanwhile.
 
@@ -28,6 +29,7 @@ def borrowed_in_order(
         sizes: of each of `keys`; None: one key is a group.
         most: sum of sizes of a group that has more than one; while experts load, a group has few, whose slots are soon
             free.
+        begun: called once, when the first loads have begun for which there are slots.
 
     Raises:
         StorageError, StoreCorruptError: an expert could not be read.
@@ -38,6 +40,9 @@ def borrowed_in_order(
     while position < len(keys):
         key = keys[position]
         started = tier.start_loads(waiting)
+        if begun is not None:
+            begun()
+            begun = None
         while key not in borrowed:
             if started or not borrowed:
                 borrowed.update(tier.collect([key] if started else waiting))

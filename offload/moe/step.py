@@ -40,6 +40,8 @@ def moe_step(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     watch: StepWatch | None = None,
+    *,
+    in_turn: bool = False,
 ) -> torch.Tensor:
     """out[t] = sum over k of weight[t, k] * expert(index[t, k])(hidden[t]), every expert read at most once.
 
@@ -51,16 +53,17 @@ def moe_step(
         top_k_index: integer [T, k].
         top_k_weights: [T, k].
         watch: told of the step; None where nobody wants to know.
+        in_turn: compute experts in ascending order, each waited for in turn, instead of as they come.
 
     Returns:
-        [T, H] in the model's dtype; does not depend on what was resident.
+        [T, H] in the model's dtype; does not depend on what was resident, nor on `in_turn`.
 
     Raises:
         StorageError, StoreCorruptError: an expert could not be read; the tier is as before the step.
     """
     routing = route(top_k_index, top_k_weights, layer.count)
     accumulator = make_accumulator(routing, hidden.shape[-1])
-    execute = _in_order if accumulator.ordered else _as_they_come
+    execute = _in_order if accumulator.ordered or in_turn else _as_they_come
     try:
         execute(layer, tier, device, hidden.contiguous(), routing, accumulator, watch)
     except BaseException:
@@ -142,7 +145,8 @@ def _in_order(
     keys = [layer.first_key + expert for expert in routing.experts]
     sizes = np.diff(routing.offsets).tolist()
     done = 0
-    for group in borrowed_in_order(tier, keys, shares_of(routing, watch), sizes, accumulator.most_pairs):
+    begun = None if watch is None else watch.loads_started
+    for group in borrowed_in_order(tier, keys, shares_of(routing, watch), sizes, accumulator.most_pairs, begun):
         work = list(zip(group, range(done, done + len(group)), strict=True))
         compute_borrowed(layer, tier, device, hidden, routing, accumulator, work)
         done += len(group)

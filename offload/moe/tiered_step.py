@@ -14,13 +14,16 @@ from offload.devices.base import Accelerator, Device, ExpertBatch, Work
 from offload.errors import DoesNotFitError, SlowDeviceWarning
 from offload.moe.accumulate import Accumulator, OrderedAccumulator, make_accumulator
 from offload.moe.costs import ObservedCosts
+from offload.moe.in_order import borrowed_in_order
 from offload.moe.layer import ExpertsLayer
 from offload.moe.routing import Routing, route
+from offload.moe.schedule import places_to_copy
 from offload.moe.step import StepWatch, compute_borrowed, shares_of, start_borrowed
 from offload.moe.tiered_prefill import Prefill, PromptPopularity
 from offload.tiers.accelerated import TierPair
+from prefetch.scheduler.base import StepScheduler
+from prefetch.scheduler.earliest_completion import EarliestCompletion
 from prefetch.scheduler.records import Home
-from prefetch.scheduler.scheduler import LayerScheduler
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Accelerated:
         accelerator: computes those above.
         costs: what schedules are made from.
         popularity: which experts prompts are routed to.
+        scheduler: says what is copied, and in which order experts below are computed.
     """
 
     tiers: TierPair
@@ -40,6 +44,7 @@ class Accelerated:
     accelerator: Accelerator
     costs: ObservedCosts
     popularity: PromptPopularity = field(default_factory=PromptPopularity)
+    scheduler: StepScheduler = field(default_factory=EarliestCompletion)
 
 
 def tiered_step(
@@ -52,13 +57,14 @@ def tiered_step(
 ) -> torch.Tensor:
     """What `moe_step` computes, with an accelerator's tier above the host's.
 
-    Few pairs: each missing expert runs on the CPU in place, or is copied first, as the schedule says. Where that turns
+    Few pairs: each missing expert runs on the CPU in place, or is copied first, as the scheduler says. Where that turns
     out not to be possible (every slot above is in use), it runs on the CPU. Many pairs: see `tiered_prefill`. An
     expert whose copy ahead is still on its way is one of those below: its copy is waited for, or it is computed there
     beside the copy.
 
     Raises:
         StorageError, StoreCorruptError: an expert could not be read or copied; both tiers are whole.
+        PartError: the scheduler named what cannot be copied; likewise.
     """
     routing = route(top_k_index, top_k_weights, layer.count)
     accumulator = make_accumulator(routing, hidden.shape[-1], accelerated=True)
@@ -66,8 +72,10 @@ def tiered_step(
     try:
         if isinstance(accumulator, OrderedAccumulator):
             step.run_in_order(accumulator)
-        else:
+        elif accelerated.scheduler.as_they_come:
             step.run()
+        else:
+            step.run_in_turn()
     except BaseException:
         # What was started reads slots that abandoned experts may lose.
         accelerated.accelerator.synchronise()
@@ -162,23 +170,63 @@ class _Step:
                 above.start_loads(copying)
                 copying = self._finish_copies(copying, above.collect(copying))
 
+    def run_in_turn(self) -> None:
+        """Experts below in ascending order, each waited for: computed there, or copied where a slot can be spared."""
+        tiers = self.accelerated.tiers
+        self.accelerated.popularity.decoding()
+        cached, rest, shares, to_copy = self._borrow_above()
+        if not rest:
+            self._loads_started()
+        finish = self._start_above(cached)
+        in_turn = borrowed_in_order(tiers.below, rest, shares, begun=self._loads_started)
+        copying: list[int] = []
+        keeps: bool | None = None
+        for _ in rest:
+            (key,) = in_turn.send(keeps)
+            keeps = True
+            started = self._start_copies([key] if key in to_copy and self._can_hold(copying) else [], copying)
+            if started == copying:
+                self._on_cpu([key])
+            copying = self._finish_copies(started, tiers.above.poll(started))
+        in_turn.close()
+        finish()
+        while copying:
+            tiers.above.start_loads(copying)
+            copying = self._finish_copies(copying, tiers.above.collect(copying))
+
+    def _loads_started(self) -> None:
+        if self.watch is not None:
+            self.watch.loads_started()
+        if self.accelerated.tiers.held >= self.accelerated.tiers.below.table.usable_slots:
+            # What is needed now must have a slot to come to.
+            self.accelerated.tiers.end_copies()
+
+    def _can_hold(self, copying: list[int]) -> bool:
+        """Whether a slot below is left for others if one more is kept there until it is copied."""
+        tiers = self.accelerated.tiers
+        return len(copying) + tiers.held + 2 <= tiers.below.table.usable_slots
+
     def run_in_order(self, accumulator: OrderedAccumulator) -> None:
         """Sums of many pairs are in the order of experts, whatever is where."""
+        loads = np.diff(self.routing.offsets).tolist()
+        self.accelerated.popularity.note({key: loads[number] for key, number in self.number.items()})
+        cached, rest, shares, to_copy = self._borrow_above()
+        prefill = Prefill(
+            self.accelerated.tiers, self.accelerated.popularity, self.routing, accumulator, self._start_in_order
+        )
+        prefill.run(self.number, set(cached), rest, to_copy, shares)
+
+    def _borrow_above(self) -> tuple[list[int], list[int], list[float] | None, set[int]]:
+        """The experts that are borrowed above, the others, ascending, their shares, and which of them to copy."""
         above, below = self.accelerated.tiers.above, self.accelerated.tiers.below
         # Experts below move as they please: nothing may be reading them.
         self.accelerated.tiers.end_copies()
-        loads = np.diff(self.routing.offsets).tolist()
-        self.accelerated.popularity.note({key: loads[number] for key, number in self.number.items()})
         shares = shares_of(self.routing, self.watch)
         cached, rest = above.borrow(list(self.number), shares)
         if shares is not None:
             shares = [shares[self.number[key]] for key in rest]
         resident = [key for key in rest if below.holds(key)]
-        to_copy = self._schedule(cached, resident, [key for key in rest if key not in resident])
-        prefill = Prefill(
-            self.accelerated.tiers, self.accelerated.popularity, self.routing, accumulator, self._start_in_order
-        )
-        prefill.run(self.number, set(cached), rest, to_copy, shares)
+        return cached, rest, shares, self._schedule(cached, resident, [key for key in rest if key not in resident])
 
     def _start_in_order(self, keys: Sequence[int], *, above: bool, out: torch.Tensor) -> Work:
         """Start borrowed experts, their outputs in the order of their pairs."""
@@ -198,7 +246,7 @@ class _Step:
         pairs = np.diff(self.routing.offsets)
         loads = [int(pairs[self.number[key]]) for key in keys]
         costs = self.accelerated.costs.of_layer(self.layer.layout.nbytes)
-        return {keys[place] for place in LayerScheduler(costs).schedule(loads, homes).transfers.tolist()}
+        return {keys[place] for place in places_to_copy(self.accelerated.scheduler, loads, homes, costs)}
 
     def _start_copies(self, keys: Sequence[int], copying: list[int]) -> list[int]:
         """Those under way and those of `keys`, borrowed below, for which there was a slot above; all stay borrowed."""

@@ -168,9 +168,11 @@ class Rig:
         weights, index = scores.topk(top_k, dim=-1)
         return hidden, index, weights.to(self.dtype)
 
-    def step(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def step(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
         with torch.no_grad():
-            return moe_step(self.layers[layer], self.tier, self.device, hidden, index, weights)
+            return moe_step(self.layers[layer], self.tier, self.device, hidden, index, weights, **options)
 
     def reference(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """float64 [T, H], pair by pair."""

@@ -49,3 +49,12 @@ def test_a_group_is_small_while_others_load(make_rig: Callable[..., Rig]) -> Non
     assert len(groups[0]) == 4
     assert [key for group in groups for key in group] == [*KEYS, len(SIZES)]
     rig.assert_idle()
+
+
+def test_it_is_told_once_that_loads_have_begun(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(slots=3, count=len(SIZES), layers=1)
+    make_resident(rig, [2])
+    loading: list[int] = []
+    groups = borrowed_in_order(rig.tier, KEYS, begun=lambda: loading.append(rig.tier.loading))
+    assert [key for group in groups for key in group] == KEYS
+    assert loading == [2]

@@ -27,8 +27,11 @@ from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.transfer import Urgency
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.named import make_policy
+from prefetch.scheduler.base import StepScheduler
+from prefetch.scheduler.earliest_completion import EarliestCompletion
+from prefetch.scheduler.static import StaticOrder
 from tests.moe.rig import Rig
-from tests.moe.tiered_rig import COPY_ALL, COPY_NONE, COPY_SOME, FixedCosts, TieredRig
+from tests.moe.tiered_rig import COPY_ALL, COPY_NONE, COPY_SOME, FixedCosts, InTurn, TieredRig
 from tests.tiers.readers import MemoryReader
 from tests.tiers.scheduled_direct_engine import FileReader, ScheduledDirectEngine
 from tests.tiers.scheduled_engine import ScheduledEngine
@@ -161,14 +164,15 @@ class RaceMachine(RuleBasedStateMachine):
     @rule(
         layer=st.integers(0, LAYERS - 1), tokens=st.integers(1, 3), inputs=st.integers(0, 7), reads=KEYS, copies=KEYS,
         costs=st.sampled_from([COPY_ALL, COPY_NONE, COPY_SOME]), ordered=st.booleans(), prefill=st.booleans(),
+        scheduler=st.sampled_from([EarliestCompletion(), InTurn(), StaticOrder()]),
         interrupt=st.one_of(st.none(), st.tuples(st.integers(0, 1), st.integers(0, 12))),
     )  # fmt: skip
     def step(
         self, layer: int, tokens: int, inputs: int, reads: list[int], copies: list[int], costs: Any, ordered: bool,
-        prefill: bool, interrupt: tuple[int, int] | None,
+        prefill: bool, scheduler: StepScheduler, interrupt: tuple[int, int] | None,
     ) -> None:  # fmt: skip
         rig = self.rig
-        rig.accelerated.costs = FixedCosts(costs)
+        rig.accelerated.costs, rig.accelerated.scheduler = FixedCosts(costs), scheduler
         self.collects = 0
         if interrupt is not None:
             engine = self.engines[interrupt[0]]
@@ -239,7 +243,7 @@ class RaceMachine(RuleBasedStateMachine):
         for tier in self.tiers:
             tier.engine.wait_all(list(tier._tickets.values()))
         for layer in range(LAYERS):
-            self.step(layer, 3, 0, [], [], COPY_SOME, False, False, None)
+            self.step(layer, 3, 0, [], [], COPY_SOME, False, False, EarliestCompletion(), None)
         self.rig.pair.end_copies()
         self.rig.assert_idle()
         self.rig.close()

@@ -56,6 +56,38 @@ def test_the_bits_do_not_depend_on_slots_or_residents(
             rig.assert_idle()
 
 
+@pytest.mark.parametrize("format", ["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("slots", [1, 2, 4, 12])
+def test_in_turn_the_bits_are_the_same(
+    make_rig: MakeRig, accumulator: str, slots: int, tokens: int, format: str
+) -> None:
+    rig, other = make_rig(slots=slots, format=format), make_rig(slots=12, format=format)
+    for seed in range(4):
+        inputs = rig.inputs(tokens, top_k=3, seed=seed)
+        assert torch.equal(rig.step(seed % 2, *inputs, in_turn=True), other.step(seed % 2, *inputs))
+        rig.assert_idle()
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_reads_ahead_may_follow_once_the_steps_own_have_begun(make_rig: MakeRig, in_turn: bool) -> None:
+    rig = make_rig(slots=6)
+    loading: list[int] = []
+
+    class Watch:
+        prefill = False
+
+        def loads_started(self) -> None:
+            loading.append(rig.tier.loading)
+
+        def waiting(self) -> None:
+            pass
+
+    rig.tier.fetch([0, 1], lambda _key: None)
+    rig.step(0, *rig.inputs(2, top_k=6), watch=Watch(), in_turn=in_turn)
+    assert loading == [4]
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 6, 12])
 def test_every_expert_is_read_at_most_once(make_rig: MakeRig, accumulator: str, slots: int) -> None:
     rig = make_rig(slots=slots, format="fp32")

@@ -42,10 +42,12 @@ class TapedLayer:
         self.computed.append(np.flatnonzero(self.addresses).tolist())
         self.tape.play(POOL, 0, 1)
 
-    def run(self) -> torch.Tensor:
+    def run(self, *, in_turn: bool = False) -> torch.Tensor:
         experts = sorted(set(self.choice.ids.flatten().tolist()))
-        taped_step(self.layer.first_key, experts, self.addresses, self.compute, self.rig.tier)
+        taped_step(self.layer.first_key, experts, self.addresses, self.compute, self.rig.tier, in_turn=in_turn)
         assert not self.addresses.any()
+        if in_turn:
+            assert [expert for group in self.computed for expert in group] == experts
         assert sorted(expert for group in self.computed for expert in group) == experts, (
             "an expert was lost or computed twice"
         )
@@ -56,13 +58,14 @@ class TapedLayer:
 @pytest.mark.parametrize("format", ["fp32", "bf16"])
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 12])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_has_the_bits_of_the_step(make_rig: MakeRig, format: str, slots: int, tokens: int) -> None:
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_has_the_bits_of_the_step(make_rig: MakeRig, format: str, slots: int, tokens: int, in_turn: bool) -> None:
     rig, other = make_rig(format=format, slots=slots), make_rig(format=format, slots=slots)
     chance = random.Random(slots)
     for seed in range(6):
         layer = chance.randint(0, 1)
         inputs = rig.inputs(tokens, top_k=3, seed=seed)
-        found = TapedLayer(rig, layer, *inputs).run()
+        found = TapedLayer(rig, layer, *inputs).run(in_turn=in_turn)
         assert torch.equal(found, other.step(layer, *inputs))
         rig.assert_close(found, rig.reference(layer, *inputs))
         rig.assert_idle()

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 
 from offload.devices.base import ExpertBatch, Work
 from offload.devices.link import Link, LinkReader
-from offload.errors import StorageError, StoreCorruptError
+from offload.errors import PartError, StorageError, StoreCorruptError
 from offload.moe import accumulate
 from offload.moe.costs import ObservedCosts
 from offload.moe.layer import ExpertsLayer
+from prefetch.scheduler.base import StepScheduler
 from prefetch.scheduler.records import LayerCosts
+from prefetch.scheduler.static import StaticOrder
 from tests.moe.rig import Rig
-from tests.moe.tiered_rig import COPY_ALL, COPY_NONE, COPY_SOME, TieredRig
+from tests.moe.tiered_rig import COPY_ALL, COPY_NONE, COPY_SOME, InTurn, TieredRig
 
 
 @pytest.fixture
@@ -51,6 +53,73 @@ def test_bits_are_those_of_two_tiers(above: int, slots: int, costs: LayerCosts, 
         assert counters.loads
     if costs is COPY_NONE:
         assert not counters.loads
+    plain.close()
+
+
+@pytest.mark.parametrize("scheduler", [StaticOrder(), InTurn()], ids=["off", "in turn"])
+@pytest.mark.parametrize(("above", "slots"), [(1, 1), (1, 2), (3, 2), (2, 6), (6, 6)])
+def test_bits_do_not_depend_on_the_scheduler(
+    above: int, slots: int, scheduler: StepScheduler, make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, plain = make_rig(above=above, slots=slots, costs=COPY_ALL), Rig(slots=6)
+    rig.accelerated.scheduler = scheduler
+    on_cpu: list[list[int]] = []
+    start = rig.device.start_experts
+
+    def counted(layer: ExpertsLayer, batch: ExpertBatch, *tensors: torch.Tensor) -> Work:
+        keys = {rig.tier.address(key): key for key in rig.tier.table}
+        on_cpu[-1] += [keys[address] for address in batch.addresses.tolist()]
+        return start(layer, batch, *tensors)
+
+    monkeypatch.setattr(rig.device, "start_experts", counted)
+    for seed in range(6):
+        inputs = rig.inputs(4, 3, seed=seed)
+        on_cpu.append([])
+        assert torch.equal(rig.tiered(seed % 2, *inputs), plain.step(seed % 2, *inputs))
+        rig.assert_idle()
+        assert on_cpu[-1] == sorted(on_cpu[-1]), "not in turn"
+    copies = rig.pair.above.counters.loads
+    if isinstance(scheduler, StaticOrder):
+        assert not copies and all(on_cpu)
+    else:
+        # With a single slot below none can be kept until it is copied.
+        assert bool(copies) == (slots > 1)
+    plain.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ([7], "gave 7, expected places from 0 to"),
+        ([-1], "gave -1, expected places from 0 to"),
+        ([0], "gave 0, an expert that is on the accelerator already"),
+        ([1.0], "gave 1.0, expected whole numbers"),
+        ([True], "gave True, expected places"),
+        (None, "gave None, expected places of experts"),
+    ],
+)
+@pytest.mark.parametrize("comes", [True, False])
+@pytest.mark.parametrize("kept", [0, 1 << 20], ids=["summed in order", "kept"])
+def test_a_scheduler_that_names_what_cannot_be_copied_is_refused(
+    said: object, message: str, comes: bool, kept: int, make_rig: type[TieredRig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(StepScheduler):
+        as_they_come = comes
+
+        def copies(self, *_: object) -> Sequence[int]:
+            return said  # type: ignore[return-value]
+
+    monkeypatch.setattr(accumulate, "kept_nbytes", lambda **_: kept)
+    rig, plain = make_rig(above=1, slots=3, costs=COPY_NONE), Rig(slots=6)
+    rig.pair.preload([0], lambda _key: None)
+    hidden, _, weights = rig.inputs(2, 3)
+    index = torch.tensor([[0, 2, 4], [0, 1, 2]])
+    usual, rig.accelerated.scheduler = rig.accelerated.scheduler, Wrong()
+    with pytest.raises(PartError, match=f"^Wrong.copies {message}"):
+        rig.tiered(0, hidden, index, weights)
+    rig.assert_idle()
+    rig.accelerated.scheduler = usual
+    assert torch.equal(rig.tiered(0, hidden, index, weights), plain.step(0, hidden, index, weights))
     plain.close()
 
 

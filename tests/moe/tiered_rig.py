@@ -19,6 +19,7 @@ from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.transfer import ReadEngine, ReadRequest
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.lru import LruPolicy
+from prefetch.scheduler.earliest_completion import EarliestCompletion
 from prefetch.scheduler.records import LayerCosts
 from tests.devices.test_link import FakeClock
 from tests.moe.rig import Rig
@@ -27,6 +28,12 @@ from tests.moe.rig import Rig
 COPY_ALL = LayerCosts(cpu_token_s=1.0, cpu_expert_s=100.0, gpu_expert_s=1e-3, link_expert_s=1e-3)
 COPY_NONE = LayerCosts(cpu_token_s=1e-6, gpu_expert_s=1.0, link_expert_s=100.0)
 COPY_SOME = LayerCosts(cpu_token_s=1.0, gpu_expert_s=0.1, link_expert_s=1.0, disk_expert_s=0.5)
+
+
+class InTurn(EarliestCompletion):
+    """Copies what makes the layer end earliest, and goes through the others in ascending order."""
+
+    as_they_come = False
 
 
 class FixedCosts(ObservedCosts):
