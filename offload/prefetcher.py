@@ -9,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from offload.copy_ahead import CopyAhead
+from offload.foreseen import checked
 from offload.tiers.expert_tier import ExpertTier
 from offload.tiers.transfer import Urgency
 from prefetch.controller import Controller
 from prefetch.foresight import Foresight
 from prefetch.policies.forecast import ForecastPolicy
 from prefetch.policies.geometry import Geometry
+from prefetch.predictors.base import LayerPredictor
 from prefetch.predictors.predictor import Predictor
 
 Floats = npt.NDArray[np.floating]
@@ -49,7 +51,7 @@ class Prefetcher:
     def __init__(
         self,
         tier: ExpertTier,
-        predictor: Predictor,
+        predictor: LayerPredictor,
         top_k: Sequence[int],
         controller: Controller | None,
         lock: threading.RLock,
@@ -77,7 +79,12 @@ class Prefetcher:
         self._logits: dict[int, Floats] = {}
         self._asked: tuple[int, npt.NDArray[np.int64], Ask] | None = None
         self._foresight: Foresight | None = None
-        if copies is None and isinstance(tier.policy, ForecastPolicy) and Foresight.takes(tier.policy, predictor):
+        if (
+            copies is None
+            and isinstance(tier.policy, ForecastPolicy)
+            and isinstance(predictor, Predictor)
+            and Foresight.takes(tier.policy, predictor)
+        ):
             self._foresight = Foresight(
                 tier.policy, predictor, self._top_k,
                 least=LEAST_PROBABILITY, sure=SURE_PROBABILITY, cancel_below=CANCEL_BELOW,
@@ -158,10 +165,14 @@ class Prefetcher:
             layer: at which the token is.
             ahead: what the routers of the next layers say of the same hidden state, each [experts].
             active: int64, the experts that its router chose.
+
+        Raises:
+            PartError: a predictor of a user's own gave no probabilities.
         """
         following = slice(layer + 1, layer + 1 + len(ahead))
         expected = [self.tier.policy.expected(first) for first in self._first_keys[following]]
-        foreseen = self.predictor.predict_next(layer, ahead, active, self._top_k[following], expected)
+        said = self.predictor.predict_next(layer, ahead, active, self._top_k[following], expected)
+        foreseen = checked(self.predictor, layer, said, self.geometry.counts[following])
         for distance, probabilities in enumerate(foreseen, start=1):
             target = layer + distance
             self._foreseen[target] = (distance, probabilities)
@@ -171,7 +182,7 @@ class Prefetcher:
     def _read_by_policy(
         self, layer: int, said: npt.NDArray[np.float32] | None, active: npt.NDArray[np.int64] | None
     ) -> None:
-        if said is not None and active is not None:
+        if said is not None and len(said) > 1 and active is not None:
             counts = self.geometry.counts[layer + 1 :]
             self.foresee(layer, [line[:count] for line, count in zip(said[1:], counts, strict=False)], active)
         if not self._foreseen:

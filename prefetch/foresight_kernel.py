@@ -136,12 +136,12 @@ def _keep_those_that_gain(table: Any, per_layer: Any, keys: Any, size: int, free
     "void(int64[::1], float64[::1], float32[:, ::1], int64[::1], int64[::1], "
     "int64[::1], int64[::1], float64[:, ::1], float64[:, ::1], int64[::1], float64[:, ::1], float64[:, ::1], "
     "float64[:, ::1], float64[:, :, ::1], float64[:, ::1], float64[:, ::1], float32[::1], int64[::1], "
-    "float64[:, ::1], float64[:, ::1], int64[::1], int64[::1], float32[::1], int64[:, ::1], float64[::1])"
+    "float64[::1], float64[:, ::1], float64[:, ::1], int64[::1], int64[::1], float32[::1], int64[:, ::1], float64[::1])"
 )
 def foresee(
     told: Any, limits: Any, said: Any, active: Any, found: Any,
     counts: Any, top_k: Any, heard: Any, expected: Any, starts: Any, uses: Any, weights: Any, offsets: Any, inputs: Any,
-    said_before: Any, probabilities: Any, transitions: Any, made: Any,
+    said_before: Any, probabilities: Any, transitions: Any, made: Any, sources: Any,
     table: Any, per_layer: Any, first_keys: Any, quotas: Any, known: Any, layers: Any, rates: Any,
 ) -> None:  # fmt: skip
     """Predict the next layers and choose what to read ahead, or what to end first.
@@ -158,7 +158,7 @@ def foresee(
         active: int64 [n], experts of the layer that the token goes to.
         found: int64, numbers, see above, and keys; room for as many of each as there are in the layers ahead, and being
             read.
-        counts: see `combine_kernel.predict`, as are the next twelve.
+        counts: see `combine_kernel.predict`, as are the next thirteen.
         top_k: likewise.
         heard: float64 [depth, most experts]: `logits` there, filled.
         expected: likewise, filled.
@@ -171,6 +171,7 @@ def foresee(
         probabilities: likewise.
         transitions: likewise.
         made: likewise.
+        sources: likewise.
         table: see `selection_kernel`.
         per_layer: see `selection_kernel`.
         first_keys: int64 [layers + 1].
@@ -187,7 +188,7 @@ def foresee(
         _hear(layer, ahead, said, counts, heard, expected, known, layers)
         predict(
             layer, 1, 1 + ahead, counts, top_k, heard, expected, active, starts, uses, weights, offsets, inputs,
-            said_before, probabilities, transitions, made,
+            said_before, probabilities, transitions, made, sources,
         )  # fmt: skip
         for target in range(layer + 1, layer + 1 + ahead):
             row = target * depth + target - layer - 1

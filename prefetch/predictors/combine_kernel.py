@@ -44,7 +44,7 @@ def _edge_of(logits: Any, top_k: int) -> Any:
 @inner
 def _predict_one(
     row: int, layer: int, top_k: int, start: int, logits: Any, expected: Any, active: Any, uses: Any, weights: Any,
-    offsets: Any, inputs: Any, said: Any, probabilities: Any, transitions: Any,
+    offsets: Any, inputs: Any, said: Any, probabilities: Any, transitions: Any, sources: Any,
 ) -> None:  # fmt: skip
     experts = len(logits)
     corrected = logits + offsets[row, :experts]
@@ -64,6 +64,7 @@ def _predict_one(
         known[EXPECTED] = _log_odds(expected[expert], _LEAST)
         logit = 0.0
         for place in range(INPUTS):
+            known[place] *= sources[place]
             logit += weights[row, place] * known[place]
         said[row, expert] = logits[expert]
         probabilities[row, expert] = logit
@@ -73,11 +74,12 @@ def _predict_one(
 @entry(
     "void(int64, int64, int64, int64[::1], int64[::1], float64[:, ::1], float64[:, ::1], int64[::1], int64[::1], "
     "float64[:, ::1], float64[:, ::1], float64[:, ::1], float64[:, :, ::1], float64[:, ::1], float64[:, ::1], "
-    "float32[::1], int64[::1])"
+    "float32[::1], int64[::1], float64[::1])"
 )
 def predict(
     layer: int, first: int, end: int, counts: Any, top_k: Any, logits: Any, expected: Any, active: Any, starts: Any,
     uses: Any, weights: Any, offsets: Any, inputs: Any, said: Any, probabilities: Any, transitions: Any, made: Any,
+    sources: Any,
 ) -> None:  # fmt: skip
     """How probably each expert of some layers to come is needed.
 
@@ -102,6 +104,7 @@ def predict(
         transitions: float32, each row's [experts of the earlier layer, experts]: decayed shares of tokens at which the
             first led to the second.
         made: int64 [rows]; 1 from now on.
+        sources: float64 [INPUTS], 1 for what is gone by and 0 for what is not; the bias always is.
     """
     depth = len(made) // len(counts)
     for ahead in range(first, end):
@@ -110,7 +113,7 @@ def predict(
         _predict_one(
             row, target, top_k[target], starts[row], logits[ahead - first, : counts[target]],
             expected[ahead - first, : counts[target]], active, uses, weights, offsets, inputs, said, probabilities,
-            transitions,
+            transitions, sources,
         )  # fmt: skip
         made[row] = 1
 

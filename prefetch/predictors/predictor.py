@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ from cpu_kernels.compiling.compiler import direct
 from prefetch.learning import check_tables
 from prefetch.policies.geometry import Geometry
 from prefetch.predictors import combine_kernel as kernel
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from prefetch.predictors.base import DEPTH, Floats, Ints, LayerPredictor
+from prefetch.predictors.names import SOURCES
+from prefetch.predictors.skill import Skill
 
 _START_WEIGHTS = ((0.0, 4.5, 0.5, 0.3, 0.0, 0.3), (0.0, 3.0, 0.7, 0.4, 0.0, 0.3), (0.0, 2.0, 0.8, 0.5, 0.0, 0.3))
 """Of bias, router, transition, previous token, popularity and what the policy expects, by layers ahead (the last for
@@ -23,9 +22,6 @@ all further): the layer's own router is worth most, and less from further away."
 
 _START_CURVATURE = 3.0
 """How much the start's weights count beside what comes: as much as a few tokens."""
-
-DEPTH = 3
-"""Layers ahead that are predicted unless told otherwise."""
 
 SCORED = 8
 """One token in so many is scored: sorting is most of what a prediction costs."""
@@ -40,33 +36,13 @@ _UNTOLD = 0.5
 """Log-odds 0, with which nothing moves."""
 
 
-@dataclass(frozen=True)
-class Skill:
-    """How often predictors were right of one layer.
-
-    Recall among the k most probable, with k the experts that were needed, is also precision at k; recall at 2 k is
-    twice the precision there. One token in `SCORED` is counted.
-
-    Attributes:
-        layer: that was predicted.
-        ahead: from how many layers before.
-        router: the layer's own router on the earlier hidden state.
-        transition: what followed the earlier layer's experts before.
-        previous: what the token before needed, then what is popular.
-        combined: all of them.
-        combined_2k: recall of all of them among the 2 k most probable.
-    """
-
-    layer: int
-    ahead: int
-    router: float
-    transition: float
-    previous: float
-    combined: float
-    combined_2k: float
+_INPUT_OF = dict(zip(SOURCES, (kernel.ROUTER, kernel.TRANSITION, kernel.PREVIOUS, kernel.POPULAR), strict=True))
+_INPUT_OF_ROW = {
+    kernel.BY_ROUTER: kernel.ROUTER, kernel.BY_TRANSITION: kernel.TRANSITION, kernel.BY_PREVIOUS: kernel.PREVIOUS,
+}  # fmt: skip
 
 
-class Predictor:
+class Predictor(LayerPredictor):
     """Predicts layers 1 to `depth` ahead, while one sequence is decoded; learns from what comes.
 
     Calls for a token: for each layer in order `predict`, for as many layers ahead as wanted, then `observe`.
@@ -75,11 +51,25 @@ class Predictor:
     residual between the two layers' hidden states, which is DALI's correction (arXiv 2602.03495), learnt online.
     """
 
-    def __init__(self, geometry: Geometry, depth: int = DEPTH) -> None:
-        if depth < 1:
-            raise ValueError(f"depth={depth}: expected at least one layer ahead")
-        self.geometry = geometry
-        self.depth = depth
+    def __init__(self, geometry: Geometry, depth: int = DEPTH, source: str = "auto") -> None:
+        """Know nothing yet.
+
+        Args:
+            geometry: the experts.
+            depth: layers ahead that can be predicted.
+            source: one of SOURCES to go by alone; "auto" for all of them and what the cache policy expects.
+
+        Raises:
+            ValueError: there is no such source, or a depth below 1.
+        """
+        super().__init__(geometry, depth)
+        if source not in ("auto", *SOURCES):
+            raise ValueError(f"source={source!r}: expected auto, {', '.join(SOURCES)}")
+        self.source = source
+        self._sources: Floats = np.ones(kernel.INPUTS)
+        if source != "auto":
+            self._sources[kernel.BIAS + 1 :] = 0.0
+            self._sources[_INPUT_OF[source]] = 1.0
         layers = geometry.layers
         counts, rows, most = geometry.counts, layers * depth, max(geometry.counts)
         starts = [_START_WEIGHTS[min(ahead, len(_START_WEIGHTS) - 1)] for ahead in range(depth)]
@@ -133,20 +123,7 @@ class Predictor:
         top_k: Sequence[int],
         expected: Sequence[npt.NDArray[np.floating] | None],
     ) -> list[Floats]:
-        """How probably each expert of the next layers will be needed.
-
-        Args:
-            layer: the layer that the token is at.
-            logits: for each of the next layers, at most `depth`, [experts], what its router says of this layer's hidden
-                state.
-            active: int64, experts of this layer that the token goes to; empty where that is not known yet.
-            top_k: for each of the next layers, experts of a token there.
-            expected: for each of the next layers, [experts], how probably it needs each as the cache policy has it
-                (`CachePolicy.expected`), or None.
-
-        Returns:
-            For each, float64 [experts]; valid until the layer is predicted from the same distance again.
-        """
+        """See `LayerPredictor`."""
         return self._predict_from(layer, 1, logits, active, top_k, expected)
 
     def _predict_from(
@@ -167,7 +144,7 @@ class Predictor:
         self._predict(
             layer, first, first + len(logits), self._counts, self._top_k, self._heard, self._expected, active,
             self._starts, self._uses, self._flat_weights, self._offsets, self._inputs, self._said, self._probabilities,
-            self._transitions, self._made,
+            self._transitions, self._made, self._sources,
         )  # fmt: skip
         return [self._views[(target + place) * depth + first + place - 1] for place in range(len(logits))]
 
@@ -180,17 +157,11 @@ class Predictor:
         self._top_k[:] = np.minimum(top_k, self._counts)
         return (
             self._counts, self._top_k, self._heard, self._expected, self._starts, self._uses, self._flat_weights,
-            self._offsets, self._inputs, self._said, self._probabilities, self._transitions, self._made,
+            self._offsets, self._inputs, self._said, self._probabilities, self._transitions, self._made, self._sources,
         )  # fmt: skip
 
     def observe(self, layer: int, experts: Ints, logits: npt.NDArray[np.floating] | None = None) -> None:
-        """The layer came.
-
-        Args:
-            layer: the layer.
-            experts: int64, what it needed for one decoded token.
-            logits: [experts of the layer], what its router said; None where that is not known.
-        """
+        """Learn from it; see `LayerPredictor`."""
         scored = self._observed[layer] % SCORED == 0
         self._observed[layer] += 1
         self._observe(
@@ -201,13 +172,16 @@ class Predictor:
         )  # fmt: skip
 
     def skills(self) -> list[Skill]:
-        """Of every layer that was predicted, from each distance."""
+        """Of every layer that was predicted, from each distance; one token in `SCORED` is counted."""
         found = []
+        known = np.ones(kernel.ROWS)
+        for row, place in _INPUT_OF_ROW.items():
+            known[row] = self._sources[place]
         for layer in range(self.geometry.layers):
             for ahead in range(1, self.depth + 1):
                 counts = self.counts[layer, ahead - 1]
                 if counts[kernel.ROWS]:
-                    found.append(Skill(layer, ahead, *(counts[: kernel.ROWS] / counts[kernel.ROWS]).tolist()))
+                    found.append(Skill(layer, ahead, *(known * counts[: kernel.ROWS] / counts[kernel.ROWS]).tolist()))
         return found
 
     # --- kept between runs -----------------------------------------------------------------------------------

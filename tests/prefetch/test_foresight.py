@@ -73,9 +73,11 @@ class Tier(ExpertTier):
 class Run:
     """A model whose layers' routing is foreseen more or less well."""
 
-    def __init__(self, policy: ForecastPolicy, geometry: Geometry, slots: int, top_k: int) -> None:
+    def __init__(
+        self, policy: ForecastPolicy, geometry: Geometry, slots: int, top_k: int, source: str = "auto"
+    ) -> None:
         self.tier = Tier(policy, slots)
-        self.geometry, self.predictor = geometry, Predictor(geometry)
+        self.geometry, self.predictor = geometry, Predictor(geometry, source=source)
         k = [min(top_k, count) for count in geometry.counts]
         self.prefetcher = Prefetcher(self.tier, self.predictor, k, None, threading.RLock())
 
@@ -103,13 +105,13 @@ class Run:
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("seed", range(4))
-def test_reads_cancels_and_victims_are_those_of_python(geometry: Geometry, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "source"), [*((seed, "auto") for seed in range(4)), (4, "router"), (5, "previous")])
+def test_reads_cancels_and_victims_are_those_of_python(geometry: Geometry, seed: int, source: str) -> None:
     chance = np.random.default_rng(seed)
     top_k = 3
     slots = int(chance.integers(top_k + 6, max(top_k + 7, geometry.total // 2)))
-    compiled = Run(ForecastPolicy(geometry), geometry, slots, top_k)
-    by_python = Run(Replaced(geometry), geometry, slots, top_k)
+    compiled = Run(ForecastPolicy(geometry), geometry, slots, top_k, source)
+    by_python = Run(Replaced(geometry), geometry, slots, top_k, source)
     assert compiled.prefetcher._foresight is not None and by_python.prefetcher._foresight is None
     runs = (compiled, by_python)
     if seed == 3:

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from prefetch.policies.geometry import Geometry
+from prefetch.predictors import combine_kernel as kernel
+from prefetch.predictors.named import name_of
+from prefetch.predictors.names import SOURCES
 from prefetch.predictors.predictor import Predictor
 
 GEOMETRY = Geometry((12, 12, 9))
@@ -145,3 +148,59 @@ def test_a_policy_that_knows_is_believed() -> None:
             one.observe(0, active)
             one.observe(1, needed)
     assert predictor.skills()[0].combined > deaf.skills()[0].combined + 0.3
+
+
+def lead(predictor: Predictor, tokens: int) -> float:
+    """Recall of layer 1, whose experts follow from layer 0's or, more and more, are those of the token before."""
+    chance, leads_to = np.random.default_rng(5), np.random.default_rng(6).permutation(12)
+    right, active = 0, top(chance.standard_normal(12))
+    for _ in range(tokens):
+        if chance.random() < 0.3:
+            active = top(chance.standard_normal(12))
+        needed = np.sort(leads_to[active]).astype(np.int64)
+        # A router that knows nothing.
+        (found,) = predictor.predict_next(0, [chance.standard_normal(12)], active, [TOP_K], [None])
+        right += len(set(top(found)) & set(needed))
+        predictor.observe(0, active)
+        predictor.observe(1, needed)
+    return right / tokens / TOP_K
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_alone_hears_nothing_of_the_others(source: str) -> None:
+    predictor, same = Predictor(GEOMETRY, depth=1, source=source), Predictor(GEOMETRY, depth=1, source=source)
+    chance = np.random.default_rng(8)
+    for _ in range(40):
+        logits, active = chance.standard_normal(12), top(chance.standard_normal(12))
+        needed = np.sort(chance.permutation(12)[:TOP_K]).astype(np.int64)
+        said = logits if source == "router" else chance.standard_normal(12)
+        led = active if source in ("router", "transition") else top(chance.standard_normal(12))
+        found = predictor.predict(0, 1, logits, active, TOP_K, chance.random(12))
+        assert np.array_equal(found, same.predict(0, 1, said, led if source != "router" else active[:0], TOP_K))
+        for one in (predictor, same):
+            one.observe(0, active)
+            one.observe(1, needed)
+    weights = predictor.weights[1, 0] != Predictor(GEOMETRY, depth=1).weights[1, 0]
+    inputs = {"router": kernel.ROUTER, "transition": kernel.TRANSITION, "previous": kernel.PREVIOUS}
+    assert set(np.flatnonzero(weights[kernel.BIAS + 1 :]) + 1) == {inputs.get(source, kernel.POPULAR)}
+
+
+def test_a_source_alone_predicts_what_it_knows() -> None:
+    found = {source: lead(Predictor(GEOMETRY, depth=1, source=source), 300) for source in SOURCES}
+    assert found["transition"] > 0.8 and found["previous"] > 0.6
+    assert found["router"] < 0.4
+    predictor = Predictor(GEOMETRY, depth=1, source="previous")
+    lead(predictor, 300)
+    (skill,) = predictor.skills()
+    assert skill.router == skill.transition == 0.0
+    assert skill.previous > 0.6 and skill.combined > 0.6
+    with pytest.raises(ValueError, match=r"source='disk': expected auto, router"):
+        Predictor(GEOMETRY, source="disk")
+
+
+def test_names() -> None:
+    class Own(Predictor):
+        pass
+
+    assert [name_of(Predictor(GEOMETRY, source=source)) for source in ("auto", *SOURCES)] == ["auto", *SOURCES]
+    assert name_of(Own(GEOMETRY)) == "Own"
