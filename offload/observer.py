@@ -1,4 +1,4 @@
-"""Everything that watches MoE steps: cache shares, prefetching, traces."""
+"""Everything that watches MoE steps: cache shares, prefetching, routers' scores, traces."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from offload.prefetcher import Prefetcher
 from offload.recorder import TraceRecorder
+from offload.scores import RouterScores
 
 
 class StepObserver:
@@ -16,12 +17,14 @@ class StepObserver:
         prefill: whether the pass that runs has several tokens of a sequence.
         prefetcher: reads ahead; None where nothing is read ahead.
         recorder: keeps the routing; None where nobody asked for a trace.
+        scores: of routers, for policies; None where no policy wants them.
     """
 
     def __init__(self) -> None:
         self.prefill = False
         self.prefetcher: Prefetcher | None = None
         self.recorder: TraceRecorder | None = None
+        self.scores: RouterScores | None = None
         self._layer = 0
         self._chosen: npt.NDArray[np.int64] | None = None
         self._learnt = False
@@ -29,7 +32,7 @@ class StepObserver:
     @property
     def is_asked(self) -> bool:
         """Whether anything becomes of what it is told."""
-        return self.prefetcher is not None or self.recorder is not None
+        return self.prefetcher is not None or self.recorder is not None or self.scores is not None
 
     def begin(self, layer: int) -> None:
         """A step of `layer` (counted over experts layers) starts."""
@@ -62,6 +65,8 @@ class StepObserver:
             self._learn(top_k_index)
         if self.recorder is not None:
             self.recorder.note(self._layer, top_k_index, prefill=self.prefill)
+        if self.scores is not None:
+            self.scores.tell(self._layer)
 
     def failed(self) -> None:
         """The step failed: what was foreseen is of no use."""

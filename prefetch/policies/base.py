@@ -16,7 +16,13 @@ Scores = npt.NDArray[np.floating]
 
 
 class CachePolicy(ABC):
-    """Decides what leaves a tier. Invariant: the resident keys are those inserted and not yet evicted."""
+    """Decides what leaves a tier. Invariant: the resident keys are those inserted and not yet evicted.
+
+    Attributes:
+        wants_scores: whether it is to be told of routers' scores (`on_scores`), which takes time in every step.
+    """
+
+    wants_scores: bool = False
 
     @abstractmethod
     def on_route(self, keys: Sequence[int], shares: Sequence[float] | None = None) -> None:
@@ -72,7 +78,7 @@ class CachePolicy(ABC):
         return None
 
     def on_scores(self, first_key: int, scores: Scores) -> None:  # noqa: B027 - most policies need none
-        """The router's scores of the step that `on_route` told of, before it picked.
+        """The router's scores of the step that `on_route` told of, before it picked; told when the step is done.
 
         Args:
             first_key: key of the layer's expert 0.

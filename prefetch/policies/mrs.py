@@ -19,6 +19,8 @@ class MrsPolicy(ValuedPolicy):
     tells of scores (`on_scores`), uses take their place. The value is S x cost of a miss.
     """
 
+    wants_scores = True
+
     def __init__(self, geometry: Geometry, alpha: float = 0.5) -> None:
         """Start with scores of 0.
 

@@ -36,6 +36,7 @@ class QuotaPolicy(CachePolicy):
             whole_layers: shallow layers that are kept whole; 0 shares evenly.
         """
         self.inner = inner
+        self.wants_scores = inner.wants_scores
         self.geometry = geometry
         self.whole_layers = whole_layers
         self.on_resize(geometry.total)
