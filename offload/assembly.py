@@ -30,6 +30,7 @@ from offload.hf.graphs.runner import use_step_graphs
 from offload.hf.lookahead import find_routers, look_ahead
 from offload.hf.paged.adopt import page_caches
 from offload.hf.paged.prefixes import Prefixes, begin_prompts
+from offload.hf.router_scores import hear_routers
 from offload.kernel_preparation import compile_ahead, prepare_kernels
 from offload.kv.paging import Paging
 from offload.kv.prefix_files import PrefixFiles
@@ -41,6 +42,7 @@ from offload.preparation import Prepared
 from offload.reconciliation import MemoryUse
 from offload.request import DEFAULT_LINK, FUSED_KINDS, AcceleratorRequest
 from offload.runtime import Runtime
+from offload.scores import RouterScores
 from offload.store.convert import convert, find_store
 from offload.store.progress import NoProgress, Progress
 from offload.store.store import ExpertStore
@@ -53,7 +55,11 @@ from prefetch.learning import Learner
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.named import make_policy
+from prefetch.predictors.base import LayerPredictor
+from prefetch.predictors.named import name_of
 from prefetch.predictors.predictor import Predictor
+from prefetch.scheduler.base import StepScheduler
+from prefetch.scheduler.named import make_scheduler
 from profiler.memory import available_ram_nbytes
 
 
@@ -67,6 +73,8 @@ def assemble(
     accelerator: AcceleratorRequest | None = None,
     sparsity: KvSparsity | None = None,
     *,
+    scheduler: str | StepScheduler = "auto",
+    predictor: str | LayerPredictor = "auto",
     step_graph: bool = False,
 ) -> PreTrainedModel:
     """Convert unless the store is there, load dense weights, start the runtime.
@@ -82,19 +90,23 @@ def assemble(
         prefetch: see `Request`.
         accelerator: what the plan's VRAM is, None for a plan without.
         sparsity: how KV caches in blocks are attended to in part, None for all of them.
+        scheduler: see `Request`.
+        predictor: see `Request`.
         step_graph: replay decode steps as graphs, on the accelerator.
 
     Raises:
         DeviceError: the GPU is not there.
+        InvalidArgumentError: the predictor is of another geometry.
     """
     memory = MemoryUse.now()
     with ExitStack() as unless_made:
         with closing(prepared):
+            _check_geometry(predictor, prepared)
             above = None if accelerator is None else _accelerator(accelerator, prepared.plan)
             if above is not None:
                 unless_made.callback(above.release)
             store, model = _store_and_model(prepared, store_root, progress)
-        runtime = _runtime(prepared, store, model, progress, fused, policy, above, step_graph=step_graph)
+        runtime = _runtime(prepared, store, model, progress, fused, policy, above, scheduler, step_graph=step_graph)
         unless_made.pop_all()
     runtime.memory = memory
     device = runtime.device
@@ -114,7 +126,8 @@ def assemble(
             attends = runtime.fused.get("attention", 0) > 0 and prepared.plan.kv is None
             prepare_kernels(model, layers, attends=attends)
         if prefetch != "off":
-            _prefetch(model, runtime, prefetch)
+            _prefetch(model, runtime, prefetch, predictor)
+        _tell_scores(model, runtime, step_graph=step_graph)
         if step_graph:
             runtime.graphs = use_step_graphs(model, runtime)
         if accelerator is not None and accelerator.device != "host":
@@ -136,6 +149,7 @@ def _runtime(
     fused: Iterable[str],
     policy: str | CachePolicy,
     above: Accelerator | None,
+    scheduler: str | StepScheduler,
     *,
     step_graph: bool,
 ) -> Runtime:
@@ -152,8 +166,23 @@ def _runtime(
     above_policy = None if plan.vram is None else _policy(copy.deepcopy(policy), plan.vram.slots, layers)
     device = HostDevice() if above is None else above.host()
     return Runtime(
-        plan, prepared.spec, store, layers, device, _policy(policy, plan.ram_slots, layers), above, above_policy
-    )
+        plan, prepared.spec, store, layers, device, _policy(policy, plan.ram_slots, layers), above, above_policy,
+        make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler,
+    )  # fmt: skip
+
+
+def _check_geometry(predictor: str | LayerPredictor, prepared: Prepared) -> None:
+    """Before anything is read: whether a user's predictor is of the model's layers.
+
+    Raises:
+        InvalidArgumentError: it is not, naming both.
+    """
+    counts = tuple(experts.count for experts in prepared.spec.experts)
+    if not isinstance(predictor, str) and predictor.geometry.counts != counts:
+        raise InvalidArgumentError(
+            f"predictor={predictor!r}: made for layers of {predictor.geometry.counts} experts, but "
+            f"{prepared.plan.model} has layers of {counts}; make it with Geometry({counts})"
+        )
 
 
 def _accelerator(request: AcceleratorRequest, plan: Plan) -> Accelerator:
@@ -244,7 +273,7 @@ def _policy(policy: str | CachePolicy, slots: int, layers: Sequence[ExpertsLayer
     return make_policy(policy, geometry)
 
 
-def _prefetch(model: PreTrainedModel, runtime: Runtime, prefetch: str) -> None:
+def _prefetch(model: PreTrainedModel, runtime: Runtime, prefetch: str, predictor: str | LayerPredictor) -> None:
     """Read ahead where there is something to read and somebody to foresee it."""
     plan, accelerated = runtime.plan, runtime.accelerated
     if (plan.ram_slots == plan.expert_count and accelerated is None) or len(runtime.layers) < 2:
@@ -261,15 +290,42 @@ def _prefetch(model: PreTrainedModel, runtime: Runtime, prefetch: str) -> None:
     top_k = [experts.top_k for experts in runtime.spec.experts]
     controller = Controller() if prefetch == "auto" else None
     copies = None if accelerated is None else CopyAhead(accelerated, runtime.layers, runtime.geometry)
-    prefetcher = Prefetcher(runtime.tier, Predictor(runtime.geometry), top_k, controller, runtime.lock, copies)
+    if isinstance(predictor, str):
+        predictor = Predictor(runtime.geometry, source=predictor)
+    prefetcher = Prefetcher(runtime.tier, predictor, top_k, controller, runtime.lock, copies)
     runtime.observer.prefetcher = prefetcher
     look_ahead(routers, runtime.layers, prefetcher)
+
+
+def _tell_scores(model: PreTrainedModel, runtime: Runtime, *, step_graph: bool) -> None:
+    """Have policies that want routers' scores told of them, where experts have to give way."""
+    total = runtime.plan.expert_count
+    policies = [tier.policy for tier in runtime.tiers() if tier.policy.wants_scores and tier.table.usable_slots < total]
+    if not policies:
+        return
+    # A replayed graph calls no router.
+    routers = None if step_graph else find_routers(model, runtime.layers)
+    if routers is None:
+        reason = "step_graph=True calls none" if step_graph else "they are not of a form that is known"
+        warnings.warn(
+            f"policy=: {type(policies[0]).__name__} goes by uses, not by the scores of the routers of "
+            f"{runtime.plan.model}: {reason}",
+            SlowReadWarning,
+            stacklevel=2,
+        )
+        return
+    runtime.observer.scores = RouterScores(policies, [layer.first_key for layer in runtime.layers])
+    hear_routers(routers, runtime.layers, runtime.observer.scores)
 
 
 def _go_on_learning(runtime: Runtime) -> None:
     """What learns while the model runs goes on from where the last run ended; `Runtime.close` keeps it."""
     prefetcher = runtime.observer.prefetcher
-    candidates = {"policy": runtime.tier.policy, "predictor": None if prefetcher is None else prefetcher.predictor}
+    candidates: dict[str, object] = {"policy": runtime.tier.policy}
+    if prefetcher is not None:
+        # What one source's weights learnt means nothing to another's.
+        name = name_of(prefetcher.predictor)
+        candidates["predictor" if name == "auto" else f"predictor {name}"] = prefetcher.predictor
     runtime.learners = {name: one for name, one in candidates.items() if isinstance(one, Learner)}
     if runtime.learners:
         restore_learnt(runtime.store, runtime.learners)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from offload.preparation import Prepared
     from placement.plan import Plan
     from prefetch.policies.base import CachePolicy
+    from prefetch.predictors.base import LayerPredictor
+    from prefetch.scheduler.base import StepScheduler
 
 
 def load(
@@ -39,6 +41,8 @@ def load(
     fused: bool | Iterable[str] = True,
     policy: str | CachePolicy = "auto",
     prefetch: bool | str = False,
+    scheduler: str | StepScheduler = "auto",
+    predictor: str | LayerPredictor = "auto",
     device: str | None = None,
     vram: int | str | None = None,
     link: str | None = None,
@@ -85,6 +89,12 @@ def load(
         prefetch: read experts of later layers ahead while one sequence is decoded: False for never, True for always,
             "auto" for as long as that is measured to pay. With `vram`, those of the next layer are also copied
             there ahead. Neither changes the output.
+        scheduler: how a step's experts are gone through: "auto" computes them as they come, and with `vram` copies
+            those there first with which the step ends earliest; "off" computes those in RAM in ascending order, each
+            waited for in turn, and copies none for the step; or a `prefetch.scheduler.base.StepScheduler`. It never
+            changes the output.
+        predictor: what `prefetch` goes by: "auto" for all sources together, one of "router", "transition", "previous",
+            "popularity" alone, or a `prefetch.predictors.base.LayerPredictor` of the model's geometry.
         device: "cuda" or "cuda:N": dense weights, KV cache (where it does not fit, its newest blocks) and hot
             experts on a GPU; docs/gpu.md says what has met one.
             "host": the CPU, and with `vram` an accelerator that host memory plays, so that all three tiers run
@@ -120,9 +130,9 @@ def load(
     """
     request = make_request(
         ram=ram, nvme=nvme, context=context, batch=batch, prefill_chunk=prefill_chunk, max_memory=max_memory,
-        fused=fused, quant=quant, policy=policy, prefetch=prefetch, device=device, vram=vram, link=link,
-        kv=kv, kv_ram=kv_ram, kv_vram=kv_vram, kv_sparsity=kv_sparsity, prefix_cache=prefix_cache,
-        step_graph=step_graph,
+        fused=fused, quant=quant, policy=policy, prefetch=prefetch, scheduler=scheduler, predictor=predictor,
+        device=device, vram=vram, link=link, kv=kv, kv_ram=kv_ram, kv_vram=kv_vram, kv_sparsity=kv_sparsity,
+        prefix_cache=prefix_cache, step_graph=step_graph,
     )  # fmt: skip
     _check_device(request)
     return_large_blocks()
@@ -135,7 +145,8 @@ def load(
 
     loaded = assemble(
         prepared, request.store_root, progress_bar(progress), request.fused, request.policy, request.prefetch,
-        request.accelerator, request.kv.sparsity, step_graph=request.step_graph,
+        request.accelerator, request.kv.sparsity, scheduler=request.scheduler, predictor=request.predictor,
+        step_graph=request.step_graph,
     )  # fmt: skip
     if request.prefixes_nbytes is not None:
         keep_prefixes(loaded, request.store_root, request.prefixes_nbytes)

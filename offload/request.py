@@ -16,10 +16,14 @@ from offload.sizes import parse_size
 from placement.kv import KV_CHOICES, KvChoice
 from placement.kv_sparsity import SPARSITY_METHODS, KvSparsity
 from prefetch.policies.names import POLICIES
+from prefetch.predictors.names import SOURCES
+from prefetch.scheduler.names import SCHEDULERS
 from profiler.memory import available_ram_nbytes
 
 if TYPE_CHECKING:
     from prefetch.policies.base import CachePolicy
+    from prefetch.predictors.base import LayerPredictor
+    from prefetch.scheduler.base import StepScheduler
 
 DEFAULT_CONTEXT_TOKENS = 4096
 PREFILL_CHUNK_TOKENS = 1024
@@ -64,6 +68,8 @@ class Request:
         quantisation: packed formats.
         policy: the cache policy's name, or the policy.
         prefetch: "auto", "on" or "off".
+        scheduler: the step scheduler's name, or the scheduler.
+        predictor: "auto", the one source of predictions, or the predictor.
         accelerator: None for the CPU alone.
         kv: format, bound and sparsity of the KV cache.
         prefixes_nbytes: bound on saved prefixes, None where none are kept.
@@ -79,6 +85,8 @@ class Request:
     quantisation: Quantisation
     policy: str | CachePolicy
     prefetch: str
+    scheduler: str | StepScheduler = "auto"
+    predictor: str | LayerPredictor = "auto"
     accelerator: AcceleratorRequest | None = None
     kv: KvChoice = field(default_factory=KvChoice)
     prefixes_nbytes: int | None = None
@@ -97,6 +105,8 @@ def make_request(
     quant: str | Mapping[str, str | None] | None = None,
     policy: str | CachePolicy = "auto",
     prefetch: bool | str = False,
+    scheduler: str | StepScheduler = "auto",
+    predictor: str | LayerPredictor = "auto",
     device: str | None = None,
     vram: int | str | None = None,
     link: str | Link | None = None,
@@ -120,6 +130,8 @@ def make_request(
         quant: see `make_quantisation`.
         policy: "auto", one of POLICIES, or a `CachePolicy`.
         prefetch: "auto" for as long as it pays, True or "on" for always, False or "off" for never.
+        scheduler: one of SCHEDULERS, or a `StepScheduler`.
+        predictor: "auto", one of SOURCES, or a `LayerPredictor`; with `prefetch`.
         device: "cuda" or "cuda:N" for a GPU; "host", or None for it.
         vram: of a GPU what may be used of its memory, None for all that is free; otherwise the size of the memory of an
             accelerator that the host plays, None for none.
@@ -156,10 +168,12 @@ def make_request(
         make_quantisation(quant),
         _policy(policy),
         _prefetch(prefetch),
+        _scheduler(scheduler),
+        _predictor(predictor, prefetch),
         accelerator,
         _kv_above(choice, kv_vram, accelerator),
         None if prefix_cache is None else parse_size(prefix_cache, "prefix_cache"),
-        _step_graph(step_graph, accelerator, prefetch),
+        _step_graph(step_graph, accelerator, prefetch, scheduler),
     )
 
 
@@ -203,7 +217,9 @@ def _accelerator(device: object, vram: int | str | None, link: str | Link | None
     return AcceleratorRequest("host", parse_size(vram, "vram"), parse_link(DEFAULT_LINK if link is None else link))
 
 
-def _step_graph(step_graph: object, accelerator: AcceleratorRequest | None, prefetch: bool | str) -> bool:
+def _step_graph(
+    step_graph: object, accelerator: AcceleratorRequest | None, prefetch: bool | str, scheduler: object
+) -> bool:
     if not isinstance(step_graph, bool):
         raise InvalidArgumentError(f"step_graph={step_graph!r}: expected True or False")
     if step_graph and accelerator is None:
@@ -212,6 +228,11 @@ def _step_graph(step_graph: object, accelerator: AcceleratorRequest | None, pref
         raise InvalidArgumentError(
             f"step_graph=True and prefetch={prefetch!r}: a graph has no moment between layers at which experts could "
             "be read ahead; give one of them"
+        )
+    if step_graph and scheduler != "auto":
+        raise InvalidArgumentError(
+            f"step_graph=True and scheduler={scheduler!r}: a graph computes experts where they are and schedules none "
+            "of a step; give one of them"
         )
     return step_graph
 
@@ -315,6 +336,35 @@ def _prefetch(prefetch: bool | str) -> str:
     if not isinstance(prefetch, (bool, str)) or prefetch not in named:
         raise InvalidArgumentError(f"prefetch={prefetch!r}: expected True, False, auto, on or off")
     return named[prefetch]
+
+
+def _scheduler(scheduler: str | StepScheduler) -> str | StepScheduler:
+    if isinstance(scheduler, str):
+        if scheduler in SCHEDULERS:
+            return scheduler
+    else:
+        from prefetch.scheduler.base import StepScheduler
+
+        if isinstance(scheduler, StepScheduler):
+            return scheduler
+    raise InvalidArgumentError(f"scheduler={scheduler!r}: expected {', '.join(SCHEDULERS)} or a StepScheduler")
+
+
+def _predictor(predictor: str | LayerPredictor, prefetch: bool | str) -> str | LayerPredictor:
+    if isinstance(predictor, str):
+        known = predictor in ("auto", *SOURCES)
+    else:
+        from prefetch.predictors.base import LayerPredictor
+
+        known = isinstance(predictor, LayerPredictor)
+    if not known:
+        raise InvalidArgumentError(f"predictor={predictor!r}: expected auto, {', '.join(SOURCES)} or a LayerPredictor")
+    if predictor != "auto" and _prefetch(prefetch) == "off":
+        raise InvalidArgumentError(
+            f"predictor={predictor!r} and prefetch={prefetch!r}: nothing asks a predictor while nothing is read ahead; "
+            'give prefetch="auto" or True with it'
+        )
+    return predictor
 
 
 def _from_max_memory(max_memory: object, ram: int | str | None) -> int:

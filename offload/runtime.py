@@ -56,6 +56,9 @@ from prefetch.learning import Learner
 from prefetch.policies.base import CachePolicy
 from prefetch.policies.geometry import Geometry
 from prefetch.policies.lru import LruPolicy
+from prefetch.scheduler.base import StepScheduler
+from prefetch.scheduler.earliest_completion import EarliestCompletion
+from prefetch.scheduler.named import name_of as scheduler_name
 from prefetch.traces.trace import RoutingTrace
 
 if TYPE_CHECKING:
@@ -84,6 +87,7 @@ class Runtime:
         policy: CachePolicy,
         accelerator: Accelerator | None = None,
         accelerator_policy: CachePolicy | None = None,
+        scheduler: StepScheduler | None = None,
     ) -> None:
         self.plan = plan
         self.spec = spec
@@ -98,6 +102,7 @@ class Runtime:
         self.tier = ExpertTier(arena, policy, engine, self._places.in_store, self._places.nbytes)
         self.geometry = Geometry(tuple(layer.count for layer in self.layers))
         self.observer = StepObserver()
+        self.scheduler = EarliestCompletion() if scheduler is None else scheduler
         self._number = {layer.first_key: index for index, layer in enumerate(self.layers)}
         self.accelerated = None if accelerator is None else self._above(accelerator, accelerator_policy)
         end_copies = _do_nothing if self.accelerated is None else self.accelerated.tiers.end_copies
@@ -126,7 +131,7 @@ class Runtime:
         arena = Arena(accelerator, self.plan.slot_nbytes, slots)
         above = ExpertTier(arena, policy or LruPolicy(), engine, self._places.in_ram, self._places.nbytes)
         costs = ObservedCosts(accelerator.link, accelerator.memory_bytes_per_s)
-        return Accelerated(TierPair(above, self.tier), self.device, accelerator, costs)
+        return Accelerated(TierPair(above, self.tier), self.device, accelerator, costs, scheduler=self.scheduler)
 
     # --- running ---------------------------------------------------------------------------------------------
 
@@ -148,7 +153,10 @@ class Runtime:
                 return self.queue(layer, hidden, top_k_index, top_k_weights)
             with self._observed(layer.first_key, top_k_index) as observer:
                 if self.accelerated is None:
-                    return moe_step(layer, self.tier, self.device, hidden, top_k_index, top_k_weights, observer)
+                    return moe_step(
+                        layer, self.tier, self.device, hidden, top_k_index, top_k_weights, observer,
+                        in_turn=not self.scheduler.as_they_come,
+                    )  # fmt: skip
                 return retried_step(layer, self.accelerated, hidden, top_k_index, top_k_weights, observer)
 
     @contextmanager
@@ -192,7 +200,8 @@ class Runtime:
         with self._observed(first_key, choice) as observer:
             observer.chosen(choice)
             experts = sorted(set(choice.reshape(-1).tolist()))
-            taped_step(first_key, experts, addresses, compute, self.tier, observer)
+            in_turn = not self.scheduler.as_they_come
+            taped_step(first_key, experts, addresses, compute, self.tier, observer, in_turn=in_turn)
 
     def addresses_of_all(self) -> npt.NDArray[np.int64] | None:
         """Int64 [experts], where each expert's bundle lies; None unless all are in RAM. Call with the lock.
@@ -324,7 +333,7 @@ class Runtime:
         self._moe_steps = 0
         self._moe_s = 0.0
         self._dense_copied_before = 0 if self.dense is None else self.dense.bytes_copied
-        for tier in self._tiers():
+        for tier in self.tiers():
             tier.counters = TierCounters()
             tier.engine.reader.bytes_read = 0
             tier.engine.reader.retries = 0
@@ -351,6 +360,7 @@ class Runtime:
             slots_planned=self.plan.ram_slots,
             fused=dict(self.fused),
             policy=type(self.tier.policy).__name__,
+            scheduler=scheduler_name(self.scheduler),
             **prefetch_figures(counters, self.observer.prefetcher),
             accelerator=self._accelerator_stats(),
             kv=None if self.paging is None else self.paging.statistics(),
@@ -418,7 +428,7 @@ class Runtime:
         if self.paging is not None:
             self.paging.check()
 
-    def _tiers(self) -> list[ExpertTier]:
+    def tiers(self) -> list[ExpertTier]:
         """The accelerator's first: its copies read what is in the host's."""
         return [self.tier] if self.accelerated is None else [self.accelerated.tiers.above, self.tier]
 
@@ -438,7 +448,7 @@ class Runtime:
                 self.graphs.close()
             if self.dense is not None:
                 self.dense.close()
-            for tier in self._tiers():
+            for tier in self.tiers():
                 tier.engine.close()
                 tier.release_memory()
             if self.paging is not None:

@@ -12,7 +12,8 @@ from offload.sizes import format_size
 from offload.step_graph.figures import GraphFigures
 from offload.tiers.counters import TierCounters
 from offload.tiers.expert_tier import ExpertTier
-from prefetch.predictors.predictor import Skill
+from prefetch.predictors.named import name_of
+from prefetch.predictors.skill import Skill
 
 
 @dataclass
@@ -73,6 +74,7 @@ def accelerator_statistics(tier: ExpertTier, dense_bytes_copied: int) -> Acceler
 def prefetch_figures(counters: TierCounters, prefetcher: Prefetcher | None) -> dict[str, Any]:
     """What `Statistics` says of reading ahead."""
     return {
+        "predictor": None if prefetcher is None else name_of(prefetcher.predictor),
         "prefetching": prefetcher is not None and prefetcher.on,
         "prefetches_issued": counters.ahead_issued,
         "prefetches_used": counters.ahead_used,
@@ -105,6 +107,9 @@ class Statistics:
         slots_planned: expert slots of the plan.
         fused: modules that a kernel computes, by kind; a kind that is switched off is not there.
         policy: class of the cache policy.
+        scheduler: "auto" or "off"; of a user's own its class.
+        predictor: "auto" or the one source that reading ahead goes by; of a user's own its class; None where nothing
+            is foreseen.
         prefetching: whether experts are read ahead at this moment; the controller may have switched it off.
         prefetches_issued: experts that began to be read ahead.
         prefetches_used: those that were there when they were routed.
@@ -137,6 +142,8 @@ class Statistics:
     slots_planned: int
     fused: dict[str, int]
     policy: str = "LruPolicy"
+    scheduler: str = "auto"
+    predictor: str | None = None
     prefetching: bool = False
     prefetches_issued: int = 0
     prefetches_used: int = 0

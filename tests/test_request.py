@@ -10,6 +10,10 @@ import pytest
 from offload import request
 from offload.errors import InvalidArgumentError
 from offload.request import FUSED_KINDS, make_request, store_root
+from prefetch.policies.geometry import Geometry
+from prefetch.predictors.names import SOURCES
+from prefetch.predictors.predictor import Predictor
+from prefetch.scheduler.base import StepScheduler
 
 
 def make(**changed: Any) -> request.Request:
@@ -130,3 +134,47 @@ def test_a_cache_home_that_is_not_absolute_does_not_count(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", value)
     assert store_root(None) == home / ".cache" / "offload"
+
+
+class Own(StepScheduler):
+    def copies(self, *_: object) -> tuple[int, ...]:
+        return ()
+
+
+def test_schedulers_and_predictors_are_named_or_given() -> None:
+    assert (make().scheduler, make().predictor) == ("auto", "auto")
+    assert make(scheduler="off").scheduler == "off"
+    own = Own()
+    assert make(scheduler=own).scheduler is own
+    for source in ("auto", *SOURCES):
+        assert make(predictor=source, prefetch="auto").predictor == source
+    predictor = Predictor(Geometry((4, 4)))
+    assert make(predictor=predictor, prefetch=True).predictor is predictor
+
+
+@pytest.mark.parametrize("value", ["on", "", None, True, False, 3, ["off"], Own])
+def test_other_schedulers_are_refused(value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"scheduler=.*expected auto, off or a StepScheduler"):
+        make(scheduler=value)
+
+
+@pytest.mark.parametrize("value", ["off", "expected", None, True, ["router"], Predictor])
+def test_other_predictors_are_refused(value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"predictor=.*expected auto, router, transition.*LayerPredictor"):
+        make(predictor=value, prefetch=True)
+
+
+@pytest.mark.parametrize("prefetch", [False, "off"])
+def test_a_predictor_that_nobody_asks_is_refused(prefetch: Any) -> None:
+    for predictor in ("router", Predictor(Geometry((4, 4)))):
+        with pytest.raises(InvalidArgumentError, match=r"predictor=.*nothing asks a predictor"):
+            make(predictor=predictor, prefetch=prefetch)
+    assert make(predictor="auto", prefetch=prefetch).predictor == "auto"
+
+
+@pytest.mark.parametrize("scheduler", ["off", Own()])
+def test_a_graph_schedules_nothing(scheduler: Any) -> None:
+    above = {"device": "host", "vram": "1GiB", "step_graph": True}
+    assert make(**above).step_graph
+    with pytest.raises(InvalidArgumentError, match=r"step_graph=True and scheduler=.*schedules none"):
+        make(scheduler=scheduler, **above)
