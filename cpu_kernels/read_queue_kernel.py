@@ -3,8 +3,10 @@
 
 The queue is a table of int64, zeroed, with a mutex and two conditions of POSIX threads in it, which are then ready; a
 ticket is another, kept by whoever submits it until it is finished. Tickets that wait are two lists, of what is needed
-now and of what is wanted soon. A reader takes a chunk, reads it, and checks the bundle after its last one. A read that
-falls short or fails, and a checksum that is wrong, it hands back to Python, which knows what to do about that.
+now and of what is wanted soon. A reader takes a chunk, wakes another where more may be read beside it, reads, and
+checks the bundle after its last chunk. Where that is not needed now and there is more to read, it reads on and another
+checks: the disk would wait as long as it takes to wake one. A read that falls short or fails, and a checksum that is
+wrong, it hands back to Python, which knows what to do about that.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ READING_NS = 35  # nanoseconds in which a read was in flight, up to when none wa
 _SINCE_NS = 36
 _FIRST = 37  # of two lists: needed now, wanted soon
 _LAST = 39
+UNCHECKED = 41  # the first of the tickets that are whole and wait for whoever checks them
 QUEUE_WORDS = 48
 
 # Words of a ticket.
@@ -137,7 +140,8 @@ def list_in_turn(state):
 
 @inner
 def _tell_one(state):
-    if list_in_turn(state) >= 0:
+    """Wake a thread if there is anything to do; it wakes the next."""
+    if list_in_turn(state) >= 0 or _queue(state)[UNCHECKED] != 0:
         _signal(state + 8 * _WORK)
 
 
@@ -212,8 +216,6 @@ def note_read(state, address, urgency, arrived):
     queue[_READING_SOON] -= urgency
     if queue[READING] == 0:
         queue[READING_NS] += _now_ns(state) - queue[_SINCE_NS]
-    # Another thread reads while this one checks.
-    _tell_one(state)
     ticket[_UNREAD] -= 1
     if not arrived:
         ticket[FAILURE] = SHORT
@@ -221,6 +223,31 @@ def note_read(state, address, urgency, arrived):
     whole = ticket[_UNREAD] == 0 and ticket[FAILURE] == 0 and ticket[CANCELLED] == 0
     _unlock(state + 8 * _MUTEX)
     return whole
+
+
+@inner
+def hand_over(state, address):
+    """Leave a bundle that is whole to another thread, if this one can read on at once; whether it does."""
+    queue, ticket = _queue(state), _ticket(address)
+    _lock(state + 8 * _MUTEX)
+    reads_on = ticket[URGENCY] != 0 and list_in_turn(state) >= 0
+    if reads_on:
+        ticket[_NEXT] = queue[UNCHECKED]
+        queue[UNCHECKED] = address
+    else:
+        _tell_one(state)
+    _unlock(state + 8 * _MUTEX)
+    return reads_on
+
+
+@inner
+def take_unchecked(state):
+    """With the mutex: a ticket that was handed over; 0 for none."""
+    queue = _queue(state)
+    address = queue[UNCHECKED]
+    if address != 0:
+        queue[UNCHECKED] = _ticket(address)[_NEXT]
+    return address
 
 
 @inner
@@ -250,6 +277,7 @@ def leave(state, address, right):
         # It stays in flight, and its thread busy.
         ticket[_IN_FLIGHT] = 1
         failed = address
+        _tell_one(state)
     else:
         _finish(state, address)
         _leave(state)
@@ -264,19 +292,31 @@ def serve(state: int) -> int:
     failed = 0
     while failed == 0:
         _lock(state + 8 * _MUTEX)
-        urgency = -1
-        while queue[CLOSED] == 0 and urgency < 0:
-            urgency = list_in_turn(state)
+        urgency, address, chunk = -1, 0, 0
+        while urgency < 0 and address == 0:
+            if queue[CLOSED] == 0:
+                urgency = list_in_turn(state)
             if urgency < 0:
+                address = take_unchecked(state)
+            if urgency < 0 and address == 0:
+                if queue[CLOSED] != 0:
+                    break
                 _cond_wait(state + 8 * _WORK, state + 8 * _MUTEX)
-        if queue[CLOSED] != 0:
-            _unlock(state + 8 * _MUTEX)
-            break
-        address, chunk = begin(state, urgency)
+        if urgency >= 0:
+            address, chunk = begin(state, urgency)
+            _tell_one(state)
         _unlock(state + 8 * _MUTEX)
+        if address == 0:
+            break
+        if urgency < 0:
+            failed = leave(state, address, is_right(address))
+            continue
         arrived = read(state, address, chunk)
-        right = is_right(address) if note_read(state, address, urgency, arrived) else True
-        failed = leave(state, address, right)
+        whole = note_read(state, address, urgency, arrived)
+        if not whole:
+            failed = leave(state, address, True)
+        elif not hand_over(state, address):
+            failed = leave(state, address, is_right(address))
     return failed
 
 
@@ -302,7 +342,8 @@ def submit(state: int, address: int) -> bool:
         ticket[CHUNKS] = max(1, -(-ticket[NBYTES] // queue[CHUNK_NBYTES]))
         ticket[_UNREAD] = ticket[CHUNKS]
         _append(state, ticket[URGENCY], address)
-        for _ in range(min(ticket[CHUNKS], queue[MOST_READING])):
+        # What is needed now does not wait for one to wake the next.
+        for _ in range(1 if ticket[URGENCY] != 0 else min(ticket[CHUNKS], queue[MOST_READING])):
             _tell_one(state)
     _unlock(state + 8 * _MUTEX)
     return bool(opened)
@@ -313,11 +354,14 @@ def promote(state: int, address: int) -> None:
     """Let a ticket wait behind those that are needed now."""
     ticket: Any = _ticket(address)
     _lock(state + 8 * _MUTEX)
-    if ticket[URGENCY] != 0 and ticket[_WAITS] != 0:
-        _remove(state, address)
-        _append(state, 0, address)
-        for _ in range(ticket[CHUNKS] - ticket[CLAIMED]):
-            _tell_one(state)
+    if ticket[URGENCY] != 0:
+        if ticket[_WAITS] != 0:
+            _remove(state, address)
+            _append(state, 0, address)
+            for _ in range(ticket[CHUNKS] - ticket[CLAIMED]):
+                _tell_one(state)
+        # Of what has been read: whoever read it checks it at once.
+        ticket[URGENCY] = 0
     _unlock(state + 8 * _MUTEX)
 
 

@@ -20,6 +20,7 @@ from tests.tiers.turns import Turns
 
 _list_in_turn, _begin, _read = kernel.list_in_turn, kernel.begin, kernel.read
 _note_read, _is_right, _leave = kernel.note_read, kernel.is_right, kernel.leave
+_hand_over, _take_unchecked = kernel.hand_over, kernel.take_unchecked
 
 
 @entry("int64(int64)")
@@ -40,6 +41,16 @@ def read(state: int, address: int, chunk: int) -> Any:
 @entry("boolean(int64, int64, int64, boolean)")
 def note_read(state: int, address: int, urgency: int, arrived: bool) -> Any:
     return _note_read(state, address, urgency, arrived)
+
+
+@entry("boolean(int64, int64)")
+def hand_over(state: int, address: int) -> Any:
+    return _hand_over(state, address)
+
+
+@entry("int64(int64)")
+def take_unchecked(state: int) -> Any:
+    return _take_unchecked(state)
 
 
 @entry("boolean(int64)")
@@ -96,24 +107,31 @@ class ScheduledDirectEngine(Turns, DirectEngine):
 
     Attributes:
         served: (offset of the ticket, chunk), in the order in which chunks were begun.
+        handed_over: bundles that another thread checked than the one that read them.
     """
 
     def __init__(self, reader: FileReader, *, threads: int, chunk_nbytes: int, chance: random.Random) -> None:
         super().__init__(cast(ShardReader, reader), threads=threads, chunk_nbytes=chunk_nbytes)
         self.chance = chance
         self.served: list[tuple[int, int]] = []
+        self.handed_over = 0
         self._running: list[_Running] = []
         self._threads = threads + 1
 
     def turn(self) -> bool:
         state = self._queue.address
-        idle = len(self._running) < self._threads and list_in_turn(state) >= 0
-        choices = len(self._running) + bool(idle)
+        free = len(self._running) < self._threads
+        reads = free and list_in_turn(state) >= 0
+        checks = free and bool(self._queue.words[kernel.UNCHECKED])
+        choices = len(self._running) + reads + checks
         if not choices:
             return False
         self.turns += 1
         chosen = self.chance.randrange(choices)
-        if chosen == len(self._running):
+        if chosen >= len(self._running) and checks and (not reads or chosen > len(self._running)):
+            self._running.append(_Running(take_unchecked(state), 0, 1, next="check"))
+            self.handed_over += 1
+        elif chosen >= len(self._running):
             urgency = list_in_turn(state)
             address, chunk = begin(state, urgency)
             self.served.append((self._queue._kept[address].request.offset, chunk))
@@ -128,7 +146,11 @@ class ScheduledDirectEngine(Turns, DirectEngine):
             one.arrived = self._arrives(one)
             one.next = "note"
         elif one.next == "note":
-            one.next = "check" if note_read(state, one.address, one.urgency, one.arrived) else "leave"
+            one.next = "hand over" if note_read(state, one.address, one.urgency, one.arrived) else "leave"
+        elif one.next == "hand over":
+            if hand_over(state, one.address):
+                return False
+            one.next = "check"
         elif one.next == "check":
             one.right = bool(is_right(one.address))
             one.next = "leave"

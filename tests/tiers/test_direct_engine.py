@@ -21,6 +21,7 @@ from offload.errors import ClosedError, SlowReadWarning, StoreCorruptError
 from offload.tiers.direct_engine import DirectEngine, DirectTicket, make_engine
 from offload.tiers.disk import ShardReader
 from offload.tiers.transfer import ReadEngine, ReadRequest, Urgency
+from tests.tiers import scheduled_direct_engine as steps
 from tests.tiers.children import exit_code_of, fork_beside
 from tests.tiers.readers import PATIENCE_S, Bytes, MemoryReader, random_bytes
 from tests.tiers.scheduled_direct_engine import FileReader, ScheduledDirectEngine, list_in_turn
@@ -212,6 +213,48 @@ def test_what_is_only_wanted_soon_is_not_read_beside_what_is_needed_now(most_soo
             assert list_in_turn(state) == expected
     words[kernel.READING : kernel.READING + 2] = 0
     engine.cancel_all()
+    engine.close()
+
+
+def test_what_is_not_needed_now_is_checked_by_another_while_there_is_more_to_read() -> None:
+    data = random_bytes(4 * PAGE, 0)
+    engine = DirectEngine(FileReader(data), threads=1, chunk_nbytes=PAGE, most_soon=1)  # type: ignore[arg-type]
+    engine._start = lambda: None  # type: ignore[method-assign]
+    state, outs = engine._queue.address, [np.zeros(PAGE, np.uint8) for _ in range(4)]
+
+    def submit(page: int, urgency: Urgency) -> DirectTicket:
+        request = ReadRequest(0, page * PAGE, memoryview(outs[page]), None, "one")  # type: ignore[arg-type]
+        return engine.submit(request, urgency)
+
+    def read_one() -> bool:
+        """Whether the bundle that was read was handed over; where not it is checked."""
+        urgency = steps.list_in_turn(state)
+        address, chunk = steps.begin(state, urgency)
+        assert steps.note_read(state, address, urgency, steps.read(state, address, chunk))
+        handed_over = bool(steps.hand_over(state, address))
+        if not handed_over:
+            assert steps.leave(state, address, steps.is_right(address)) == 0
+        return handed_over
+
+    tickets = [submit(page, urgency) for page, urgency in enumerate([Urgency.SOON] * 3 + [Urgency.NOW])]
+    # Needed now: checked at once, though there is more to read.
+    assert not read_one() and tickets[3].finished
+    assert read_one() and not tickets[0].finished
+    # It became urgent while it was read: whoever waits for it waits for nobody to wake.
+    urgency = steps.list_in_turn(state)
+    address, chunk = steps.begin(state, urgency)
+    engine.promote(tickets[1])
+    assert steps.note_read(state, address, urgency, steps.read(state, address, chunk))
+    assert not steps.hand_over(state, address)
+    assert steps.leave(state, address, steps.is_right(address)) == 0
+    assert tickets[1].succeeded and not tickets[0].finished
+    # Nothing more to read: who read it checks it.
+    assert not read_one() and tickets[2].succeeded
+    unchecked = steps.take_unchecked(state)
+    assert steps.leave(state, unchecked, steps.is_right(unchecked)) == 0
+    assert steps.take_unchecked(state) == 0 and all(ticket.succeeded for ticket in tickets)
+    for page, out in enumerate(outs):
+        assert np.array_equal(out, data[page * PAGE : (page + 1) * PAGE])
     engine.close()
 
 
