@@ -335,12 +335,13 @@ def _overlapped(plain: list[Turn], turns: list[Turn]) -> Row:
 
 
 def _row(cell: str, name: str, turns: list[Turn], plain: list[float], scheduled: list[float]) -> Row:
+    speeds = [turn.tokens_per_s for turn in turns]
     return {
         "cell": cell,
         "runs": name,
-        "tokens/s": Spread.of([turn.tokens_per_s for turn in turns]),
-        "/ plain": ratios([turn.tokens_per_s for turn in turns], plain),
-        "/ scheduled": ratios([turn.tokens_per_s for turn in turns], scheduled),
+        "tokens/s": Spread.of(speeds),
+        "/ plain": ratios(speeds, plain),
+        "/ scheduled": ratios(speeds, scheduled),
         "stall ms": Spread.of([turn.stall_ms for turn in turns]),
         "of it late ms": Spread.of([turn.late_stall_ms for turn in turns]).median,
         "experts ms": Spread.of([turn.moe_ms - turn.stall_ms for turn in turns]).median,

@@ -147,8 +147,9 @@ class Prefetcher:
             reading = tier.reading_ahead
             choice = foresight.choose(
                 layer, said, active, predicts=predicts, pinned=tier.table.pinned, reading=reading,
-                waiting=tier.waiting_ahead, urgent=tier.loading - len(reading), room=self._room - len(reading),
-                free=tier.table.free_slots, read_s=self._read_s, layer_s=self._layer_s,
+                waiting=tier.waiting_ahead if predicts else (), urgent=tier.loading - len(reading),
+                room=self._room - len(reading), free=tier.table.free_slots, read_s=self._read_s,
+                layer_s=self._layer_s,
             )  # fmt: skip
             if not choice.unlikely:
                 break

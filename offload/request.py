@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from offload.devices.link import Link, parse_link
 from offload.errors import InvalidArgumentError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from prefetch.policies.base import CachePolicy
     from prefetch.predictors.base import LayerPredictor
     from prefetch.scheduler.base import StepScheduler
+
+_Part = TypeVar("_Part")
 
 DEFAULT_CONTEXT_TOKENS = 4096
 PREFILL_CHUNK_TOKENS = 1024
@@ -318,16 +321,16 @@ def _fused_kinds(fused: object) -> frozenset[str]:
     return frozenset(named)
 
 
-def _policy(policy: str | CachePolicy) -> str | CachePolicy:
-    if isinstance(policy, str):
-        if policy in ("auto", *POLICIES):
-            return policy
-    else:
-        from prefetch.policies.base import CachePolicy
+def _part(argument: str, value: _Part, names: Sequence[str], module: str, kind: str) -> _Part:
+    """A name, or an object of a class, whose module is loaded only where it is an object."""
+    known = value in names if isinstance(value, str) else isinstance(value, getattr(import_module(module), kind))
+    if not known:
+        raise InvalidArgumentError(f"{argument}={value!r}: expected {', '.join(names)} or a {kind}")
+    return value
 
-        if isinstance(policy, CachePolicy):
-            return policy
-    raise InvalidArgumentError(f"policy={policy!r}: expected auto, {', '.join(POLICIES)} or a CachePolicy")
+
+def _policy(policy: str | CachePolicy) -> str | CachePolicy:
+    return _part("policy", policy, ("auto", *POLICIES), "prefetch.policies.base", "CachePolicy")
 
 
 def _prefetch(prefetch: bool | str) -> str:
@@ -339,26 +342,11 @@ def _prefetch(prefetch: bool | str) -> str:
 
 
 def _scheduler(scheduler: str | StepScheduler) -> str | StepScheduler:
-    if isinstance(scheduler, str):
-        if scheduler in SCHEDULERS:
-            return scheduler
-    else:
-        from prefetch.scheduler.base import StepScheduler
-
-        if isinstance(scheduler, StepScheduler):
-            return scheduler
-    raise InvalidArgumentError(f"scheduler={scheduler!r}: expected {', '.join(SCHEDULERS)} or a StepScheduler")
+    return _part("scheduler", scheduler, SCHEDULERS, "prefetch.scheduler.base", "StepScheduler")
 
 
 def _predictor(predictor: str | LayerPredictor, prefetch: bool | str) -> str | LayerPredictor:
-    if isinstance(predictor, str):
-        known = predictor in ("auto", *SOURCES)
-    else:
-        from prefetch.predictors.base import LayerPredictor
-
-        known = isinstance(predictor, LayerPredictor)
-    if not known:
-        raise InvalidArgumentError(f"predictor={predictor!r}: expected auto, {', '.join(SOURCES)} or a LayerPredictor")
+    _part("predictor", predictor, ("auto", *SOURCES), "prefetch.predictors.base", "LayerPredictor")
     if predictor != "auto" and _prefetch(prefetch) == "off":
         raise InvalidArgumentError(
             f"predictor={predictor!r} and prefetch={prefetch!r}: nothing asks a predictor while nothing is read ahead; "

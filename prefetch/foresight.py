@@ -96,7 +96,7 @@ class Foresight:
             predicts: False where it was predicted and what was unlikely has been ended.
             pinned: keys that must not be evicted.
             reading: keys that are being read ahead.
-            waiting: of them, those of which nothing has been read yet.
+            waiting: of them, those of which nothing has been read yet; of use where it predicts.
             urgent: reads on their way that are needed now.
             room: how many more may be.
             free: slots that nobody has.
